@@ -1,0 +1,529 @@
+//! The way to the broker: where it is, and a [`Link`] to it that no deadline has to wait for.
+//!
+//! amiquip's own `Connection::open` is not used: it sets no `TCP_NODELAY` (44 ms a call), hangs at a
+//! silent peer, and prints passwords in its errors.
+
+use crate::deadline::{Deadline, Expired, Phase};
+use crate::exit::{Exit, ExitCode};
+use crate::message::escape;
+use crate::stream::{Stream, FRAME_MAX};
+use amiquip::{
+    Auth, Channel, Connection, ConnectionBlockedNotification, ConnectionOptions, ConnectionTuning,
+};
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use percent_encoding::percent_decode_str;
+use socket2::{SockRef, TcpKeepalive};
+use std::fmt::{self, Debug, Display};
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::time::Duration;
+use std::{env, fs, io, process, thread};
+use url::{Host, Url};
+
+const DEFAULT_URL: &str = "amqp://localhost";
+const DEFAULT_PORT: u16 = 5672;
+
+/// How long closing may take before the socket is shut down instead.
+const CLOSING: Duration = Duration::from_secs(1);
+
+/// How long a quiet TCP connection lives before the kernel asks whether the peer does.
+const KEEPALIVE: Duration = Duration::from_secs(30);
+
+/// amiquip's I/O thread parses nested headers by recursion; this holds the deepest nesting that one
+/// frame can carry, measured.
+const STACK: &str = "33554432";
+
+/// The options of both programs that say where the broker is.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Broker")]
+pub struct BrokerOptions {
+    /// amqp://user:password@host:port/vhost [env: AMQP_URL, else amqp://localhost]
+    // Not clap's `env`, and parsed after clap: it would print the value, password and all.
+    #[arg(long, value_name = "URL")]
+    url: Option<String>,
+
+    /// AMQP heartbeat, 1 to 65535
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..))]
+    heartbeat: u16,
+}
+
+impl BrokerOptions {
+    /// The broker that the options, or else the environment, name. A password in an argument draws a
+    /// warning, because `ps` shows it to everybody.
+    ///
+    /// # Errors
+    /// [`Error::Url`]
+    pub fn target(&self) -> Result<Target, Error> {
+        let from_env = || match env::var("AMQP_URL") {
+            Ok(url) if !url.is_empty() => Ok(url),
+            Ok(_) | Err(env::VarError::NotPresent) => Ok(DEFAULT_URL.to_owned()),
+            Err(env::VarError::NotUnicode(_)) => Err(Error::Url("AMQP_URL is not UTF-8".into())),
+        };
+        let target = match &self.url {
+            Some(url) => Target::parse(url),
+            None => Target::parse(&from_env()?),
+        }?;
+        if self.url.is_some() && target.names_password {
+            log::warn!(
+                "a password in --url is visible to everybody in ps: put the URL into AMQP_URL"
+            );
+        }
+        Ok(Target {
+            heartbeat: self.heartbeat,
+            ..target
+        })
+    }
+}
+
+/// A **target** is a broker, and who we are to it.
+#[derive(Clone, Debug)]
+pub struct Target {
+    host: String,
+    port: u16,
+    auth: Secret<Auth>,
+    user: String,
+    vhost: String,
+    names_password: bool,
+    heartbeat: u16,
+}
+
+impl Target {
+    /// Reads a URL by the rules of the
+    /// [RabbitMQ URI specification](https://www.rabbitmq.com/docs/uri-spec), with an empty vhost
+    /// standing for `/` as in most clients; what it does not know it refuses by name.
+    ///
+    /// # Errors
+    /// [`Error::Url`], in which no part of the URL is repeated that can hold a password.
+    pub fn parse(url: &str) -> Result<Self, Error> {
+        let url = Url::parse(url).map_err(|error| bad_url(&error.to_string()))?;
+        match url.scheme() {
+            "amqp" => {}
+            "amqps" => return Err(bad_url("amqps:// (TLS) is not supported yet")),
+            other => return Err(bad_url(&format!("unknown scheme '{other}', not amqp"))),
+        }
+        if url.cannot_be_a_base() || url.fragment().is_some() {
+            return Err(bad_url(
+                "not of the form amqp://user:password@host:port/vhost",
+            ));
+        }
+        let host = match url.host() {
+            None => "localhost".into(),
+            Some(Host::Domain(name)) if name.is_empty() => "localhost".into(),
+            Some(Host::Domain(name)) => decode(name)?,
+            Some(Host::Ipv4(address)) => address.to_string(),
+            Some(Host::Ipv6(address)) => address.to_string(),
+        };
+        let vhost = match url.path().strip_prefix('/').unwrap_or_default() {
+            "" => "/".into(),
+            path if path.contains('/') => return Err(bad_url("write a '/' in the vhost as %2f")),
+            path => decode(path)?,
+        };
+        let user = match url.username() {
+            "" => "guest".into(),
+            name => decode(name)?,
+        };
+        let password = decode(url.password().unwrap_or("guest"))?;
+        let mut auth = Auth::Plain {
+            username: user.clone(),
+            password,
+        };
+        for (name, value) in url.query_pairs() {
+            match (&*name, &*value) {
+                ("auth_mechanism", "plain") => {}
+                ("auth_mechanism", "external") => auth = Auth::External,
+                ("heartbeat", _) => return Err(bad_url("heartbeat is the option --heartbeat")),
+                _ => {
+                    return Err(bad_url(&format!(
+                        "unknown parameter '{}'",
+                        escape(name.as_bytes())
+                    )))
+                }
+            }
+        }
+        Ok(Target {
+            host,
+            port: url.port().unwrap_or(DEFAULT_PORT),
+            auth: Secret(auth),
+            user,
+            vhost,
+            names_password: url.password().is_some(),
+            heartbeat: 10,
+        })
+    }
+}
+
+fn bad_url(reason: &str) -> Error {
+    Error::Url(format!("bad URL: {reason}"))
+}
+
+fn decode(part: &str) -> Result<String, Error> {
+    match percent_decode_str(part).decode_utf8() {
+        Ok(text) => Ok(text.into_owned()),
+        Err(_) => Err(bad_url("what is percent-encoded is not UTF-8")),
+    }
+}
+
+/// The host and port, as messages name a broker.
+impl Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.host.contains(':') {
+            true => write!(f, "[{}]:{}", self.host, self.port),
+            false => write!(f, "{}:{}", self.host, self.port),
+        }
+    }
+}
+
+/// What no message and no log may show.
+#[derive(Clone)]
+struct Secret<T>(T);
+
+impl<T> Debug for Secret<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}
+
+/// Gives every thread that is started after this a stack on which a hostile message can be parsed.
+///
+/// To be called at the top of `main`, before there is a second thread: it sets `RUST_MIN_STACK`, the
+/// only way to the stack of amiquip's I/O thread. Without it a 36 KiB header of nested tables
+/// overflows that stack and aborts the process; a user of the library who forgets it is as open.
+pub fn prepare_threads() {
+    env::set_var("RUST_MIN_STACK", STACK);
+}
+
+/// A **link** is an open AMQP connection, and a handle on its socket that ends every wait on it.
+#[derive(Debug)]
+pub struct Link {
+    /// None once it is closed.
+    connection: Option<Connection>,
+    socket: TcpStream,
+    target: Target,
+}
+
+/// Opens a connection as `program` says it is: resolve, connect, handshake, each in what is left of
+/// the deadline.
+///
+/// # Errors
+/// Any [`Error`] but [`Error::Url`].
+pub fn open(target: &Target, program: &str, deadline: &Deadline) -> Result<Link, Error> {
+    let addresses = resolve(target, deadline)?;
+    let stream = connect(target, &addresses, deadline)?;
+    let (socket, stream) = prepare(stream).map_err(|error| unreachable(target, &error))?;
+    let opening = deadline.guard(&socket, || {
+        Connection::insecure_open_stream(
+            stream,
+            ConnectionOptions::<Auth>::default()
+                .auth(target.auth.0.clone())
+                .virtual_host(&target.vhost)
+                .heartbeat(target.heartbeat)
+                .frame_max(FRAME_MAX)
+                .information(Some(information(program))),
+            ConnectionTuning::default(),
+        )
+    });
+    match opening {
+        Ok(Ok(connection)) => {
+            log::debug!("connected to {target}");
+            Ok(Link {
+                connection: Some(connection),
+                socket,
+                target: target.clone(),
+            })
+        }
+        Ok(Err(error)) => Err(Error::of(error, target)),
+        Err(Expired) => Err(Error::timed_out(Phase::Handshake, target, deadline)),
+    }
+}
+
+/// Looks the host up in a thread of its own, because nothing can end `getaddrinfo`: at worst the
+/// thread stays behind.
+fn resolve(target: &Target, deadline: &Deadline) -> Result<Vec<SocketAddr>, Error> {
+    if let Ok(address) = target.host.parse::<IpAddr>() {
+        return Ok(vec![(address, target.port).into()]);
+    }
+    let (sender, addresses) = crossbeam_channel::bounded(1);
+    let name = (target.host.clone(), target.port);
+    thread::spawn(move || sender.send(name.to_socket_addrs().map(Vec::from_iter)));
+    let unknown = |reason| Error::Resolve {
+        host: target.host.clone(),
+        reason,
+    };
+    match addresses.recv_deadline(deadline.instant()) {
+        Ok(Ok(addresses)) if addresses.is_empty() => Err(unknown("no address".into())),
+        Ok(Ok(addresses)) => Ok(addresses),
+        Ok(Err(error)) => Err(unknown(error.to_string())),
+        Err(RecvTimeoutError::Timeout) => Err(Error::timed_out(Phase::Resolve, target, deadline)),
+        Err(RecvTimeoutError::Disconnected) => Err(unknown("the look-up failed".into())),
+    }
+}
+
+/// Connects to the first address that accepts; each gets its share of the time that is left.
+fn connect(
+    target: &Target,
+    addresses: &[SocketAddr],
+    deadline: &Deadline,
+) -> Result<TcpStream, Error> {
+    let mut failure = Error::timed_out(Phase::Connect, target, deadline);
+    for (tried, address) in addresses.iter().enumerate() {
+        let share =
+            deadline.remaining() / u32::try_from(addresses.len() - tried).unwrap_or(u32::MAX);
+        if share.is_zero() {
+            break;
+        }
+        match TcpStream::connect_timeout(address, share) {
+            Ok(stream) => return Ok(stream),
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => {}
+            Err(error) => failure = unreachable(target, &error),
+        }
+    }
+    Err(failure)
+}
+
+/// Sets the socket's options, and splits off the handle by which it can be shut down.
+fn prepare(stream: TcpStream) -> io::Result<(TcpStream, Stream)> {
+    stream.set_nodelay(true)?;
+    SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE))?;
+    Ok((stream.try_clone()?, Stream::plain(stream)?))
+}
+
+fn unreachable(target: &Target, error: &io::Error) -> Error {
+    Error::Unreachable {
+        target: target.to_string(),
+        reason: error.kind().to_string(),
+    }
+}
+
+/// Who we are in the broker's list of connections: amiquip lets us set no other client property.
+fn information(program: &str) -> String {
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_else(|_| "-".into());
+    format!(
+        "{program} {} {} {}",
+        env!("CARGO_PKG_VERSION"),
+        host.trim(),
+        process::id()
+    )
+}
+
+impl Link {
+    /// The broker at the other end.
+    #[must_use]
+    pub fn target(&self) -> &Target {
+        &self.target
+    }
+
+    /// Runs a blocking call of amiquip on this connection in what is left of the deadline.
+    ///
+    /// # Errors
+    /// [`Error::TimedOut`] with the phase, after which the link is cut; else what the call says.
+    pub fn within<T>(
+        &mut self,
+        deadline: &Deadline,
+        phase: Phase,
+        call: impl FnOnce(&mut Connection) -> amiquip::Result<T>,
+    ) -> Result<T, Error> {
+        let Some(connection) = &mut self.connection else {
+            return Err(Error::lost(&self.target, "it is closed"));
+        };
+        match deadline.guard(&self.socket, || call(connection)) {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(error)) => Err(self.explain(error)),
+            Err(Expired) => Err(Error::timed_out(phase, &self.target, deadline)),
+        }
+    }
+
+    /// Opens a channel.
+    ///
+    /// # Errors
+    /// As [`Link::within`].
+    pub fn open_channel(&mut self, deadline: &Deadline) -> Result<Channel, Error> {
+        self.within(deadline, Phase::Channel, |connection| {
+            connection.open_channel(None)
+        })
+    }
+
+    /// What the broker says of the connection as a whole. The receiver is disconnected when the
+    /// connection ends, which makes it the one place to learn of that.
+    ///
+    /// # Errors
+    /// As [`Link::within`].
+    pub fn notices(
+        &mut self,
+        deadline: &Deadline,
+    ) -> Result<Receiver<ConnectionBlockedNotification>, Error> {
+        self.within(
+            deadline,
+            Phase::Channel,
+            Connection::listen_for_connection_blocked,
+        )
+    }
+
+    /// The true cause of an error of amiquip's on this connection or one of its channels. Where the
+    /// connection has ended only closing it tells.
+    pub fn explain(&mut self, error: amiquip::Error) -> Error {
+        let ended = matches!(
+            error,
+            amiquip::Error::EventLoopDropped
+                | amiquip::Error::EventLoopClientDropped
+                | amiquip::Error::ClientClosedConnection
+        );
+        match self.connection.take_if(|_| ended).map(Connection::close) {
+            Some(Err(cause)) => Error::of(cause, &self.target),
+            _ => Error::of(error, &self.target),
+        }
+    }
+
+    /// Closes the connection, in one round trip, or cuts it if that takes more than a second.
+    pub fn close(&mut self) -> Result<(), Error> {
+        let Some(connection) = self.connection.take() else {
+            return Ok(());
+        };
+        match Deadline::after(CLOSING).guard(&self.socket, || connection.close()) {
+            Ok(Err(error)) => Err(Error::of(error, &self.target)),
+            Ok(Ok(())) | Err(Expired) => Ok(()),
+        }
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        let _ = self.close();
+    }
+}
+
+/// What can go wrong between a program and the broker.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// The URL is wrong: nothing was tried.
+    #[error("{0}")]
+    Url(String),
+    /// The host has no address.
+    #[error("cannot resolve '{host}': {reason}: is the host name right?")]
+    Resolve {
+        /// The host of the URL.
+        host: String,
+        /// What the resolver said.
+        reason: String,
+    },
+    /// No address accepted a connection.
+    #[error("cannot reach {target}: {reason}: is RabbitMQ running there?")]
+    Unreachable {
+        /// Host and port.
+        target: String,
+        /// What the system said.
+        reason: String,
+    },
+    /// The broker dropped the connection when it had seen who we are.
+    #[error("{target} refused user '{user}': is the password right?")]
+    Credentials {
+        /// Host and port.
+        target: String,
+        /// The user of the URL.
+        user: String,
+    },
+    /// The broker refused what we asked for: a vhost, a queue, a permission.
+    #[error("{target} refused: {reason}")]
+    Refused {
+        /// Host and port.
+        target: String,
+        /// What the broker said.
+        reason: String,
+    },
+    /// The broker closed a channel for what was done on it.
+    #[error("{target} closed the channel: {reason}")]
+    ChannelClosed {
+        /// Host and port.
+        target: String,
+        /// The AMQP reply code, such as 404 or 406.
+        code: u16,
+        /// What the broker said.
+        reason: String,
+    },
+    /// The connection broke.
+    #[error("lost the connection to {target}: {reason}")]
+    Lost {
+        /// Host and port.
+        target: String,
+        /// How it broke.
+        reason: String,
+    },
+    /// The deadline passed in a phase that blocks.
+    #[error("no connection to {target} within {limit}: timed out in {phase}")]
+    TimedOut {
+        /// The phase that ran out of time.
+        phase: Phase,
+        /// Host and port.
+        target: String,
+        /// The limit, as it was typed.
+        limit: String,
+    },
+}
+
+/// Reply codes of AMQP 0-9-1 after which asking again cannot help: access-refused,
+/// resource-locked, not-allowed.
+const REFUSALS: [u16; 3] = [403, 405, 530];
+
+impl Error {
+    fn of(error: amiquip::Error, target: &Target) -> Self {
+        let (target, user) = (target.to_string(), target.user.clone());
+        let refused = |code| REFUSALS.contains(&code);
+        match error {
+            amiquip::Error::InvalidCredentials => Error::Credentials { target, user },
+            amiquip::Error::ServerClosedConnection { code, message }
+            | amiquip::Error::ServerClosedChannel { code, message, .. }
+                if refused(code) =>
+            {
+                Error::Refused {
+                    target,
+                    reason: escape(message.as_bytes()).to_string(),
+                }
+            }
+            amiquip::Error::ServerClosedChannel { code, message, .. } => Error::ChannelClosed {
+                target,
+                code,
+                reason: escape(message.as_bytes()).to_string(),
+            },
+            amiquip::Error::ServerClosedConnection { message, .. } => Error::Lost {
+                target,
+                reason: escape(message.as_bytes()).to_string(),
+            },
+            // Of amiquip's other errors none that we can meet holds a URL.
+            other => Error::Lost {
+                target,
+                reason: other.to_string(),
+            },
+        }
+    }
+
+    fn lost(target: &Target, reason: &str) -> Self {
+        Error::Lost {
+            target: target.to_string(),
+            reason: reason.into(),
+        }
+    }
+
+    fn timed_out(phase: Phase, target: &Target, deadline: &Deadline) -> Self {
+        Error::TimedOut {
+            phase,
+            target: target.to_string(),
+            limit: deadline.to_string(),
+        }
+    }
+
+    /// Whether trying again may help.
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        !matches!(
+            self,
+            Error::Url(_) | Error::Credentials { .. } | Error::Refused { .. }
+        )
+    }
+}
+
+impl Exit for Error {
+    fn exit_code(&self) -> ExitCode {
+        match self {
+            Error::Url(_) => ExitCode::Usage,
+            _ => ExitCode::Unreachable,
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! Deadlines that hold, even around blocking calls that know none.
+
+use crate::duration;
+use crossbeam_channel::RecvTimeoutError;
+use std::fmt::{self, Display};
+use std::net::{Shutdown, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// A **deadline** is the instant by which something has to have ended, and the limit it came from.
+#[derive(Clone, Copy, Debug)]
+pub struct Deadline {
+    at: Instant,
+    limit: Duration,
+}
+
+impl Deadline {
+    /// The deadline `limit` from now.
+    #[must_use]
+    pub fn after(limit: Duration) -> Self {
+        Deadline {
+            at: Instant::now() + limit,
+            limit,
+        }
+    }
+
+    /// When it passes.
+    #[must_use]
+    pub fn instant(&self) -> Instant {
+        self.at
+    }
+
+    /// The limit that it was made from, for messages.
+    #[must_use]
+    pub fn limit(&self) -> Duration {
+        self.limit
+    }
+
+    /// What is left of it; zero when it has passed.
+    #[must_use]
+    pub fn remaining(&self) -> Duration {
+        self.at.saturating_duration_since(Instant::now())
+    }
+
+    /// Whether nothing is left of it.
+    #[must_use]
+    pub fn has_passed(&self) -> bool {
+        self.remaining().is_zero()
+    }
+
+    /// Runs a call that blocks on `socket`; a watchdog shuts the socket down when the deadline
+    /// passes, and whatever blocks on it returns within milliseconds.
+    ///
+    /// amiquip's calls know no deadline, not even to time out in the end. This is why ours holds.
+    ///
+    /// # Errors
+    /// [`Expired`] when the socket was shut down, whatever the call returned.
+    pub fn guard<T>(&self, socket: &TcpStream, call: impl FnOnce() -> T) -> Result<T, Expired> {
+        let (disarm, disarmed) = crossbeam_channel::bounded::<()>(0);
+        thread::scope(|scope| {
+            let watchdog = scope.spawn(move || {
+                let expired = disarmed.recv_deadline(self.at) == Err(RecvTimeoutError::Timeout);
+                if expired {
+                    let _ = socket.shutdown(Shutdown::Both); // fails only when it is down already
+                }
+                expired
+            });
+            let result = call();
+            drop(disarm);
+            match watchdog.join() {
+                Ok(false) => Ok(result),
+                _ => Err(Expired),
+            }
+        })
+    }
+}
+
+/// The deadline passed, and the socket was shut down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Expired;
+
+/// A **phase** is the part of a call that a deadline ran out in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Looking up the addresses of the broker's host.
+    Resolve,
+    /// Opening the TCP connection.
+    Connect,
+    /// The AMQP handshake, from the protocol header to connection.open-ok.
+    Handshake,
+    /// Opening a channel.
+    Channel,
+    /// Declaring a queue.
+    Declare,
+    /// Starting a consumer.
+    Consume,
+}
+
+impl Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Phase::Resolve => "resolving the host name",
+            Phase::Connect => "opening the TCP connection",
+            Phase::Handshake => "the AMQP handshake",
+            Phase::Channel => "opening a channel",
+            Phase::Declare => "declaring a queue",
+            Phase::Consume => "starting a consumer",
+        })
+    }
+}
+
+/// A limit as it was typed, for messages.
+impl Display for Deadline {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        duration::display(self.limit).fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::net::TcpListener;
+
+    /// A peer that accepts and says nothing.
+    fn silent_peer() -> (TcpListener, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (listener, stream)
+    }
+
+    #[test]
+    fn a_blocked_read_returns_when_the_deadline_passes() {
+        let (_peer, mut stream) = silent_peer();
+        let socket = stream.try_clone().unwrap();
+        let deadline = Deadline::after(Duration::from_millis(20));
+        let result = deadline.guard(&socket, || stream.read(&mut [0]));
+        assert!(matches!(result, Err(Expired)));
+        assert!(deadline.has_passed());
+    }
+
+    #[test]
+    fn a_call_that_ends_in_time_keeps_its_result_and_its_socket() {
+        let (peer, stream) = silent_peer();
+        let result = Deadline::after(Duration::from_secs(60)).guard(&stream, || 42);
+        assert_eq!(result, Ok(42));
+        assert!(peer.accept().is_ok());
+        assert!(stream.peer_addr().is_ok());
+    }
+}

@@ -1,0 +1,106 @@
+//! The exit codes: one documented type, from which `--help` and the README take theirs.
+
+use std::fmt::Write;
+
+/// An **exit code** is all that a shell script learns of how a run ended.
+///
+/// The codes are ordered: a run of many calls ends with the largest one of its calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum ExitCode {
+    /// All went well.
+    Success = 0,
+    /// The server answered with an error, or with what is no answer.
+    RemoteError = 1,
+    /// The command line, or a file that it names, is wrong.
+    Usage = 2,
+    /// The broker was not reached or refused us.
+    Unreachable = 3,
+    /// The request queue does not exist.
+    NoServer = 4,
+    /// The deadline passed without an answer.
+    NoAnswer = 5,
+    /// Standard output could not be written.
+    Output = 6,
+    /// Ended by SIGINT.
+    Interrupted = 130,
+    /// The reader of standard output went away; what a shell makes of SIGPIPE.
+    BrokenPipe = 141,
+    /// Ended by SIGTERM.
+    Terminated = 143,
+}
+
+/// The exit codes of rpc-client and their meaning.
+pub const CLIENT: &[(ExitCode, &str)] = &[
+    (ExitCode::Success, "every call was answered"),
+    (
+        ExitCode::RemoteError,
+        "the server answered with an error, or with what is no answer",
+    ),
+    (ExitCode::Usage, "the command line is wrong"),
+    (
+        ExitCode::Unreachable,
+        "the broker was not reached or refused us: nothing was sent",
+    ),
+    (
+        ExitCode::NoServer,
+        "nobody serves: the request queue does not exist, nothing ran",
+    ),
+    (
+        ExitCode::NoAnswer,
+        "no answer before the deadline: it may or may not have run",
+    ),
+    (
+        ExitCode::Output,
+        "an answer could not be written to standard output",
+    ),
+    (ExitCode::Interrupted, "ended by SIGINT"),
+    (
+        ExitCode::BrokenPipe,
+        "the reader of standard output went away (as SIGPIPE)",
+    ),
+    (ExitCode::Terminated, "ended by SIGTERM"),
+];
+
+/// The exit codes of rpc-server and their meaning.
+pub const SERVER: &[(ExitCode, &str)] = &[
+    (
+        ExitCode::Success,
+        "stopped gracefully, by SIGINT or SIGTERM",
+    ),
+    (ExitCode::Usage, "the command line is wrong"),
+    (
+        ExitCode::Unreachable,
+        "trying again cannot help: credentials, vhost, permission, or a queue that cannot be had",
+    ),
+    (
+        ExitCode::Interrupted,
+        "ended at once by a second signal, SIGINT",
+    ),
+    (
+        ExitCode::Terminated,
+        "ended at once by a second signal, SIGTERM",
+    ),
+];
+
+/// The trait by which an error says its own exit code.
+pub trait Exit: std::error::Error {
+    /// The code that a program ended by this error exits with.
+    fn exit_code(&self) -> ExitCode;
+}
+
+/// Lays out [`CLIENT`] or [`SERVER`] for the end of `--help`.
+#[must_use]
+pub fn help(codes: &[(ExitCode, &str)]) -> String {
+    let mut text = String::from("Exit codes:");
+    for (code, meaning) in codes {
+        let _ = write!(text, "\n  {:>3}  {meaning}", *code as u8);
+    }
+    text
+}
+
+impl From<ExitCode> for std::process::ExitCode {
+    fn from(code: ExitCode) -> Self {
+        Self::from(code as u8)
+    }
+}

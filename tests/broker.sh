@@ -1,0 +1,107 @@
+#!/bin/bash
+# A private RabbitMQ node: own name, ports, folders, Erlang cookie and epmd, all below DIR.
+#   tests/broker.sh run DIR [PORT]     prints its URL when it is ready; runs until standard input ends
+#   tests/broker.sh start DIR [PORT]   the same in the background, until `stop`
+#   tests/broker.sh stop DIR
+# Whoever runs a node holds the other end of its standard input: when that process ends, however it
+# ends, the node is stopped and DIR removed.
+set -euo pipefail
+
+die() { echo "broker.sh: $*" >&2; exit 1; }
+
+server=/usr/lib/rabbitmq/bin/rabbitmq-server # not the wrapper on the PATH, which changes user
+boot_deadline=120                            # seconds
+
+is_open() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
+
+# Below the ephemeral ports, so that no client's end of a connection takes it meanwhile.
+free_port() {
+    local port
+    while port=$((20000 + RANDOM % 12000)); is_open "$port"; do :; done
+    echo "$port"
+}
+
+clean_up() {
+    trap - EXIT INT TERM
+    # The node has nothing to save, so it is not asked politely. Only what we started is ended.
+    # The node is a script that waits for the Erlang machine: a process group of its own.
+    kill -9 ${node_pid:+-"$node_pid"} ${epmd_pid:-} ${stdin_pid:-} 2>/dev/null || true
+    wait 2>/dev/null || true
+    rm -rf "$dir"
+}
+
+run() {
+    [ -x "$server" ] || die "no $server: run 'tests/setup.sh broker' first"
+    mkdir -p "$dir" && dir=$(cd "$dir" && pwd)
+    [ -z "$(ls -A "$dir")" ] || die "$dir is not empty: another node's? stop that, or remove it"
+    exec 3<&0
+    trap clean_up EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+    echo $$ >"$dir/pid"
+
+    local port=${1:-$(free_port)} epmd_port
+    is_open "$port" && die "port $port is in use"
+    epmd_port=$(free_port)
+    echo '[].' >"$dir/enabled_plugins"
+    cat >"$dir/rabbitmq.conf" <<-EOF
+	listeners.tcp.1 = 127.0.0.1:$port
+	listeners.tcp.2 = ::1:$port
+	log.file.level = info
+	EOF
+    [ -e /proc/net/if_inet6 ] || sed -i '/::1/d' "$dir/rabbitmq.conf"
+
+    # Erlang finds its cookie below HOME and its epmd by the port; the rest is RabbitMQ's.
+    export HOME=$dir ERL_EPMD_PORT=$epmd_port ERL_EPMD_ADDRESS=127.0.0.1 \
+        RABBITMQ_NODENAME="rpc-$port@localhost" RABBITMQ_DIST_PORT="$(free_port)" \
+        RABBITMQ_CONFIG_FILE=$dir/rabbitmq.conf RABBITMQ_ADVANCED_CONFIG_FILE=$dir/none \
+        RABBITMQ_CONF_ENV_FILE=$dir/none RABBITMQ_ENABLED_PLUGINS_FILE=$dir/enabled_plugins \
+        RABBITMQ_MNESIA_BASE=$dir/data RABBITMQ_LOG_BASE=$dir/log RABBITMQ_GENERATED_CONFIG_DIR=$dir/config \
+        RABBITMQ_PID_FILE=$dir/node.pid
+    unset RABBITMQ_NODE_PORT RABBITMQ_NODE_IP_ADDRESS RABBITMQ_LOGS
+
+    epmd -port "$epmd_port" </dev/null >"$dir/epmd.out" 2>&1 3<&- &
+    epmd_pid=$!
+    setsid "$server" </dev/null >"$dir/node.out" 2>&1 3<&- &
+    node_pid=$!
+
+    until is_open "$port"; do
+        kill -0 "$node_pid" 2>/dev/null || { cat "$dir/node.out" >&2; die "the node did not start"; }
+        [ "$SECONDS" -lt "$boot_deadline" ] || { cat "$dir/node.out" >&2; die "the node was not up in $boot_deadline s"; }
+        sleep 0.1
+    done
+    echo "amqp://localhost:$port"
+
+    cat <&3 >/dev/null &
+    stdin_pid=$!
+    wait -n "$node_pid" "$stdin_pid" || die "the node ended by itself: see the lines above"
+}
+
+start() {
+    mkdir -p "$dir"
+    mkfifo "$dir.stdin" 2>/dev/null || die "$dir.stdin exists: a node is running or was killed; 'stop' it first"
+    # Opened for reading and writing, the pipe never ends: this node runs until `stop`.
+    setsid "$0" run "$dir" "$@" 0<>"$dir.stdin" >"$dir.url" 2>"$dir.err" &
+    until [ -s "$dir.url" ]; do
+        kill -0 $! 2>/dev/null || { cat "$dir.err" >&2; rm -f "$dir".{stdin,url,err}; exit 1; }
+        sleep 0.1
+    done
+    cat "$dir.url"
+}
+
+stop() {
+    local pid
+    if pid=$(cat "$dir/pid" 2>/dev/null); then
+        kill "$pid" 2>/dev/null || true
+        while [ -e "$dir" ] && kill -0 "$pid" 2>/dev/null; do sleep 0.1; done
+    fi
+    rm -rf "$dir" "$dir".{stdin,url,err}
+}
+
+[ $# -ge 2 ] || die "usage: broker.sh run|start|stop DIR [PORT]"
+command=$1 dir=$2
+shift 2
+case $command in
+    run | start | stop) "$command" "$@" ;;
+    *) die "unknown command '$command'" ;;
+esac

@@ -10,6 +10,7 @@ use crate::stream::{Stream, FRAME_MAX};
 use amiquip::{
     Auth, Channel, Connection, ConnectionBlockedNotification, ConnectionOptions, ConnectionTuning,
 };
+use backon::{BackoffBuilder, ExponentialBuilder};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use percent_encoding::percent_decode_str;
 use socket2::{SockRef, TcpKeepalive};
@@ -21,6 +22,7 @@ use url::{Host, Url};
 
 const DEFAULT_URL: &str = "amqp://localhost";
 const DEFAULT_PORT: u16 = 5672;
+const DEFAULT_HEARTBEAT: u16 = 10;
 
 /// How long closing may take before the socket is shut down instead.
 const CLOSING: Duration = Duration::from_secs(1);
@@ -42,7 +44,7 @@ pub struct BrokerOptions {
     url: Option<String>,
 
     /// AMQP heartbeat, 1 to 65535
-    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_HEARTBEAT, value_parser = clap::value_parser!(u16).range(1..))]
     heartbeat: u16,
 }
 
@@ -53,24 +55,15 @@ impl BrokerOptions {
     /// # Errors
     /// [`Error::Url`]
     pub fn target(&self) -> Result<Target, Error> {
-        let from_env = || match env::var("AMQP_URL") {
-            Ok(url) if !url.is_empty() => Ok(url),
-            Ok(_) | Err(env::VarError::NotPresent) => Ok(DEFAULT_URL.to_owned()),
-            Err(env::VarError::NotUnicode(_)) => Err(Error::Url("AMQP_URL is not UTF-8".into())),
+        let mut target = match &self.url {
+            Some(url) => Target::parse(url)?,
+            None => Target::from_env()?,
         };
-        let target = match &self.url {
-            Some(url) => Target::parse(url),
-            None => Target::parse(&from_env()?),
-        }?;
         if self.url.is_some() && target.names_password {
-            log::warn!(
-                "a password in --url is visible to everybody in ps: put the URL into AMQP_URL"
-            );
+            log::warn!("ps shows everybody the password in --url: put the URL into AMQP_URL");
         }
-        Ok(Target {
-            heartbeat: self.heartbeat,
-            ..target
-        })
+        target.heartbeat = self.heartbeat;
+        Ok(target)
     }
 }
 
@@ -87,6 +80,18 @@ pub struct Target {
 }
 
 impl Target {
+    /// The broker that the environment variable `AMQP_URL` names, or else the one on this machine.
+    ///
+    /// # Errors
+    /// [`Error::Url`]
+    pub fn from_env() -> Result<Self, Error> {
+        match env::var("AMQP_URL") {
+            Ok(url) if !url.is_empty() => Target::parse(&url),
+            Ok(_) | Err(env::VarError::NotPresent) => Target::parse(DEFAULT_URL),
+            Err(env::VarError::NotUnicode(_)) => Err(Error::Url("AMQP_URL is not UTF-8".into())),
+        }
+    }
+
     /// Reads a URL by the rules of the
     /// [RabbitMQ URI specification](https://www.rabbitmq.com/docs/uri-spec), with an empty vhost
     /// standing for `/` as in most clients; what it does not know it refuses by name.
@@ -106,8 +111,7 @@ impl Target {
             ));
         }
         let host = match url.host() {
-            None => "localhost".into(),
-            Some(Host::Domain(name)) if name.is_empty() => "localhost".into(),
+            None | Some(Host::Domain("")) => "localhost".into(),
             Some(Host::Domain(name)) => decode(name)?,
             Some(Host::Ipv4(address)) => address.to_string(),
             Some(Host::Ipv6(address)) => address.to_string(),
@@ -115,7 +119,7 @@ impl Target {
         let vhost = match url.path().strip_prefix('/').unwrap_or_default() {
             "" => "/".into(),
             path if path.contains('/') => return Err(bad_url("write a '/' in the vhost as %2f")),
-            path => decode(path)?,
+            path => short_string(&decode(path)?).map_err(|error| bad_url(&error))?,
         };
         let user = match url.username() {
             "" => "guest".into(),
@@ -146,8 +150,20 @@ impl Target {
             user,
             vhost,
             names_password: url.password().is_some(),
-            heartbeat: 10,
+            heartbeat: DEFAULT_HEARTBEAT,
         })
+    }
+}
+
+/// Reads a name that AMQP carries as a short string: 1 to 255 bytes.
+///
+/// # Errors
+/// A sentence for the prompt when it is empty or too long.
+pub fn short_string(name: &str) -> Result<String, String> {
+    match name.len() {
+        0 => Err("empty".into()),
+        1..=255 => Ok(name.into()),
+        bytes => Err(format!("a name has at most 255 bytes, not {bytes}")),
     }
 }
 
@@ -165,9 +181,10 @@ fn decode(part: &str) -> Result<String, Error> {
 /// The host and port, as messages name a broker.
 impl Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.host.contains(':') {
-            true => write!(f, "[{}]:{}", self.host, self.port),
-            false => write!(f, "{}:{}", self.host, self.port),
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
         }
     }
 }
@@ -180,6 +197,16 @@ impl<T> Debug for Secret<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("***")
     }
+}
+
+/// The pauses between one attempt to connect and the next: exponential, with jitter, for ever.
+pub fn pauses() -> impl Iterator<Item = Duration> {
+    ExponentialBuilder::new()
+        .with_min_delay(Duration::from_millis(100))
+        .with_max_delay(Duration::from_secs(5))
+        .with_jitter()
+        .without_max_times()
+        .build()
 }
 
 /// Gives every thread that is started after this a stack on which a hostile message can be parsed.
@@ -322,7 +349,7 @@ impl Link {
         call: impl FnOnce(&mut Connection) -> amiquip::Result<T>,
     ) -> Result<T, Error> {
         let Some(connection) = &mut self.connection else {
-            return Err(Error::lost(&self.target, "it is closed"));
+            return Err(self.lost("it is closed"));
         };
         match deadline.guard(&self.socket, || call(connection)) {
             Ok(Ok(value)) => Ok(value),
@@ -372,7 +399,19 @@ impl Link {
         }
     }
 
+    /// The error of a link that is of no use any more, for a reason that amiquip does not know.
+    #[must_use]
+    pub fn lost(&self, reason: &str) -> Error {
+        Error::Lost {
+            target: self.target.to_string(),
+            reason: reason.into(),
+        }
+    }
+
     /// Closes the connection, in one round trip, or cuts it if that takes more than a second.
+    ///
+    /// # Errors
+    /// What the broker said in the place of a farewell.
     pub fn close(&mut self) -> Result<(), Error> {
         let Some(connection) = self.connection.take() else {
             return Ok(());
@@ -491,13 +530,6 @@ impl Error {
                 target,
                 reason: other.to_string(),
             },
-        }
-    }
-
-    fn lost(target: &Target, reason: &str) -> Self {
-        Error::Lost {
-            target: target.to_string(),
-            reason: reason.into(),
         }
     }
 

@@ -1,6 +1,7 @@
 //! The exit codes: one documented type, from which `--help` and the README take theirs.
 
-use std::fmt::Write;
+use std::fmt::{Display, Write as _};
+use std::io::{self, Write as _};
 
 /// An **exit code** is all that a shell script learns of how a run ended.
 ///
@@ -97,6 +98,11 @@ pub fn help(codes: &[(ExitCode, &str)]) -> String {
         let _ = write!(text, "\n  {:>3}  {meaning}", *code as u8);
     }
     text
+}
+
+/// Says on standard error why a program, or a call, failed. If nobody reads it, the exit code is left.
+pub fn complain(program: &str, error: impl Display) {
+    let _ = writeln!(io::stderr(), "{program}: {error}");
 }
 
 impl From<ExitCode> for std::process::ExitCode {

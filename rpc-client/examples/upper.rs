@@ -1,0 +1,17 @@
+//! Calls the function that `rpc-server`'s example of the same name serves.
+//!
+//!     cargo run -p rpc-server --example upper
+//!     cargo run -p rpc-client --example upper -- "hello"
+
+use rpc_client::{Client, Config};
+use rpc_common::broker;
+
+fn main() -> anyhow::Result<()> {
+    broker::prepare_threads();
+    let mut client = Client::new(Config::new("upper_queue")?);
+    for text in std::env::args().skip(1) {
+        let answer = client.call(&text)?;
+        println!("{}", String::from_utf8_lossy(&answer));
+    }
+    Ok(())
+}

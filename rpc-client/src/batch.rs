@@ -1,0 +1,189 @@
+//! A batch of numbers: feeds them to the client and prints the answers in the order asked.
+
+use crate::client::{Client, Config, Error, Outcome};
+use rpc_common::exit::{self, Exit, ExitCode};
+use rpc_common::message::escape;
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::io::{self, Write};
+use std::thread;
+
+/// What to ask, and how to print the answers.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    /// The numbers n of fib(n).
+    pub numbers: Vec<u64>,
+    /// How often each number is asked for.
+    pub repeat: u64,
+    /// The form of the answers.
+    pub format: Format,
+    /// Nothing on standard error but errors.
+    pub quiet: bool,
+}
+
+/// The form of the answers on standard output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// A line of the tutorial's, ` [.] Got 832040`; none for a call that failed.
+    Text,
+    /// The number alone; an empty line for a call that failed, so that lines stay aligned.
+    Raw,
+}
+
+/// Asks for every number of the batch and prints the answers to `output`, in order. Returns the
+/// largest exit code of the calls.
+///
+/// # Errors
+/// [`Error::Broker`] when the broker is not to be had, [`Error::Output`] when `output` fails.
+pub fn run(batch: Batch, config: Config, output: impl Write) -> Result<ExitCode, Error> {
+    let mut printer = Printer {
+        output,
+        format: batch.format,
+        early: BTreeMap::new(),
+        next: 0,
+        code: ExitCode::Success,
+    };
+    let (requests, taken) = crossbeam_channel::bounded(config.in_flight);
+    let announce = batch.format == Format::Text && !batch.quiet;
+    // Not joined: where the run ends before its input does, the thread ends at its next request.
+    thread::spawn(move || {
+        let each = |n| (0..batch.repeat).map(move |_| n);
+        for n in batch.numbers.into_iter().flat_map(each) {
+            if announce {
+                let _ = writeln!(io::stderr(), " [x] Requesting fib({n})"); // nobody has to read it
+            }
+            if requests.send(n.to_string().into_bytes()).is_err() {
+                return;
+            }
+        }
+    });
+    match Client::new(config).run(&taken, &mut |outcomes| printer.print(outcomes)) {
+        Ok(()) => {}
+        Err(error @ Error::Broker(_)) => printer.fail(&error, &error),
+        Err(error) => return Err(error),
+    }
+    Ok(printer.code)
+}
+
+/// Puts the outcomes into the order in which they were asked for.
+struct Printer<W> {
+    output: W,
+    format: Format,
+    /// Outcomes that came before their turn.
+    early: BTreeMap<u64, Outcome>,
+    /// The index of the outcome whose turn it is.
+    next: u64,
+    /// The largest exit code so far.
+    code: ExitCode,
+}
+
+impl<W: Write> Printer<W> {
+    fn print(&mut self, outcomes: Vec<Outcome>) -> io::Result<()> {
+        self.early
+            .extend(outcomes.into_iter().map(|outcome| (outcome.index, outcome)));
+        while let Some(outcome) = self.early.remove(&self.next) {
+            self.print_one(outcome)?;
+            self.next += 1;
+        }
+        self.output.flush()
+    }
+
+    fn print_one(&mut self, outcome: Outcome) -> io::Result<()> {
+        let number = outcome.result.and_then(|answer| read_answer(&answer));
+        match (&number, self.format) {
+            (Ok(number), Format::Text) => writeln!(self.output, " [.] Got {number}")?,
+            (Ok(number), Format::Raw) => writeln!(self.output, "{number}")?,
+            (Err(_), Format::Text) => {}
+            (Err(_), Format::Raw) => writeln!(self.output)?,
+        }
+        match number {
+            Ok(_) => {}
+            Err(error @ Error::NoServer { .. }) => self.fail(&error, &error), // the same for every n
+            Err(error) => {
+                let request = escape(&outcome.request);
+                self.fail(&error, format_args!("fib({request}): {error}"));
+            }
+        }
+        Ok(())
+    }
+
+    fn fail(&mut self, error: &Error, message: impl Display) {
+        self.code = self.code.max(error.exit_code());
+        exit::complain("rpc-client", message);
+    }
+}
+
+/// An answer is a number in decimal, however large.
+fn read_answer(body: &[u8]) -> Result<String, Error> {
+    match std::str::from_utf8(body) {
+        Ok(text) if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) => {
+            Ok(text.into())
+        }
+        _ => Err(Error::BadReply(escape(body).to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(index: u64, answer: &str) -> Outcome {
+        Outcome {
+            index,
+            request: index.to_string().into(),
+            result: Ok(answer.into()),
+        }
+    }
+
+    fn printed(format: Format, batches: Vec<Vec<Outcome>>) -> (String, ExitCode) {
+        let mut output = Vec::new();
+        let mut printer = Printer {
+            output: &mut output,
+            format,
+            early: BTreeMap::new(),
+            next: 0,
+            code: ExitCode::Success,
+        };
+        for outcomes in batches {
+            printer.print(outcomes).unwrap();
+        }
+        let code = printer.code;
+        (String::from_utf8(output).unwrap(), code)
+    }
+
+    #[test]
+    fn answers_are_printed_in_the_order_asked() {
+        let batches = vec![
+            vec![outcome(2, "22"), outcome(0, "0")],
+            vec![outcome(1, "11")],
+        ];
+        assert_eq!(
+            printed(Format::Raw, batches),
+            ("0\n11\n22\n".into(), ExitCode::Success)
+        );
+    }
+
+    #[test]
+    fn a_failed_call_is_an_empty_line_raw_and_none_as_text() {
+        let batches = || vec![vec![outcome(0, "1"), outcome(1, "NaN"), outcome(2, "3")]];
+        assert_eq!(
+            printed(Format::Raw, batches()),
+            ("1\n\n3\n".into(), ExitCode::RemoteError)
+        );
+        assert_eq!(
+            printed(Format::Text, batches()),
+            (" [.] Got 1\n [.] Got 3\n".into(), ExitCode::RemoteError)
+        );
+    }
+
+    #[test]
+    fn an_answer_is_digits_and_nothing_else() {
+        assert_eq!(read_answer(b"0").unwrap(), "0");
+        for body in [&b""[..], b"NaN", b"-1", b"1\n", b" 1", b"\xff"] {
+            assert!(
+                matches!(read_answer(body), Err(Error::BadReply(_))),
+                "{body:?}"
+            );
+        }
+    }
+}

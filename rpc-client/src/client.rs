@@ -1,0 +1,336 @@
+//! The loop: takes requests, sends them, waits for their answers, and connects again in between.
+
+use crate::calls::{Call, Calls};
+use crate::session::{RawReply, Session};
+use amiquip::Return;
+use crossbeam_channel::{bounded, never, select, Receiver};
+use rpc_common::broker::{self, Target};
+use rpc_common::deadline::Deadline;
+use rpc_common::exit::{Exit, ExitCode};
+use rpc_common::message::{decode_reply, escape, Failure};
+use std::time::{Duration, Instant};
+use std::{io, mem, thread};
+use uuid::Uuid;
+
+/// How to call.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The broker.
+    pub target: Target,
+    /// The request queue.
+    pub queue: String,
+    /// The limit of each call, connecting included.
+    pub timeout: Duration,
+    /// How many calls may be outstanding at once.
+    pub in_flight: usize,
+}
+
+impl Config {
+    /// Calls of up to 30 s, 64 at once, to `queue` of the broker that the environment names.
+    ///
+    /// # Errors
+    /// [`broker::Error::Url`]
+    pub fn new(queue: &str) -> Result<Self, broker::Error> {
+        let target = Target::from_env()?;
+        Ok(Config {
+            target,
+            queue: queue.into(),
+            timeout: Duration::from_secs(30),
+            in_flight: 64,
+        })
+    }
+}
+
+/// An **outcome** is how a call ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Which request of the run it was, from 0.
+    pub index: u64,
+    /// The request's body.
+    pub request: Vec<u8>,
+    /// The answer's body, or why there is none.
+    pub result: Result<Vec<u8>, Error>,
+}
+
+/// A **client** makes calls; it connects with the first one and stays connected.
+pub struct Client {
+    config: Config,
+    session: Option<Session>,
+}
+
+/// Takes the outcomes at hand, in the order in which they came.
+pub type OnOutcomes<'a> = dyn FnMut(Vec<Outcome>) -> io::Result<()> + 'a;
+
+impl Client {
+    /// A client that has not connected yet.
+    #[must_use]
+    pub fn new(config: Config) -> Self {
+        Client {
+            config,
+            session: None,
+        }
+    }
+
+    /// Calls the function with `body` and waits for the answer's body.
+    ///
+    /// # Errors
+    /// Any [`Error`] but [`Error::BadReply`] and [`Error::Output`].
+    ///
+    /// # Panics
+    /// Never: a run gives every request its outcome, or an error.
+    pub fn call(&mut self, body: &str) -> Result<Vec<u8>, Error> {
+        let (requests, taken) = bounded(1);
+        let _ = requests.send(body.into()); // there is room for it
+        drop(requests);
+        let mut result = None;
+        self.run(&taken, &mut |outcomes| {
+            result = outcomes.into_iter().next().map(|outcome| outcome.result);
+            Ok(())
+        })?;
+        result.expect("a run gives every request its outcome")
+    }
+
+    /// Makes a call of every request until `requests` ends, and tells `on_outcomes` how each ended.
+    ///
+    /// Calls that are unanswered when a connection breaks are sent again on the next one, under the
+    /// same correlation id, until their deadline.
+    ///
+    /// # Errors
+    /// [`Error::Broker`] when the broker is not to be had: then what is unanswered has no outcome,
+    /// and requests that were not taken stay. [`Error::Output`] when `on_outcomes` fails.
+    pub fn run(
+        &mut self,
+        requests: &Receiver<Vec<u8>>,
+        on_outcomes: &mut OnOutcomes,
+    ) -> Result<(), Error> {
+        let Client { config, session } = self;
+        let mut run = Run {
+            config,
+            requests,
+            more_requests: true,
+            calls: Calls::default(),
+            outcomes: Vec::new(),
+            on_outcomes,
+        };
+        let mut pauses = broker::pauses();
+        while run.has_work() {
+            let opened = match session.take() {
+                Some(open) => Ok(open),
+                None => Session::open(&config.target, &run.deadline()),
+            };
+            let error = match opened {
+                Ok(mut open) => match run.converse(&mut open) {
+                    Ok(()) => {
+                        *session = Some(open);
+                        return Ok(());
+                    }
+                    Err(Error::Broker(error)) => error,
+                    Err(error) => return Err(error),
+                },
+                Err(error) if !run.calls.any_sent() => return Err(error.into()),
+                Err(error) => error,
+            };
+            run.deliver()?;
+            if matches!(error, broker::Error::Refused { .. }) {
+                return Err(error.into());
+            }
+            log::info!("{error}: connecting again");
+            thread::sleep(pauses.next().unwrap_or_default().min(run.patience()));
+            run.expire();
+            run.deliver()?;
+        }
+        Ok(())
+    }
+}
+
+/// A **run** is what outlives the sessions on which its calls are made.
+struct Run<'a> {
+    config: &'a Config,
+    requests: &'a Receiver<Vec<u8>>,
+    /// False once `requests` has ended.
+    more_requests: bool,
+    calls: Calls,
+    /// Outcomes that have not been told yet.
+    outcomes: Vec<Outcome>,
+    on_outcomes: &'a mut OnOutcomes<'a>,
+}
+
+impl Run<'_> {
+    /// Waits until there is a call in hand; false when there will be none any more.
+    fn has_work(&mut self) -> bool {
+        if self.calls.is_empty() && self.more_requests {
+            match self.requests.recv() {
+                Ok(body) => drop(self.begin(body)),
+                Err(_) => self.more_requests = false,
+            }
+        }
+        !self.calls.is_empty()
+    }
+
+    fn begin(&mut self, body: Vec<u8>) -> &mut Call {
+        self.calls
+            .begin(Uuid::new_v4(), body, Deadline::after(self.config.timeout))
+    }
+
+    /// Until when it is worth trying to connect.
+    fn deadline(&self) -> Deadline {
+        self.calls
+            .last_deadline()
+            .unwrap_or_else(|| Deadline::after(self.config.timeout))
+    }
+
+    /// Makes calls on one session, until every request has its outcome or the session ends.
+    fn converse(&mut self, session: &mut Session) -> Result<(), Error> {
+        for call in self.calls.unanswered() {
+            session.publish(&self.config.queue, call)?;
+        }
+        session.consume(&self.deadline())?;
+        let no_requests = never();
+        while self.more_requests || !self.calls.is_empty() {
+            let has_room = self.more_requests && self.calls.len() < self.config.in_flight;
+            let requests = if has_room {
+                self.requests
+            } else {
+                &no_requests
+            };
+            // Who waits for answers gets those at hand before we wait for more.
+            let patience = if self.outcomes.is_empty() {
+                self.patience()
+            } else {
+                Duration::ZERO
+            };
+            select! {
+                recv(session.replies) -> got => self.on_reply(session.reply(got)?),
+                recv(session.returns) -> request => {
+                    if let Ok(request) = request {
+                        self.on_return(&request);
+                    }
+                }
+                recv(requests) -> body => match body {
+                    Ok(body) => {
+                        let queue = &self.config.queue;
+                        session.publish(queue, self.begin(body))?;
+                    }
+                    Err(_) => self.more_requests = false,
+                },
+                default(patience) => {
+                    self.expire();
+                    self.deliver()?;
+                }
+            }
+        }
+        self.deliver()
+    }
+
+    fn on_reply(&mut self, (properties, body): RawReply) {
+        match self.calls.on_reply(properties.correlation_id().as_deref()) {
+            Some(call) => self.end(call, decode_reply(&properties, body).map_err(Error::Remote)),
+            None => log::info!("discarded a reply to no call in hand"),
+        }
+    }
+
+    fn on_return(&mut self, request: &Return) {
+        if let Some(call) = self
+            .calls
+            .on_return(request.properties.correlation_id().as_deref())
+        {
+            let queue = self.config.queue.clone();
+            self.end(
+                call,
+                Err(Error::NoServer {
+                    queue,
+                    target: self.config.target.to_string(),
+                }),
+            );
+        }
+    }
+
+    /// How long nothing has to happen.
+    fn patience(&self) -> Duration {
+        let until = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
+        self.calls.next_deadline().map_or(Duration::MAX, until)
+    }
+
+    fn expire(&mut self) {
+        let now = Instant::now();
+        while let Some(call) = self.calls.expire(now) {
+            let (queue, target) = (self.config.queue.clone(), self.config.target.to_string());
+            let limit = call.deadline.to_string();
+            self.end(
+                call,
+                Err(Error::NoAnswer {
+                    queue,
+                    target,
+                    limit,
+                }),
+            );
+        }
+    }
+
+    fn end(&mut self, call: Call, result: Result<Vec<u8>, Error>) {
+        self.outcomes.push(Outcome {
+            index: call.index,
+            request: call.body,
+            result,
+        });
+    }
+
+    fn deliver(&mut self) -> Result<(), Error> {
+        if self.outcomes.is_empty() {
+            return Ok(());
+        }
+        (self.on_outcomes)(mem::take(&mut self.outcomes)).map_err(Error::Output)
+    }
+}
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The broker is not to be had.
+    #[error(transparent)]
+    Broker(#[from] broker::Error),
+    /// The request queue does not exist: nothing ran.
+    #[error("no queue '{queue}' on {target}: is rpc-server running?")]
+    NoServer {
+        /// The request queue.
+        queue: String,
+        /// Host and port of the broker.
+        target: String,
+    },
+    /// The deadline passed: the function may or may not have run.
+    #[error(
+        "no answer from '{queue}' on {target} within {limit}: is rpc-server running, or busy?"
+    )]
+    NoAnswer {
+        /// The request queue.
+        queue: String,
+        /// Host and port of the broker.
+        target: String,
+        /// The limit, as it was typed.
+        limit: String,
+    },
+    /// The server answered with an error.
+    #[error("{}", escape(.0.message.as_bytes()))]
+    Remote(Failure),
+    /// The server answered with what is no answer.
+    #[error("bad reply: '{0}' is no number: does another program serve this queue?")]
+    BadReply(String),
+    /// The answers could not be written.
+    #[error("cannot write to standard output: {0}")]
+    Output(io::Error),
+}
+
+impl Exit for Error {
+    fn exit_code(&self) -> ExitCode {
+        match self {
+            Error::Broker(error) => error.exit_code(),
+            Error::NoServer { .. } => ExitCode::NoServer,
+            Error::NoAnswer { .. } => ExitCode::NoAnswer,
+            Error::Remote(_) | Error::BadReply(_) => ExitCode::RemoteError,
+            Error::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                ExitCode::BrokenPipe
+            }
+            Error::Output(_) => ExitCode::Output,
+        }
+    }
+}

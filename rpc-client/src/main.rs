@@ -1,0 +1,28 @@
+//! Calls fib(n) over RabbitMQ RPC. Everything but the edges is in the library.
+
+use clap::Parser;
+use rpc_client::cli::Cli;
+use rpc_client::{batch, Error};
+use rpc_common::broker;
+use rpc_common::exit::{self, Exit, ExitCode};
+use std::io::{self, BufWriter};
+use std::process;
+
+fn main() -> process::ExitCode {
+    broker::prepare_threads();
+    let cli = Cli::parse();
+    cli.start_log();
+    let code = run(&cli).unwrap_or_else(|error| {
+        let code = error.exit_code();
+        if code != ExitCode::BrokenPipe {
+            exit::complain("rpc-client", &error);
+        }
+        code
+    });
+    code.into()
+}
+
+fn run(cli: &Cli) -> Result<ExitCode, Error> {
+    let config = cli.config()?;
+    batch::run(cli.batch(), config, BufWriter::new(io::stdout().lock()))
+}

@@ -1,0 +1,111 @@
+//! A session: one connection with its reply queue, from opening it to its end.
+
+use crate::calls::Call;
+use amiquip::{
+    AmqpProperties, Channel, ConsumerMessage, ConsumerOptions, QueueDeclareOptions, Return,
+};
+use crossbeam_channel::{never, Receiver, RecvError};
+use rpc_common::broker::{self, Error, Link, Target};
+use rpc_common::deadline::{Deadline, Phase};
+use rpc_common::message::Request;
+use uuid::Uuid;
+
+/// A **session** owns all that a connection needs to make calls.
+pub(crate) struct Session {
+    link: Link, // first, so that it is closed first: the channel's own close then costs nothing
+    channel: Channel,
+    reply_queue: String,
+    /// Silent until [`Session::consume`].
+    pub(crate) replies: Receiver<ConsumerMessage>,
+    /// The requests that found no queue.
+    pub(crate) returns: Receiver<Return>,
+    consumes: bool,
+}
+
+/// What a reply consists of on the wire.
+pub(crate) type RawReply = (AmqpProperties, Vec<u8>);
+
+impl Session {
+    /// Connects and declares the reply queue.
+    pub(crate) fn open(target: &Target, deadline: &Deadline) -> Result<Self, Error> {
+        let mut link = broker::open(target, "rpc-client", deadline)?;
+        let channel = link.open_channel(deadline)?;
+        let reply_queue = format!("rpc.reply.{}", Uuid::new_v4());
+        let exclusive = QueueDeclareOptions {
+            exclusive: true,
+            ..QueueDeclareOptions::default()
+        };
+        let returns = link.within(deadline, Phase::Declare, |_| {
+            // Not waited for: if it fails, so does the consumer that follows.
+            channel.queue_declare_nowait(&reply_queue, exclusive)?;
+            channel.listen_for_returns()
+        })?;
+        Ok(Session {
+            link,
+            channel,
+            reply_queue,
+            replies: never(),
+            returns,
+            consumes: false,
+        })
+    }
+
+    /// Sends a call's request.
+    pub(crate) fn publish(&mut self, queue: &str, call: &mut Call) -> Result<(), Error> {
+        call.sends += 1;
+        let id = call.id.to_string();
+        let request = Request {
+            body: &call.body,
+            reply_to: Some(&self.reply_queue),
+            correlation_id: Some(&id),
+            expiration: Some(call.deadline.remaining()),
+        };
+        self.channel
+            .basic_publish("", request.encode(queue))
+            .map_err(|error| self.link.explain(error))
+    }
+
+    /// Starts to receive replies. Called after the first requests are published, because replies
+    /// wait in their queue, and this is a round trip that the server can work in.
+    pub(crate) fn consume(&mut self, deadline: &Deadline) -> Result<(), Error> {
+        if self.consumes {
+            return Ok(());
+        }
+        let options = ConsumerOptions {
+            no_ack: true,
+            exclusive: true,
+            ..ConsumerOptions::default()
+        };
+        self.replies = self.link.within(deadline, Phase::Consume, |_| {
+            let consumer = self.channel.basic_consume(&self.reply_queue, options)?;
+            let replies = consumer.receiver().clone();
+            std::mem::forget(consumer); // it would cancel itself; it ends with the connection
+            Ok(replies)
+        })?;
+        self.consumes = true;
+        Ok(())
+    }
+
+    /// What the reply queue's consumer got: a reply, or the end of the session.
+    pub(crate) fn reply(
+        &mut self,
+        got: Result<ConsumerMessage, RecvError>,
+    ) -> Result<RawReply, Error> {
+        match got {
+            Ok(ConsumerMessage::Delivery(delivery)) => Ok((delivery.properties, delivery.body)),
+            Ok(ConsumerMessage::ServerCancelled) => {
+                Err(self.link.lost("the reply queue was deleted"))
+            }
+            Ok(
+                ConsumerMessage::ServerClosedChannel(error)
+                | ConsumerMessage::ServerClosedConnection(error),
+            ) => Err(self.link.explain(error)),
+            Ok(ConsumerMessage::ClientCancelled | ConsumerMessage::ClientClosedChannel) => {
+                Err(self.link.lost("the channel is closed"))
+            }
+            Ok(ConsumerMessage::ClientClosedConnection) | Err(RecvError) => {
+                Err(self.link.explain(amiquip::Error::EventLoopDropped))
+            }
+        }
+    }
+}

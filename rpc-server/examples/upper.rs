@@ -1,0 +1,20 @@
+//! Serves another function with the same loop: the request's text in upper case.
+//!
+//!     cargo run -p rpc-server --example upper
+//!     cargo run -p rpc-client --example upper -- "hello"
+
+use rpc_common::broker;
+use rpc_server::{serve, signals, Config};
+
+fn main() -> anyhow::Result<()> {
+    broker::prepare_threads();
+    let config = Config::new("upper_queue")?;
+    let stop = signals::stop()?;
+    serve(
+        &config,
+        &|request| Ok(request.text()?.to_uppercase()),
+        &stop,
+        &|| println!("serving upper_queue, Ctrl-C stops"),
+    )?;
+    Ok(())
+}

@@ -1,0 +1,132 @@
+//! The function that is served: from a request to a reply. Nothing here knows AMQP.
+
+use rpc_common::fib::fib as fibonacci;
+use rpc_common::message::{escape, parse_number, ErrorCode, Failure, NumberError, Reply, Request};
+use std::panic::{self, AssertUnwindSafe};
+use std::thread;
+use std::time::Duration;
+
+/// A **handler** is a function that can be served: it turns a request into a reply, on any thread.
+pub type Handler<'a> = dyn Fn(&Request) -> Reply + Sync + 'a;
+
+/// Calls the handler; a panic becomes the failure `internal`, and its detail stays with the panic
+/// hook, in the server's log.
+pub(crate) fn call(handler: &Handler, request: &Request) -> Reply {
+    // A handler whose state a panic can break has to see to that itself, as with a poisoned mutex.
+    panic::catch_unwind(AssertUnwindSafe(|| handler(request))).unwrap_or_else(|_| {
+        Err(Failure {
+            code: ErrorCode::Internal,
+            message: "internal error: the function failed, the server's log says why".into(),
+        })
+    })
+}
+
+/// The handler of the program: fib(n) for n up to `max_n`, exact.
+///
+/// It calls `announce` with each n that it serves, and sleeps for `delay` to let people watch fair
+/// dispatch.
+pub fn fib(
+    max_n: u64,
+    delay: Duration,
+    announce: impl Fn(u64) + Sync,
+) -> impl Fn(&Request) -> Reply + Sync {
+    move |request| {
+        let n = argument(request.body, max_n)?;
+        announce(n);
+        thread::sleep(delay);
+        Ok(fibonacci(n).to_string())
+    }
+}
+
+fn argument(body: &[u8], max_n: u64) -> Result<u64, Failure> {
+    let failure = |code, reason: &str| Failure {
+        code,
+        message: reason.into(),
+    };
+    match parse_number(body) {
+        Ok(n) if n <= max_n => Ok(n),
+        Ok(n) => Err(failure(
+            ErrorCode::OutOfRange,
+            &format!("out of range: {n} is larger than {max_n}, the largest n served here"),
+        )),
+        Err(error @ NumberError::TooLarge) => Err(failure(
+            ErrorCode::OutOfRange,
+            &format!("out of range: {} is {error}", escape(body)),
+        )),
+        Err(error @ NumberError::Malformed) => Err(failure(
+            ErrorCode::InvalidArgument,
+            &format!(
+                "invalid argument: '{}' is {error}",
+                escape(&body[..body.len().min(21)])
+            ),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    fn ask(handler: &Handler, body: &[u8]) -> Reply {
+        call(
+            handler,
+            &Request {
+                body,
+                reply_to: None,
+                correlation_id: None,
+                expiration: None,
+            },
+        )
+    }
+
+    #[test]
+    fn fib_is_served_and_announced() {
+        let announced = AtomicU64::new(0);
+        let handler = fib(100, Duration::ZERO, |n| {
+            announced.store(n, Ordering::Relaxed);
+        });
+        assert_eq!(ask(&handler, b"30"), Ok("832040".into()));
+        assert_eq!(announced.load(Ordering::Relaxed), 30);
+    }
+
+    #[test]
+    fn what_is_no_number_or_too_large_is_a_failure_with_its_code() {
+        let handler = fib(100, Duration::ZERO, |n| panic!("announced {n}"));
+        for (body, code, message) in [
+            (
+                "abc",
+                ErrorCode::InvalidArgument,
+                "invalid argument: 'abc' is not a natural number in decimal digits, 20 at most",
+            ),
+            (
+                "101",
+                ErrorCode::OutOfRange,
+                "out of range: 101 is larger than 100, the largest n served here",
+            ),
+            (
+                "18446744073709551616",
+                ErrorCode::OutOfRange,
+                "out of range: 18446744073709551616 is larger than 18446744073709551615",
+            ),
+        ] {
+            assert_eq!(
+                ask(&handler, body.as_bytes()),
+                Err(Failure {
+                    code,
+                    message: message.into()
+                })
+            );
+        }
+    }
+
+    #[test]
+    fn a_panic_is_contained() {
+        let failure = ask(&|_| panic!("on purpose"), b"1").unwrap_err();
+        assert_eq!(failure.code, ErrorCode::Internal);
+        assert!(
+            !failure.message.contains("on purpose"),
+            "the detail belongs to the log"
+        );
+    }
+}

@@ -1,0 +1,44 @@
+//! Serves fib(n) over RabbitMQ RPC. Everything but the edges is in the library.
+
+use clap::Parser;
+use log::LevelFilter;
+use rpc_common::broker;
+use rpc_common::exit::{self, Exit, ExitCode};
+use rpc_server::cli::Cli;
+use rpc_server::{handler, serve, signals};
+use std::fmt::Display;
+use std::io::{self, Write};
+use std::{panic, process};
+
+fn main() -> process::ExitCode {
+    broker::prepare_threads();
+    let cli = Cli::parse();
+    cli.log.start_for_operator(LevelFilter::Info);
+    panic::set_hook(Box::new(|panic| log::error!("{panic}")));
+    let code = match run(&cli) {
+        Ok(()) => ExitCode::Success,
+        Err(error) => {
+            exit::complain("rpc-server", &error);
+            error.exit_code()
+        }
+    };
+    code.into()
+}
+
+fn run(cli: &Cli) -> Result<(), broker::Error> {
+    let config = cli.config()?;
+    let stop = signals::stop().expect("the system lets us handle signals");
+    let fib = handler::fib(cli.max_n, cli.delay, |n| {
+        if !cli.quiet {
+            say(format_args!(" [.] fib({n})"));
+        }
+    });
+    serve(&config, &fib, &stop, &|| say(" [x] Awaiting RPC requests"))
+}
+
+/// Prints a line of the conversation. That nobody reads it is no reason to stop serving.
+fn say(line: impl Display) {
+    if let Err(error) = writeln!(io::stdout(), "{line}") {
+        log::debug!("cannot write to standard output: {error}");
+    }
+}

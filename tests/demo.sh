@@ -1,0 +1,63 @@
+#!/bin/bash
+# The demo: a broker (a private node, or the one of AMQP_URL), a server, one call. Stops what it
+# started, whatever happens.
+#   tests/demo.sh FOLDER-OF-THE-PROGRAMS
+set -euo pipefail
+
+programs=$1
+here=$(dirname "$0")
+scratch=$(mktemp -d)
+
+clean_up() {
+    trap - EXIT INT TERM
+    [ -z "${server_pid:-}" ] || { kill "$server_pid" 2>/dev/null && wait "$server_pid"; } || true
+    [ -z "${broker_pid:-}" ] || { exec 3>&-; wait "$broker_pid"; } || true
+    rm -rf "$scratch"
+}
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# Waits until $1 holds a line; fails when process $2 ends first.
+await_line() {
+    until [ -s "$1" ]; do
+        kill -0 "$2" 2>/dev/null || { cat "$scratch"/*.err >&2; exit 1; }
+        sleep 0.05
+    done
+}
+
+queue=rpc_queue
+if [ -n "${AMQP_URL:-}" ]; then
+    queue=rpc_demo # who shares the broker may have a server of their own on rpc_queue
+else
+    echo "starting a private RabbitMQ, some seconds ..."
+    mkfifo "$scratch/hold" # the node runs for as long as we hold this open
+    setsid "$here/broker.sh" run "$scratch/node" <"$scratch/hold" >"$scratch/url" 2>"$scratch/broker.err" &
+    broker_pid=$!
+    exec 3>"$scratch/hold"
+    await_line "$scratch/url" "$broker_pid"
+    AMQP_URL=$(cat "$scratch/url")
+    export AMQP_URL
+fi
+
+setpriv --pdeathsig TERM "$programs/rpc-server" --queue "$queue" >"$scratch/server" 2>"$scratch/server.err" 3>&- &
+server_pid=$!
+await_line "$scratch/server" "$server_pid"
+call() { "$programs/rpc-client" --queue "$queue" "$@" 30 3>&-; }
+call --output text >"$scratch/client" 2>&1 || { cat "$scratch/client" >&2; exit 1; }
+answer=$(call)
+kill "$server_pid"
+wait "$server_pid"
+server_pid=
+
+cat <<EOF
+
+\$ rpc-server
+$(cat "$scratch/server")
+
+\$ rpc-client 30
+$(cat "$scratch/client")
+
+\$ answer=\$(rpc-client 30); echo "\$answer"
+$answer
+EOF

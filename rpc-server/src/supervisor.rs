@@ -5,10 +5,11 @@ use crate::queue::{self, QueueType};
 use crate::signals::Stop;
 use crate::worker::{Need, Report, Worker};
 use amiquip::{Channel, ConnectionBlockedNotification};
-use crossbeam_channel::{select, unbounded, Receiver, Sender};
+use crossbeam_channel::{bounded, select, unbounded, Receiver, Sender};
 use rpc_common::broker::{self, Error, Link, Target};
 use rpc_common::deadline::Deadline;
 use rpc_common::message::escape;
+use std::convert::Infallible;
 use std::thread;
 use std::time::Duration;
 
@@ -66,6 +67,7 @@ pub fn serve(
     on_ready: &dyn Fn(),
 ) -> Result<(), Error> {
     let (report, reports) = unbounded();
+    let (begin, ready) = bounded(0);
     let link = thread::scope(|scope| {
         for number in 1..=config.workers {
             let worker = Worker {
@@ -73,6 +75,7 @@ pub fn serve(
                 prefetch: config.prefetch,
                 handler,
                 stop,
+                ready: &ready,
                 reports: report.clone(),
             };
             thread::Builder::new()
@@ -87,6 +90,7 @@ pub fn serve(
             config,
             stop,
             on_ready,
+            begin: Some(begin),
             reports,
             waiting: Vec::new(),
             queue_type,
@@ -105,6 +109,8 @@ struct Supervisor<'a> {
     config: &'a Config,
     stop: &'a Stop,
     on_ready: &'a dyn Fn(),
+    /// Dropped to let the workers begin.
+    begin: Option<Sender<Infallible>>,
     reports: Receiver<Report>,
     /// The inboxes of workers that wait for a channel.
     waiting: Vec<Sender<Channel>>,
@@ -225,6 +231,7 @@ impl Supervisor<'_> {
         self.consuming += 1;
         if self.consuming == self.config.workers {
             (self.on_ready)();
+            self.begin = None;
         }
     }
 

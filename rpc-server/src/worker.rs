@@ -3,8 +3,9 @@
 use crate::handler::{self, Handler};
 use crate::signals::Stop;
 use amiquip::{Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery, Return};
-use crossbeam_channel::{bounded, select_biased, Sender};
+use crossbeam_channel::{bounded, select_biased, Receiver, Sender};
 use rpc_common::message::{encode_reply, escape, Request};
+use std::convert::Infallible;
 
 /// A **worker** takes requests from the queue for as long as it gets channels to do so.
 ///
@@ -15,6 +16,8 @@ pub(crate) struct Worker<'a> {
     pub(crate) prefetch: u16,
     pub(crate) handler: &'a Handler<'a>,
     pub(crate) stop: &'a Stop,
+    /// Ends when all workers consume; no request is begun before that.
+    pub(crate) ready: &'a Receiver<Infallible>,
     pub(crate) reports: Sender<Report>,
 }
 
@@ -75,12 +78,14 @@ impl Worker<'_> {
         let returns = channel.listen_for_returns()?;
         let consumer = channel.basic_consume(self.queue, ConsumerOptions::default())?;
         let _ = self.reports.send(Report::Consumes);
+        select_biased! {
+            recv(self.stop) -> _ => {}
+            recv(self.ready) -> _ => {}
+        }
         loop {
             select_biased! {
                 recv(self.stop) -> _ => {
-                    // What was delivered but not begun goes back to the queue with the channel. The
-                    // round trip also takes our last ack with it, before the connection is closed.
-                    consumer.cancel()?;
+                    drain(&consumer)?;
                     return Ok(End::Stopped);
                 }
                 recv(returns) -> reply => if let Ok(reply) = reply {
@@ -131,6 +136,17 @@ impl Worker<'_> {
         channel.basic_publish("", encode_reply(&reply, reply_to, request.correlation_id))?;
         consumer.ack(delivery)
     }
+}
+
+/// Ends the deliveries. What was delivered but not begun goes back to the queue with the channel; and
+/// the round trip takes our last ack with it, before the connection is closed.
+fn drain(consumer: &Consumer) -> amiquip::Result<()> {
+    consumer.cancel()?;
+    // amiquip confirms on two ways, one after the other, and ends the connection if nobody listens
+    // on the second any more.
+    let is_end = |message| matches!(message, ConsumerMessage::ClientCancelled);
+    consumer.receiver().iter().any(is_end);
+    Ok(())
 }
 
 fn log_return(reply: &Return) {

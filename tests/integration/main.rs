@@ -1,1 +1,11 @@
-//! placeholder
+//! The real programs on a real RabbitMQ, as their users see them.
+//!
+//! All tests share one private node, which the first of them starts, and run in parallel, each on
+//! queues of its own. `AMQP_URL` points them at another broker.
+
+mod client;
+mod failures;
+mod readme;
+mod server;
+mod support;
+mod wire;

@@ -1,7 +1,7 @@
 //! Serves another function with the same loop: the request's text in upper case.
 //!
-//!     cargo run -p rpc-server --example upper
-//!     cargo run -p rpc-client --example upper -- "hello"
+//!     cargo run -p rpc-server --example serve_upper
+//!     cargo run -p rpc-client --example call_upper -- "hello"
 
 use rpc_common::broker;
 use rpc_server::{serve, signals, Config};

@@ -1,7 +1,7 @@
-//! Calls the function that `rpc-server`'s example of the same name serves.
+//! Calls the function that the example `serve_upper` of `rpc-server` serves.
 //!
-//!     cargo run -p rpc-server --example upper
-//!     cargo run -p rpc-client --example upper -- "hello"
+//!     cargo run -p rpc-server --example serve_upper
+//!     cargo run -p rpc-client --example call_upper -- "hello"
 
 use rpc_client::{Client, Config};
 use rpc_common::broker;

@@ -1,0 +1,444 @@
+//! What goes wrong, as users see it: one clear line, and the exit code of the table.
+
+use crate::support::broker;
+use crate::support::peer::{Peer, Queue};
+use crate::support::programs::{client, command, expect, Server};
+use amiquip::AmqpProperties;
+use rpc_common::exit;
+use std::net::{TcpListener, TcpStream};
+use std::{fs, thread};
+
+/// The broker's URL with another user or vhost.
+fn url(user_info: &str, vhost: &str) -> String {
+    format!("amqp://{user_info}{}{vhost}", broker::authority())
+}
+
+#[test]
+fn without_arguments_there_is_usage() {
+    let output = command("rpc-client")
+        .assert()
+        .code(2)
+        .stdout("")
+        .get_output()
+        .clone();
+    let usage = String::from_utf8(output.stderr).expect("help is text");
+    assert!(
+        usage.contains("Usage: rpc-client [OPTIONS] <N>..."),
+        "{usage}"
+    );
+}
+
+#[test]
+fn help_lists_the_exit_codes_and_hides_the_environment() {
+    for (program, codes) in [("rpc-client", exit::CLIENT), ("rpc-server", exit::SERVER)] {
+        let mut help = command(program);
+        let output = help
+            .arg("--help")
+            .env("AMQP_URL", "amqp://me:sesame@host")
+            .assert()
+            .code(0)
+            .stderr("")
+            .get_output()
+            .clone();
+        let text = String::from_utf8(output.stdout).expect("help is text");
+        assert!(text.contains(&exit::help(codes)), "{text}");
+        assert!(!text.contains("sesame"), "{text}");
+    }
+}
+
+#[test]
+fn what_is_no_number_never_leaves_the_client() {
+    let queue = Queue::transient("no_number");
+    for wrong in [
+        "abc",
+        "",
+        "-5",
+        "+5",
+        "1.5",
+        " 1",
+        "1e3",
+        "0x10",
+        "123456789012345678901",
+    ] {
+        let stderr = format!(
+            "error: invalid value '{wrong}' for '<N>...': not a natural number in decimal digits, 20 at most\n\n\
+             For more information, try '--help'.\n"
+        );
+        expect(&mut client(&queue, &["1", "--", wrong]), 2, "", &stderr);
+    }
+    let stderr = "error: invalid value '18446744073709551616' for '<N>...': larger than 18446744073709551615\n\n\
+                  For more information, try '--help'.\n";
+    expect(
+        &mut client(&queue, &["18446744073709551616"]),
+        2,
+        "",
+        stderr,
+    );
+    assert!(Peer::connect().finds_nothing(&queue));
+}
+
+#[test]
+fn wrong_options_are_refused_by_both_programs() {
+    for args in [
+        &["--heartbeat", "0"][..],
+        &["--heartbeat", "65536"],
+        &["--queue", ""],
+        &["--nonsense"],
+    ] {
+        command("rpc-client")
+            .args(args)
+            .arg("1")
+            .assert()
+            .code(2)
+            .stdout("");
+        command("rpc-server").args(args).assert().code(2).stdout("");
+    }
+    for args in [
+        ["-t", "0"],
+        ["-t", "soon"],
+        ["-t", "366d"],
+        ["-j", "0"],
+        ["--repeat", "0"],
+        ["-o", "xml"],
+    ] {
+        command("rpc-client")
+            .args(args)
+            .arg("1")
+            .assert()
+            .code(2)
+            .stdout("");
+    }
+    for args in [
+        ["--prefetch", "0"],
+        ["--workers", "2000"],
+        ["--delay", "-1s"],
+        ["--max-n", "many"],
+    ] {
+        command("rpc-server").args(args).assert().code(2).stdout("");
+    }
+}
+
+#[test]
+fn a_bad_url_is_refused_without_its_password() {
+    for (url, reason) in [
+        (
+            "amqps://me:sesame@localhost",
+            "amqps:// (TLS) is not supported yet",
+        ),
+        (
+            "http://me:sesame@localhost",
+            "unknown scheme 'http', not amqp",
+        ),
+        ("localhost:5672", "unknown scheme 'localhost', not amqp"),
+        (
+            "amqp:me:sesame@localhost",
+            "not of the form amqp://user:password@host:port/vhost",
+        ),
+        ("amqp://me:sesame@localhost:port", "invalid port number"),
+        (
+            "amqp://me:sesame@localhost/a/b",
+            "write a '/' in the vhost as %2f",
+        ),
+        (
+            "amqp://localhost?heartbeat=5",
+            "heartbeat is the option --heartbeat",
+        ),
+        ("amqp://localhost?colour=red", "unknown parameter 'colour'"),
+        (
+            "amqp://me:%ff@localhost",
+            "what is percent-encoded is not UTF-8",
+        ),
+    ] {
+        let error = format!("bad URL: {reason}\n");
+        expect(
+            command("rpc-client").args(["--url", url, "1"]),
+            2,
+            "",
+            &format!("rpc-client: {error}"),
+        );
+        expect(
+            command("rpc-client").arg("1").env("AMQP_URL", url),
+            2,
+            "",
+            &format!("rpc-client: {error}"),
+        );
+        expect(
+            command("rpc-server").args(["--url", url]),
+            2,
+            "",
+            &format!("rpc-server: {error}"),
+        );
+    }
+}
+
+#[test]
+fn a_password_in_an_argument_draws_a_warning() {
+    let queue = Queue::named("password_warning");
+    let _server = Server::start(&queue, &[]);
+    let url = url("guest:guest@", "");
+    let warning =
+        "rpc-client: warning: ps shows everybody the password in --url: put the URL into AMQP_URL\n";
+    expect(
+        &mut client(&queue, &["--url", &url, "30"]),
+        0,
+        "832040\n",
+        warning,
+    );
+    expect(
+        &mut client(&queue, &["--url", &url, "30", "-q"]),
+        0,
+        "832040\n",
+        "",
+    );
+    expect(
+        client(&queue, &["30"]).env("AMQP_URL", &url),
+        0,
+        "832040\n",
+        "",
+    );
+}
+
+#[test]
+fn no_log_shows_a_password() {
+    let queue = Queue::named("secrets");
+    let _server = Server::start(&queue, &[]);
+    // To the broker it is the right one, for it is ours that decodes it.
+    let secret = url("guest:%67%75est@", "");
+    let output = client(&queue, &["30"])
+        .env("AMQP_URL", secret)
+        .env(
+            "RUST_LOG",
+            "trace,amiquip=trace,amiquip::io_loop::handshake_state=trace",
+        )
+        .assert()
+        .code(0)
+        .get_output()
+        .clone();
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(log.len() > 1_000, "trace logs: {log}");
+    assert!(
+        !log.contains("\\u{0}guest") && !log.contains("%67") && !log.contains("StartOk"),
+        "{log}"
+    );
+}
+
+#[test]
+fn no_broker_is_exit_code_3() {
+    let free = TcpListener::bind("127.0.0.1:0")
+        .expect("there are ports")
+        .local_addr()
+        .expect("it is bound");
+    let stderr = format!(
+        "rpc-client: cannot reach {free}: connection refused: is RabbitMQ running there?\n"
+    );
+    expect(
+        client("any", &["1"]).env("AMQP_URL", format!("amqp://{free}")),
+        3,
+        "",
+        &stderr,
+    );
+    let stderr =
+        "rpc-client: cannot resolve 'no-such-host.invalid': failed to lookup address information: \
+                  Name or service not known: is the host name right?\n";
+    expect(
+        client("any", &["1"]).env("AMQP_URL", "amqp://no-such-host.invalid"),
+        3,
+        "",
+        stderr,
+    );
+}
+
+#[test]
+fn a_peer_that_says_nothing_is_exit_code_3_and_names_the_phase() {
+    let silent = TcpListener::bind("127.0.0.1:0").expect("there are ports");
+    let address = silent.local_addr().expect("it is bound");
+    let stderr = format!(
+        "rpc-client: no connection to {address} within 300ms: timed out in the AMQP handshake\n"
+    );
+    let mut call = client("any", &["-t", "300ms", "1"]);
+    expect(
+        call.env("AMQP_URL", format!("amqp://{address}")),
+        3,
+        "",
+        &stderr,
+    );
+}
+
+#[test]
+fn a_peer_that_speaks_another_protocol_is_exit_code_3() {
+    let web = TcpListener::bind("127.0.0.1:0").expect("there are ports");
+    let address = web.local_addr().expect("it is bound");
+    thread::spawn(move || {
+        let answer = |mut stream: TcpStream| {
+            let _ = std::io::Write::write_all(&mut stream, b"HTTP/1.1 400 Bad Request\r\n\r\n");
+            let _ = std::io::copy(&mut stream, &mut std::io::sink());
+        };
+        web.incoming().flatten().for_each(answer);
+    });
+    let stderr = format!(
+        "rpc-client: lost the connection to {address}: I/O error while reading socket: \
+         the peer does not speak AMQP 0-9-1\n"
+    );
+    expect(
+        client("any", &["1"]).env("AMQP_URL", format!("amqp://{address}")),
+        3,
+        "",
+        &stderr,
+    );
+}
+
+#[test]
+fn refused_credentials_are_exit_code_3() {
+    let wrong = url("nobody:wrong@", "");
+    let error = format!(
+        "{} refused user 'nobody': is the password right?\n",
+        broker::authority()
+    );
+    expect(
+        client("any", &["1"]).env("AMQP_URL", &wrong),
+        3,
+        "",
+        &format!("rpc-client: {error}"),
+    );
+    let mut server = command("rpc-server");
+    let output = server
+        .env("AMQP_URL", &wrong)
+        .assert()
+        .code(3)
+        .stdout("")
+        .get_output()
+        .clone();
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(log.ends_with(&format!("rpc-server: {error}")), "{log}");
+}
+
+#[test]
+fn a_missing_vhost_is_exit_code_3() {
+    let missing = url("", "/no-such-vhost");
+    let error = format!(
+        "{} refused: NOT_ALLOWED - vhost no-such-vhost not found\n",
+        broker::authority()
+    );
+    expect(
+        client("any", &["1"]).env("AMQP_URL", &missing),
+        3,
+        "",
+        &format!("rpc-client: {error}"),
+    );
+    expect(
+        command("rpc-server").env("AMQP_URL", &missing),
+        3,
+        "",
+        &format!("rpc-server: {error}"),
+    );
+}
+
+#[test]
+fn a_queue_that_cannot_be_had_is_exit_code_3() {
+    let mut server = command("rpc-server");
+    let output = server
+        .args(["--queue", "amq.reserved"])
+        .assert()
+        .code(3)
+        .stdout("")
+        .get_output()
+        .clone();
+    let log = String::from_utf8_lossy(&output.stderr);
+    let last = log.lines().last().unwrap_or_default();
+    assert!(
+        last.starts_with("rpc-server: ") && last.contains("ACCESS_REFUSED"),
+        "{log}"
+    );
+}
+
+#[test]
+fn no_queue_is_exit_code_4() {
+    let queue = Queue::named("no_queue");
+    let error = format!(
+        "rpc-client: no queue '{}' on {}: is rpc-server running?\n",
+        &*queue,
+        broker::authority()
+    );
+    expect(&mut client(&queue, &["30"]), 4, "\n", &error);
+    expect(
+        &mut client(&queue, &["-o", "text", "-q", "30"]),
+        4,
+        "",
+        &error,
+    );
+}
+
+#[test]
+fn no_answer_in_time_is_exit_code_5_and_leaves_nothing_behind() {
+    let queue = Queue::transient("no_answer");
+    let error = format!(
+        "rpc-client: fib(30): no answer from '{}' on {} within 300ms: is rpc-server running, or busy?\n",
+        &*queue,
+        broker::authority()
+    );
+    expect(&mut client(&queue, &["-t", "300ms", "30"]), 5, "\n", &error);
+    assert!(
+        Peer::connect().finds_nothing(&queue),
+        "the request expires with the call"
+    );
+}
+
+#[test]
+fn a_remote_error_is_exit_code_1_and_stops_nothing() {
+    let queue = Queue::named("remote_error");
+    let server = Server::start(&queue, &["--max-n", "100"]);
+    let error =
+        "rpc-client: fib(101): out of range: 101 is larger than 100, the largest n served here\n";
+    expect(
+        &mut client(&queue, &["7", "101", "8"]),
+        1,
+        "13\n\n21\n",
+        error,
+    );
+    assert_eq!(server.stop(), [" [.] fib(7)", " [.] fib(8)"]);
+}
+
+#[test]
+fn a_reply_that_is_no_number_is_exit_code_1() {
+    let queue = Queue::transient("bad_reply");
+    let nonsense = ["", "NaN", "abc", "-1", "1\n"];
+    let server = thread::spawn({
+        let queue = queue.to_owned();
+        move || {
+            let peer = Peer::connect();
+            for reply in nonsense {
+                let request = peer.take(&queue);
+                let id = request
+                    .properties
+                    .correlation_id()
+                    .clone()
+                    .expect("ours set it");
+                let reply_to = request.properties.reply_to().clone().expect("ours set it");
+                peer.publish(
+                    &reply_to,
+                    reply.as_bytes(),
+                    AmqpProperties::default().with_correlation_id(id),
+                );
+            }
+        }
+    });
+    for reply in nonsense {
+        let error = format!(
+            "rpc-client: fib(30): bad reply: '{}' is no number: does another program serve this queue?\n",
+            reply.escape_debug()
+        );
+        expect(&mut client(&queue, &["30"]), 1, "\n", &error);
+    }
+    server.join().expect("the peer was served");
+}
+
+/// The README's tables of exit codes say the same as `--help`.
+#[test]
+fn the_readme_lists_the_exit_codes() {
+    let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md"))
+        .expect("it is there");
+    for (code, meaning) in exit::CLIENT.iter().chain(exit::SERVER) {
+        let row = format!("| {} | {meaning} |", *code as u8);
+        assert!(readme.contains(&row), "the README has no row '{row}'");
+    }
+}

@@ -1,0 +1,195 @@
+//! `rpc-server` as an operator sees it: how it serves, shares, stops and survives.
+
+use crate::support::eventually;
+use crate::support::peer::{Peer, Queue};
+use crate::support::programs::{client, expect, Server};
+use amiquip::AmqpProperties;
+use rustix::process::Signal;
+use std::os::unix::process::ExitStatusExt;
+use std::thread;
+
+/// Runs `calls` with `rpc-client` in the background; the thread fails if they do not go well.
+fn calling(queue: &Queue, args: &[&str], answers: &'static str) -> thread::JoinHandle<()> {
+    let mut command = client(queue, args);
+    thread::spawn(move || expect(&mut command, 0, answers, ""))
+}
+
+#[test]
+fn it_prints_the_tutorials_lines() {
+    let queue = Queue::named("lines");
+    let server = Server::start(&queue, &[]);
+    expect(&mut client(&queue, &["30", "7"]), 0, "832040\n13\n", "");
+    assert_eq!(server.stop(), [" [.] fib(30)", " [.] fib(7)"]);
+}
+
+#[test]
+fn quiet_leaves_only_the_awaiting_line() {
+    let queue = Queue::named("quiet");
+    let server = Server::start(&queue, &["--quiet"]);
+    expect(&mut client(&queue, &["30"]), 0, "832040\n", "");
+    assert_eq!(server.stop(), [""; 0]);
+}
+
+/// Stopped while it computes, it finishes and answers, and exits with 0.
+#[test]
+fn sigterm_and_sigint_let_it_finish_what_it_has_begun() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let queue = Queue::named(&format!("graceful_{}", signal.as_raw()));
+        let mut server = Server::start(&queue, &["--delay", "2s"]);
+        let caller = calling(&queue, &["30"], "832040\n");
+        assert_eq!(server.next_line(), " [.] fib(30)");
+        server.signal(signal);
+        assert_eq!(server.wait().code(), Some(0));
+        caller.join().expect("the caller got its answer");
+        assert_eq!(
+            Peer::connect().depth(&queue),
+            Some(0),
+            "it was acknowledged, too"
+        );
+    }
+}
+
+/// What was delivered to it in advance is not begun, and goes to the next server.
+#[test]
+fn stopping_leaves_the_rest_to_the_other_servers() {
+    let queue = Queue::named("leaves_the_rest");
+    let first = Server::start(&queue, &["--prefetch", "10", "--delay", "1s"]);
+    let caller = calling(&queue, &["10", "20", "30"], "55\n6765\n832040\n");
+    assert_eq!(first.next_line(), " [.] fib(10)");
+    assert_eq!(first.stop(), [""; 0]);
+    let second = Server::start(&queue, &[]);
+    caller.join().expect("the caller got its answers");
+    assert_eq!(second.stop(), [" [.] fib(20)", " [.] fib(30)"]);
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    let queue = Queue::named("second_signal");
+    let mut server = Server::start(&queue, &["--delay", "365d"]);
+    let properties = AmqpProperties::default().with_reply_to("nobody".into());
+    Peer::connect().publish(&queue, b"30", properties);
+    assert_eq!(server.next_line(), " [.] fib(30)");
+    server.signal(Signal::TERM);
+    server.await_log("stopping");
+    server.signal(Signal::TERM);
+    assert_eq!(
+        server.wait().signal(),
+        Some(Signal::TERM.as_raw()),
+        "a shell calls it 143"
+    );
+}
+
+#[test]
+fn a_killed_servers_request_is_answered_by_the_next_one_once() {
+    let queue = Queue::named("killed");
+    let mut first = Server::start(&queue, &["--delay", "365d"]);
+    let caller = calling(&queue, &["30"], "832040\n");
+    assert_eq!(first.next_line(), " [.] fib(30)");
+    first.signal(Signal::KILL);
+    assert_eq!(first.wait().signal(), Some(Signal::KILL.as_raw()));
+    let second = Server::start(&queue, &[]);
+    caller.join().expect("the caller got its answer");
+    assert_eq!(second.stop(), [" [.] fib(30)"]);
+    assert_eq!(Peer::connect().depth(&queue), Some(0));
+}
+
+#[test]
+fn three_servers_share_the_calls_fairly() {
+    let queue = Queue::named("three");
+    let servers: Vec<Server> = (0..3)
+        .map(|_| Server::start(&queue, &["--delay", "100ms"]))
+        .collect();
+    expect(
+        &mut client(&queue, &["--repeat", "30", "10"]),
+        0,
+        &"55\n".repeat(30),
+        "",
+    );
+    let shares: Vec<usize> = servers
+        .into_iter()
+        .map(|server| server.stop().len())
+        .collect();
+    assert_eq!(shares.iter().sum::<usize>(), 30);
+    assert!(
+        shares.iter().all(|share| (8..=12).contains(share)),
+        "{shares:?}"
+    );
+}
+
+/// Four workers have four requests in hand at once; the others wait in the queue.
+#[test]
+fn workers_work_at_the_same_time() {
+    let queue = Queue::named("workers");
+    let server = Server::start(&queue, &["--workers", "4", "--delay", "365d"]);
+    let mut peer = Peer::connect();
+    for _ in 0..8 {
+        peer.publish(
+            &queue,
+            b"30",
+            AmqpProperties::default().with_reply_to("nobody".into()),
+        );
+    }
+    for _ in 0..4 {
+        assert_eq!(server.next_line(), " [.] fib(30)");
+    }
+    eventually("four requests left", || {
+        (peer.depth(&queue) == Some(4)).then_some(())
+    });
+    assert_eq!(server.lines_at_hand(), [""; 0]);
+}
+
+#[test]
+fn it_adopts_a_queue_of_any_type_as_it_is() {
+    for (name, durable, queue_type) in [
+        ("transient", false, None),
+        ("classic", true, None),
+        ("quorum", true, Some("quorum")),
+    ] {
+        let queue = Queue::named(&format!("adopt_{name}"));
+        Peer::connect().declare(&queue, durable, queue_type);
+        for asked in ["auto", "transient", "classic", "quorum"] {
+            let server = Server::start(&queue, &["--queue-type", asked]);
+            server.await_log(&format!("adopted queue '{}' as it is", &*queue));
+            expect(&mut client(&queue, &["30"]), 0, "832040\n", "");
+            server.stop();
+        }
+    }
+}
+
+/// Declared again with the same arguments a queue is left alone, with others it is a 406.
+#[test]
+fn it_declares_a_missing_queue_as_it_is_told() {
+    for (asked, durable, queue_type) in [
+        ("auto", false, None),
+        ("transient", false, None),
+        ("classic", true, None),
+        ("quorum", true, Some("quorum")),
+    ] {
+        let queue = Queue::named(&format!("declare_{asked}"));
+        let server = Server::start(&queue, &["--queue-type", asked]);
+        Peer::connect().declare(&queue, durable, queue_type);
+        server.stop();
+    }
+}
+
+#[test]
+fn several_servers_may_start_at_once() {
+    let queue = Queue::named("race");
+    let queue = &*queue;
+    thread::scope(|scope| {
+        for queue_type in ["transient", "classic", "quorum", "auto"] {
+            scope.spawn(move || Server::start(queue, &["--queue-type", queue_type]).stop());
+        }
+    });
+}
+
+#[test]
+fn a_deleted_queue_is_declared_anew() {
+    let queue = Queue::named("deleted");
+    let server = Server::start(&queue, &["--workers", "2"]);
+    Peer::connect().delete(&queue);
+    server.await_log("was deleted");
+    server.await_log("declared queue");
+    expect(&mut client(&queue, &["30"]), 0, "832040\n", "");
+    server.stop();
+}

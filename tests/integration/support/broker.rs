@@ -1,0 +1,61 @@
+//! The broker of the tests: that of `AMQP_URL`, or a private node.
+
+use std::env;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+
+/// The URL of the broker, which is started with the first call.
+pub(crate) fn url() -> &'static str {
+    static BROKER: OnceLock<Broker> = OnceLock::new();
+    &BROKER.get_or_init(Broker::start).url
+}
+
+/// Host and port of the broker, as messages name it.
+pub(crate) fn authority() -> &'static str {
+    let authority = url().trim_start_matches("amqp://").trim_end_matches('/');
+    authority
+        .rsplit('@')
+        .next()
+        .unwrap_or(authority)
+        .split('/')
+        .next()
+        .unwrap_or(authority)
+}
+
+struct Broker {
+    url: String,
+    /// The node runs until its standard input ends, and that ends with this process, however this
+    /// process ends.
+    _node: Option<Child>,
+}
+
+impl Broker {
+    fn start() -> Self {
+        if let Some(url) = env::var("AMQP_URL").ok().filter(|url| !url.is_empty()) {
+            return Broker { url, _node: None };
+        }
+        let folder = env::temp_dir().join(format!("rpc-tests-{}", std::process::id()));
+        let mut node = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/broker.sh"))
+            .arg("run")
+            .arg(folder)
+            .process_group(0) // so that Ctrl-C ends us first, and the node then
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("bash runs broker.sh");
+        let mut url = String::new();
+        BufReader::new(node.stdout.take().expect("piped"))
+            .read_line(&mut url)
+            .expect("its output is text");
+        assert!(
+            url.ends_with('\n'),
+            "no private RabbitMQ: what broker.sh says above is missing"
+        );
+        Broker {
+            url: url.trim().into(),
+            _node: Some(node),
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! A foreign peer: plain AMQP, bound to no convention of ours, and a queue that a test owns.
+
+use super::{broker, eventually};
+use amiquip::{
+    AmqpProperties, AmqpValue, Channel, Delivery, FieldTable, Publish, QueueDeclareOptions,
+    QueueDeleteOptions,
+};
+use rpc_common::broker::{open, Link, Target};
+use rpc_common::deadline::Deadline;
+use std::ops::Deref;
+
+/// A connection of the test's own.
+pub(crate) struct Peer {
+    link: Link,
+    channel: Channel,
+}
+
+impl Peer {
+    pub(crate) fn connect() -> Self {
+        let target = Target::parse(broker::url()).expect("the broker's URL is well formed");
+        let deadline = Deadline::after(super::PATIENCE);
+        let mut link = open(&target, "test", &deadline).expect("the broker is there");
+        let channel = link.open_channel(&deadline).expect("there are channels");
+        Peer { link, channel }
+    }
+
+    pub(crate) fn declare(&self, queue: &str, durable: bool, queue_type: Option<&str>) {
+        let mut arguments = FieldTable::new();
+        if let Some(name) = queue_type {
+            arguments.insert("x-queue-type".into(), AmqpValue::LongString(name.into()));
+        }
+        let options = QueueDeclareOptions {
+            durable,
+            arguments,
+            ..QueueDeclareOptions::default()
+        };
+        self.channel
+            .queue_declare(queue, options)
+            .expect("the queue can be declared");
+    }
+
+    pub(crate) fn publish(&self, queue: &str, body: &[u8], properties: AmqpProperties) {
+        self.channel
+            .basic_publish("", Publish::with_properties(body, queue, properties))
+            .expect("the broker takes messages");
+    }
+
+    /// How many messages wait in the queue; None if it does not exist.
+    pub(crate) fn depth(&mut self, queue: &str) -> Option<u32> {
+        let channel = self
+            .link
+            .open_channel(&Deadline::after(super::PATIENCE))
+            .expect("there are channels");
+        let found = channel.queue_declare_passive(queue).ok()?;
+        found.declared_message_count()
+    }
+
+    /// Waits for a message, and acknowledges it.
+    #[track_caller]
+    pub(crate) fn take(&self, queue: &str) -> Delivery {
+        eventually("a message", || {
+            self.channel
+                .basic_get(queue, true)
+                .expect("the queue exists")
+        })
+        .delivery
+    }
+
+    /// Whether there is no message in the queue that is ready to be taken.
+    pub(crate) fn finds_nothing(&self, queue: &str) -> bool {
+        self.channel
+            .basic_get(queue, true)
+            .expect("the queue exists")
+            .is_none()
+    }
+
+    pub(crate) fn delete(&self, queue: &str) {
+        let _ = self
+            .channel
+            .queue_delete(queue, QueueDeleteOptions::default());
+    }
+}
+
+/// A queue name that no other test has; what is there under it is deleted in the end.
+pub(crate) struct Queue(String);
+
+impl Queue {
+    /// A name for the queue of one test.
+    pub(crate) fn named(test: &str) -> Self {
+        Queue(format!("test.{test}.{}", std::process::id()))
+    }
+
+    /// A name that the program under test has chosen.
+    pub(crate) fn exactly(name: &str) -> Self {
+        Queue(name.into())
+    }
+
+    /// The name for the queue of one test, declared as the tutorial does.
+    pub(crate) fn transient(test: &str) -> Self {
+        let queue = Queue::named(test);
+        Peer::connect().declare(&queue, false, None);
+        queue
+    }
+}
+
+impl Deref for Queue {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        Peer::connect().delete(&self.0);
+    }
+}

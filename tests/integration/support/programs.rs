@@ -1,0 +1,183 @@
+//! The programs under test: built fresh, run with a limit, stopped whatever happens.
+
+use super::{broker, PATIENCE};
+use assert_cmd::assert::Assert;
+use assert_cmd::Command;
+use crossbeam_channel::{unbounded, Receiver};
+use rustix::process::{kill_process, Pid, Signal};
+use std::io::{BufRead, BufReader, Read};
+use std::path::PathBuf;
+use std::process::{Child, ExitStatus, Stdio};
+use std::sync::OnceLock;
+use std::{env, process, thread};
+
+/// The folder of the programs, after making sure that they are built from this source: cargo does
+/// not do so for the tests of another package.
+pub(crate) fn folder() -> &'static PathBuf {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let test = env::current_exe().expect("a test has a path");
+        let folder = test
+            .ancestors()
+            .nth(2)
+            .expect("tests are in target/<profile>/deps")
+            .to_owned();
+        let mut build = process::Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "--locked", "--bins", "--examples"]);
+        build.args(["-p", "rpc-server", "-p", "rpc-client"]);
+        if folder.ends_with("release") {
+            build.arg("--release");
+        }
+        assert!(
+            build.status().expect("cargo runs").success(),
+            "the programs do not build"
+        );
+        folder
+    })
+}
+
+/// A program of ours, or anything else that is run to its end, in the tests' environment.
+pub(crate) fn command(program: &str) -> Command {
+    let mut command = Command::new(folder().join(program));
+    command
+        .env("AMQP_URL", broker::url())
+        .env_remove("RUST_LOG")
+        .timeout(PATIENCE);
+    command
+}
+
+/// `rpc-client` on a queue.
+pub(crate) fn client(queue: &str, args: &[&str]) -> Command {
+    let mut command = command("rpc-client");
+    command.args(["--queue", queue]).args(args);
+    command
+}
+
+/// Runs a command to its end and checks all that its user sees of it.
+#[track_caller]
+pub(crate) fn expect(command: &mut Command, code: i32, stdout: &str, stderr: &str) {
+    let (stdout, stderr) = (stdout.to_owned(), stderr.to_owned());
+    command.assert().code(code).stdout(stdout).stderr(stderr);
+}
+
+/// Runs a script with our programs on the PATH.
+pub(crate) fn bash(script: &str) -> Assert {
+    let path = format!(
+        "{}:{}",
+        folder().display(),
+        env::var("PATH").unwrap_or_default()
+    );
+    Command::new("bash")
+        .args(["-c", script])
+        .env("PATH", path)
+        .env("AMQP_URL", broker::url())
+        .env_remove("RUST_LOG")
+        .timeout(PATIENCE)
+        .assert()
+}
+
+/// A running `rpc-server`. It is killed when it is dropped, or when this process ends.
+pub(crate) struct Server {
+    child: Child,
+    stdout: Receiver<String>,
+    stderr: Receiver<String>,
+}
+
+impl Server {
+    /// Starts a server and waits until it serves.
+    #[track_caller]
+    pub(crate) fn start(queue: &str, args: &[&str]) -> Self {
+        let server = Server::spawn("rpc-server", &[&["--queue", queue], args].concat());
+        assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
+        server
+    }
+
+    /// Starts a program without waiting for anything.
+    pub(crate) fn spawn(program: &str, args: &[&str]) -> Self {
+        let mut child = process::Command::new("setpriv")
+            .args(["--pdeathsig", "KILL"])
+            .arg(folder().join(program))
+            .args(args)
+            .env("AMQP_URL", broker::url())
+            .env_remove("RUST_LOG")
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("setpriv, of util-linux, runs");
+        let stdout = lines(child.stdout.take().expect("piped"));
+        let stderr = lines(child.stderr.take().expect("piped"));
+        Server {
+            child,
+            stdout,
+            stderr,
+        }
+    }
+
+    /// The next line of its standard output.
+    #[track_caller]
+    pub(crate) fn next_line(&self) -> String {
+        let line = self.stdout.recv_timeout(PATIENCE);
+        line.unwrap_or_else(|error| panic!("no line ({error}); the log: {:#?}", self.log()))
+    }
+
+    /// The lines of its standard output that nobody has asked for yet.
+    pub(crate) fn lines_at_hand(&self) -> Vec<String> {
+        self.stdout.try_iter().collect()
+    }
+
+    /// The lines of its log that nobody has asked for yet.
+    pub(crate) fn log(&self) -> Vec<String> {
+        self.stderr.try_iter().collect()
+    }
+
+    /// Waits for a line of its log that contains `text`, and returns it.
+    #[track_caller]
+    pub(crate) fn await_log(&self, text: &str) -> String {
+        let mut passed = Vec::new();
+        while let Ok(line) = self.stderr.recv_timeout(PATIENCE) {
+            if line.contains(text) {
+                return line;
+            }
+            passed.push(line);
+        }
+        panic!("the log never said '{text}' but: {passed:#?}");
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        let pid = Pid::from_child(&self.child);
+        kill_process(pid, signal).expect("the server is running");
+    }
+
+    /// Waits for its end.
+    #[track_caller]
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        super::eventually("the end of the server", || {
+            self.child.try_wait().expect("it is our child")
+        })
+    }
+
+    /// Stops it gracefully, checks that it exits with 0, and returns what it printed last.
+    #[track_caller]
+    pub(crate) fn stop(mut self) -> Vec<String> {
+        self.signal(Signal::TERM);
+        assert_eq!(self.wait().code(), Some(0), "its log: {:#?}", self.log());
+        self.stdout.iter().collect()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill(); // fails when it has ended already
+        let _ = self.child.wait();
+    }
+}
+
+fn lines(pipe: impl Read + Send + 'static) -> Receiver<String> {
+    let (sender, lines) = unbounded();
+    thread::spawn(move || {
+        for line in BufReader::new(pipe).lines().map_while(Result::ok) {
+            let _ = sender.send(line); // a test that has seen enough does not listen
+        }
+    });
+    lines
+}

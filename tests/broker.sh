@@ -14,12 +14,23 @@ boot_deadline=120                            # seconds
 
 is_open() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
-# Below the ephemeral ports, so that no client's end of a connection takes it meanwhile.
-free_port() {
+# The first of three free ports in a row, below the ephemeral ones, so that no client's end of a
+# connection takes one meanwhile.
+free_ports() {
     local port
-    while port=$((20000 + RANDOM % 12000)); is_open "$port"; do :; done
+    while port=$((20000 + RANDOM % 12000)); is_open "$port" || is_open $((port + 1)) || is_open $((port + 2)); do :; done
     echo "$port"
 }
+
+# Whether AMQP is spoken there: a broker answers the protocol header with a method frame, type 1.
+speaks_amqp() {
+    local type
+    exec 4<>"/dev/tcp/127.0.0.1/$1" || return 1
+    printf 'AMQP\0\0\x09\x01' >&4
+    read -r -N 1 -t 5 type <&4 || true
+    exec 4>&-
+    [ "${type:-}" = $'\x01' ]
+} 2>/dev/null
 
 clean_up() {
     trap - EXIT INT TERM
@@ -40,9 +51,10 @@ run() {
     trap 'exit 143' TERM
     echo $$ >"$dir/pid"
 
-    local port=${1:-$(free_port)} epmd_port
+    local ports port epmd_port dist_port
+    ports=$(free_ports)
+    port=${1:-$ports} epmd_port=$((ports + 1)) dist_port=$((ports + 2))
     is_open "$port" && die "port $port is in use"
-    epmd_port=$(free_port)
     echo '[].' >"$dir/enabled_plugins"
     cat >"$dir/rabbitmq.conf" <<-EOF
 	listeners.tcp.1 = 127.0.0.1:$port
@@ -53,7 +65,7 @@ run() {
 
     # Erlang finds its cookie below HOME and its epmd by the port; the rest is RabbitMQ's.
     export HOME=$dir ERL_EPMD_PORT=$epmd_port ERL_EPMD_ADDRESS=127.0.0.1 \
-        RABBITMQ_NODENAME="rpc-$port@localhost" RABBITMQ_DIST_PORT="$(free_port)" \
+        RABBITMQ_NODENAME="rpc-$port@localhost" RABBITMQ_DIST_PORT=$dist_port \
         RABBITMQ_CONFIG_FILE=$dir/rabbitmq.conf RABBITMQ_ADVANCED_CONFIG_FILE=$dir/none \
         RABBITMQ_CONF_ENV_FILE=$dir/none RABBITMQ_ENABLED_PLUGINS_FILE=$dir/enabled_plugins \
         RABBITMQ_MNESIA_BASE=$dir/data RABBITMQ_LOG_BASE=$dir/log RABBITMQ_GENERATED_CONFIG_DIR=$dir/config \
@@ -65,7 +77,7 @@ run() {
     setsid "$server" </dev/null >"$dir/node.out" 2>&1 3<&- &
     node_pid=$!
 
-    until is_open "$port"; do
+    until speaks_amqp "$port"; do
         kill -0 "$node_pid" 2>/dev/null || { cat "$dir/node.out" >&2; die "the node did not start"; }
         [ "$SECONDS" -lt "$boot_deadline" ] || { cat "$dir/node.out" >&2; die "the node was not up in $boot_deadline s"; }
         sleep 0.1
@@ -74,7 +86,11 @@ run() {
 
     cat <&3 >/dev/null &
     stdin_pid=$!
-    wait -n "$node_pid" "$stdin_pid" || die "the node ended by itself: see the lines above"
+    wait -n "$node_pid" "$stdin_pid" || true
+    if ! kill -0 "$node_pid" 2>/dev/null; then
+        tail -n 30 "$dir/node.out" >&2
+        die "the node ended by itself: see above"
+    fi
 }
 
 start() {

@@ -79,8 +79,7 @@ struct Printer<W> {
 
 impl<W: Write> Printer<W> {
     fn print(&mut self, outcomes: Vec<Outcome>) -> io::Result<()> {
-        self.early
-            .extend(outcomes.into_iter().map(|outcome| (outcome.index, outcome)));
+        self.early.extend(outcomes.into_iter().map(|outcome| (outcome.index, outcome)));
         while let Some(outcome) = self.early.remove(&self.next) {
             self.print_one(outcome)?;
             self.next += 1;
@@ -128,11 +127,7 @@ mod tests {
     use super::*;
 
     fn outcome(index: u64, answer: &str) -> Outcome {
-        Outcome {
-            index,
-            request: index.to_string().into(),
-            result: Ok(answer.into()),
-        }
+        Outcome { index, request: index.to_string().into(), result: Ok(answer.into()) }
     }
 
     fn printed(format: Format, batches: Vec<Vec<Outcome>>) -> (String, ExitCode) {
@@ -153,23 +148,14 @@ mod tests {
 
     #[test]
     fn answers_are_printed_in_the_order_asked() {
-        let batches = vec![
-            vec![outcome(2, "22"), outcome(0, "0")],
-            vec![outcome(1, "11")],
-        ];
-        assert_eq!(
-            printed(Format::Raw, batches),
-            ("0\n11\n22\n".into(), ExitCode::Success)
-        );
+        let batches = vec![vec![outcome(2, "22"), outcome(0, "0")], vec![outcome(1, "11")]];
+        assert_eq!(printed(Format::Raw, batches), ("0\n11\n22\n".into(), ExitCode::Success));
     }
 
     #[test]
     fn a_failed_call_is_an_empty_line_raw_and_none_as_text() {
         let batches = || vec![vec![outcome(0, "1"), outcome(1, "NaN"), outcome(2, "3")]];
-        assert_eq!(
-            printed(Format::Raw, batches()),
-            ("1\n\n3\n".into(), ExitCode::RemoteError)
-        );
+        assert_eq!(printed(Format::Raw, batches()), ("1\n\n3\n".into(), ExitCode::RemoteError));
         assert_eq!(
             printed(Format::Text, batches()),
             (" [.] Got 1\n [.] Got 3\n".into(), ExitCode::RemoteError)
@@ -180,10 +166,7 @@ mod tests {
     fn an_answer_is_digits_and_nothing_else() {
         assert_eq!(read_answer(b"0").unwrap(), "0");
         for body in [&b""[..], b"NaN", b"-1", b"1\n", b" 1", b"\xff"] {
-            assert!(
-                matches!(read_answer(body), Err(Error::BadReply(_))),
-                "{body:?}"
-            );
+            assert!(matches!(read_answer(body), Err(Error::BadReply(_))), "{body:?}");
         }
     }
 }

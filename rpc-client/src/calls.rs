@@ -35,13 +35,7 @@ impl Calls {
         let index = self.begun;
         self.begun += 1;
         self.index_of.insert(id, index);
-        self.unanswered.entry(index).or_insert(Call {
-            index,
-            id,
-            body,
-            deadline,
-            sends: 0,
-        })
+        self.unanswered.entry(index).or_insert(Call { index, id, body, deadline, sends: 0 })
     }
 
     /// How many calls are in hand.
@@ -85,16 +79,12 @@ impl Calls {
 
     /// When the next call runs out of time.
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
-        self.unanswered
-            .first_key_value()
-            .map(|(_, call)| call.deadline.instant())
+        self.unanswered.first_key_value().map(|(_, call)| call.deadline.instant())
     }
 
     /// When the last call in hand runs out of time.
     pub(crate) fn last_deadline(&self) -> Option<Deadline> {
-        self.unanswered
-            .last_key_value()
-            .map(|(_, call)| call.deadline)
+        self.unanswered.last_key_value().map(|(_, call)| call.deadline)
     }
 
     /// A call that has run out of time by now, if there is one.
@@ -165,9 +155,6 @@ mod tests {
         assert_eq!(calls.expire(second).unwrap().id, OTHER);
         assert!(calls.expire(second).is_none());
         assert!(calls.is_empty());
-        assert!(
-            calls.on_reply(Some(&ID.to_string())).is_none(),
-            "an expired call has ended"
-        );
+        assert!(calls.on_reply(Some(&ID.to_string())).is_none(), "an expired call has ended");
     }
 }

@@ -4,9 +4,10 @@ use crate::batch::{Batch, Format};
 use crate::client::Config;
 use clap::Parser;
 use log::LevelFilter;
-use rpc_common::broker::{short_string, BrokerOptions, Error};
+use rpc_common::broker::Error;
 use rpc_common::logging::LogOptions;
 use rpc_common::message::{parse_number, NumberError};
+use rpc_common::target::{short_string, BrokerOptions};
 use rpc_common::{duration, exit};
 use std::io::{self, IsTerminal};
 use std::time::Duration;
@@ -28,7 +29,7 @@ pub struct Cli {
     #[arg(long, value_name = "NAME", default_value = "rpc_queue", value_parser = short_string)]
     queue: String,
 
-    /// Limit of each call, connecting included: 1500ms, 30s, 2m
+    /// Limit of each call, connecting included, as 1500ms, 30s or 2m
     #[arg(short, long, value_name = "DURATION", default_value = "30s", value_parser = duration::parse_limit)]
     timeout: Duration,
 
@@ -36,8 +37,15 @@ pub struct Cli {
     #[arg(short = 'j', long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
     in_flight: u16,
 
-    /// Form of the answers; auto: text on a terminal, else raw
-    #[arg(short, long, value_name = "FORMAT", value_enum, default_value = "auto")]
+    /// text: ` [.] Got 832040` | raw: `832040` | auto: text on a terminal, else raw
+    #[arg(
+        short,
+        long,
+        value_name = "FORMAT",
+        value_enum,
+        default_value = "auto",
+        hide_possible_values = true
+    )]
     output: Output,
 
     /// Ask for every number N times
@@ -57,11 +65,8 @@ pub struct Cli {
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 enum Output {
-    /// Text on a terminal, else raw
     Auto,
-    /// [.] Got 832040
     Text,
-    /// 832040
     Raw,
 }
 
@@ -72,11 +77,7 @@ fn number(text: &str) -> Result<u64, NumberError> {
 impl Cli {
     /// Starts the log, as much of it as was asked for.
     pub fn start_log(&self) {
-        let level = if self.quiet {
-            LevelFilter::Error
-        } else {
-            LevelFilter::Warn
-        };
+        let level = if self.quiet { LevelFilter::Error } else { LevelFilter::Warn };
         self.log.start_for_prompt("rpc-client", level);
     }
 
@@ -101,12 +102,7 @@ impl Cli {
             Output::Auto if io::stdout().is_terminal() => Format::Text,
             Output::Auto | Output::Raw => Format::Raw,
         };
-        Batch {
-            numbers: self.numbers.clone(),
-            repeat: self.repeat,
-            format,
-            quiet: self.quiet,
-        }
+        Batch { numbers: self.numbers.clone(), repeat: self.repeat, format, quiet: self.quiet }
     }
 }
 

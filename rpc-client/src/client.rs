@@ -4,10 +4,11 @@ use crate::calls::{Call, Calls};
 use crate::session::{RawReply, Session};
 use amiquip::Return;
 use crossbeam_channel::{bounded, never, select, Receiver};
-use rpc_common::broker::{self, Target};
+use rpc_common::broker;
 use rpc_common::deadline::Deadline;
 use rpc_common::exit::{Exit, ExitCode};
 use rpc_common::message::{decode_reply, escape, Failure};
+use rpc_common::target::Target;
 use std::time::{Duration, Instant};
 use std::{io, mem, thread};
 use uuid::Uuid;
@@ -32,12 +33,7 @@ impl Config {
     /// [`broker::Error::Url`]
     pub fn new(queue: &str) -> Result<Self, broker::Error> {
         let target = Target::from_env()?;
-        Ok(Config {
-            target,
-            queue: queue.into(),
-            timeout: Duration::from_secs(30),
-            in_flight: 64,
-        })
+        Ok(Config { target, queue: queue.into(), timeout: Duration::from_secs(30), in_flight: 64 })
     }
 }
 
@@ -65,10 +61,7 @@ impl Client {
     /// A client that has not connected yet.
     #[must_use]
     pub fn new(config: Config) -> Self {
-        Client {
-            config,
-            session: None,
-        }
+        Client { config, session: None }
     }
 
     /// Calls the function with `body` and waits for the answer's body.
@@ -168,15 +161,12 @@ impl Run<'_> {
     }
 
     fn begin(&mut self, body: Vec<u8>) -> &mut Call {
-        self.calls
-            .begin(Uuid::new_v4(), body, Deadline::after(self.config.timeout))
+        self.calls.begin(Uuid::new_v4(), body, Deadline::after(self.config.timeout))
     }
 
     /// Until when it is worth trying to connect.
     fn deadline(&self) -> Deadline {
-        self.calls
-            .last_deadline()
-            .unwrap_or_else(|| Deadline::after(self.config.timeout))
+        self.calls.last_deadline().unwrap_or_else(|| Deadline::after(self.config.timeout))
     }
 
     /// Makes calls on one session, until every request has its outcome or the session ends.
@@ -188,17 +178,9 @@ impl Run<'_> {
         let no_requests = never();
         while self.more_requests || !self.calls.is_empty() {
             let has_room = self.more_requests && self.calls.len() < self.config.in_flight;
-            let requests = if has_room {
-                self.requests
-            } else {
-                &no_requests
-            };
+            let requests = if has_room { self.requests } else { &no_requests };
             // Who waits for answers gets those at hand before we wait for more.
-            let patience = if self.outcomes.is_empty() {
-                self.patience()
-            } else {
-                Duration::ZERO
-            };
+            let patience = if self.outcomes.is_empty() { self.patience() } else { Duration::ZERO };
             select! {
                 recv(session.replies) -> got => self.on_reply(session.reply(got)?),
                 recv(session.returns) -> request => {
@@ -230,18 +212,9 @@ impl Run<'_> {
     }
 
     fn on_return(&mut self, request: &Return) {
-        if let Some(call) = self
-            .calls
-            .on_return(request.properties.correlation_id().as_deref())
-        {
+        if let Some(call) = self.calls.on_return(request.properties.correlation_id().as_deref()) {
             let queue = self.config.queue.clone();
-            self.end(
-                call,
-                Err(Error::NoServer {
-                    queue,
-                    target: self.config.target.to_string(),
-                }),
-            );
+            self.end(call, Err(Error::NoServer { queue, target: self.config.target.to_string() }));
         }
     }
 
@@ -256,23 +229,12 @@ impl Run<'_> {
         while let Some(call) = self.calls.expire(now) {
             let (queue, target) = (self.config.queue.clone(), self.config.target.to_string());
             let limit = call.deadline.to_string();
-            self.end(
-                call,
-                Err(Error::NoAnswer {
-                    queue,
-                    target,
-                    limit,
-                }),
-            );
+            self.end(call, Err(Error::NoAnswer { queue, target, limit }));
         }
     }
 
     fn end(&mut self, call: Call, result: Result<Vec<u8>, Error>) {
-        self.outcomes.push(Outcome {
-            index: call.index,
-            request: call.body,
-            result,
-        });
+        self.outcomes.push(Outcome { index: call.index, request: call.body, result });
     }
 
     fn deliver(&mut self) -> Result<(), Error> {

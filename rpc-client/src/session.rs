@@ -5,9 +5,10 @@ use amiquip::{
     AmqpProperties, Channel, ConsumerMessage, ConsumerOptions, QueueDeclareOptions, Return,
 };
 use crossbeam_channel::{never, Receiver, RecvError};
-use rpc_common::broker::{self, Error, Link, Target};
+use rpc_common::broker::{self, Error, Link};
 use rpc_common::deadline::{Deadline, Phase};
 use rpc_common::message::Request;
+use rpc_common::target::Target;
 use uuid::Uuid;
 
 /// A **session** owns all that a connection needs to make calls.
@@ -31,23 +32,13 @@ impl Session {
         let mut link = broker::open(target, "rpc-client", deadline)?;
         let channel = link.open_channel(deadline)?;
         let reply_queue = format!("rpc.reply.{}", Uuid::new_v4());
-        let exclusive = QueueDeclareOptions {
-            exclusive: true,
-            ..QueueDeclareOptions::default()
-        };
+        let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
         let returns = link.within(deadline, Phase::Declare, |_| {
             // Not waited for: if it fails, so does the consumer that follows.
             channel.queue_declare_nowait(&reply_queue, exclusive)?;
             channel.listen_for_returns()
         })?;
-        Ok(Session {
-            link,
-            channel,
-            reply_queue,
-            replies: never(),
-            returns,
-            consumes: false,
-        })
+        Ok(Session { link, channel, reply_queue, replies: never(), returns, consumes: false })
     }
 
     /// Sends a call's request.
@@ -71,11 +62,8 @@ impl Session {
         if self.consumes {
             return Ok(());
         }
-        let options = ConsumerOptions {
-            no_ack: true,
-            exclusive: true,
-            ..ConsumerOptions::default()
-        };
+        let options =
+            ConsumerOptions { no_ack: true, exclusive: true, ..ConsumerOptions::default() };
         self.replies = self.link.within(deadline, Phase::Consume, |_| {
             let consumer = self.channel.basic_consume(&self.reply_queue, options)?;
             let replies = consumer.receiver().clone();

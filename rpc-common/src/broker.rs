@@ -1,4 +1,4 @@
-//! The way to the broker: where it is, and a [`Link`] to it that no deadline has to wait for.
+//! The way to the broker: a [`Link`] to it that no deadline has to wait for.
 //!
 //! amiquip's own `Connection::open` is not used: it sets no `TCP_NODELAY` (44 ms a call), hangs at a
 //! silent peer, and prints passwords in its errors.
@@ -7,22 +7,14 @@ use crate::deadline::{Deadline, Expired, Phase};
 use crate::exit::{Exit, ExitCode};
 use crate::message::escape;
 use crate::stream::{Stream, FRAME_MAX};
-use amiquip::{
-    Auth, Channel, Connection, ConnectionBlockedNotification, ConnectionOptions, ConnectionTuning,
-};
+use crate::target::Target;
+use amiquip::{Channel, Connection, ConnectionBlockedNotification, ConnectionTuning};
 use backon::{BackoffBuilder, ExponentialBuilder};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
-use percent_encoding::percent_decode_str;
 use socket2::{SockRef, TcpKeepalive};
-use std::fmt::{self, Debug, Display};
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::time::Duration;
 use std::{env, fs, io, process, thread};
-use url::{Host, Url};
-
-const DEFAULT_URL: &str = "amqp://localhost";
-const DEFAULT_PORT: u16 = 5672;
-const DEFAULT_HEARTBEAT: u16 = 10;
 
 /// How long closing may take before the socket is shut down instead.
 const CLOSING: Duration = Duration::from_secs(1);
@@ -33,171 +25,6 @@ const KEEPALIVE: Duration = Duration::from_secs(30);
 /// amiquip's I/O thread parses nested headers by recursion; this holds the deepest nesting that one
 /// frame can carry, measured.
 const STACK: &str = "33554432";
-
-/// The options of both programs that say where the broker is.
-#[derive(Clone, Debug, clap::Args)]
-#[command(next_help_heading = "Broker")]
-pub struct BrokerOptions {
-    /// amqp://user:password@host:port/vhost [env: AMQP_URL, else amqp://localhost]
-    // Not clap's `env`, and parsed after clap: it would print the value, password and all.
-    #[arg(long, value_name = "URL")]
-    url: Option<String>,
-
-    /// AMQP heartbeat, 1 to 65535
-    #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_HEARTBEAT, value_parser = clap::value_parser!(u16).range(1..))]
-    heartbeat: u16,
-}
-
-impl BrokerOptions {
-    /// The broker that the options, or else the environment, name. A password in an argument draws a
-    /// warning, because `ps` shows it to everybody.
-    ///
-    /// # Errors
-    /// [`Error::Url`]
-    pub fn target(&self) -> Result<Target, Error> {
-        let mut target = match &self.url {
-            Some(url) => Target::parse(url)?,
-            None => Target::from_env()?,
-        };
-        if self.url.is_some() && target.names_password {
-            log::warn!("ps shows everybody the password in --url: put the URL into AMQP_URL");
-        }
-        target.heartbeat = self.heartbeat;
-        Ok(target)
-    }
-}
-
-/// A **target** is a broker, and who we are to it.
-#[derive(Clone, Debug)]
-pub struct Target {
-    host: String,
-    port: u16,
-    auth: Secret<Auth>,
-    user: String,
-    vhost: String,
-    names_password: bool,
-    heartbeat: u16,
-}
-
-impl Target {
-    /// The broker that the environment variable `AMQP_URL` names, or else the one on this machine.
-    ///
-    /// # Errors
-    /// [`Error::Url`]
-    pub fn from_env() -> Result<Self, Error> {
-        match env::var("AMQP_URL") {
-            Ok(url) if !url.is_empty() => Target::parse(&url),
-            Ok(_) | Err(env::VarError::NotPresent) => Target::parse(DEFAULT_URL),
-            Err(env::VarError::NotUnicode(_)) => Err(Error::Url("AMQP_URL is not UTF-8".into())),
-        }
-    }
-
-    /// Reads a URL by the rules of the
-    /// [RabbitMQ URI specification](https://www.rabbitmq.com/docs/uri-spec), with an empty vhost
-    /// standing for `/` as in most clients; what it does not know it refuses by name.
-    ///
-    /// # Errors
-    /// [`Error::Url`], in which no part of the URL is repeated that can hold a password.
-    pub fn parse(url: &str) -> Result<Self, Error> {
-        let url = Url::parse(url).map_err(|error| bad_url(&error.to_string()))?;
-        match url.scheme() {
-            "amqp" => {}
-            "amqps" => return Err(bad_url("amqps:// (TLS) is not supported yet")),
-            other => return Err(bad_url(&format!("unknown scheme '{other}', not amqp"))),
-        }
-        if url.cannot_be_a_base() || url.fragment().is_some() {
-            return Err(bad_url(
-                "not of the form amqp://user:password@host:port/vhost",
-            ));
-        }
-        let host = match url.host() {
-            None | Some(Host::Domain("")) => "localhost".into(),
-            Some(Host::Domain(name)) => decode(name)?,
-            Some(Host::Ipv4(address)) => address.to_string(),
-            Some(Host::Ipv6(address)) => address.to_string(),
-        };
-        let vhost = match url.path().strip_prefix('/').unwrap_or_default() {
-            "" => "/".into(),
-            path if path.contains('/') => return Err(bad_url("write a '/' in the vhost as %2f")),
-            path => short_string(&decode(path)?).map_err(|error| bad_url(&error))?,
-        };
-        let user = match url.username() {
-            "" => "guest".into(),
-            name => decode(name)?,
-        };
-        let password = decode(url.password().unwrap_or("guest"))?;
-        let mut auth = Auth::Plain {
-            username: user.clone(),
-            password,
-        };
-        for (name, value) in url.query_pairs() {
-            match (&*name, &*value) {
-                ("auth_mechanism", "plain") => {}
-                ("auth_mechanism", "external") => auth = Auth::External,
-                ("heartbeat", _) => return Err(bad_url("heartbeat is the option --heartbeat")),
-                _ => {
-                    return Err(bad_url(&format!(
-                        "unknown parameter '{}'",
-                        escape(name.as_bytes())
-                    )))
-                }
-            }
-        }
-        Ok(Target {
-            host,
-            port: url.port().unwrap_or(DEFAULT_PORT),
-            auth: Secret(auth),
-            user,
-            vhost,
-            names_password: url.password().is_some(),
-            heartbeat: DEFAULT_HEARTBEAT,
-        })
-    }
-}
-
-/// Reads a name that AMQP carries as a short string: 1 to 255 bytes.
-///
-/// # Errors
-/// A sentence for the prompt when it is empty or too long.
-pub fn short_string(name: &str) -> Result<String, String> {
-    match name.len() {
-        0 => Err("empty".into()),
-        1..=255 => Ok(name.into()),
-        bytes => Err(format!("a name has at most 255 bytes, not {bytes}")),
-    }
-}
-
-fn bad_url(reason: &str) -> Error {
-    Error::Url(format!("bad URL: {reason}"))
-}
-
-fn decode(part: &str) -> Result<String, Error> {
-    match percent_decode_str(part).decode_utf8() {
-        Ok(text) => Ok(text.into_owned()),
-        Err(_) => Err(bad_url("what is percent-encoded is not UTF-8")),
-    }
-}
-
-/// The host and port, as messages name a broker.
-impl Display for Target {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.host.contains(':') {
-            write!(f, "[{}]:{}", self.host, self.port)
-        } else {
-            write!(f, "{}:{}", self.host, self.port)
-        }
-    }
-}
-
-/// What no message and no log may show.
-#[derive(Clone)]
-struct Secret<T>(T);
-
-impl<T> Debug for Secret<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("***")
-    }
-}
 
 /// The pauses between one attempt to connect and the next: exponential, with jitter, for ever.
 pub fn pauses() -> impl Iterator<Item = Duration> {
@@ -239,23 +66,14 @@ pub fn open(target: &Target, program: &str, deadline: &Deadline) -> Result<Link,
     let opening = deadline.guard(&socket, || {
         Connection::insecure_open_stream(
             stream,
-            ConnectionOptions::<Auth>::default()
-                .auth(target.auth.0.clone())
-                .virtual_host(&target.vhost)
-                .heartbeat(target.heartbeat)
-                .frame_max(FRAME_MAX)
-                .information(Some(information(program))),
+            target.options().frame_max(FRAME_MAX).information(Some(information(program))),
             ConnectionTuning::default(),
         )
     });
     match opening {
         Ok(Ok(connection)) => {
             log::debug!("connected to {target}");
-            Ok(Link {
-                connection: Some(connection),
-                socket,
-                target: target.clone(),
-            })
+            Ok(Link { connection: Some(connection), socket, target: target.clone() })
         }
         Ok(Err(error)) => Err(Error::of(error, target)),
         Err(Expired) => Err(Error::timed_out(Phase::Handshake, target, deadline)),
@@ -271,10 +89,7 @@ fn resolve(target: &Target, deadline: &Deadline) -> Result<Vec<SocketAddr>, Erro
     let (sender, addresses) = crossbeam_channel::bounded(1);
     let name = (target.host.clone(), target.port);
     thread::spawn(move || sender.send(name.to_socket_addrs().map(Vec::from_iter)));
-    let unknown = |reason| Error::Resolve {
-        host: target.host.clone(),
-        reason,
-    };
+    let unknown = |reason| Error::Resolve { host: target.host.clone(), reason };
     match addresses.recv_deadline(deadline.instant()) {
         Ok(Ok(addresses)) if addresses.is_empty() => Err(unknown("no address".into())),
         Ok(Ok(addresses)) => Ok(addresses),
@@ -314,21 +129,13 @@ fn prepare(stream: TcpStream) -> io::Result<(TcpStream, Stream)> {
 }
 
 fn unreachable(target: &Target, error: &io::Error) -> Error {
-    Error::Unreachable {
-        target: target.to_string(),
-        reason: error.kind().to_string(),
-    }
+    Error::Unreachable { target: target.to_string(), reason: error.kind().to_string() }
 }
 
 /// Who we are in the broker's list of connections: amiquip lets us set no other client property.
 fn information(program: &str) -> String {
     let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_else(|_| "-".into());
-    format!(
-        "{program} {} {} {}",
-        env!("CARGO_PKG_VERSION"),
-        host.trim(),
-        process::id()
-    )
+    format!("{program} {} {} {}", env!("CARGO_PKG_VERSION"), host.trim(), process::id())
 }
 
 impl Link {
@@ -363,9 +170,7 @@ impl Link {
     /// # Errors
     /// As [`Link::within`].
     pub fn open_channel(&mut self, deadline: &Deadline) -> Result<Channel, Error> {
-        self.within(deadline, Phase::Channel, |connection| {
-            connection.open_channel(None)
-        })
+        self.within(deadline, Phase::Channel, |connection| connection.open_channel(None))
     }
 
     /// What the broker says of the connection as a whole. The receiver is disconnected when the
@@ -377,11 +182,7 @@ impl Link {
         &mut self,
         deadline: &Deadline,
     ) -> Result<Receiver<ConnectionBlockedNotification>, Error> {
-        self.within(
-            deadline,
-            Phase::Channel,
-            Connection::listen_for_connection_blocked,
-        )
+        self.within(deadline, Phase::Channel, Connection::listen_for_connection_blocked)
     }
 
     /// The true cause of an error of amiquip's on this connection or one of its channels. Where the
@@ -402,10 +203,7 @@ impl Link {
     /// The error of a link that is of no use any more, for a reason that amiquip does not know.
     #[must_use]
     pub fn lost(&self, reason: &str) -> Error {
-        Error::Lost {
-            target: self.target.to_string(),
-            reason: reason.into(),
-        }
+        Error::Lost { target: self.target.to_string(), reason: reason.into() }
     }
 
     /// Closes the connection, in one round trip, or cuts it if that takes more than a second.
@@ -511,43 +309,29 @@ impl Error {
             | amiquip::Error::ServerClosedChannel { code, message, .. }
                 if refused(code) =>
             {
-                Error::Refused {
-                    target,
-                    reason: escape(message.as_bytes()).to_string(),
-                }
+                Error::Refused { target, reason: escape(message.as_bytes()).to_string() }
             }
             amiquip::Error::ServerClosedChannel { code, message, .. } => Error::ChannelClosed {
                 target,
                 code,
                 reason: escape(message.as_bytes()).to_string(),
             },
-            amiquip::Error::ServerClosedConnection { message, .. } => Error::Lost {
-                target,
-                reason: escape(message.as_bytes()).to_string(),
-            },
+            amiquip::Error::ServerClosedConnection { message, .. } => {
+                Error::Lost { target, reason: escape(message.as_bytes()).to_string() }
+            }
             // Of amiquip's other errors none that we can meet holds a URL.
-            other => Error::Lost {
-                target,
-                reason: other.to_string(),
-            },
+            other => Error::Lost { target, reason: other.to_string() },
         }
     }
 
     fn timed_out(phase: Phase, target: &Target, deadline: &Deadline) -> Self {
-        Error::TimedOut {
-            phase,
-            target: target.to_string(),
-            limit: deadline.to_string(),
-        }
+        Error::TimedOut { phase, target: target.to_string(), limit: deadline.to_string() }
     }
 
     /// Whether trying again may help.
     #[must_use]
     pub fn is_transient(&self) -> bool {
-        !matches!(
-            self,
-            Error::Url(_) | Error::Credentials { .. } | Error::Refused { .. }
-        )
+        !matches!(self, Error::Url(_) | Error::Credentials { .. } | Error::Refused { .. })
     }
 }
 

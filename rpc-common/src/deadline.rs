@@ -18,10 +18,7 @@ impl Deadline {
     /// The deadline `limit` from now.
     #[must_use]
     pub fn after(limit: Duration) -> Self {
-        Deadline {
-            at: Instant::now() + limit,
-            limit,
-        }
+        Deadline { at: Instant::now() + limit, limit }
     }
 
     /// When it passes.

@@ -58,15 +58,7 @@ mod tests {
 
     #[test]
     fn says_what_is_wrong() {
-        for text in [
-            "",
-            "s",
-            "-1",
-            "1.5.2s",
-            "ten",
-            "1e3",
-            "99999999999999999999999",
-        ] {
+        for text in ["", "s", "-1", "1.5.2s", "ten", "1e3", "99999999999999999999999"] {
             assert_eq!(
                 parse(text),
                 Err("not a duration such as 1500ms, 30s or 2m".into()),

@@ -34,54 +34,27 @@ pub enum ExitCode {
 /// The exit codes of rpc-client and their meaning.
 pub const CLIENT: &[(ExitCode, &str)] = &[
     (ExitCode::Success, "every call was answered"),
-    (
-        ExitCode::RemoteError,
-        "the server answered with an error, or with what is no answer",
-    ),
+    (ExitCode::RemoteError, "the server answered with an error, or with what is no answer"),
     (ExitCode::Usage, "the command line is wrong"),
-    (
-        ExitCode::Unreachable,
-        "the broker was not reached or refused us: nothing was sent",
-    ),
-    (
-        ExitCode::NoServer,
-        "nobody serves: the request queue does not exist, nothing ran",
-    ),
-    (
-        ExitCode::NoAnswer,
-        "no answer before the deadline: it may or may not have run",
-    ),
-    (
-        ExitCode::Output,
-        "an answer could not be written to standard output",
-    ),
+    (ExitCode::Unreachable, "the broker was not reached or refused us: nothing was sent"),
+    (ExitCode::NoServer, "nobody serves: the request queue does not exist, nothing ran"),
+    (ExitCode::NoAnswer, "no answer before the deadline: it may or may not have run"),
+    (ExitCode::Output, "an answer could not be written to standard output"),
     (ExitCode::Interrupted, "ended by SIGINT"),
-    (
-        ExitCode::BrokenPipe,
-        "the reader of standard output went away (as SIGPIPE)",
-    ),
+    (ExitCode::BrokenPipe, "the reader of standard output went away (as SIGPIPE)"),
     (ExitCode::Terminated, "ended by SIGTERM"),
 ];
 
 /// The exit codes of rpc-server and their meaning.
 pub const SERVER: &[(ExitCode, &str)] = &[
-    (
-        ExitCode::Success,
-        "stopped gracefully, by SIGINT or SIGTERM",
-    ),
+    (ExitCode::Success, "stopped gracefully, by SIGINT or SIGTERM"),
     (ExitCode::Usage, "the command line is wrong"),
     (
         ExitCode::Unreachable,
         "trying again cannot help: credentials, vhost, permission, or a queue that cannot be had",
     ),
-    (
-        ExitCode::Interrupted,
-        "ended at once by a second signal, SIGINT",
-    ),
-    (
-        ExitCode::Terminated,
-        "ended at once by a second signal, SIGTERM",
-    ),
+    (ExitCode::Interrupted, "ended at once by a second signal, SIGINT"),
+    (ExitCode::Terminated, "ended at once by a second signal, SIGTERM"),
 ];
 
 /// The trait by which an error says its own exit code.

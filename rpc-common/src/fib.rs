@@ -32,11 +32,7 @@ pub fn fib(n: u64) -> BigUint {
         let high = plus_cassini((square << 2u32) - square_before, k_is_odd);
         let middle = &high - &low;
         k_is_odd = n >> bit & 1 == 1;
-        (at_k, before_k) = if k_is_odd {
-            (high, middle)
-        } else {
-            (middle, low)
-        };
+        (at_k, before_k) = if k_is_odd { (high, middle) } else { (middle, low) };
     }
     if n % 2 == 0 {
         let lucas = (before_k << 1u32) + &at_k;

@@ -1,8 +1,8 @@
 //! What `rpc-server` and `rpc-client` agree on.
 //!
-//! Read in this order: [`message`] is what goes over the wire, [`broker`] the way to the broker,
-//! [`exit`] how a program says how it ended, [`fib`] the function itself. `fib` and `message` know
-//! no socket.
+//! Read in this order: [`fib`] is the function, [`message`] what goes over the wire, [`target`]
+//! where the broker is, [`broker`] the way to it, [`deadline`] what ends every wait on that way,
+//! [`exit`] how a program says how it ended. `fib` and `message` know no socket.
 
 pub mod broker;
 pub mod deadline;
@@ -12,3 +12,4 @@ pub mod fib;
 pub mod logging;
 pub mod message;
 mod stream;
+pub mod target;

@@ -15,10 +15,7 @@ pub struct LogOptions {
 impl LogOptions {
     /// Starts a log for an operator: with the time and the level of each line.
     pub fn start_for_operator(&self, level: LevelFilter) {
-        self.builder(level)
-            .format_target(false)
-            .format_timestamp_millis()
-            .init();
+        self.builder(level).format_target(false).format_timestamp_millis().init();
     }
 
     /// Starts a log for somebody at a prompt: lines of the same form as the errors of `program`.
@@ -33,9 +30,7 @@ impl LogOptions {
 
     fn builder(&self, level: LevelFilter) -> Builder {
         let steps = usize::from(self.verbose);
-        let level = LevelFilter::iter()
-            .nth(level as usize + steps)
-            .unwrap_or(LevelFilter::Trace);
+        let level = LevelFilter::iter().nth(level as usize + steps).unwrap_or(LevelFilter::Trace);
         let mut builder = Builder::new();
         builder
             .filter_level(level)

@@ -32,16 +32,10 @@ impl<'a> Request<'a> {
     /// Reads a request; nothing but its body is required.
     #[must_use]
     pub fn decode(properties: &'a AmqpProperties, body: &'a [u8]) -> Self {
-        let millis = properties
-            .expiration()
-            .as_ref()
-            .and_then(|text| text.parse().ok());
+        let millis = properties.expiration().as_ref().and_then(|text| text.parse().ok());
         Request {
             body,
-            reply_to: properties
-                .reply_to()
-                .as_deref()
-                .filter(|name| !name.is_empty()),
+            reply_to: properties.reply_to().as_deref().filter(|name| !name.is_empty()),
             correlation_id: properties.correlation_id().as_deref(),
             expiration: millis.map(Duration::from_millis),
         }
@@ -63,10 +57,7 @@ impl<'a> Request<'a> {
             // The broker would drop a message that expires after 0 ms, even before an idle consumer.
             properties = properties.with_expiration(expiration.as_millis().max(1).to_string());
         }
-        Publish {
-            mandatory: true,
-            ..Publish::with_properties(self.body, queue, properties)
-        }
+        Publish { mandatory: true, ..Publish::with_properties(self.body, queue, properties) }
     }
 
     /// The body as text, for functions of text.
@@ -122,14 +113,10 @@ impl ErrorCode {
 
 impl From<&str> for ErrorCode {
     fn from(code: &str) -> Self {
-        [
-            ErrorCode::InvalidArgument,
-            ErrorCode::OutOfRange,
-            ErrorCode::Internal,
-        ]
-        .into_iter()
-        .find(|known| known.as_str() == code)
-        .unwrap_or_else(|| ErrorCode::Other(code.into()))
+        [ErrorCode::InvalidArgument, ErrorCode::OutOfRange, ErrorCode::Internal]
+            .into_iter()
+            .find(|known| known.as_str() == code)
+            .unwrap_or_else(|| ErrorCode::Other(code.into()))
     }
 }
 
@@ -150,9 +137,7 @@ pub fn encode_reply<'a>(
             let mut headers = FieldTable::new();
             let code = failure.code.as_str().to_owned();
             headers.insert(ERROR_CODE_HEADER.into(), AmqpValue::LongString(code));
-            properties = properties
-                .with_type_(ERROR_TYPE.into())
-                .with_headers(headers);
+            properties = properties.with_type_(ERROR_TYPE.into()).with_headers(headers);
             &failure.message
         }
     };
@@ -171,18 +156,12 @@ pub fn decode_reply(properties: &AmqpProperties, body: Vec<u8>) -> Result<Vec<u8
     if properties.type_().as_deref() != Some(ERROR_TYPE) {
         return Ok(body);
     }
-    let code = properties
-        .headers()
-        .as_ref()
-        .and_then(|headers| headers.get(ERROR_CODE_HEADER));
+    let code = properties.headers().as_ref().and_then(|headers| headers.get(ERROR_CODE_HEADER));
     let code = match code {
         Some(AmqpValue::LongString(code)) => code.as_str().into(),
         _ => ErrorCode::Internal,
     };
-    Err(Failure {
-        code,
-        message: String::from_utf8_lossy(&body).into_owned(),
-    })
+    Err(Failure { code, message: String::from_utf8_lossy(&body).into_owned() })
 }
 
 /// The most digits a number may have: as many as the largest of 64 bits.
@@ -275,12 +254,7 @@ mod tests {
         let request = Request::decode(&properties, b"7");
         assert_eq!(
             request,
-            Request {
-                body: b"7",
-                reply_to: None,
-                correlation_id: None,
-                expiration: None
-            }
+            Request { body: b"7", reply_to: None, correlation_id: None, expiration: None }
         );
     }
 
@@ -296,18 +270,9 @@ mod tests {
         assert_eq!(parse_number(b"0"), Ok(0));
         assert_eq!(parse_number(b"007"), Ok(7));
         assert_eq!(parse_number(b"18446744073709551615"), Ok(u64::MAX));
-        assert_eq!(
-            parse_number(b"18446744073709551616"),
-            Err(NumberError::TooLarge)
-        );
-        for text in [
-            "", " 1", "1 ", "1\n", "+1", "-1", "1.0", "1e3", "0x1f", "٣", "１", "abc",
-        ] {
-            assert_eq!(
-                parse_number(text.as_bytes()),
-                Err(NumberError::Malformed),
-                "{text:?}"
-            );
+        assert_eq!(parse_number(b"18446744073709551616"), Err(NumberError::TooLarge));
+        for text in ["", " 1", "1 ", "1\n", "+1", "-1", "1.0", "1e3", "0x1f", "٣", "１", "abc"] {
+            assert_eq!(parse_number(text.as_bytes()), Err(NumberError::Malformed), "{text:?}");
         }
         assert_eq!(parse_number(&[b'0'; 21]), Err(NumberError::Malformed));
     }
@@ -324,10 +289,8 @@ mod tests {
     }
 
     fn any_failure() -> impl Strategy<Value = Failure> {
-        ("[a-z-]{0,20}", ".*").prop_map(|(code, message)| Failure {
-            code: code.as_str().into(),
-            message,
-        })
+        ("[a-z-]{0,20}", ".*")
+            .prop_map(|(code, message)| Failure { code: code.as_str().into(), message })
     }
 
     proptest! {

@@ -24,10 +24,7 @@ impl Stream {
     /// Hands a connected socket to the I/O loop; it becomes non-blocking.
     pub(crate) fn plain(socket: TcpStream) -> io::Result<Self> {
         let socket = mio::net::TcpStream::from_stream(socket)?;
-        Ok(Stream {
-            socket,
-            check: FrameCheck::default(),
-        })
+        Ok(Stream { socket, check: FrameCheck::default() })
     }
 }
 
@@ -160,10 +157,7 @@ mod tests {
     }
 
     fn content_header(body_size: u64) -> Vec<u8> {
-        frame(
-            2,
-            &[&[0, 60, 0, 0], &body_size.to_be_bytes()[..], &[0, 0]].concat(),
-        )
+        frame(2, &[&[0, 60, 0, 0], &body_size.to_be_bytes()[..], &[0, 0]].concat())
     }
 
     fn error(bytes: &[u8]) -> String {
@@ -173,15 +167,9 @@ mod tests {
     #[test]
     fn what_cannot_be_is_refused_by_name() {
         assert_eq!(error(b"HTTP/1.1 400"), "the peer does not speak AMQP 0-9-1");
-        assert_eq!(
-            error(b"AMQP\0\0\x09\x01"),
-            "the peer does not speak AMQP 0-9-1"
-        );
+        assert_eq!(error(b"AMQP\0\0\x09\x01"), "the peer does not speak AMQP 0-9-1");
         let huge = [1, 0, 0, 0xff, 0xff, 0xff, 0xff];
-        assert_eq!(
-            error(&huge),
-            "the peer announced a frame of 4294967295 bytes"
-        );
+        assert_eq!(error(&huge), "the peer announced a frame of 4294967295 bytes");
         assert_eq!(
             error(&content_header(1 << 40)),
             "the peer announced a body of 1099511627776 bytes"

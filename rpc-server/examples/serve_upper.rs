@@ -4,17 +4,14 @@
 //!     cargo run -p rpc-client --example call_upper -- "hello"
 
 use rpc_common::broker;
+use rpc_common::message::Request;
 use rpc_server::{serve, signals, Config};
 
 fn main() -> anyhow::Result<()> {
     broker::prepare_threads();
     let config = Config::new("upper_queue")?;
     let stop = signals::stop()?;
-    serve(
-        &config,
-        &|request| Ok(request.text()?.to_uppercase()),
-        &stop,
-        &|| println!("serving upper_queue, Ctrl-C stops"),
-    )?;
+    let upper = |request: &Request| Ok(request.text()?.to_uppercase());
+    serve(&config, &upper, &stop, &|| println!("serving upper_queue, Ctrl-C stops"))?;
     Ok(())
 }

@@ -3,8 +3,9 @@
 use crate::queue::QueueType;
 use crate::supervisor::Config;
 use clap::Parser;
-use rpc_common::broker::{short_string, BrokerOptions, Error};
+use rpc_common::broker::Error;
 use rpc_common::logging::LogOptions;
+use rpc_common::target::{short_string, BrokerOptions};
 use rpc_common::{duration, exit};
 use std::thread;
 use std::time::Duration;
@@ -17,8 +18,14 @@ pub struct Cli {
     #[arg(long, value_name = "NAME", default_value = "rpc_queue", value_parser = short_string)]
     queue: String,
 
-    /// Queue type, if the queue must be declared
-    #[arg(long, value_name = "TYPE", value_enum, default_value = "auto")]
+    /// auto | transient | classic | quorum, if the queue must be declared
+    #[arg(
+        long,
+        value_name = "TYPE",
+        value_enum,
+        default_value = "auto",
+        hide_possible_values = true
+    )]
     queue_type: QueueType,
 
     /// Consumers, each a thread with a channel of its own; 0: one per core

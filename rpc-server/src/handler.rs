@@ -39,10 +39,7 @@ pub fn fib(
 }
 
 fn argument(body: &[u8], max_n: u64) -> Result<u64, Failure> {
-    let failure = |code, reason: &str| Failure {
-        code,
-        message: reason.into(),
-    };
+    let failure = |code, reason: &str| Failure { code, message: reason.into() };
     match parse_number(body) {
         Ok(n) if n <= max_n => Ok(n),
         Ok(n) => Err(failure(
@@ -55,10 +52,7 @@ fn argument(body: &[u8], max_n: u64) -> Result<u64, Failure> {
         )),
         Err(error @ NumberError::Malformed) => Err(failure(
             ErrorCode::InvalidArgument,
-            &format!(
-                "invalid argument: '{}' is {error}",
-                escape(&body[..body.len().min(21)])
-            ),
+            &format!("invalid argument: '{}' is {error}", escape(&body[..body.len().min(21)])),
         )),
     }
 }
@@ -69,15 +63,7 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     fn ask(handler: &Handler, body: &[u8]) -> Reply {
-        call(
-            handler,
-            &Request {
-                body,
-                reply_to: None,
-                correlation_id: None,
-                expiration: None,
-            },
-        )
+        call(handler, &Request { body, reply_to: None, correlation_id: None, expiration: None })
     }
 
     #[test]
@@ -112,10 +98,7 @@ mod tests {
         ] {
             assert_eq!(
                 ask(&handler, body.as_bytes()),
-                Err(Failure {
-                    code,
-                    message: message.into()
-                })
+                Err(Failure { code, message: message.into() })
             );
         }
     }
@@ -124,9 +107,6 @@ mod tests {
     fn a_panic_is_contained() {
         let failure = ask(&|_| panic!("on purpose"), b"1").unwrap_err();
         assert_eq!(failure.code, ErrorCode::Internal);
-        assert!(
-            !failure.message.contains("on purpose"),
-            "the detail belongs to the log"
-        );
+        assert!(!failure.message.contains("on purpose"), "the detail belongs to the log");
     }
 }

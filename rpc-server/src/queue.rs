@@ -19,7 +19,7 @@ pub enum QueueType {
 }
 
 /// How often a declaration may lose the race against another one before we give up.
-const ATTEMPTS: usize = 5;
+const ATTEMPTS: u32 = 5;
 
 /// Reply codes of AMQP 0-9-1.
 const NOT_FOUND: u16 = 404;
@@ -36,16 +36,15 @@ pub(crate) fn ensure(
     queue_type: QueueType,
     deadline: &Deadline,
 ) -> Result<(), Error> {
-    let mut last = None;
-    for _ in 0..ATTEMPTS {
+    let mut attempts = 0;
+    loop {
+        attempts += 1;
         match look(link, queue, deadline) {
             Ok(()) => {
                 log::info!("adopted queue '{queue}' as it is");
                 return Ok(());
             }
-            Err(Error::ChannelClosed {
-                code: NOT_FOUND, ..
-            }) => {}
+            Err(Error::ChannelClosed { code: NOT_FOUND, .. }) => {}
             Err(error) => return Err(error),
         }
         match declare(link, queue, queue_type, deadline) {
@@ -53,20 +52,15 @@ pub(crate) fn ensure(
                 log::info!("declared queue '{queue}' ({})", name(queue_type));
                 return Ok(());
             }
-            // Somebody was faster, and declared it otherwise: look again.
-            Err(
-                error @ Error::ChannelClosed {
-                    code: PRECONDITION_FAILED,
-                    ..
-                },
-            ) => last = Some(error),
+            Err(Error::ChannelClosed { code: PRECONDITION_FAILED, target, reason }) => {
+                // Somebody was faster, and declared it otherwise: look again.
+                if attempts == ATTEMPTS {
+                    return Err(Error::Refused { target, reason });
+                }
+            }
             Err(error) => return Err(error),
         }
     }
-    Err(match last {
-        Some(Error::ChannelClosed { target, reason, .. }) => Error::Refused { target, reason },
-        _ => unreachable!("every attempt but the last returned or left its error"),
-    })
 }
 
 /// Whether the error means that this broker permits no transient queues (RabbitMQ 4.3 and later
@@ -78,9 +72,7 @@ pub(crate) fn forbids_transient(error: &Error) -> bool {
 /// Declares passively, on a channel of its own because a miss closes the channel.
 fn look(link: &mut Link, queue: &str, deadline: &Deadline) -> Result<(), Error> {
     let channel = link.open_channel(deadline)?;
-    link.within(deadline, Phase::Declare, |_| {
-        channel.queue_declare_passive(queue).map(drop)
-    })
+    link.within(deadline, Phase::Declare, |_| channel.queue_declare_passive(queue).map(drop))
 }
 
 fn declare(
@@ -91,21 +83,12 @@ fn declare(
 ) -> Result<(), Error> {
     let mut arguments = FieldTable::new();
     if queue_type == QueueType::Quorum {
-        arguments.insert(
-            "x-queue-type".into(),
-            AmqpValue::LongString("quorum".into()),
-        );
+        arguments.insert("x-queue-type".into(), AmqpValue::LongString("quorum".into()));
     }
     let durable = matches!(queue_type, QueueType::Classic | QueueType::Quorum);
-    let options = QueueDeclareOptions {
-        durable,
-        arguments,
-        ..QueueDeclareOptions::default()
-    };
+    let options = QueueDeclareOptions { durable, arguments, ..QueueDeclareOptions::default() };
     let channel = link.open_channel(deadline)?;
-    link.within(deadline, Phase::Declare, |_| {
-        channel.queue_declare(queue, options).map(drop)
-    })
+    link.within(deadline, Phase::Declare, |_| channel.queue_declare(queue, options).map(drop))
 }
 
 fn name(queue_type: QueueType) -> &'static str {

@@ -19,16 +19,14 @@ pub type Stop = Receiver<Infallible>;
 pub fn stop() -> io::Result<Stop> {
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let (stopping, stop) = crossbeam_channel::bounded(0);
-    thread::Builder::new()
-        .name("signals".into())
-        .spawn(move || {
-            let mut signals = signals.forever();
-            signals.next();
-            log::info!("stopping when what has begun is answered; a second signal stops at once");
-            drop(stopping);
-            if let Some(second) = signals.next() {
-                let _ = emulate_default_handler(second); // does not return
-            }
-        })?;
+    thread::Builder::new().name("signals".into()).spawn(move || {
+        let mut signals = signals.forever();
+        signals.next();
+        log::info!("stopping when what has begun is answered; a second signal stops at once");
+        drop(stopping);
+        if let Some(second) = signals.next() {
+            let _ = emulate_default_handler(second); // does not return
+        }
+    })?;
     Ok(stop)
 }

@@ -6,9 +6,10 @@ use crate::signals::Stop;
 use crate::worker::{Need, Report, Worker};
 use amiquip::{Channel, ConnectionBlockedNotification};
 use crossbeam_channel::{bounded, select, unbounded, Receiver, Sender};
-use rpc_common::broker::{self, Error, Link, Target};
+use rpc_common::broker::{self, Error, Link};
 use rpc_common::deadline::Deadline;
 use rpc_common::message::escape;
+use rpc_common::target::Target;
 use std::convert::Infallible;
 use std::thread;
 use std::time::Duration;
@@ -210,12 +211,7 @@ impl Supervisor<'_> {
     }
 
     fn ensure_queue(&self, link: &mut Link) -> Result<(), Error> {
-        queue::ensure(
-            link,
-            &self.config.queue,
-            self.queue_type,
-            &Deadline::after(ATTEMPT),
-        )
+        queue::ensure(link, &self.config.queue, self.queue_type, &Deadline::after(ATTEMPT))
     }
 
     fn give_channels(&mut self, link: &mut Link) -> Result<(), Error> {

@@ -24,10 +24,7 @@ pub(crate) struct Worker<'a> {
 /// What a worker tells its supervisor.
 pub(crate) enum Report {
     /// It waits for a channel to be sent to `inbox`.
-    NeedsChannel {
-        inbox: Sender<Channel>,
-        because: Need,
-    },
+    NeedsChannel { inbox: Sender<Channel>, because: Need },
     /// It consumes.
     Consumes,
 }
@@ -64,9 +61,7 @@ impl Worker<'_> {
     /// None when it is time to stop.
     fn ask_for_channel(&self, because: Need) -> Option<Channel> {
         let (inbox, channels) = bounded(1);
-        self.reports
-            .send(Report::NeedsChannel { inbox, because })
-            .ok()?;
+        self.reports.send(Report::NeedsChannel { inbox, because }).ok()?;
         select_biased! {
             recv(self.stop) -> _ => None,
             recv(channels) -> channel => channel.ok(),
@@ -128,10 +123,7 @@ impl Worker<'_> {
         };
         let reply = handler::call(self.handler, &request);
         if let Err(failure) = &reply {
-            log::warn!(
-                "answered with an error: {}",
-                escape(failure.message.as_bytes())
-            );
+            log::warn!("answered with an error: {}", escape(failure.message.as_bytes()));
         }
         channel.basic_publish("", encode_reply(&reply, reply_to, request.correlation_id))?;
         consumer.ack(delivery)
@@ -150,11 +142,7 @@ fn drain(consumer: &Consumer) -> amiquip::Result<()> {
 }
 
 fn log_return(reply: &Return) {
-    let id = reply
-        .properties
-        .correlation_id()
-        .as_deref()
-        .unwrap_or("none");
+    let id = reply.properties.correlation_id().as_deref().unwrap_or("none");
     log::warn!(
         "the caller is gone: its queue '{}' does not exist any more (correlation id: {})",
         escape(reply.routing_key.as_bytes()),

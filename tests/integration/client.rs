@@ -16,10 +16,7 @@ fn one_call_prints_the_number_and_nothing_else() {
 fn a_shell_script_gets_the_answer_into_a_variable() {
     let queue = Queue::named("variable");
     let _server = Server::start(&queue, &[]);
-    let script = format!(
-        "answer=$(rpc-client --queue {} 30); echo \"<$answer> $?\"",
-        &*queue
-    );
+    let script = format!("answer=$(rpc-client --queue {} 30); echo \"<$answer> $?\"", &*queue);
     bash(&script).code(0).stdout("<832040> 0\n").stderr("");
 }
 
@@ -29,12 +26,7 @@ fn several_numbers_are_answered_in_the_order_asked() {
     let _server = Server::start(&queue, &[]);
     let answers = "0\n1\n1\n12200160415121876738\n19740274219868223167\n\
                    222232244629420445529739893461909967206666939096499764990979600\n";
-    expect(
-        &mut client(&queue, &["0", "1", "2", "93", "94", "300"]),
-        0,
-        answers,
-        "",
-    );
+    expect(&mut client(&queue, &["0", "1", "2", "93", "94", "300"]), 0, answers, "");
 }
 
 /// Several workers answer out of order, fewer places than calls make them wait for each other.
@@ -47,12 +39,7 @@ fn many_calls_in_flight_keep_their_order() {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let answers: String = numbers.iter().map(|n| format!("{}\n", fib(*n))).collect();
     for in_flight in ["1", "7", "64"] {
-        expect(
-            client(&queue, &["-j", in_flight]).args(&args),
-            0,
-            &answers,
-            "",
-        );
+        expect(client(&queue, &["-j", in_flight]).args(&args), 0, &answers, "");
     }
 }
 
@@ -60,12 +47,7 @@ fn many_calls_in_flight_keep_their_order() {
 fn repeat_asks_for_every_number_several_times() {
     let queue = Queue::named("repeat");
     let server = Server::start(&queue, &[]);
-    expect(
-        &mut client(&queue, &["--repeat", "3", "7", "8"]),
-        0,
-        "13\n13\n13\n21\n21\n21\n",
-        "",
-    );
+    expect(&mut client(&queue, &["--repeat", "3", "7", "8"]), 0, "13\n13\n13\n21\n21\n21\n", "");
     assert_eq!(server.stop().len(), 6);
 }
 
@@ -73,12 +55,7 @@ fn repeat_asks_for_every_number_several_times() {
 fn the_millionth_number_is_exact() {
     let queue = Queue::named("million");
     let _server = Server::start(&queue, &[]);
-    expect(
-        &mut client(&queue, &["1000000"]),
-        0,
-        &format!("{}\n", fib(1_000_000)),
-        "",
-    );
+    expect(&mut client(&queue, &["1000000"]), 0, &format!("{}\n", fib(1_000_000)), "");
 }
 
 #[test]
@@ -95,9 +72,7 @@ fn on_a_terminal_the_output_is_text() {
     let queue = Queue::named("terminal");
     let _server = Server::start(&queue, &[]);
     let script = format!("script -qec 'rpc-client --queue {} 30' /dev/null", &*queue);
-    bash(&script)
-        .code(0)
-        .stdout(" [x] Requesting fib(30)\r\n [.] Got 832040\r\n");
+    bash(&script).code(0).stdout(" [x] Requesting fib(30)\r\n [.] Got 832040\r\n");
 }
 
 #[test]
@@ -115,12 +90,9 @@ fn a_reader_that_goes_away_ends_it_like_sigpipe() {
 fn a_full_disk_is_an_error_of_its_own() {
     let queue = Queue::named("full_disk");
     let _server = Server::start(&queue, &[]);
-    bash(&format!("rpc-client --queue {} 30 >/dev/full", &*queue))
-        .code(6)
-        .stdout("")
-        .stderr(
-            "rpc-client: cannot write to standard output: No space left on device (os error 28)\n",
-        );
+    bash(&format!("rpc-client --queue {} 30 >/dev/full", &*queue)).code(6).stdout("").stderr(
+        "rpc-client: cannot write to standard output: No space left on device (os error 28)\n",
+    );
 }
 
 /// A foreign server answers with an id that is not ours, without one, and twice.
@@ -134,11 +106,7 @@ fn replies_to_no_call_in_hand_are_discarded() {
             for answer in ["5", "8"] {
                 let request = peer.take(&queue);
                 let reply_to = request.properties.reply_to().clone().expect("ours set it");
-                let id = request
-                    .properties
-                    .correlation_id()
-                    .clone()
-                    .expect("ours set it");
+                let id = request.properties.correlation_id().clone().expect("ours set it");
                 let with_id = |id: String| AmqpProperties::default().with_correlation_id(id);
                 peer.publish(&reply_to, b"1", with_id("no such call".into()));
                 peer.publish(&reply_to, b"2", with_id(uuid::Uuid::new_v4().to_string()));
@@ -154,14 +122,8 @@ fn replies_to_no_call_in_hand_are_discarded() {
 
 #[test]
 fn the_examples_call_another_function_with_the_same_loops() {
-    let _queue = Queue::exactly("upper_queue");
     let server = Server::spawn("examples/serve_upper", &[]);
     assert_eq!(server.next_line(), "serving upper_queue, Ctrl-C stops");
-    expect(
-        command("examples/call_upper").args(["hello", "Grüße"]),
-        0,
-        "HELLO\nGRÜSSE\n",
-        "",
-    );
+    expect(command("examples/call_upper").args(["hello", "Grüße"]), 0, "HELLO\nGRÜSSE\n", "");
     server.stop();
 }

@@ -15,17 +15,9 @@ fn url(user_info: &str, vhost: &str) -> String {
 
 #[test]
 fn without_arguments_there_is_usage() {
-    let output = command("rpc-client")
-        .assert()
-        .code(2)
-        .stdout("")
-        .get_output()
-        .clone();
+    let output = command("rpc-client").assert().code(2).stdout("").get_output().clone();
     let usage = String::from_utf8(output.stderr).expect("help is text");
-    assert!(
-        usage.contains("Usage: rpc-client [OPTIONS] <N>..."),
-        "{usage}"
-    );
+    assert!(usage.contains("Usage: rpc-client [OPTIONS] <N>..."), "{usage}");
 }
 
 #[test]
@@ -49,17 +41,7 @@ fn help_lists_the_exit_codes_and_hides_the_environment() {
 #[test]
 fn what_is_no_number_never_leaves_the_client() {
     let queue = Queue::transient("no_number");
-    for wrong in [
-        "abc",
-        "",
-        "-5",
-        "+5",
-        "1.5",
-        " 1",
-        "1e3",
-        "0x10",
-        "123456789012345678901",
-    ] {
+    for wrong in ["abc", "", "-5", "+5", "1.5", " 1", "1e3", "0x10", "123456789012345678901"] {
         let stderr = format!(
             "error: invalid value '{wrong}' for '<N>...': not a natural number in decimal digits, 20 at most\n\n\
              For more information, try '--help'.\n"
@@ -68,52 +50,26 @@ fn what_is_no_number_never_leaves_the_client() {
     }
     let stderr = "error: invalid value '18446744073709551616' for '<N>...': larger than 18446744073709551615\n\n\
                   For more information, try '--help'.\n";
-    expect(
-        &mut client(&queue, &["18446744073709551616"]),
-        2,
-        "",
-        stderr,
-    );
+    expect(&mut client(&queue, &["18446744073709551616"]), 2, "", stderr);
     assert!(Peer::connect().finds_nothing(&queue));
 }
 
 #[test]
 fn wrong_options_are_refused_by_both_programs() {
-    for args in [
-        &["--heartbeat", "0"][..],
-        &["--heartbeat", "65536"],
-        &["--queue", ""],
-        &["--nonsense"],
-    ] {
-        command("rpc-client")
-            .args(args)
-            .arg("1")
-            .assert()
-            .code(2)
-            .stdout("");
+    for args in
+        [&["--heartbeat", "0"][..], &["--heartbeat", "65536"], &["--queue", ""], &["--nonsense"]]
+    {
+        command("rpc-client").args(args).arg("1").assert().code(2).stdout("");
         command("rpc-server").args(args).assert().code(2).stdout("");
     }
-    for args in [
-        ["-t", "0"],
-        ["-t", "soon"],
-        ["-t", "366d"],
-        ["-j", "0"],
-        ["--repeat", "0"],
-        ["-o", "xml"],
-    ] {
-        command("rpc-client")
-            .args(args)
-            .arg("1")
-            .assert()
-            .code(2)
-            .stdout("");
+    for args in
+        [["-t", "0"], ["-t", "soon"], ["-t", "366d"], ["-j", "0"], ["--repeat", "0"], ["-o", "xml"]]
+    {
+        command("rpc-client").args(args).arg("1").assert().code(2).stdout("");
     }
-    for args in [
-        ["--prefetch", "0"],
-        ["--workers", "2000"],
-        ["--delay", "-1s"],
-        ["--max-n", "many"],
-    ] {
+    for args in
+        [["--prefetch", "0"], ["--workers", "2000"], ["--delay", "-1s"], ["--max-n", "many"]]
+    {
         command("rpc-server").args(args).assert().code(2).stdout("");
     }
 }
@@ -121,33 +77,15 @@ fn wrong_options_are_refused_by_both_programs() {
 #[test]
 fn a_bad_url_is_refused_without_its_password() {
     for (url, reason) in [
-        (
-            "amqps://me:sesame@localhost",
-            "amqps:// (TLS) is not supported yet",
-        ),
-        (
-            "http://me:sesame@localhost",
-            "unknown scheme 'http', not amqp",
-        ),
+        ("amqps://me:sesame@localhost", "amqps:// (TLS) is not supported yet"),
+        ("http://me:sesame@localhost", "unknown scheme 'http', not amqp"),
         ("localhost:5672", "unknown scheme 'localhost', not amqp"),
-        (
-            "amqp:me:sesame@localhost",
-            "not of the form amqp://user:password@host:port/vhost",
-        ),
+        ("amqp:me:sesame@localhost", "not of the form amqp://user:password@host:port/vhost"),
         ("amqp://me:sesame@localhost:port", "invalid port number"),
-        (
-            "amqp://me:sesame@localhost/a/b",
-            "write a '/' in the vhost as %2f",
-        ),
-        (
-            "amqp://localhost?heartbeat=5",
-            "heartbeat is the option --heartbeat",
-        ),
+        ("amqp://me:sesame@localhost/a/b", "write a '/' in the vhost as %2f"),
+        ("amqp://localhost?heartbeat=5", "heartbeat is the option --heartbeat"),
         ("amqp://localhost?colour=red", "unknown parameter 'colour'"),
-        (
-            "amqp://me:%ff@localhost",
-            "what is percent-encoded is not UTF-8",
-        ),
+        ("amqp://me:%ff@localhost", "what is percent-encoded is not UTF-8"),
     ] {
         let error = format!("bad URL: {reason}\n");
         expect(
@@ -162,12 +100,7 @@ fn a_bad_url_is_refused_without_its_password() {
             "",
             &format!("rpc-client: {error}"),
         );
-        expect(
-            command("rpc-server").args(["--url", url]),
-            2,
-            "",
-            &format!("rpc-server: {error}"),
-        );
+        expect(command("rpc-server").args(["--url", url]), 2, "", &format!("rpc-server: {error}"));
     }
 }
 
@@ -178,24 +111,9 @@ fn a_password_in_an_argument_draws_a_warning() {
     let url = url("guest:guest@", "");
     let warning =
         "rpc-client: warning: ps shows everybody the password in --url: put the URL into AMQP_URL\n";
-    expect(
-        &mut client(&queue, &["--url", &url, "30"]),
-        0,
-        "832040\n",
-        warning,
-    );
-    expect(
-        &mut client(&queue, &["--url", &url, "30", "-q"]),
-        0,
-        "832040\n",
-        "",
-    );
-    expect(
-        client(&queue, &["30"]).env("AMQP_URL", &url),
-        0,
-        "832040\n",
-        "",
-    );
+    expect(&mut client(&queue, &["--url", &url, "30"]), 0, "832040\n", warning);
+    expect(&mut client(&queue, &["--url", &url, "30", "-q"]), 0, "832040\n", "");
+    expect(client(&queue, &["30"]).env("AMQP_URL", &url), 0, "832040\n", "");
 }
 
 #[test]
@@ -206,10 +124,7 @@ fn no_log_shows_a_password() {
     let secret = url("guest:%67%75est@", "");
     let output = client(&queue, &["30"])
         .env("AMQP_URL", secret)
-        .env(
-            "RUST_LOG",
-            "trace,amiquip=trace,amiquip::io_loop::handshake_state=trace",
-        )
+        .env("RUST_LOG", "trace,amiquip=trace,amiquip::io_loop::handshake_state=trace")
         .assert()
         .code(0)
         .get_output()
@@ -231,21 +146,11 @@ fn no_broker_is_exit_code_3() {
     let stderr = format!(
         "rpc-client: cannot reach {free}: connection refused: is RabbitMQ running there?\n"
     );
-    expect(
-        client("any", &["1"]).env("AMQP_URL", format!("amqp://{free}")),
-        3,
-        "",
-        &stderr,
-    );
+    expect(client("any", &["1"]).env("AMQP_URL", format!("amqp://{free}")), 3, "", &stderr);
     let stderr =
         "rpc-client: cannot resolve 'no-such-host.invalid': failed to lookup address information: \
                   Name or service not known: is the host name right?\n";
-    expect(
-        client("any", &["1"]).env("AMQP_URL", "amqp://no-such-host.invalid"),
-        3,
-        "",
-        stderr,
-    );
+    expect(client("any", &["1"]).env("AMQP_URL", "amqp://no-such-host.invalid"), 3, "", stderr);
 }
 
 #[test]
@@ -256,12 +161,7 @@ fn a_peer_that_says_nothing_is_exit_code_3_and_names_the_phase() {
         "rpc-client: no connection to {address} within 300ms: timed out in the AMQP handshake\n"
     );
     let mut call = client("any", &["-t", "300ms", "1"]);
-    expect(
-        call.env("AMQP_URL", format!("amqp://{address}")),
-        3,
-        "",
-        &stderr,
-    );
+    expect(call.env("AMQP_URL", format!("amqp://{address}")), 3, "", &stderr);
 }
 
 #[test]
@@ -279,35 +179,16 @@ fn a_peer_that_speaks_another_protocol_is_exit_code_3() {
         "rpc-client: lost the connection to {address}: I/O error while reading socket: \
          the peer does not speak AMQP 0-9-1\n"
     );
-    expect(
-        client("any", &["1"]).env("AMQP_URL", format!("amqp://{address}")),
-        3,
-        "",
-        &stderr,
-    );
+    expect(client("any", &["1"]).env("AMQP_URL", format!("amqp://{address}")), 3, "", &stderr);
 }
 
 #[test]
 fn refused_credentials_are_exit_code_3() {
     let wrong = url("nobody:wrong@", "");
-    let error = format!(
-        "{} refused user 'nobody': is the password right?\n",
-        broker::authority()
-    );
-    expect(
-        client("any", &["1"]).env("AMQP_URL", &wrong),
-        3,
-        "",
-        &format!("rpc-client: {error}"),
-    );
+    let error = format!("{} refused user 'nobody': is the password right?\n", broker::authority());
+    expect(client("any", &["1"]).env("AMQP_URL", &wrong), 3, "", &format!("rpc-client: {error}"));
     let mut server = command("rpc-server");
-    let output = server
-        .env("AMQP_URL", &wrong)
-        .assert()
-        .code(3)
-        .stdout("")
-        .get_output()
-        .clone();
+    let output = server.env("AMQP_URL", &wrong).assert().code(3).stdout("").get_output().clone();
     let log = String::from_utf8_lossy(&output.stderr);
     assert!(log.ends_with(&format!("rpc-server: {error}")), "{log}");
 }
@@ -315,40 +196,20 @@ fn refused_credentials_are_exit_code_3() {
 #[test]
 fn a_missing_vhost_is_exit_code_3() {
     let missing = url("", "/no-such-vhost");
-    let error = format!(
-        "{} refused: NOT_ALLOWED - vhost no-such-vhost not found\n",
-        broker::authority()
-    );
-    expect(
-        client("any", &["1"]).env("AMQP_URL", &missing),
-        3,
-        "",
-        &format!("rpc-client: {error}"),
-    );
-    expect(
-        command("rpc-server").env("AMQP_URL", &missing),
-        3,
-        "",
-        &format!("rpc-server: {error}"),
-    );
+    let error =
+        format!("{} refused: NOT_ALLOWED - vhost no-such-vhost not found\n", broker::authority());
+    expect(client("any", &["1"]).env("AMQP_URL", &missing), 3, "", &format!("rpc-client: {error}"));
+    expect(command("rpc-server").env("AMQP_URL", &missing), 3, "", &format!("rpc-server: {error}"));
 }
 
 #[test]
 fn a_queue_that_cannot_be_had_is_exit_code_3() {
     let mut server = command("rpc-server");
-    let output = server
-        .args(["--queue", "amq.reserved"])
-        .assert()
-        .code(3)
-        .stdout("")
-        .get_output()
-        .clone();
+    let output =
+        server.args(["--queue", "amq.reserved"]).assert().code(3).stdout("").get_output().clone();
     let log = String::from_utf8_lossy(&output.stderr);
     let last = log.lines().last().unwrap_or_default();
-    assert!(
-        last.starts_with("rpc-server: ") && last.contains("ACCESS_REFUSED"),
-        "{log}"
-    );
+    assert!(last.starts_with("rpc-server: ") && last.contains("ACCESS_REFUSED"), "{log}");
 }
 
 #[test]
@@ -360,12 +221,7 @@ fn no_queue_is_exit_code_4() {
         broker::authority()
     );
     expect(&mut client(&queue, &["30"]), 4, "\n", &error);
-    expect(
-        &mut client(&queue, &["-o", "text", "-q", "30"]),
-        4,
-        "",
-        &error,
-    );
+    expect(&mut client(&queue, &["-o", "text", "-q", "30"]), 4, "", &error);
 }
 
 #[test]
@@ -377,10 +233,7 @@ fn no_answer_in_time_is_exit_code_5_and_leaves_nothing_behind() {
         broker::authority()
     );
     expect(&mut client(&queue, &["-t", "300ms", "30"]), 5, "\n", &error);
-    assert!(
-        Peer::connect().finds_nothing(&queue),
-        "the request expires with the call"
-    );
+    assert!(Peer::connect().finds_nothing(&queue), "the request expires with the call");
 }
 
 #[test]
@@ -389,12 +242,7 @@ fn a_remote_error_is_exit_code_1_and_stops_nothing() {
     let server = Server::start(&queue, &["--max-n", "100"]);
     let error =
         "rpc-client: fib(101): out of range: 101 is larger than 100, the largest n served here\n";
-    expect(
-        &mut client(&queue, &["7", "101", "8"]),
-        1,
-        "13\n\n21\n",
-        error,
-    );
+    expect(&mut client(&queue, &["7", "101", "8"]), 1, "13\n\n21\n", error);
     assert_eq!(server.stop(), [" [.] fib(7)", " [.] fib(8)"]);
 }
 
@@ -408,11 +256,7 @@ fn a_reply_that_is_no_number_is_exit_code_1() {
             let peer = Peer::connect();
             for reply in nonsense {
                 let request = peer.take(&queue);
-                let id = request
-                    .properties
-                    .correlation_id()
-                    .clone()
-                    .expect("ours set it");
+                let id = request.properties.correlation_id().clone().expect("ours set it");
                 let reply_to = request.properties.reply_to().clone().expect("ours set it");
                 peer.publish(
                     &reply_to,

@@ -1,6 +1,5 @@
 //! The README's examples are run as they stand.
 
-use crate::support::peer::Queue;
 use crate::support::programs::{bash, Server};
 use std::fs;
 
@@ -10,7 +9,6 @@ use std::fs;
 fn the_readmes_examples_print_what_it_says() {
     let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md"))
         .expect("it is there");
-    let _queue = Queue::exactly("rpc_queue");
     let _server = Server::start("rpc_queue", &[]);
     let mut examples = 0;
     for block in readme.split("```console\n").skip(1) {

@@ -41,11 +41,7 @@ fn sigterm_and_sigint_let_it_finish_what_it_has_begun() {
         server.signal(signal);
         assert_eq!(server.wait().code(), Some(0));
         caller.join().expect("the caller got its answer");
-        assert_eq!(
-            Peer::connect().depth(&queue),
-            Some(0),
-            "it was acknowledged, too"
-        );
+        assert_eq!(Peer::connect().depth(&queue), Some(0), "it was acknowledged, too");
     }
 }
 
@@ -72,11 +68,7 @@ fn a_second_signal_ends_it_at_once() {
     server.signal(Signal::TERM);
     server.await_log("stopping");
     server.signal(Signal::TERM);
-    assert_eq!(
-        server.wait().signal(),
-        Some(Signal::TERM.as_raw()),
-        "a shell calls it 143"
-    );
+    assert_eq!(server.wait().signal(), Some(Signal::TERM.as_raw()), "a shell calls it 143");
 }
 
 #[test]
@@ -96,24 +88,12 @@ fn a_killed_servers_request_is_answered_by_the_next_one_once() {
 #[test]
 fn three_servers_share_the_calls_fairly() {
     let queue = Queue::named("three");
-    let servers: Vec<Server> = (0..3)
-        .map(|_| Server::start(&queue, &["--delay", "100ms"]))
-        .collect();
-    expect(
-        &mut client(&queue, &["--repeat", "30", "10"]),
-        0,
-        &"55\n".repeat(30),
-        "",
-    );
-    let shares: Vec<usize> = servers
-        .into_iter()
-        .map(|server| server.stop().len())
-        .collect();
+    let servers: Vec<Server> =
+        (0..3).map(|_| Server::start(&queue, &["--delay", "100ms"])).collect();
+    expect(&mut client(&queue, &["--repeat", "30", "10"]), 0, &"55\n".repeat(30), "");
+    let shares: Vec<usize> = servers.into_iter().map(|server| server.stop().len()).collect();
     assert_eq!(shares.iter().sum::<usize>(), 30);
-    assert!(
-        shares.iter().all(|share| (8..=12).contains(share)),
-        "{shares:?}"
-    );
+    assert!(shares.iter().all(|share| (8..=12).contains(share)), "{shares:?}");
 }
 
 /// Four workers have four requests in hand at once; the others wait in the queue.
@@ -123,28 +103,20 @@ fn workers_work_at_the_same_time() {
     let server = Server::start(&queue, &["--workers", "4", "--delay", "365d"]);
     let mut peer = Peer::connect();
     for _ in 0..8 {
-        peer.publish(
-            &queue,
-            b"30",
-            AmqpProperties::default().with_reply_to("nobody".into()),
-        );
+        peer.publish(&queue, b"30", AmqpProperties::default().with_reply_to("nobody".into()));
     }
     for _ in 0..4 {
         assert_eq!(server.next_line(), " [.] fib(30)");
     }
-    eventually("four requests left", || {
-        (peer.depth(&queue) == Some(4)).then_some(())
-    });
+    eventually("four requests left", || (peer.depth(&queue) == Some(4)).then_some(()));
     assert_eq!(server.lines_at_hand(), [""; 0]);
 }
 
 #[test]
 fn it_adopts_a_queue_of_any_type_as_it_is() {
-    for (name, durable, queue_type) in [
-        ("transient", false, None),
-        ("classic", true, None),
-        ("quorum", true, Some("quorum")),
-    ] {
+    for (name, durable, queue_type) in
+        [("transient", false, None), ("classic", true, None), ("quorum", true, Some("quorum"))]
+    {
         let queue = Queue::named(&format!("adopt_{name}"));
         Peer::connect().declare(&queue, durable, queue_type);
         for asked in ["auto", "transient", "classic", "quorum"] {

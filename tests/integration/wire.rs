@@ -23,30 +23,18 @@ fn a_request_is_what_the_wire_table_says() {
     assert_eq!(properties.content_type().as_deref(), Some("text/plain"));
     assert_eq!(properties.delivery_mode(), &Some(2));
     assert_eq!(properties.type_(), &None);
-    let expiration: u64 = properties
-        .expiration()
-        .as_ref()
-        .expect("set")
-        .parse()
-        .expect("milliseconds");
+    let expiration: u64 =
+        properties.expiration().as_ref().expect("set").parse().expect("milliseconds");
     assert!((1..=20_000).contains(&expiration), "{expiration}");
     let id = properties.correlation_id().clone().expect("set");
     assert_eq!(Uuid::try_parse(&id).expect("a UUID").get_version_num(), 4);
     let reply_to = properties.reply_to().clone().expect("set");
-    let name = reply_to
-        .strip_prefix("rpc.reply.")
-        .expect("its name says what it is");
+    let name = reply_to.strip_prefix("rpc.reply.").expect("its name says what it is");
     assert_eq!(Uuid::try_parse(name).expect("a UUID").get_version_num(), 4);
     // A foreign server sends a body and the id, and nothing else.
-    peer.publish(
-        &reply_to,
-        b"832040",
-        AmqpProperties::default().with_correlation_id(id),
-    );
+    peer.publish(&reply_to, b"832040", AmqpProperties::default().with_correlation_id(id));
     caller.join().expect("the caller got its answer");
-    eventually("the end of the reply queue", || {
-        peer.depth(&reply_to).is_none().then_some(())
-    });
+    eventually("the end of the reply queue", || peer.depth(&reply_to).is_none().then_some(()));
 }
 
 /// Sends a request as a foreign client may, and returns the reply.
@@ -62,11 +50,7 @@ fn a_reply_is_what_the_wire_table_says() {
     let queue = Queue::named("reply");
     let _server = Server::start(&queue, &[]);
     for id in ["1", "5f3a1b.uniqid", "ÄÖÜ ☃", &"x".repeat(255)] {
-        let reply = ask(
-            &queue,
-            b"30",
-            AmqpProperties::default().with_correlation_id(id.into()),
-        );
+        let reply = ask(&queue, b"30", AmqpProperties::default().with_correlation_id(id.into()));
         assert_eq!(reply.body, b"832040");
         assert_eq!(reply.exchange, "");
         let expected = AmqpProperties::default()
@@ -83,65 +67,31 @@ fn a_bad_request_gets_an_error_reply_and_the_server_goes_on() {
     let queue = Queue::named("bad_requests");
     let server = Server::start(&queue, &["--max-n", "100"]);
     for (body, code, message) in [
-        (
-            &b"abc"[..],
-            "invalid-argument",
-            "invalid argument: 'abc' is not a natural number",
-        ),
-        (
-            b"",
-            "invalid-argument",
-            "invalid argument: '' is not a natural number",
-        ),
-        (
-            b"-1",
-            "invalid-argument",
-            "invalid argument: '-1' is not a natural number",
-        ),
-        (
-            b" 30",
-            "invalid-argument",
-            "invalid argument: ' 30' is not a natural number",
-        ),
-        (
-            b"\xff\xfe",
-            "invalid-argument",
-            "invalid argument: '\\xff\\xfe' is not a natural number",
-        ),
+        (&b"abc"[..], "invalid-argument", "invalid argument: 'abc' is not a natural number"),
+        (b"", "invalid-argument", "invalid argument: '' is not a natural number"),
+        (b"-1", "invalid-argument", "invalid argument: '-1' is not a natural number"),
+        (b" 30", "invalid-argument", "invalid argument: ' 30' is not a natural number"),
+        (b"\xff\xfe", "invalid-argument", "invalid argument: '\\xff\\xfe' is not a natural number"),
         (
             &vec![b'1'; 200_000],
             "invalid-argument",
             "invalid argument: '111111111111111111111' is not",
         ),
-        (
-            b"101",
-            "out-of-range",
-            "out of range: 101 is larger than 100",
-        ),
+        (b"101", "out-of-range", "out of range: 101 is larger than 100"),
         (
             b"99999999999999999999",
             "out-of-range",
             "out of range: 99999999999999999999 is larger than",
         ),
     ] {
-        let reply = ask(
-            &queue,
-            body,
-            AmqpProperties::default().with_correlation_id("id".into()),
-        );
+        let reply = ask(&queue, body, AmqpProperties::default().with_correlation_id("id".into()));
         let text = String::from_utf8(reply.body).expect("an error is text");
         assert!(text.starts_with(message), "{text}");
         assert_eq!(reply.properties.type_().as_deref(), Some("error"));
         assert_eq!(reply.properties.correlation_id().as_deref(), Some("id"));
-        assert_eq!(
-            reply.properties.content_type().as_deref(),
-            Some("text/plain")
-        );
+        assert_eq!(reply.properties.content_type().as_deref(), Some("text/plain"));
         let headers = reply.properties.headers().clone().expect("set");
-        assert_eq!(
-            headers.get("x-error-code"),
-            Some(&AmqpValue::LongString(code.into()))
-        );
+        assert_eq!(headers.get("x-error-code"), Some(&AmqpValue::LongString(code.into())));
     }
     assert_eq!(ask(&queue, b"10", AmqpProperties::default()).body, b"55");
     assert_eq!(server.stop(), [" [.] fib(10)"]);
@@ -165,9 +115,8 @@ fn a_request_that_cannot_be_answered_is_rejected_and_not_requeued() {
 fn a_caller_that_is_gone_is_logged_and_its_request_is_done() {
     let queue = Queue::named("caller_gone");
     let server = Server::start(&queue, &[]);
-    let properties = AmqpProperties::default()
-        .with_reply_to("gone".into())
-        .with_correlation_id("its-id".into());
+    let properties =
+        AmqpProperties::default().with_reply_to("gone".into()).with_correlation_id("its-id".into());
     Peer::connect().publish(&queue, b"30", properties);
     let line = server.await_log("the caller is gone");
     assert!(

@@ -15,13 +15,7 @@ pub(crate) fn url() -> &'static str {
 /// Host and port of the broker, as messages name it.
 pub(crate) fn authority() -> &'static str {
     let authority = url().trim_start_matches("amqp://").trim_end_matches('/');
-    authority
-        .rsplit('@')
-        .next()
-        .unwrap_or(authority)
-        .split('/')
-        .next()
-        .unwrap_or(authority)
+    authority.rsplit('@').next().unwrap_or(authority).split('/').next().unwrap_or(authority)
 }
 
 struct Broker {
@@ -49,13 +43,7 @@ impl Broker {
         BufReader::new(node.stdout.take().expect("piped"))
             .read_line(&mut url)
             .expect("its output is text");
-        assert!(
-            url.ends_with('\n'),
-            "no private RabbitMQ: what broker.sh says above is missing"
-        );
-        Broker {
-            url: url.trim().into(),
-            _node: Some(node),
-        }
+        assert!(url.ends_with('\n'), "no private RabbitMQ: what broker.sh says above is missing");
+        Broker { url: url.trim().into(), _node: Some(node) }
     }
 }

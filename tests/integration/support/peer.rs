@@ -5,8 +5,9 @@ use amiquip::{
     AmqpProperties, AmqpValue, Channel, Delivery, FieldTable, Publish, QueueDeclareOptions,
     QueueDeleteOptions,
 };
-use rpc_common::broker::{open, Link, Target};
+use rpc_common::broker::{open, Link};
 use rpc_common::deadline::Deadline;
+use rpc_common::target::Target;
 use std::ops::Deref;
 
 /// A connection of the test's own.
@@ -29,14 +30,8 @@ impl Peer {
         if let Some(name) = queue_type {
             arguments.insert("x-queue-type".into(), AmqpValue::LongString(name.into()));
         }
-        let options = QueueDeclareOptions {
-            durable,
-            arguments,
-            ..QueueDeclareOptions::default()
-        };
-        self.channel
-            .queue_declare(queue, options)
-            .expect("the queue can be declared");
+        let options = QueueDeclareOptions { durable, arguments, ..QueueDeclareOptions::default() };
+        self.channel.queue_declare(queue, options).expect("the queue can be declared");
     }
 
     pub(crate) fn publish(&self, queue: &str, body: &[u8], properties: AmqpProperties) {
@@ -47,10 +42,8 @@ impl Peer {
 
     /// How many messages wait in the queue; None if it does not exist.
     pub(crate) fn depth(&mut self, queue: &str) -> Option<u32> {
-        let channel = self
-            .link
-            .open_channel(&Deadline::after(super::PATIENCE))
-            .expect("there are channels");
+        let channel =
+            self.link.open_channel(&Deadline::after(super::PATIENCE)).expect("there are channels");
         let found = channel.queue_declare_passive(queue).ok()?;
         found.declared_message_count()
     }
@@ -58,26 +51,17 @@ impl Peer {
     /// Waits for a message, and acknowledges it.
     #[track_caller]
     pub(crate) fn take(&self, queue: &str) -> Delivery {
-        eventually("a message", || {
-            self.channel
-                .basic_get(queue, true)
-                .expect("the queue exists")
-        })
-        .delivery
+        eventually("a message", || self.channel.basic_get(queue, true).expect("the queue exists"))
+            .delivery
     }
 
     /// Whether there is no message in the queue that is ready to be taken.
     pub(crate) fn finds_nothing(&self, queue: &str) -> bool {
-        self.channel
-            .basic_get(queue, true)
-            .expect("the queue exists")
-            .is_none()
+        self.channel.basic_get(queue, true).expect("the queue exists").is_none()
     }
 
     pub(crate) fn delete(&self, queue: &str) {
-        let _ = self
-            .channel
-            .queue_delete(queue, QueueDeleteOptions::default());
+        let _ = self.channel.queue_delete(queue, QueueDeleteOptions::default());
     }
 }
 
@@ -88,11 +72,6 @@ impl Queue {
     /// A name for the queue of one test.
     pub(crate) fn named(test: &str) -> Self {
         Queue(format!("test.{test}.{}", std::process::id()))
-    }
-
-    /// A name that the program under test has chosen.
-    pub(crate) fn exactly(name: &str) -> Self {
-        Queue(name.into())
     }
 
     /// The name for the queue of one test, declared as the tutorial does.
@@ -113,6 +92,9 @@ impl Deref for Queue {
 
 impl Drop for Queue {
     fn drop(&mut self) {
-        Peer::connect().delete(&self.0);
+        // A second panic would hide the first.
+        if !std::thread::panicking() {
+            Peer::connect().delete(&self.0);
+        }
     }
 }

@@ -17,21 +17,15 @@ pub(crate) fn folder() -> &'static PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
         let test = env::current_exe().expect("a test has a path");
-        let folder = test
-            .ancestors()
-            .nth(2)
-            .expect("tests are in target/<profile>/deps")
-            .to_owned();
+        let folder =
+            test.ancestors().nth(2).expect("tests are in target/<profile>/deps").to_owned();
         let mut build = process::Command::new(env!("CARGO"));
         build.args(["build", "--quiet", "--locked", "--bins", "--examples"]);
         build.args(["-p", "rpc-server", "-p", "rpc-client"]);
         if folder.ends_with("release") {
             build.arg("--release");
         }
-        assert!(
-            build.status().expect("cargo runs").success(),
-            "the programs do not build"
-        );
+        assert!(build.status().expect("cargo runs").success(), "the programs do not build");
         folder
     })
 }
@@ -39,10 +33,7 @@ pub(crate) fn folder() -> &'static PathBuf {
 /// A program of ours, or anything else that is run to its end, in the tests' environment.
 pub(crate) fn command(program: &str) -> Command {
     let mut command = Command::new(folder().join(program));
-    command
-        .env("AMQP_URL", broker::url())
-        .env_remove("RUST_LOG")
-        .timeout(PATIENCE);
+    command.env("AMQP_URL", broker::url()).env_remove("RUST_LOG").timeout(PATIENCE);
     command
 }
 
@@ -62,11 +53,7 @@ pub(crate) fn expect(command: &mut Command, code: i32, stdout: &str, stderr: &st
 
 /// Runs a script with our programs on the PATH.
 pub(crate) fn bash(script: &str) -> Assert {
-    let path = format!(
-        "{}:{}",
-        folder().display(),
-        env::var("PATH").unwrap_or_default()
-    );
+    let path = format!("{}:{}", folder().display(), env::var("PATH").unwrap_or_default());
     Command::new("bash")
         .args(["-c", script])
         .env("PATH", path)
@@ -106,11 +93,7 @@ impl Server {
             .expect("setpriv, of util-linux, runs");
         let stdout = lines(child.stdout.take().expect("piped"));
         let stderr = lines(child.stderr.take().expect("piped"));
-        Server {
-            child,
-            stdout,
-            stderr,
-        }
+        Server { child, stdout, stderr }
     }
 
     /// The next line of its standard output.

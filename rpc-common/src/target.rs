@@ -1,0 +1,227 @@
+//! Where the broker is, and who we are to it: the URL, and the options that hold it.
+
+use crate::broker::Error;
+use crate::message::escape;
+use amiquip::{Auth, ConnectionOptions};
+use percent_encoding::percent_decode_str;
+use std::env;
+use std::fmt::{self, Debug, Display};
+use url::{Host, Url};
+
+const DEFAULT_URL: &str = "amqp://localhost";
+const DEFAULT_PORT: u16 = 5672;
+const DEFAULT_HEARTBEAT: u16 = 10;
+
+/// The options of both programs that say where the broker is.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Broker")]
+pub struct BrokerOptions {
+    /// amqp://user:password@host:port/vhost [env: AMQP_URL, else amqp://localhost]
+    // Not clap's `env`, and parsed after clap: it would print the value, password and all.
+    #[arg(long, value_name = "URL")]
+    url: Option<String>,
+
+    /// AMQP heartbeat, 1 to 65535
+    #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_HEARTBEAT, value_parser = clap::value_parser!(u16).range(1..))]
+    heartbeat: u16,
+}
+
+impl BrokerOptions {
+    /// The broker that the options, or else the environment, name. A password in an argument draws a
+    /// warning, because `ps` shows it to everybody.
+    ///
+    /// # Errors
+    /// [`Error::Url`]
+    pub fn target(&self) -> Result<Target, Error> {
+        let mut target = match &self.url {
+            Some(url) => Target::parse(url)?,
+            None => Target::from_env()?,
+        };
+        if self.url.is_some() && target.names_password {
+            log::warn!("ps shows everybody the password in --url: put the URL into AMQP_URL");
+        }
+        target.heartbeat = self.heartbeat;
+        Ok(target)
+    }
+}
+
+/// A **target** is a broker, and who we are to it.
+#[derive(Clone, Debug)]
+pub struct Target {
+    pub(crate) host: String,
+    pub(crate) port: u16,
+    auth: Secret<Auth>,
+    pub(crate) user: String,
+    vhost: String,
+    names_password: bool,
+    heartbeat: u16,
+}
+
+impl Target {
+    /// The broker that the environment variable `AMQP_URL` names, or else the one on this machine.
+    ///
+    /// # Errors
+    /// [`Error::Url`]
+    pub fn from_env() -> Result<Self, Error> {
+        match env::var("AMQP_URL") {
+            Ok(url) if !url.is_empty() => Target::parse(&url),
+            Ok(_) | Err(env::VarError::NotPresent) => Target::parse(DEFAULT_URL),
+            Err(env::VarError::NotUnicode(_)) => Err(Error::Url("AMQP_URL is not UTF-8".into())),
+        }
+    }
+
+    /// Reads a URL by the rules of the
+    /// [RabbitMQ URI specification](https://www.rabbitmq.com/docs/uri-spec), with an empty vhost
+    /// standing for `/` as in most clients; what it does not know it refuses by name.
+    ///
+    /// # Errors
+    /// [`Error::Url`], in which no part of the URL is repeated that can hold a password.
+    pub fn parse(url: &str) -> Result<Self, Error> {
+        let url = Url::parse(url).map_err(|error| bad_url(&error.to_string()))?;
+        match url.scheme() {
+            "amqp" => {}
+            "amqps" => return Err(bad_url("amqps:// (TLS) is not supported yet")),
+            other => return Err(bad_url(&format!("unknown scheme '{other}', not amqp"))),
+        }
+        if url.cannot_be_a_base() || url.fragment().is_some() {
+            return Err(bad_url("not of the form amqp://user:password@host:port/vhost"));
+        }
+        let host = match url.host() {
+            None | Some(Host::Domain("")) => "localhost".into(),
+            Some(Host::Domain(name)) => decode(name)?,
+            Some(Host::Ipv4(address)) => address.to_string(),
+            Some(Host::Ipv6(address)) => address.to_string(),
+        };
+        let vhost = match url.path().strip_prefix('/').unwrap_or_default() {
+            "" => "/".into(),
+            path if path.contains('/') => return Err(bad_url("write a '/' in the vhost as %2f")),
+            path => short_string(&decode(path)?).map_err(|error| bad_url(&error))?,
+        };
+        let user = match url.username() {
+            "" => "guest".into(),
+            name => decode(name)?,
+        };
+        let password = decode(url.password().unwrap_or("guest"))?;
+        let mut auth = Auth::Plain { username: user.clone(), password };
+        for (name, value) in url.query_pairs() {
+            match (&*name, &*value) {
+                ("auth_mechanism", "plain") => {}
+                ("auth_mechanism", "external") => auth = Auth::External,
+                ("heartbeat", _) => return Err(bad_url("heartbeat is the option --heartbeat")),
+                _ => {
+                    return Err(bad_url(&format!(
+                        "unknown parameter '{}'",
+                        escape(name.as_bytes())
+                    )))
+                }
+            }
+        }
+        Ok(Target {
+            host,
+            port: url.port().unwrap_or(DEFAULT_PORT),
+            auth: Secret(auth),
+            user,
+            vhost,
+            names_password: url.password().is_some(),
+            heartbeat: DEFAULT_HEARTBEAT,
+        })
+    }
+
+    /// What amiquip's handshake has to know.
+    pub(crate) fn options(&self) -> ConnectionOptions<Auth> {
+        ConnectionOptions::default()
+            .auth(self.auth.0.clone())
+            .virtual_host(&self.vhost)
+            .heartbeat(self.heartbeat)
+    }
+}
+
+/// Reads a name that AMQP carries as a short string: 1 to 255 bytes.
+///
+/// # Errors
+/// A sentence for the prompt when it is empty or too long.
+pub fn short_string(name: &str) -> Result<String, String> {
+    match name.len() {
+        0 => Err("empty".into()),
+        1..=255 => Ok(name.into()),
+        bytes => Err(format!("a name has at most 255 bytes, not {bytes}")),
+    }
+}
+
+fn bad_url(reason: &str) -> Error {
+    Error::Url(format!("bad URL: {reason}"))
+}
+
+fn decode(part: &str) -> Result<String, Error> {
+    match percent_decode_str(part).decode_utf8() {
+        Ok(text) => Ok(text.into_owned()),
+        Err(_) => Err(bad_url("what is percent-encoded is not UTF-8")),
+    }
+}
+
+/// The host and port, as messages name a broker.
+impl Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+/// What no message and no log may show.
+#[derive(Clone)]
+struct Secret<T>(T);
+
+impl<T> Debug for Secret<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parts(url: &str) -> (String, String, String, String) {
+        let target = Target::parse(url).unwrap();
+        let password = match target.auth.0.clone() {
+            Auth::Plain { password, .. } => password,
+            Auth::External => "(external)".into(),
+        };
+        (target.to_string(), target.user, password, target.vhost)
+    }
+
+    #[test]
+    fn a_url_says_host_port_user_and_vhost() {
+        for (url, host, user, password, vhost) in [
+            ("amqp://", "localhost:5672", "guest", "guest", "/"),
+            ("amqp://localhost", "localhost:5672", "guest", "guest", "/"),
+            ("amqp://me@host/", "host:5672", "me", "guest", "/"),
+            ("amqp://me:secret@host:1234/calls", "host:1234", "me", "secret", "calls"),
+            ("amqp://m%40e:%3a%2f@host/%2f", "host:5672", "m@e", ":/", "/"),
+            ("amqp://127.0.0.1", "127.0.0.1:5672", "guest", "guest", "/"),
+            ("amqp://[2001:db8::1]:99/a%2fb", "[2001:db8::1]:99", "guest", "guest", "a/b"),
+            ("amqp:///v", "localhost:5672", "guest", "guest", "v"),
+            ("amqp://h?auth_mechanism=external", "h:5672", "guest", "(external)", "/"),
+        ] {
+            let expected = (host.into(), user.into(), password.into(), vhost.into());
+            assert_eq!(parts(url), expected, "{url}");
+        }
+    }
+
+    #[test]
+    fn debug_shows_no_password() {
+        let target = Target::parse("amqp://me:sesame@host").unwrap();
+        assert!(!format!("{target:?}").contains("sesame"));
+    }
+
+    #[test]
+    fn a_short_string_has_1_to_255_bytes() {
+        assert_eq!(short_string(""), Err("empty".into()));
+        assert_eq!(short_string(&"x".repeat(255)), Ok("x".repeat(255)));
+        let error = "a name has at most 255 bytes, not 256";
+        assert_eq!(short_string(&"ä".repeat(128)), Err(error.into()));
+    }
+}

@@ -88,22 +88,24 @@ impl<W: Write> Printer<W> {
     }
 
     fn print_one(&mut self, outcome: Outcome) -> io::Result<()> {
-        let number = outcome.result.and_then(|answer| read_answer(&answer));
-        match (&number, self.format) {
-            (Ok(number), Format::Text) => writeln!(self.output, " [.] Got {number}")?,
-            (Ok(number), Format::Raw) => writeln!(self.output, "{number}")?,
-            (Err(_), Format::Text) => {}
-            (Err(_), Format::Raw) => writeln!(self.output)?,
-        }
-        match number {
-            Ok(_) => {}
-            Err(error @ Error::NoServer { .. }) => self.fail(&error, &error), // the same for every n
+        match outcome.result.and_then(|answer| read_answer(&answer)) {
+            Ok(number) => match self.format {
+                Format::Text => writeln!(self.output, " [.] Got {number}"),
+                Format::Raw => writeln!(self.output, "{number}"),
+            },
             Err(error) => {
-                let request = escape(&outcome.request);
-                self.fail(&error, format_args!("fib({request}): {error}"));
+                self.output.flush()?; // on a terminal the error then stands where the answer would
+                match error {
+                    Error::NoServer { .. } => self.fail(&error, &error), // the same for every n
+                    _ => self
+                        .fail(&error, format_args!("fib({}): {error}", escape(&outcome.request))),
+                }
+                match self.format {
+                    Format::Text => Ok(()),
+                    Format::Raw => writeln!(self.output),
+                }
             }
         }
-        Ok(())
     }
 
     fn fail(&mut self, error: &Error, message: impl Display) {

@@ -153,7 +153,9 @@ impl Run<'_> {
     fn has_work(&mut self) -> bool {
         if self.calls.is_empty() && self.more_requests {
             match self.requests.recv() {
-                Ok(body) => drop(self.begin(body)),
+                Ok(body) => {
+                    self.begin(body);
+                }
                 Err(_) => self.more_requests = false,
             }
         }

@@ -300,7 +300,9 @@ pub enum Error {
 const REFUSALS: [u16; 3] = [403, 405, 530];
 
 impl Error {
-    fn of(error: amiquip::Error, target: &Target) -> Self {
+    /// What an error of amiquip's means, when it was met at `target`.
+    #[must_use]
+    pub fn of(error: amiquip::Error, target: &Target) -> Self {
         let (target, user) = (target.to_string(), target.user.clone());
         let refused = |code| REFUSALS.contains(&code);
         match error {

@@ -27,22 +27,10 @@ impl Deadline {
         self.at
     }
 
-    /// The limit that it was made from, for messages.
-    #[must_use]
-    pub fn limit(&self) -> Duration {
-        self.limit
-    }
-
     /// What is left of it; zero when it has passed.
     #[must_use]
     pub fn remaining(&self) -> Duration {
         self.at.saturating_duration_since(Instant::now())
-    }
-
-    /// Whether nothing is left of it.
-    #[must_use]
-    pub fn has_passed(&self) -> bool {
-        self.remaining().is_zero()
     }
 
     /// Runs a call that blocks on `socket`; a watchdog shuts the socket down when the deadline
@@ -133,7 +121,7 @@ mod tests {
         let deadline = Deadline::after(Duration::from_millis(20));
         let result = deadline.guard(&socket, || stream.read(&mut [0]));
         assert!(matches!(result, Err(Expired)));
-        assert!(deadline.has_passed());
+        assert!(deadline.remaining().is_zero());
     }
 
     #[test]

@@ -21,9 +21,10 @@ pub enum QueueType {
 /// How often a declaration may lose the race against another one before we give up.
 const ATTEMPTS: u32 = 5;
 
-/// Reply codes of AMQP 0-9-1.
-const NOT_FOUND: u16 = 404;
-const PRECONDITION_FAILED: u16 = 406;
+/// Reply code of AMQP 0-9-1: there is no such queue.
+pub(crate) const NOT_FOUND: u16 = 404;
+/// Reply code of AMQP 0-9-1: the queue is another one than declared; or an acknowledgement came too late.
+pub(crate) const PRECONDITION_FAILED: u16 = 406;
 
 /// Makes sure that the queue exists, whatever its type: tutorial peers declare it each in their way,
 /// and a declaration that does not match an existing queue is an error. So look first.

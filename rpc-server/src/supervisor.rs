@@ -1,11 +1,11 @@
 //! The supervisor: keeps the connection, the request queue and the workers' channels alive.
 
 use crate::handler::Handler;
-use crate::queue::{self, QueueType};
+use crate::queue::{self, QueueType, NOT_FOUND, PRECONDITION_FAILED};
 use crate::signals::Stop;
 use crate::worker::{Need, Report, Worker};
 use amiquip::{Channel, ConnectionBlockedNotification};
-use crossbeam_channel::{bounded, select, unbounded, Receiver, Sender};
+use crossbeam_channel::{bounded, select_biased, unbounded, Receiver, Sender};
 use rpc_common::broker::{self, Error, Link};
 use rpc_common::deadline::Deadline;
 use rpc_common::message::escape;
@@ -46,7 +46,7 @@ impl Config {
 }
 
 /// How long one attempt to connect, declare and open the workers' channels may take.
-const ATTEMPT: Duration = Duration::from_secs(30);
+const ATTEMPT: Duration = Duration::from_secs(10);
 
 /// A worker's stack; whatever is deep is on the heap, and `RUST_MIN_STACK` is for amiquip's thread.
 const WORKER_STACK: usize = 2 << 20;
@@ -100,24 +100,24 @@ pub fn serve(
         .run()
         // The scope waits for the workers; they are gone before the connection is.
     })?;
-    match link {
-        Some(mut link) => link.close(),
-        None => Ok(()),
+    if let Some(Err(error)) = link.map(|mut link| link.close()) {
+        log::warn!("{error}"); // what was not acknowledged is in the queue again
     }
+    Ok(())
 }
 
 struct Supervisor<'a> {
     config: &'a Config,
     stop: &'a Stop,
     on_ready: &'a dyn Fn(),
-    /// Dropped to let the workers begin.
+    /// Dropped to let the workers begin, when all consume for the first time.
     begin: Option<Sender<Infallible>>,
     reports: Receiver<Report>,
     /// The inboxes of workers that wait for a channel.
     waiting: Vec<Sender<Channel>>,
     /// As configured, until the broker teaches us better.
     queue_type: QueueType,
-    /// How many workers have begun to consume, ever.
+    /// How many workers have begun to consume on this connection.
     consuming: usize,
 }
 
@@ -127,7 +127,7 @@ impl Supervisor<'_> {
         let mut pauses = broker::pauses();
         let mut last = None;
         loop {
-            let consuming_before = self.consuming;
+            self.consuming = 0;
             let error = match self.supervise() {
                 Ok(link) => return Ok(Some(link)),
                 Err(error) => error,
@@ -137,7 +137,7 @@ impl Supervisor<'_> {
                 self.queue_type = QueueType::Quorum;
                 continue;
             }
-            if self.consuming > consuming_before {
+            if self.consuming > 0 {
                 (pauses, last) = (broker::pauses(), None);
             }
             if self.is_final(&error, last.as_ref()) {
@@ -159,7 +159,8 @@ impl Supervisor<'_> {
         let hopeless = !error.is_transient()
             || (queue::forbids_transient(error) && self.queue_type == QueueType::Transient);
         let first_time = matches!(error, Error::Credentials { .. }) && last != Some(error);
-        self.consuming == 0 && hopeless && !first_time
+        let never_served = self.begin.is_some();
+        never_served && hopeless && !first_time
     }
 
     /// One connection, from opening it to its end. Returns it when it is time to stop.
@@ -171,7 +172,7 @@ impl Supervisor<'_> {
         self.ensure_queue(&mut link)?;
         loop {
             self.give_channels(&mut link)?;
-            select! {
+            select_biased! {
                 recv(self.stop) -> _ => return Ok(link),
                 recv(notices) -> notice => match notice {
                     Ok(ConnectionBlockedNotification::Blocked(reason)) => {
@@ -186,28 +187,26 @@ impl Supervisor<'_> {
                         self.waiting.push(inbox);
                         self.mend(&mut link, because)?;
                     }
-                    Err(_) => unreachable!("workers live until they are stopped"),
+                    Err(_) => return Ok(link), // the workers have seen the stop before us
                 },
             }
         }
     }
 
-    /// Restores what a worker's channel needs; a connection that has ended is not mended but replaced.
+    /// Restores what a worker needs. Of the end of a connection, which may be one of the past, it is
+    /// not the workers that we learn.
     fn mend(&mut self, link: &mut Link, because: Need) -> Result<(), Error> {
         match because {
-            Need::Start => Ok(()),
-            Need::Cancelled => {
-                log::warn!("queue '{}' was deleted", self.config.queue);
-                self.ensure_queue(link)
-            }
-            Need::Ended(error) => match link.explain(error) {
-                error @ Error::ChannelClosed { .. } => {
+            Need::Start | Need::Connection => return Ok(()),
+            Need::Cancelled => log::warn!("queue '{}' was deleted", self.config.queue),
+            Need::ChannelClosed(error) => match Error::of(error, link.target()) {
+                error @ Error::ChannelClosed { code: NOT_FOUND | PRECONDITION_FAILED, .. } => {
                     log::warn!("{error}");
-                    self.ensure_queue(link)
                 }
-                error => Err(error),
+                error => return Err(error),
             },
         }
+        self.ensure_queue(link)
     }
 
     fn ensure_queue(&self, link: &mut Link) -> Result<(), Error> {
@@ -225,7 +224,7 @@ impl Supervisor<'_> {
 
     fn count_consumer(&mut self) {
         self.consuming += 1;
-        if self.consuming == self.config.workers {
+        if self.consuming == self.config.workers && self.begin.is_some() {
             (self.on_ready)();
             self.begin = None;
         }

@@ -35,8 +35,10 @@ pub(crate) enum Need {
     Start,
     /// The broker cancelled its consumer: the queue was deleted.
     Cancelled,
-    /// Its channel ended, alone or with the connection.
-    Ended(amiquip::Error),
+    /// The broker closed its channel.
+    ChannelClosed(amiquip::Error),
+    /// The connection ended.
+    Connection,
 }
 
 /// How it ends that a worker serves on a channel.
@@ -53,7 +55,10 @@ impl Worker<'_> {
             because = match self.serve(&channel) {
                 Ok(End::Stopped) => return,
                 Ok(End::Cancelled) => Need::Cancelled,
-                Err(error) => Need::Ended(error),
+                Err(error @ amiquip::Error::ServerClosedChannel { .. }) => {
+                    Need::ChannelClosed(error)
+                }
+                Err(_) => Need::Connection,
             }
         }
     }

@@ -22,9 +22,16 @@ apt_install() {
     why=$1; shift
     command -v apt-get >/dev/null || die "$why: install $* (this script knows Debian's and Ubuntu's apt-get only)"
     say "installing $* with apt-get: $why"
-    as_root apt-get -qq update
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 \
-        install -y --no-install-recommends "$@" >&2
+    log=$(mktemp)
+    if ! { as_root apt-get -qq update &&
+        as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 \
+            -o Dpkg::Use-Pty=0 install -y --no-install-recommends "$@"; } >"$log" 2>&1
+    then
+        cat "$log" >&2
+        rm -f "$log"
+        die "apt-get failed, see above"
+    fi
+    rm -f "$log"
 }
 
 hold_services_back() {

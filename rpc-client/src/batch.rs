@@ -43,7 +43,7 @@ pub fn run(batch: Batch, config: Config, output: impl Write) -> Result<ExitCode,
         next: 0,
         code: ExitCode::Success,
     };
-    let (requests, taken) = crossbeam_channel::bounded(config.in_flight);
+    let (feed, requests) = crossbeam_channel::bounded(config.in_flight.get());
     let announce = batch.format == Format::Text && !batch.quiet;
     // Not joined: where the run ends before its input does, the thread ends at its next request.
     thread::spawn(move || {
@@ -52,14 +52,17 @@ pub fn run(batch: Batch, config: Config, output: impl Write) -> Result<ExitCode,
             if announce {
                 let _ = writeln!(io::stderr(), " [x] Requesting fib({n})"); // nobody has to read it
             }
-            if requests.send(n.to_string().into_bytes()).is_err() {
+            if feed.send(n.to_string().into_bytes()).is_err() {
                 return;
             }
         }
     });
-    match Client::new(config).run(&taken, &mut |outcomes| printer.print(outcomes)) {
+    match Client::new(config).run(&requests, &mut |outcomes| printer.print(outcomes)) {
         Ok(()) => {}
-        Err(error @ Error::Broker(_)) => printer.fail(&error, &error),
+        Err(error @ Error::Broker(_)) => {
+            printer.finish().map_err(Error::Output)?;
+            printer.fail(&error, &error);
+        }
         Err(error) => return Err(error),
     }
     Ok(printer.code)
@@ -87,6 +90,26 @@ impl<W: Write> Printer<W> {
         self.output.flush()
     }
 
+    /// Prints the outcomes whose turn has not come, when those before them will not come any more.
+    fn finish(&mut self) -> io::Result<()> {
+        while !self.early.is_empty() {
+            match self.early.remove(&self.next) {
+                Some(outcome) => self.print_one(outcome)?,
+                None => self.print_gap()?,
+            }
+            self.next += 1;
+        }
+        self.output.flush()
+    }
+
+    /// What stands where an answer is missing.
+    fn print_gap(&mut self) -> io::Result<()> {
+        match self.format {
+            Format::Text => Ok(()),
+            Format::Raw => writeln!(self.output),
+        }
+    }
+
     fn print_one(&mut self, outcome: Outcome) -> io::Result<()> {
         match outcome.result.and_then(|answer| read_answer(&answer)) {
             Ok(number) => match self.format {
@@ -100,10 +123,7 @@ impl<W: Write> Printer<W> {
                     _ => self
                         .fail(&error, format_args!("fib({}): {error}", escape(&outcome.request))),
                 }
-                match self.format {
-                    Format::Text => Ok(()),
-                    Format::Raw => writeln!(self.output),
-                }
+                self.print_gap()
             }
         }
     }
@@ -132,15 +152,13 @@ mod tests {
         Outcome { index, request: index.to_string().into(), result: Ok(answer.into()) }
     }
 
+    fn printer(output: &mut Vec<u8>, format: Format) -> Printer<&mut Vec<u8>> {
+        Printer { output, format, early: BTreeMap::new(), next: 0, code: ExitCode::Success }
+    }
+
     fn printed(format: Format, batches: Vec<Vec<Outcome>>) -> (String, ExitCode) {
         let mut output = Vec::new();
-        let mut printer = Printer {
-            output: &mut output,
-            format,
-            early: BTreeMap::new(),
-            next: 0,
-            code: ExitCode::Success,
-        };
+        let mut printer = printer(&mut output, format);
         for outcomes in batches {
             printer.print(outcomes).unwrap();
         }
@@ -162,6 +180,19 @@ mod tests {
             printed(Format::Text, batches()),
             (" [.] Got 1\n [.] Got 3\n".into(), ExitCode::RemoteError)
         );
+    }
+
+    #[test]
+    fn what_was_answered_is_printed_even_if_the_run_ends_before_its_turn() {
+        for (format, expected) in
+            [(Format::Raw, "0\n\n22\n"), (Format::Text, " [.] Got 0\n [.] Got 22\n")]
+        {
+            let mut output = Vec::new();
+            let mut printer = printer(&mut output, format);
+            printer.print(vec![outcome(2, "22"), outcome(0, "0")]).unwrap();
+            printer.finish().unwrap();
+            assert_eq!(String::from_utf8(output).unwrap(), expected);
+        }
     }
 
     #[test]

@@ -1,11 +1,14 @@
 //! The calls in hand: which are unanswered, and what a reply, a return or the time does to them.
 //!
-//! Pure state: no socket and no clock.
+//! Pure state: no socket, and no clock but the instants that are passed in.
 
 use rpc_common::deadline::Deadline;
-use std::collections::{BTreeMap, HashMap};
-use std::time::Instant;
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::time::{Duration, Instant};
 use uuid::Uuid;
+
+/// How long a returned request waits before it is sent again.
+const RESEND: Duration = Duration::from_millis(250);
 
 /// A **call** is a request and the wait for its answer.
 #[derive(Debug)]
@@ -26,6 +29,8 @@ pub(crate) struct Calls {
     /// By index; as all calls have the same limit, this is the order of their deadlines too.
     unanswered: BTreeMap<u64, Call>,
     index_of: HashMap<Uuid, u64>,
+    /// Returned requests that are to be sent again, and when.
+    resends: VecDeque<(Instant, u64)>,
     begun: u64,
 }
 
@@ -48,14 +53,26 @@ impl Calls {
         self.unanswered.is_empty()
     }
 
-    /// What has to be sent, or sent again, on a new connection.
-    pub(crate) fn unanswered(&mut self) -> impl Iterator<Item = &mut Call> {
-        self.unanswered.values_mut()
-    }
-
     /// Whether a request of any call in hand has been sent.
     pub(crate) fn any_sent(&self) -> bool {
         self.unanswered.values().any(|call| call.sends > 0)
+    }
+
+    /// All that has to be sent, or sent again, on a new connection.
+    pub(crate) fn outgoing(&mut self) -> impl Iterator<Item = &mut Call> {
+        self.resends.clear();
+        self.unanswered.values_mut()
+    }
+
+    /// A returned request that is to be sent again by now, if there is one.
+    pub(crate) fn resend_due(&mut self, now: Instant) -> Option<&mut Call> {
+        while self.resends.front().is_some_and(|(when, _)| *when <= now) {
+            let (_, index) = self.resends.pop_front()?;
+            if self.unanswered.contains_key(&index) {
+                return self.unanswered.get_mut(&index);
+            }
+        }
+        None
     }
 
     /// The call that a reply ends. None if it is of a call that is not in hand: an unknown one, or
@@ -66,25 +83,28 @@ impl Calls {
         self.unanswered.remove(&index)
     }
 
-    /// The call that a returned request ends: there is no queue to carry it. A call that was sent
-    /// twice goes on, for its first request may have been served.
-    pub(crate) fn on_return(&mut self, correlation_id: Option<&str>) -> Option<Call> {
+    /// The call that a returned request ends: there is no queue to carry it. A request that was sent
+    /// twice is sent again after a while, because its first copy had a queue, which may come back.
+    pub(crate) fn on_return(&mut self, correlation_id: Option<&str>, now: Instant) -> Option<Call> {
         let id = Uuid::try_parse(correlation_id?).ok()?;
         let call = self.unanswered.get(self.index_of.get(&id)?)?;
         if call.sends > 1 {
+            self.resends.push_back((now + RESEND, call.index));
             return None;
         }
         self.on_reply(correlation_id)
     }
 
-    /// When the next call runs out of time.
-    pub(crate) fn next_deadline(&self) -> Option<Instant> {
-        self.unanswered.first_key_value().map(|(_, call)| call.deadline.instant())
+    /// The deadline that passes next.
+    pub(crate) fn next_deadline(&self) -> Option<Deadline> {
+        self.unanswered.first_key_value().map(|(_, call)| call.deadline)
     }
 
-    /// When the last call in hand runs out of time.
-    pub(crate) fn last_deadline(&self) -> Option<Deadline> {
-        self.unanswered.last_key_value().map(|(_, call)| call.deadline)
+    /// When the time alone will do something next: a call expires, or a request is sent again.
+    pub(crate) fn next_event(&self) -> Option<Instant> {
+        let deadline = self.next_deadline().map(|deadline| deadline.instant());
+        let resend = self.resends.front().map(|(when, _)| *when);
+        deadline.into_iter().chain(resend).min()
     }
 
     /// A call that has run out of time by now, if there is one.
@@ -101,60 +121,76 @@ impl Calls {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     const ID: Uuid = Uuid::from_u128(1);
     const OTHER: Uuid = Uuid::from_u128(2);
 
-    fn begin(calls: &mut Calls, id: Uuid) -> &mut Call {
+    fn begin(calls: &mut Calls, id: Uuid, sends: u32) -> Instant {
         let call = calls.begin(id, b"30".to_vec(), Deadline::after(Duration::from_secs(9)));
-        call.sends = 1;
-        call
+        call.sends = sends;
+        call.deadline.instant()
+    }
+
+    fn text(id: Uuid) -> String {
+        id.to_string()
     }
 
     #[test]
     fn a_reply_ends_its_call_and_a_second_one_is_unknown() {
         let mut calls = Calls::default();
-        begin(&mut calls, ID);
-        begin(&mut calls, OTHER);
-        assert_eq!(calls.on_reply(Some(&ID.to_string())).unwrap().index, 0);
-        assert!(calls.on_reply(Some(&ID.to_string())).is_none());
+        begin(&mut calls, ID, 1);
+        begin(&mut calls, OTHER, 1);
+        assert_eq!(calls.on_reply(Some(&text(ID))).unwrap().index, 0);
+        assert!(calls.on_reply(Some(&text(ID))).is_none());
         assert_eq!(calls.len(), 1);
     }
 
     #[test]
     fn unknown_ids_end_nothing() {
         let mut calls = Calls::default();
-        begin(&mut calls, ID);
-        for id in [None, Some(""), Some("1"), Some(OTHER.to_string().as_str())] {
+        begin(&mut calls, ID, 1);
+        for id in [None, Some(""), Some("1"), Some(text(OTHER).as_str())] {
             assert!(calls.on_reply(id).is_none(), "{id:?}");
-            assert!(calls.on_return(id).is_none(), "{id:?}");
+            assert!(calls.on_return(id, Instant::now()).is_none(), "{id:?}");
         }
         assert_eq!(calls.len(), 1);
     }
 
     #[test]
-    fn only_the_return_of_the_first_request_ends_a_call() {
+    fn the_return_of_a_first_request_ends_its_call() {
         let mut calls = Calls::default();
-        begin(&mut calls, ID);
-        begin(&mut calls, OTHER).sends = 2;
-        assert_eq!(calls.on_return(Some(&ID.to_string())).unwrap().id, ID);
-        assert!(calls.on_return(Some(&OTHER.to_string())).is_none());
-        assert_eq!(calls.len(), 1);
+        begin(&mut calls, ID, 1);
+        assert_eq!(calls.on_return(Some(&text(ID)), Instant::now()).unwrap().id, ID);
+        assert!(calls.is_empty());
+    }
+
+    #[test]
+    fn the_return_of_a_resent_request_is_tried_again_after_a_while() {
+        let mut calls = Calls::default();
+        begin(&mut calls, ID, 2);
+        let now = Instant::now();
+        assert!(calls.on_return(Some(&text(ID)), now).is_none());
+        assert_eq!(calls.next_event(), Some(now + RESEND));
+        assert!(calls.resend_due(now).is_none());
+        assert_eq!(calls.resend_due(now + RESEND).unwrap().id, ID);
+        assert!(calls.resend_due(now + RESEND).is_none(), "once for each return");
+        assert!(calls.on_return(Some(&text(ID)), now).is_none());
+        calls.on_reply(Some(&text(ID))).unwrap();
+        assert!(calls.resend_due(now + RESEND).is_none(), "an answered call is not sent again");
     }
 
     #[test]
     fn calls_expire_in_their_order_and_not_before_their_time() {
         let mut calls = Calls::default();
         let begun = Instant::now();
-        let first = begin(&mut calls, ID).deadline.instant();
-        let second = begin(&mut calls, OTHER).deadline.instant();
-        assert_eq!(calls.next_deadline(), Some(first));
+        let first = begin(&mut calls, ID, 1);
+        let second = begin(&mut calls, OTHER, 1);
+        assert_eq!(calls.next_event(), Some(first));
         assert!(calls.expire(begun).is_none());
         assert_eq!(calls.expire(second).unwrap().id, ID);
         assert_eq!(calls.expire(second).unwrap().id, OTHER);
         assert!(calls.expire(second).is_none());
         assert!(calls.is_empty());
-        assert!(calls.on_reply(Some(&ID.to_string())).is_none(), "an expired call has ended");
+        assert!(calls.on_reply(Some(&text(ID))).is_none(), "an expired call has ended");
     }
 }

@@ -10,6 +10,7 @@ use rpc_common::message::{parse_number, NumberError};
 use rpc_common::target::{short_string, BrokerOptions};
 use rpc_common::{duration, exit};
 use std::io::{self, IsTerminal};
+use std::num::NonZeroU16;
 use std::time::Duration;
 
 /// Ask rpc-server, or any server of the RabbitMQ RPC tutorial, for fib(n).
@@ -34,8 +35,8 @@ pub struct Cli {
     timeout: Duration,
 
     /// Calls outstanding at once
-    #[arg(short = 'j', long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
-    in_flight: u16,
+    #[arg(short = 'j', long, value_name = "N", default_value = "64")]
+    in_flight: NonZeroU16,
 
     /// text: ` [.] Got 832040` | raw: `832040` | auto: text on a terminal, else raw
     #[arg(

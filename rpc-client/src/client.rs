@@ -9,9 +9,19 @@ use rpc_common::deadline::Deadline;
 use rpc_common::exit::{Exit, ExitCode};
 use rpc_common::message::{decode_reply, escape, Failure};
 use rpc_common::target::Target;
+use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 use std::{io, mem, thread};
 use uuid::Uuid;
+
+/// Reply code of AMQP 0-9-1: no permission. Asking again cannot help, and what was asked did not run.
+const ACCESS_REFUSED: u16 = 403;
+
+/// The shortest wait between two attempts to connect.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
+
+/// How many calls may be outstanding at once, if nothing else is said.
+const IN_FLIGHT: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 
 /// How to call.
 #[derive(Clone, Debug)]
@@ -23,7 +33,7 @@ pub struct Config {
     /// The limit of each call, connecting included.
     pub timeout: Duration,
     /// How many calls may be outstanding at once.
-    pub in_flight: usize,
+    pub in_flight: NonZeroUsize,
 }
 
 impl Config {
@@ -33,7 +43,12 @@ impl Config {
     /// [`broker::Error::Url`]
     pub fn new(queue: &str) -> Result<Self, broker::Error> {
         let target = Target::from_env()?;
-        Ok(Config { target, queue: queue.into(), timeout: Duration::from_secs(30), in_flight: 64 })
+        Ok(Config {
+            target,
+            queue: queue.into(),
+            timeout: Duration::from_secs(30),
+            in_flight: IN_FLIGHT,
+        })
     }
 }
 
@@ -106,31 +121,24 @@ impl Client {
             on_outcomes,
         };
         let mut pauses = broker::pauses();
-        while run.has_work() {
-            let opened = match session.take() {
-                Some(open) => Ok(open),
-                None => Session::open(&config.target, &run.deadline()),
+        while run.await_call() {
+            let error = match run.attempt(session) {
+                Ok(()) => break,
+                Err(Error::Broker(error)) => error,
+                Err(error) => return Err(error),
             };
-            let error = match opened {
-                Ok(mut open) => match run.converse(&mut open) {
-                    Ok(()) => {
-                        *session = Some(open);
-                        return Ok(());
-                    }
-                    Err(Error::Broker(error)) => error,
-                    Err(error) => return Err(error),
-                },
-                Err(error) if !run.calls.any_sent() => return Err(error.into()),
-                Err(error) => error,
-            };
-            run.deliver()?;
-            if matches!(error, broker::Error::Refused { .. }) {
+            run.tell()?;
+            let nothing_sent = !run.calls.is_empty() && !run.calls.any_sent();
+            if nothing_sent || matches!(error, broker::Error::Refused { code: ACCESS_REFUSED, .. })
+            {
                 return Err(error.into());
             }
             log::info!("{error}: connecting again");
-            thread::sleep(pauses.next().unwrap_or_default().min(run.patience()));
+            // Half of the time that is left, so that the other half is there to connect in.
+            let pause = pauses.next().unwrap_or_default().min(run.patience() / 2);
+            thread::sleep(pause.max(SHORTEST_PAUSE));
             run.expire();
-            run.deliver()?;
+            run.tell()?;
         }
         Ok(())
     }
@@ -149,8 +157,8 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Waits until there is a call in hand; false when there will be none any more.
-    fn has_work(&mut self) -> bool {
+    /// Waits until there is a call in hand, and begins it if need be; false when there will be none.
+    fn await_call(&mut self) -> bool {
         if self.calls.is_empty() && self.more_requests {
             match self.requests.recv() {
                 Ok(body) => {
@@ -166,22 +174,38 @@ impl Run<'_> {
         self.calls.begin(Uuid::new_v4(), body, Deadline::after(self.config.timeout))
     }
 
-    /// Until when it is worth trying to connect.
-    fn deadline(&self) -> Deadline {
-        self.calls.last_deadline().unwrap_or_else(|| Deadline::after(self.config.timeout))
+    /// Makes calls on the session at hand or on a new one. It stays at hand if it lasts.
+    fn attempt(&mut self, at_hand: &mut Option<Session>) -> Result<(), Error> {
+        let mut session = match at_hand.take() {
+            Some(session) => session,
+            None => Session::open(&self.config.target, &self.next_deadline())?,
+        };
+        let ended = self.converse(&mut session);
+        if ended.is_ok() {
+            *at_hand = Some(session);
+        } else {
+            // What has been received is not received again.
+            session.replies_at_hand().for_each(|reply| self.on_reply(reply));
+        }
+        ended
+    }
+
+    fn next_deadline(&self) -> Deadline {
+        self.calls.next_deadline().unwrap_or_else(|| Deadline::after(self.config.timeout))
     }
 
     /// Makes calls on one session, until every request has its outcome or the session ends.
     fn converse(&mut self, session: &mut Session) -> Result<(), Error> {
-        for call in self.calls.unanswered() {
-            session.publish(&self.config.queue, call)?;
+        let queue = &self.config.queue;
+        for call in self.calls.outgoing() {
+            session.publish(queue, call)?;
         }
-        session.consume(&self.deadline())?;
+        session.consume(&self.next_deadline())?;
         let no_requests = never();
         while self.more_requests || !self.calls.is_empty() {
-            let has_room = self.more_requests && self.calls.len() < self.config.in_flight;
+            let has_room = self.more_requests && self.calls.len() < self.config.in_flight.get();
             let requests = if has_room { self.requests } else { &no_requests };
-            // Who waits for answers gets those at hand before we wait for more.
+            // With outcomes in hand nothing is waited for: when no more are there, they are told.
             let patience = if self.outcomes.is_empty() { self.patience() } else { Duration::ZERO };
             select! {
                 recv(session.replies) -> got => self.on_reply(session.reply(got)?),
@@ -191,19 +215,20 @@ impl Run<'_> {
                     }
                 }
                 recv(requests) -> body => match body {
-                    Ok(body) => {
-                        let queue = &self.config.queue;
-                        session.publish(queue, self.begin(body))?;
-                    }
+                    Ok(body) => session.publish(queue, self.begin(body))?,
                     Err(_) => self.more_requests = false,
                 },
                 default(patience) => {
                     self.expire();
-                    self.deliver()?;
+                    self.tell()?;
+                    let now = Instant::now();
+                    while let Some(call) = self.calls.resend_due(now) {
+                        session.publish(queue, call)?;
+                    }
                 }
             }
         }
-        self.deliver()
+        self.tell()
     }
 
     fn on_reply(&mut self, (properties, body): RawReply) {
@@ -214,16 +239,19 @@ impl Run<'_> {
     }
 
     fn on_return(&mut self, request: &Return) {
-        if let Some(call) = self.calls.on_return(request.properties.correlation_id().as_deref()) {
-            let queue = self.config.queue.clone();
-            self.end(call, Err(Error::NoServer { queue, target: self.config.target.to_string() }));
+        let id = request.properties.correlation_id().as_deref();
+        let (queue, target) = (self.config.queue.clone(), self.config.target.to_string());
+        let error = Error::NoServer { queue, target };
+        match self.calls.on_return(id, Instant::now()) {
+            Some(call) => self.end(call, Err(error)),
+            None => log::info!("{error} sending again"),
         }
     }
 
     /// How long nothing has to happen.
     fn patience(&self) -> Duration {
         let until = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
-        self.calls.next_deadline().map_or(Duration::MAX, until)
+        self.calls.next_event().map_or(Duration::MAX, until)
     }
 
     fn expire(&mut self) {
@@ -239,7 +267,7 @@ impl Run<'_> {
         self.outcomes.push(Outcome { index: call.index, request: call.body, result });
     }
 
-    fn deliver(&mut self) -> Result<(), Error> {
+    fn tell(&mut self) -> Result<(), Error> {
         if self.outcomes.is_empty() {
             return Ok(());
         }
@@ -270,7 +298,7 @@ pub enum Error {
         queue: String,
         /// Host and port of the broker.
         target: String,
-        /// The limit, as it was typed.
+        /// The limit.
         limit: String,
     },
     /// The server answered with an error.

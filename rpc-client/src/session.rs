@@ -41,7 +41,7 @@ impl Session {
         Ok(Session { link, channel, reply_queue, replies: never(), returns, consumes: false })
     }
 
-    /// Sends a call's request.
+    /// Sends a call's request, and counts that.
     pub(crate) fn publish(&mut self, queue: &str, call: &mut Call) -> Result<(), Error> {
         call.sends += 1;
         let id = call.id.to_string();
@@ -54,6 +54,14 @@ impl Session {
         self.channel
             .basic_publish("", request.encode(queue))
             .map_err(|error| self.link.explain(error))
+    }
+
+    /// The replies that have come and were not taken yet.
+    pub(crate) fn replies_at_hand(&self) -> impl Iterator<Item = RawReply> + '_ {
+        self.replies.try_iter().filter_map(|got| match got {
+            ConsumerMessage::Delivery(delivery) => Some((delivery.properties, delivery.body)),
+            _ => None,
+        })
     }
 
     /// Starts to receive replies. Called after the first requests are published, because replies

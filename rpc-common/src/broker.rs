@@ -13,6 +13,7 @@ use backon::{BackoffBuilder, ExponentialBuilder};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use socket2::{SockRef, TcpKeepalive};
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::sync::Arc;
 use std::time::Duration;
 use std::{env, fs, io, process, thread};
 
@@ -50,7 +51,7 @@ pub fn prepare_threads() {
 pub struct Link {
     /// None once it is closed.
     connection: Option<Connection>,
-    socket: TcpStream,
+    socket: Arc<TcpStream>,
     target: Target,
 }
 
@@ -67,17 +68,26 @@ pub fn open(target: &Target, program: &str, deadline: &Deadline) -> Result<Link,
         Connection::insecure_open_stream(
             stream,
             target.options().frame_max(FRAME_MAX).information(Some(information(program))),
-            ConnectionTuning::default(),
+            tuning(),
         )
     });
     match opening {
         Ok(Ok(connection)) => {
             log::debug!("connected to {target}");
-            Ok(Link { connection: Some(connection), socket, target: target.clone() })
+            Ok(Link { connection: Some(connection), socket: socket.into(), target: target.clone() })
         }
-        Ok(Err(error)) => Err(Error::of(error, target)),
+        Ok(Err(error)) => Err(match Error::of(error, target) {
+            Error::Lost { target, reason } => Error::Unreachable { target, reason },
+            error => error,
+        }),
         Err(Expired) => Err(Error::timed_out(Phase::Handshake, target, deadline)),
     }
+}
+
+/// amiquip's, but a publish never waits for the broker to read: what can be unsent is bounded by the
+/// calls in flight, or by the prefetch, and a broker that is blocked or frozen must not hold us up.
+fn tuning() -> ConnectionTuning {
+    ConnectionTuning::default().buffered_writes_high_water(usize::MAX)
 }
 
 /// Looks the host up in a thread of its own, because nothing can end `getaddrinfo`: at worst the
@@ -114,7 +124,7 @@ fn connect(
         }
         match TcpStream::connect_timeout(address, share) {
             Ok(stream) => return Ok(stream),
-            Err(error) if error.kind() == io::ErrorKind::TimedOut => {}
+            Err(_) if deadline.remaining().is_zero() => break,
             Err(error) => failure = unreachable(target, &error),
         }
     }
@@ -129,7 +139,11 @@ fn prepare(stream: TcpStream) -> io::Result<(TcpStream, Stream)> {
 }
 
 fn unreachable(target: &Target, error: &io::Error) -> Error {
-    Error::Unreachable { target: target.to_string(), reason: error.kind().to_string() }
+    let reason = match error.kind().to_string() {
+        kind if kind == "uncategorized error" => error.to_string(),
+        kind => kind, // "connection refused", without the number of the system's error
+    };
+    Error::Unreachable { target: target.to_string(), reason }
 }
 
 /// Who we are in the broker's list of connections: amiquip lets us set no other client property.
@@ -143,6 +157,12 @@ impl Link {
     #[must_use]
     pub fn target(&self) -> &Target {
         &self.target
+    }
+
+    /// The socket, for a [`Deadline::guard`] elsewhere.
+    #[must_use]
+    pub fn socket(&self) -> Arc<TcpStream> {
+        self.socket.clone()
     }
 
     /// Runs a blocking call of amiquip on this connection in what is left of the deadline.
@@ -194,9 +214,9 @@ impl Link {
                 | amiquip::Error::EventLoopClientDropped
                 | amiquip::Error::ClientClosedConnection
         );
-        match self.connection.take_if(|_| ended).map(Connection::close) {
-            Some(Err(cause)) => Error::of(cause, &self.target),
-            _ => Error::of(error, &self.target),
+        match if ended { self.close() } else { Ok(()) } {
+            Err(cause) => cause,
+            Ok(()) => Error::of(error, &self.target),
         }
     }
 
@@ -262,6 +282,8 @@ pub enum Error {
     Refused {
         /// Host and port.
         target: String,
+        /// The AMQP reply code, such as 403.
+        code: u16,
         /// What the broker said.
         reason: String,
     },
@@ -283,14 +305,20 @@ pub enum Error {
         /// How it broke.
         reason: String,
     },
+    /// The broker has no more channels for us on this connection.
+    #[error("{target} allows no more channels: fewer --workers, or a larger channel_max there")]
+    TooManyChannels {
+        /// Host and port.
+        target: String,
+    },
     /// The deadline passed in a phase that blocks.
-    #[error("no connection to {target} within {limit}: timed out in {phase}")]
+    #[error("{target} was not ready within {limit}: timed out in {phase}")]
     TimedOut {
         /// The phase that ran out of time.
         phase: Phase,
         /// Host and port.
         target: String,
-        /// The limit, as it was typed.
+        /// The limit.
         limit: String,
     },
 }
@@ -307,11 +335,12 @@ impl Error {
         let refused = |code| REFUSALS.contains(&code);
         match error {
             amiquip::Error::InvalidCredentials => Error::Credentials { target, user },
+            amiquip::Error::ExhaustedChannelIds => Error::TooManyChannels { target },
             amiquip::Error::ServerClosedConnection { code, message }
             | amiquip::Error::ServerClosedChannel { code, message, .. }
                 if refused(code) =>
             {
-                Error::Refused { target, reason: escape(message.as_bytes()).to_string() }
+                Error::Refused { target, code, reason: escape(message.as_bytes()).to_string() }
             }
             amiquip::Error::ServerClosedChannel { code, message, .. } => Error::ChannelClosed {
                 target,

@@ -7,6 +7,9 @@ use std::net::{Shutdown, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
+/// As good as never, and an instant on every system.
+const FAR_AWAY: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
+
 /// A **deadline** is the instant by which something has to have ended, and the limit it came from.
 #[derive(Clone, Copy, Debug)]
 pub struct Deadline {
@@ -18,7 +21,8 @@ impl Deadline {
     /// The deadline `limit` from now.
     #[must_use]
     pub fn after(limit: Duration) -> Self {
-        Deadline { at: Instant::now() + limit, limit }
+        let now = Instant::now();
+        Deadline { at: now.checked_add(limit).unwrap_or(now + FAR_AWAY), limit }
     }
 
     /// When it passes.
@@ -94,7 +98,7 @@ impl Display for Phase {
     }
 }
 
-/// A limit as it was typed, for messages.
+/// The limit, for messages.
 impl Display for Deadline {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         duration::display(self.limit).fmt(f)

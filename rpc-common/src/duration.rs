@@ -32,7 +32,7 @@ pub fn parse_limit(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// A duration in the form in which it was typed, for messages.
+/// A duration as it could have been typed, for messages.
 #[must_use]
 pub fn display(duration: Duration) -> impl std::fmt::Display {
     humantime::format_duration(duration)

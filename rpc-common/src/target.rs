@@ -4,6 +4,7 @@ use crate::broker::Error;
 use crate::message::escape;
 use amiquip::{Auth, ConnectionOptions};
 use percent_encoding::percent_decode_str;
+use std::convert::Infallible;
 use std::env;
 use std::fmt::{self, Debug, Display};
 use url::{Host, Url};
@@ -18,8 +19,8 @@ const DEFAULT_HEARTBEAT: u16 = 10;
 pub struct BrokerOptions {
     /// amqp://user:password@host:port/vhost [env: AMQP_URL, else amqp://localhost]
     // Not clap's `env`, and parsed after clap: it would print the value, password and all.
-    #[arg(long, value_name = "URL")]
-    url: Option<String>,
+    #[arg(long, value_name = "URL", value_parser = secret)]
+    url: Option<Secret<String>>,
 
     /// AMQP heartbeat, 1 to 65535
     #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_HEARTBEAT, value_parser = clap::value_parser!(u16).range(1..))]
@@ -34,7 +35,7 @@ impl BrokerOptions {
     /// [`Error::Url`]
     pub fn target(&self) -> Result<Target, Error> {
         let mut target = match &self.url {
-            Some(url) => Target::parse(url)?,
+            Some(url) => Target::parse(&url.0)?,
             None => Target::from_env()?,
         };
         if self.url.is_some() && target.names_password {
@@ -173,6 +174,12 @@ impl Display for Target {
 /// What no message and no log may show.
 #[derive(Clone)]
 struct Secret<T>(T);
+
+// clap takes functions that can fail.
+#[allow(clippy::unnecessary_wraps)]
+fn secret(text: &str) -> Result<Secret<String>, Infallible> {
+    Ok(Secret(text.into()))
+}
 
 impl<T> Debug for Secret<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

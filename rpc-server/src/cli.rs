@@ -7,6 +7,7 @@ use rpc_common::broker::Error;
 use rpc_common::logging::LogOptions;
 use rpc_common::target::{short_string, BrokerOptions};
 use rpc_common::{duration, exit};
+use std::num::NonZeroUsize;
 use std::thread;
 use std::time::Duration;
 
@@ -62,10 +63,8 @@ impl Cli {
     /// # Errors
     /// [`Error::Url`]
     pub fn config(&self) -> Result<Config, Error> {
-        let workers = match self.workers {
-            0 => thread::available_parallelism().map_or(1, usize::from),
-            count => count.into(),
-        };
+        let one_per_core = || thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        let workers = NonZeroUsize::new(self.workers.into()).unwrap_or_else(one_per_core);
         Ok(Config {
             target: self.broker.target()?,
             queue: self.queue.clone(),

@@ -1,6 +1,6 @@
 //! The function that is served: from a request to a reply. Nothing here knows AMQP.
 
-use rpc_common::fib::fib as fibonacci;
+use rpc_common::fib::fib;
 use rpc_common::message::{escape, parse_number, ErrorCode, Failure, NumberError, Reply, Request};
 use std::panic::{self, AssertUnwindSafe};
 use std::thread;
@@ -25,7 +25,7 @@ pub(crate) fn call(handler: &Handler, request: &Request) -> Reply {
 ///
 /// It calls `announce` with each n that it serves, and sleeps for `delay` to let people watch fair
 /// dispatch.
-pub fn fib(
+pub fn fib_handler(
     max_n: u64,
     delay: Duration,
     announce: impl Fn(u64) + Sync,
@@ -34,7 +34,7 @@ pub fn fib(
         let n = argument(request.body, max_n)?;
         announce(n);
         thread::sleep(delay);
-        Ok(fibonacci(n).to_string())
+        Ok(fib(n).to_string())
     }
 }
 
@@ -69,7 +69,7 @@ mod tests {
     #[test]
     fn fib_is_served_and_announced() {
         let announced = AtomicU64::new(0);
-        let handler = fib(100, Duration::ZERO, |n| {
+        let handler = fib_handler(100, Duration::ZERO, |n| {
             announced.store(n, Ordering::Relaxed);
         });
         assert_eq!(ask(&handler, b"30"), Ok("832040".into()));
@@ -78,7 +78,7 @@ mod tests {
 
     #[test]
     fn what_is_no_number_or_too_large_is_a_failure_with_its_code() {
-        let handler = fib(100, Duration::ZERO, |n| panic!("announced {n}"));
+        let handler = fib_handler(100, Duration::ZERO, |n| panic!("announced {n}"));
         for (body, code, message) in [
             (
                 "abc",

@@ -1,8 +1,8 @@
 //! Serves a function over RabbitMQ RPC: a blocking consumer loop, one request at a time per worker.
 //!
 //! [`serve`] is the loop, for any [`Handler`]; the program `rpc-server` is [`serve`] with
-//! [`handler::fib`]. Read in this order: [`handler`] is the function, `worker` takes one request
-//! after the other to it, `supervisor` keeps the workers connected.
+//! [`handler::fib_handler`]. Read in this order: [`handler`] is the function, `supervisor` keeps the
+//! connection and gives channels to workers, `worker` takes one request after the other to the handler.
 
 pub mod cli;
 pub mod handler;

@@ -28,7 +28,7 @@ fn main() -> process::ExitCode {
 fn run(cli: &Cli) -> Result<(), broker::Error> {
     let config = cli.config()?;
     let stop = signals::stop().expect("the system lets us handle signals");
-    let fib = handler::fib(cli.max_n, cli.delay, |n| {
+    let fib = handler::fib_handler(cli.max_n, cli.delay, |n| {
         if !cli.quiet {
             say(format_args!(" [.] fib({n})"));
         }

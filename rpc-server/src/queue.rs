@@ -56,7 +56,7 @@ pub(crate) fn ensure(
             Err(Error::ChannelClosed { code: PRECONDITION_FAILED, target, reason }) => {
                 // Somebody was faster, and declared it otherwise: look again.
                 if attempts == ATTEMPTS {
-                    return Err(Error::Refused { target, reason });
+                    return Err(Error::Refused { target, code: PRECONDITION_FAILED, reason });
                 }
             }
             Err(error) => return Err(error),
@@ -73,7 +73,8 @@ pub(crate) fn forbids_transient(error: &Error) -> bool {
 /// Declares passively, on a channel of its own because a miss closes the channel.
 fn look(link: &mut Link, queue: &str, deadline: &Deadline) -> Result<(), Error> {
     let channel = link.open_channel(deadline)?;
-    link.within(deadline, Phase::Declare, |_| channel.queue_declare_passive(queue).map(drop))
+    // The channel is closed before the time is up, too.
+    link.within(deadline, Phase::Declare, move |_| channel.queue_declare_passive(queue).map(drop))
 }
 
 fn declare(
@@ -89,7 +90,7 @@ fn declare(
     let durable = matches!(queue_type, QueueType::Classic | QueueType::Quorum);
     let options = QueueDeclareOptions { durable, arguments, ..QueueDeclareOptions::default() };
     let channel = link.open_channel(deadline)?;
-    link.within(deadline, Phase::Declare, |_| channel.queue_declare(queue, options).map(drop))
+    link.within(deadline, Phase::Declare, move |_| channel.queue_declare(queue, options).map(drop))
 }
 
 fn name(queue_type: QueueType) -> &'static str {

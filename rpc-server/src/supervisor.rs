@@ -3,16 +3,17 @@
 use crate::handler::Handler;
 use crate::queue::{self, QueueType, NOT_FOUND, PRECONDITION_FAILED};
 use crate::signals::Stop;
-use crate::worker::{Need, Report, Worker};
-use amiquip::{Channel, ConnectionBlockedNotification};
-use crossbeam_channel::{bounded, select_biased, unbounded, Receiver, Sender};
+use crate::worker::{Because, Lease, Need, Worker};
+use amiquip::ConnectionBlockedNotification;
+use crossbeam_channel::{select_biased, unbounded, Receiver, Sender};
 use rpc_common::broker::{self, Error, Link};
 use rpc_common::deadline::Deadline;
 use rpc_common::message::escape;
 use rpc_common::target::Target;
-use std::convert::Infallible;
+use std::num::NonZeroUsize;
+use std::sync::Once;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What to serve, and from where.
 #[derive(Clone, Debug)]
@@ -24,8 +25,8 @@ pub struct Config {
     /// How the request queue is declared, should it not exist.
     pub queue_type: QueueType,
     /// How many requests are worked on at once, each in a thread with a channel of its own.
-    pub workers: usize,
-    /// Unacknowledged requests per worker, `basic.qos`.
+    pub workers: NonZeroUsize,
+    /// Unacknowledged requests per worker, `basic.qos`; 0 for no limit.
     pub prefetch: u16,
 }
 
@@ -39,20 +40,23 @@ impl Config {
             target: Target::from_env()?,
             queue: queue.into(),
             queue_type: QueueType::Auto,
-            workers: 1,
+            workers: NonZeroUsize::MIN,
             prefetch: 1,
         })
     }
 }
 
-/// How long one attempt to connect, declare and open the workers' channels may take.
+/// How long an attempt to connect and to have the queue may take, or one to open channels.
 const ATTEMPT: Duration = Duration::from_secs(10);
+
+/// A connection that lasted so long was a good one: the next attempt need not wait long.
+const GOOD: Duration = Duration::from_secs(10);
 
 /// A worker's stack; whatever is deep is on the heap, and `RUST_MIN_STACK` is for amiquip's thread.
 const WORKER_STACK: usize = 2 << 20;
 
 /// Serves until `stop` ends: connects, takes requests, has `handler` answer them, and connects again
-/// when the connection breaks. Calls `on_ready` once, when all workers wait for requests.
+/// when the connection breaks. Calls `on_ready` once, before the first request is begun.
 ///
 /// When it is stopped it finishes what it has begun, and leaves the rest to other servers.
 ///
@@ -65,19 +69,20 @@ pub fn serve(
     config: &Config,
     handler: &Handler,
     stop: &Stop,
-    on_ready: &dyn Fn(),
+    on_ready: &(dyn Fn() + Sync),
 ) -> Result<(), Error> {
-    let (report, reports) = unbounded();
-    let (begin, ready) = bounded(0);
+    let (need, needs) = unbounded();
+    let ready = &Once::new();
     let link = thread::scope(|scope| {
-        for number in 1..=config.workers {
+        for number in 1..=config.workers.get() {
             let worker = Worker {
                 queue: &config.queue,
                 prefetch: config.prefetch,
                 handler,
                 stop,
-                ready: &ready,
-                reports: report.clone(),
+                on_ready,
+                ready,
+                needs: need.clone(),
             };
             thread::Builder::new()
                 .name(format!("worker-{number}"))
@@ -85,19 +90,9 @@ pub fn serve(
                 .spawn_scoped(scope, move || worker.run())
                 .expect("the system has threads to spare");
         }
-        drop(report);
+        drop(need);
         let queue_type = config.queue_type;
-        Supervisor {
-            config,
-            stop,
-            on_ready,
-            begin: Some(begin),
-            reports,
-            waiting: Vec::new(),
-            queue_type,
-            consuming: 0,
-        }
-        .run()
+        Supervisor { config, stop, ready, needs, waiting: Vec::new(), queue_type, last: None }.run()
         // The scope waits for the workers; they are gone before the connection is.
     })?;
     if let Some(Err(error)) = link.map(|mut link| link.close()) {
@@ -109,25 +104,23 @@ pub fn serve(
 struct Supervisor<'a> {
     config: &'a Config,
     stop: &'a Stop,
-    on_ready: &'a dyn Fn(),
-    /// Dropped to let the workers begin, when all consume for the first time.
-    begin: Option<Sender<Infallible>>,
-    reports: Receiver<Report>,
+    /// Done when a worker has consumed.
+    ready: &'a Once,
+    needs: Receiver<Need>,
     /// The inboxes of workers that wait for a channel.
-    waiting: Vec<Sender<Channel>>,
+    waiting: Vec<Sender<Lease>>,
     /// As configured, until the broker teaches us better.
     queue_type: QueueType,
-    /// How many workers have begun to consume on this connection.
-    consuming: usize,
+    /// Why there is no connection, once that is said.
+    last: Option<Error>,
 }
 
 impl Supervisor<'_> {
-    /// Returns the link when it is time to stop, if there is one.
+    /// Keeps connecting. Returns the link when it is time to stop, if there is one.
     fn run(&mut self) -> Result<Option<Link>, Error> {
         let mut pauses = broker::pauses();
-        let mut last = None;
         loop {
-            self.consuming = 0;
+            let begun = Instant::now();
             let error = match self.supervise() {
                 Ok(link) => return Ok(Some(link)),
                 Err(error) => error,
@@ -137,16 +130,16 @@ impl Supervisor<'_> {
                 self.queue_type = QueueType::Quorum;
                 continue;
             }
-            if self.consuming > 0 {
-                (pauses, last) = (broker::pauses(), None);
+            if begun.elapsed() > GOOD {
+                pauses = broker::pauses();
             }
-            if self.is_final(&error, last.as_ref()) {
+            if self.is_final(&error) {
                 return Err(error);
             }
-            if last.as_ref() != Some(&error) {
+            if self.last.as_ref() != Some(&error) {
                 log::warn!("{error}: trying again");
             }
-            last = Some(error);
+            self.last = Some(error);
             if self.stopped_within(pauses.next().unwrap_or(ATTEMPT)) {
                 return Ok(None);
             }
@@ -155,12 +148,14 @@ impl Supervisor<'_> {
 
     /// Once served, always hopeful. Before that, a refusal is final; one of the credentials only the
     /// second time, because a broker that shuts down in the handshake looks the same.
-    fn is_final(&self, error: &Error, last: Option<&Error>) -> bool {
+    fn is_final(&self, error: &Error) -> bool {
         let hopeless = !error.is_transient()
             || (queue::forbids_transient(error) && self.queue_type == QueueType::Transient);
-        let first_time = matches!(error, Error::Credentials { .. }) && last != Some(error);
-        let never_served = self.begin.is_some();
-        never_served && hopeless && !first_time
+        let first_time =
+            matches!(error, Error::Credentials { .. }) && self.last.as_ref() != Some(error);
+        let never_served = !self.ready.is_completed();
+        let own_fault = matches!(error, Error::TooManyChannels { .. });
+        own_fault || (never_served && hopeless && !first_time)
     }
 
     /// One connection, from opening it to its end. Returns it when it is time to stop.
@@ -169,7 +164,8 @@ impl Supervisor<'_> {
         let mut link = broker::open(&self.config.target, "rpc-server", &deadline)?;
         let notices = link.notices(&deadline)?;
         log::info!("connected to {}", self.config.target);
-        self.ensure_queue(&mut link)?;
+        self.last = None;
+        self.ensure_queue(&mut link, &deadline)?;
         loop {
             self.give_channels(&mut link)?;
             select_biased! {
@@ -181,9 +177,8 @@ impl Supervisor<'_> {
                     Ok(ConnectionBlockedNotification::Unblocked) => log::info!("the broker takes replies again"),
                     Err(_) => return Err(link.explain(amiquip::Error::EventLoopDropped)),
                 },
-                recv(self.reports) -> report => match report {
-                    Ok(Report::Consumes) => self.count_consumer(),
-                    Ok(Report::NeedsChannel { inbox, because }) => {
+                recv(self.needs) -> need => match need {
+                    Ok(Need { inbox, because }) => {
                         self.waiting.push(inbox);
                         self.mend(&mut link, because)?;
                     }
@@ -195,39 +190,32 @@ impl Supervisor<'_> {
 
     /// Restores what a worker needs. Of the end of a connection, which may be one of the past, it is
     /// not the workers that we learn.
-    fn mend(&mut self, link: &mut Link, because: Need) -> Result<(), Error> {
+    fn mend(&mut self, link: &mut Link, because: Because) -> Result<(), Error> {
         match because {
-            Need::Start | Need::Connection => return Ok(()),
-            Need::Cancelled => log::warn!("queue '{}' was deleted", self.config.queue),
-            Need::ChannelClosed(error) => match Error::of(error, link.target()) {
+            Because::Start | Because::Disconnected => return Ok(()),
+            Because::Cancelled => log::warn!("queue '{}' was deleted", self.config.queue),
+            Because::ChannelClosed(error) => match Error::of(error, link.target()) {
                 error @ Error::ChannelClosed { code: NOT_FOUND | PRECONDITION_FAILED, .. } => {
                     log::warn!("{error}");
                 }
                 error => return Err(error),
             },
         }
-        self.ensure_queue(link)
+        self.ensure_queue(link, &Deadline::after(ATTEMPT))
     }
 
-    fn ensure_queue(&self, link: &mut Link) -> Result<(), Error> {
-        queue::ensure(link, &self.config.queue, self.queue_type, &Deadline::after(ATTEMPT))
+    fn ensure_queue(&self, link: &mut Link, deadline: &Deadline) -> Result<(), Error> {
+        queue::ensure(link, &self.config.queue, self.queue_type, deadline)
     }
 
     fn give_channels(&mut self, link: &mut Link) -> Result<(), Error> {
+        let deadline = Deadline::after(ATTEMPT);
         while let Some(inbox) = self.waiting.last() {
-            let channel = link.open_channel(&Deadline::after(ATTEMPT))?;
-            let _ = inbox.send(channel); // a worker that has stopped meanwhile needs none
+            let channel = link.open_channel(&deadline)?;
+            let _ = inbox.send(Lease { channel, socket: link.socket() }); // it may have stopped
             self.waiting.pop();
         }
         Ok(())
-    }
-
-    fn count_consumer(&mut self) {
-        self.consuming += 1;
-        if self.consuming == self.config.workers && self.begin.is_some() {
-            (self.on_ready)();
-            self.begin = None;
-        }
     }
 
     /// Waits; true when the stop came first.

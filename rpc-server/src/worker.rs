@@ -1,36 +1,42 @@
 //! A worker: a thread that answers one request after the other on a channel of its own.
+//!
+//! The channel comes from the supervisor: a worker that has none sends a [`Need`] with an inbox, consumes on the [`Lease`] that comes back, and asks again when that has ended.
 
 use crate::handler::{self, Handler};
 use crate::signals::Stop;
 use amiquip::{Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery, Return};
-use crossbeam_channel::{bounded, select_biased, Receiver, Sender};
+use crossbeam_channel::{bounded, never, select_biased, Sender};
+use rpc_common::deadline::Deadline;
 use rpc_common::message::{encode_reply, escape, Request};
-use std::convert::Infallible;
+use std::net::TcpStream;
+use std::sync::{Arc, Once};
+use std::time::Duration;
+
+/// How long a broker that is blocked or frozen may hold up our end.
+const DRAINING: Duration = Duration::from_secs(5);
 
 /// A **worker** takes requests from the queue for as long as it gets channels to do so.
 ///
-/// It owns no connection. When its channel ends it asks the supervisor for another one; so a worker
-/// that computes is never waited for, and comes back when it is done.
+/// It owns no connection; so one that computes is never waited for, and comes back when it is done.
 pub(crate) struct Worker<'a> {
     pub(crate) queue: &'a str,
     pub(crate) prefetch: u16,
     pub(crate) handler: &'a Handler<'a>,
     pub(crate) stop: &'a Stop,
-    /// Ends when all workers consume; no request is begun before that.
-    pub(crate) ready: &'a Receiver<Infallible>,
-    pub(crate) reports: Sender<Report>,
+    /// Called by the first worker that consumes, before any request is begun.
+    pub(crate) on_ready: &'a (dyn Fn() + Sync),
+    pub(crate) ready: &'a Once,
+    pub(crate) needs: Sender<Need>,
 }
 
-/// What a worker tells its supervisor.
-pub(crate) enum Report {
-    /// It waits for a channel to be sent to `inbox`.
-    NeedsChannel { inbox: Sender<Channel>, because: Need },
-    /// It consumes.
-    Consumes,
+/// A worker **needs** a channel.
+pub(crate) struct Need {
+    pub(crate) inbox: Sender<Lease>,
+    pub(crate) because: Because,
 }
 
 /// Why a worker needs a channel.
-pub(crate) enum Need {
+pub(crate) enum Because {
     /// It has had none yet.
     Start,
     /// The broker cancelled its consumer: the queue was deleted.
@@ -38,10 +44,16 @@ pub(crate) enum Need {
     /// The broker closed its channel.
     ChannelClosed(amiquip::Error),
     /// The connection ended.
-    Connection,
+    Disconnected,
 }
 
-/// How it ends that a worker serves on a channel.
+/// A **lease** is a channel, and the socket below it, to end what blocks on it.
+pub(crate) struct Lease {
+    pub(crate) channel: Channel,
+    pub(crate) socket: Arc<TcpStream>,
+}
+
+/// How it ends that a worker consumes.
 enum End {
     Stopped,
     Cancelled,
@@ -50,46 +62,45 @@ enum End {
 impl Worker<'_> {
     /// Serves until it is stopped.
     pub(crate) fn run(&self) {
-        let mut because = Need::Start;
-        while let Some(channel) = self.ask_for_channel(because) {
-            because = match self.serve(&channel) {
+        let mut because = Because::Start;
+        while let Some(lease) = self.ask_for_channel(because) {
+            because = match self.consume(&lease) {
                 Ok(End::Stopped) => return,
-                Ok(End::Cancelled) => Need::Cancelled,
+                Ok(End::Cancelled) => Because::Cancelled,
                 Err(error @ amiquip::Error::ServerClosedChannel { .. }) => {
-                    Need::ChannelClosed(error)
+                    Because::ChannelClosed(error)
                 }
-                Err(_) => Need::Connection,
+                Err(_) => Because::Disconnected,
             }
         }
     }
 
     /// None when it is time to stop.
-    fn ask_for_channel(&self, because: Need) -> Option<Channel> {
-        let (inbox, channels) = bounded(1);
-        self.reports.send(Report::NeedsChannel { inbox, because }).ok()?;
+    fn ask_for_channel(&self, because: Because) -> Option<Lease> {
+        let (inbox, leases) = bounded(1);
+        self.needs.send(Need { inbox, because }).ok()?;
         select_biased! {
             recv(self.stop) -> _ => None,
-            recv(channels) -> channel => channel.ok(),
+            recv(leases) -> lease => lease.ok(),
         }
     }
 
-    fn serve(&self, channel: &Channel) -> amiquip::Result<End> {
+    fn consume(&self, lease: &Lease) -> amiquip::Result<End> {
+        let channel = &lease.channel;
         channel.qos(0, self.prefetch, false)?; // per consumer: brokers of 4.3 refuse a global one
-        let returns = channel.listen_for_returns()?;
+        let mut returns = channel.listen_for_returns()?;
         let consumer = channel.basic_consume(self.queue, ConsumerOptions::default())?;
-        let _ = self.reports.send(Report::Consumes);
-        select_biased! {
-            recv(self.stop) -> _ => {}
-            recv(self.ready) -> _ => {}
-        }
+        self.ready.call_once(self.on_ready);
         loop {
             select_biased! {
                 recv(self.stop) -> _ => {
-                    drain(&consumer)?;
+                    drain(lease, &consumer)?;
+                    returns.try_iter().for_each(|reply| log_return(&reply));
                     return Ok(End::Stopped);
                 }
-                recv(returns) -> reply => if let Ok(reply) = reply {
-                    log_return(&reply);
+                recv(returns) -> reply => match reply {
+                    Ok(reply) => log_return(&reply),
+                    Err(_) => returns = never(), // the channel has ended: the consumer says how
                 },
                 recv(consumer.receiver()) -> message => match message {
                     Ok(ConsumerMessage::Delivery(delivery)) => self.step(channel, &consumer, delivery)?,
@@ -137,8 +148,9 @@ impl Worker<'_> {
 
 /// Ends the deliveries. What was delivered but not begun goes back to the queue with the channel; and
 /// the round trip takes our last ack with it, before the connection is closed.
-fn drain(consumer: &Consumer) -> amiquip::Result<()> {
-    consumer.cancel()?;
+fn drain(lease: &Lease, consumer: &Consumer) -> amiquip::Result<()> {
+    let cancelled = Deadline::after(DRAINING).guard(&lease.socket, || consumer.cancel());
+    cancelled.unwrap_or(Err(amiquip::Error::EventLoopDropped))?;
     // amiquip confirms on two ways, one after the other, and ends the connection if nobody listens
     // on the second any more.
     let is_end = |message| matches!(message, ConsumerMessage::ClientCancelled);

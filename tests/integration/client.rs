@@ -1,21 +1,21 @@
 //! `rpc-client` as a terminal and a shell script see it.
 
 use crate::support::peer::{Peer, Queue};
-use crate::support::programs::{bash, client, command, expect, Server};
+use crate::support::programs::{bash, client, command, expect, Program};
 use amiquip::AmqpProperties;
 use rpc_common::fib::fib;
 
 #[test]
 fn one_call_prints_the_number_and_nothing_else() {
     let queue = Queue::named("one_call");
-    let _server = Server::start(&queue, &[]);
+    let _server = Program::start(&queue, &[]);
     expect(&mut client(&queue, &["30"]), 0, "832040\n", "");
 }
 
 #[test]
 fn a_shell_script_gets_the_answer_into_a_variable() {
     let queue = Queue::named("variable");
-    let _server = Server::start(&queue, &[]);
+    let _server = Program::start(&queue, &[]);
     let script = format!("answer=$(rpc-client --queue {} 30); echo \"<$answer> $?\"", &*queue);
     bash(&script).code(0).stdout("<832040> 0\n").stderr("");
 }
@@ -23,7 +23,7 @@ fn a_shell_script_gets_the_answer_into_a_variable() {
 #[test]
 fn several_numbers_are_answered_in_the_order_asked() {
     let queue = Queue::named("several");
-    let _server = Server::start(&queue, &[]);
+    let _server = Program::start(&queue, &[]);
     let answers = "0\n1\n1\n12200160415121876738\n19740274219868223167\n\
                    222232244629420445529739893461909967206666939096499764990979600\n";
     expect(&mut client(&queue, &["0", "1", "2", "93", "94", "300"]), 0, answers, "");
@@ -33,7 +33,7 @@ fn several_numbers_are_answered_in_the_order_asked() {
 #[test]
 fn many_calls_in_flight_keep_their_order() {
     let queue = Queue::named("in_flight");
-    let _server = Server::start(&queue, &["--workers", "4", "--prefetch", "3", "-q"]);
+    let _server = Program::start(&queue, &["--workers", "4", "--prefetch", "3", "-q"]);
     let numbers: Vec<u64> = (0..400).map(|i| i * 7919 % 1000).collect();
     let args: Vec<String> = numbers.iter().map(u64::to_string).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
@@ -46,7 +46,7 @@ fn many_calls_in_flight_keep_their_order() {
 #[test]
 fn repeat_asks_for_every_number_several_times() {
     let queue = Queue::named("repeat");
-    let server = Server::start(&queue, &[]);
+    let server = Program::start(&queue, &[]);
     expect(&mut client(&queue, &["--repeat", "3", "7", "8"]), 0, "13\n13\n13\n21\n21\n21\n", "");
     assert_eq!(server.stop().len(), 6);
 }
@@ -54,14 +54,14 @@ fn repeat_asks_for_every_number_several_times() {
 #[test]
 fn the_millionth_number_is_exact() {
     let queue = Queue::named("million");
-    let _server = Server::start(&queue, &[]);
+    let _server = Program::start(&queue, &[]);
     expect(&mut client(&queue, &["1000000"]), 0, &format!("{}\n", fib(1_000_000)), "");
 }
 
 #[test]
 fn text_output_is_the_tutorials_conversation() {
     let queue = Queue::named("text");
-    let _server = Server::start(&queue, &[]);
+    let _server = Program::start(&queue, &[]);
     let (got, asked) = (" [.] Got 832040\n", " [x] Requesting fib(30)\n");
     expect(&mut client(&queue, &["-o", "text", "30"]), 0, got, asked);
     expect(&mut client(&queue, &["-o", "text", "-q", "30"]), 0, got, "");
@@ -70,7 +70,7 @@ fn text_output_is_the_tutorials_conversation() {
 #[test]
 fn on_a_terminal_the_output_is_text() {
     let queue = Queue::named("terminal");
-    let _server = Server::start(&queue, &[]);
+    let _server = Program::start(&queue, &[]);
     let script = format!("script -qec 'rpc-client --queue {} 30' /dev/null", &*queue);
     bash(&script).code(0).stdout(" [x] Requesting fib(30)\r\n [.] Got 832040\r\n");
 }
@@ -78,7 +78,7 @@ fn on_a_terminal_the_output_is_text() {
 #[test]
 fn a_reader_that_goes_away_ends_it_like_sigpipe() {
     let queue = Queue::named("sigpipe");
-    let _server = Server::start(&queue, &["-q"]);
+    let _server = Program::start(&queue, &["-q"]);
     let script = format!(
         "rpc-client --queue {} --repeat 100000 30 | head -1; echo ${{PIPESTATUS[0]}}",
         &*queue
@@ -89,7 +89,7 @@ fn a_reader_that_goes_away_ends_it_like_sigpipe() {
 #[test]
 fn a_full_disk_is_an_error_of_its_own() {
     let queue = Queue::named("full_disk");
-    let _server = Server::start(&queue, &[]);
+    let _server = Program::start(&queue, &[]);
     bash(&format!("rpc-client --queue {} 30 >/dev/full", &*queue)).code(6).stdout("").stderr(
         "rpc-client: cannot write to standard output: No space left on device (os error 28)\n",
     );
@@ -122,7 +122,7 @@ fn replies_to_no_call_in_hand_are_discarded() {
 
 #[test]
 fn the_examples_call_another_function_with_the_same_loops() {
-    let server = Server::spawn("examples/serve_upper", &[]);
+    let server = Program::spawn("examples/serve_upper", &[]);
     assert_eq!(server.next_line(), "serving upper_queue, Ctrl-C stops");
     expect(command("examples/call_upper").args(["hello", "Grüße"]), 0, "HELLO\nGRÜSSE\n", "");
     server.stop();

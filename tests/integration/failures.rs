@@ -2,7 +2,7 @@
 
 use crate::support::broker;
 use crate::support::peer::{Peer, Queue};
-use crate::support::programs::{client, command, expect, Server};
+use crate::support::programs::{client, command, expect, Program};
 use amiquip::AmqpProperties;
 use rpc_common::exit;
 use std::net::{TcpListener, TcpStream};
@@ -107,7 +107,7 @@ fn a_bad_url_is_refused_without_its_password() {
 #[test]
 fn a_password_in_an_argument_draws_a_warning() {
     let queue = Queue::named("password_warning");
-    let _server = Server::start(&queue, &[]);
+    let _server = Program::start(&queue, &[]);
     let url = url("guest:guest@", "");
     let warning =
         "rpc-client: warning: ps shows everybody the password in --url: put the URL into AMQP_URL\n";
@@ -119,7 +119,7 @@ fn a_password_in_an_argument_draws_a_warning() {
 #[test]
 fn no_log_shows_a_password() {
     let queue = Queue::named("secrets");
-    let _server = Server::start(&queue, &[]);
+    let _server = Program::start(&queue, &[]);
     // To the broker it is the right one, for it is ours that decodes it.
     let secret = url("guest:%67%75est@", "");
     let output = client(&queue, &["30"])
@@ -158,7 +158,7 @@ fn a_peer_that_says_nothing_is_exit_code_3_and_names_the_phase() {
     let silent = TcpListener::bind("127.0.0.1:0").expect("there are ports");
     let address = silent.local_addr().expect("it is bound");
     let stderr = format!(
-        "rpc-client: no connection to {address} within 300ms: timed out in the AMQP handshake\n"
+        "rpc-client: {address} was not ready within 300ms: timed out in the AMQP handshake\n"
     );
     let mut call = client("any", &["-t", "300ms", "1"]);
     expect(call.env("AMQP_URL", format!("amqp://{address}")), 3, "", &stderr);
@@ -176,8 +176,8 @@ fn a_peer_that_speaks_another_protocol_is_exit_code_3() {
         web.incoming().flatten().for_each(answer);
     });
     let stderr = format!(
-        "rpc-client: lost the connection to {address}: I/O error while reading socket: \
-         the peer does not speak AMQP 0-9-1\n"
+        "rpc-client: cannot reach {address}: I/O error while reading socket: \
+         the peer does not speak AMQP 0-9-1: is RabbitMQ running there?\n"
     );
     expect(client("any", &["1"]).env("AMQP_URL", format!("amqp://{address}")), 3, "", &stderr);
 }
@@ -239,7 +239,7 @@ fn no_answer_in_time_is_exit_code_5_and_leaves_nothing_behind() {
 #[test]
 fn a_remote_error_is_exit_code_1_and_stops_nothing() {
     let queue = Queue::named("remote_error");
-    let server = Server::start(&queue, &["--max-n", "100"]);
+    let server = Program::start(&queue, &["--max-n", "100"]);
     let error =
         "rpc-client: fib(101): out of range: 101 is larger than 100, the largest n served here\n";
     expect(&mut client(&queue, &["7", "101", "8"]), 1, "13\n\n21\n", error);

@@ -4,6 +4,7 @@
 //! queues of its own. `AMQP_URL` points them at another broker.
 
 mod client;
+mod connections;
 mod failures;
 mod readme;
 mod server;

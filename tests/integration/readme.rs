@@ -1,6 +1,6 @@
 //! The README's examples are run as they stand.
 
-use crate::support::programs::{bash, Server};
+use crate::support::programs::{bash, Program};
 use std::fs;
 
 /// In every block of language `console` the lines behind `$ ` are commands, and what follows is all
@@ -9,7 +9,7 @@ use std::fs;
 fn the_readmes_examples_print_what_it_says() {
     let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md"))
         .expect("it is there");
-    let _server = Server::start("rpc_queue", &[]);
+    let _server = Program::start("rpc_queue", &[]);
     let mut examples = 0;
     for block in readme.split("```console\n").skip(1) {
         let block = block.split("```").next().unwrap_or_default();

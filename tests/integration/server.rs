@@ -2,7 +2,7 @@
 
 use crate::support::eventually;
 use crate::support::peer::{Peer, Queue};
-use crate::support::programs::{client, expect, Server};
+use crate::support::programs::{client, expect, Program};
 use amiquip::AmqpProperties;
 use rustix::process::Signal;
 use std::os::unix::process::ExitStatusExt;
@@ -17,7 +17,7 @@ fn calling(queue: &Queue, args: &[&str], answers: &'static str) -> thread::JoinH
 #[test]
 fn it_prints_the_tutorials_lines() {
     let queue = Queue::named("lines");
-    let server = Server::start(&queue, &[]);
+    let server = Program::start(&queue, &[]);
     expect(&mut client(&queue, &["30", "7"]), 0, "832040\n13\n", "");
     assert_eq!(server.stop(), [" [.] fib(30)", " [.] fib(7)"]);
 }
@@ -25,7 +25,7 @@ fn it_prints_the_tutorials_lines() {
 #[test]
 fn quiet_leaves_only_the_awaiting_line() {
     let queue = Queue::named("quiet");
-    let server = Server::start(&queue, &["--quiet"]);
+    let server = Program::start(&queue, &["--quiet"]);
     expect(&mut client(&queue, &["30"]), 0, "832040\n", "");
     assert_eq!(server.stop(), [""; 0]);
 }
@@ -35,7 +35,7 @@ fn quiet_leaves_only_the_awaiting_line() {
 fn sigterm_and_sigint_let_it_finish_what_it_has_begun() {
     for signal in [Signal::TERM, Signal::INT] {
         let queue = Queue::named(&format!("graceful_{}", signal.as_raw()));
-        let mut server = Server::start(&queue, &["--delay", "2s"]);
+        let mut server = Program::start(&queue, &["--delay", "2s"]);
         let caller = calling(&queue, &["30"], "832040\n");
         assert_eq!(server.next_line(), " [.] fib(30)");
         server.signal(signal);
@@ -49,11 +49,11 @@ fn sigterm_and_sigint_let_it_finish_what_it_has_begun() {
 #[test]
 fn stopping_leaves_the_rest_to_the_other_servers() {
     let queue = Queue::named("leaves_the_rest");
-    let first = Server::start(&queue, &["--prefetch", "10", "--delay", "1s"]);
+    let first = Program::start(&queue, &["--prefetch", "10", "--delay", "1s"]);
     let caller = calling(&queue, &["10", "20", "30"], "55\n6765\n832040\n");
     assert_eq!(first.next_line(), " [.] fib(10)");
     assert_eq!(first.stop(), [""; 0]);
-    let second = Server::start(&queue, &[]);
+    let second = Program::start(&queue, &[]);
     caller.join().expect("the caller got its answers");
     assert_eq!(second.stop(), [" [.] fib(20)", " [.] fib(30)"]);
 }
@@ -61,7 +61,7 @@ fn stopping_leaves_the_rest_to_the_other_servers() {
 #[test]
 fn a_second_signal_ends_it_at_once() {
     let queue = Queue::named("second_signal");
-    let mut server = Server::start(&queue, &["--delay", "365d"]);
+    let mut server = Program::start(&queue, &["--delay", "365d"]);
     let properties = AmqpProperties::default().with_reply_to("nobody".into());
     Peer::connect().publish(&queue, b"30", properties);
     assert_eq!(server.next_line(), " [.] fib(30)");
@@ -74,12 +74,12 @@ fn a_second_signal_ends_it_at_once() {
 #[test]
 fn a_killed_servers_request_is_answered_by_the_next_one_once() {
     let queue = Queue::named("killed");
-    let mut first = Server::start(&queue, &["--delay", "365d"]);
+    let mut first = Program::start(&queue, &["--delay", "365d"]);
     let caller = calling(&queue, &["30"], "832040\n");
     assert_eq!(first.next_line(), " [.] fib(30)");
     first.signal(Signal::KILL);
     assert_eq!(first.wait().signal(), Some(Signal::KILL.as_raw()));
-    let second = Server::start(&queue, &[]);
+    let second = Program::start(&queue, &[]);
     caller.join().expect("the caller got its answer");
     assert_eq!(second.stop(), [" [.] fib(30)"]);
     assert_eq!(Peer::connect().depth(&queue), Some(0));
@@ -88,8 +88,8 @@ fn a_killed_servers_request_is_answered_by_the_next_one_once() {
 #[test]
 fn three_servers_share_the_calls_fairly() {
     let queue = Queue::named("three");
-    let servers: Vec<Server> =
-        (0..3).map(|_| Server::start(&queue, &["--delay", "100ms"])).collect();
+    let servers: Vec<Program> =
+        (0..3).map(|_| Program::start(&queue, &["--delay", "100ms"])).collect();
     expect(&mut client(&queue, &["--repeat", "30", "10"]), 0, &"55\n".repeat(30), "");
     let shares: Vec<usize> = servers.into_iter().map(|server| server.stop().len()).collect();
     assert_eq!(shares.iter().sum::<usize>(), 30);
@@ -100,7 +100,7 @@ fn three_servers_share_the_calls_fairly() {
 #[test]
 fn workers_work_at_the_same_time() {
     let queue = Queue::named("workers");
-    let server = Server::start(&queue, &["--workers", "4", "--delay", "365d"]);
+    let server = Program::start(&queue, &["--workers", "4", "--delay", "365d"]);
     let mut peer = Peer::connect();
     for _ in 0..8 {
         peer.publish(&queue, b"30", AmqpProperties::default().with_reply_to("nobody".into()));
@@ -120,7 +120,7 @@ fn it_adopts_a_queue_of_any_type_as_it_is() {
         let queue = Queue::named(&format!("adopt_{name}"));
         Peer::connect().declare(&queue, durable, queue_type);
         for asked in ["auto", "transient", "classic", "quorum"] {
-            let server = Server::start(&queue, &["--queue-type", asked]);
+            let server = Program::start(&queue, &["--queue-type", asked]);
             server.await_log(&format!("adopted queue '{}' as it is", &*queue));
             expect(&mut client(&queue, &["30"]), 0, "832040\n", "");
             server.stop();
@@ -138,7 +138,7 @@ fn it_declares_a_missing_queue_as_it_is_told() {
         ("quorum", true, Some("quorum")),
     ] {
         let queue = Queue::named(&format!("declare_{asked}"));
-        let server = Server::start(&queue, &["--queue-type", asked]);
+        let server = Program::start(&queue, &["--queue-type", asked]);
         Peer::connect().declare(&queue, durable, queue_type);
         server.stop();
     }
@@ -150,7 +150,7 @@ fn several_servers_may_start_at_once() {
     let queue = &*queue;
     thread::scope(|scope| {
         for queue_type in ["transient", "classic", "quorum", "auto"] {
-            scope.spawn(move || Server::start(queue, &["--queue-type", queue_type]).stop());
+            scope.spawn(move || Program::start(queue, &["--queue-type", queue_type]).stop());
         }
     });
 }
@@ -158,7 +158,7 @@ fn several_servers_may_start_at_once() {
 #[test]
 fn a_deleted_queue_is_declared_anew() {
     let queue = Queue::named("deleted");
-    let server = Server::start(&queue, &["--workers", "2"]);
+    let server = Program::start(&queue, &["--workers", "2"]);
     Peer::connect().delete(&queue);
     server.await_log("was deleted");
     server.await_log("declared queue");

@@ -2,7 +2,7 @@
 
 use crate::support::eventually;
 use crate::support::peer::{Peer, Queue};
-use crate::support::programs::{client, expect, Server};
+use crate::support::programs::{client, expect, Program};
 use amiquip::{AmqpProperties, AmqpValue};
 use std::thread;
 use uuid::Uuid;
@@ -48,7 +48,7 @@ fn ask(queue: &str, body: &[u8], properties: AmqpProperties) -> amiquip::Deliver
 #[test]
 fn a_reply_is_what_the_wire_table_says() {
     let queue = Queue::named("reply");
-    let _server = Server::start(&queue, &[]);
+    let _server = Program::start(&queue, &[]);
     for id in ["1", "5f3a1b.uniqid", "ÄÖÜ ☃", &"x".repeat(255)] {
         let reply = ask(&queue, b"30", AmqpProperties::default().with_correlation_id(id.into()));
         assert_eq!(reply.body, b"832040");
@@ -65,7 +65,7 @@ fn a_reply_is_what_the_wire_table_says() {
 #[test]
 fn a_bad_request_gets_an_error_reply_and_the_server_goes_on() {
     let queue = Queue::named("bad_requests");
-    let server = Server::start(&queue, &["--max-n", "100"]);
+    let server = Program::start(&queue, &["--max-n", "100"]);
     for (body, code, message) in [
         (&b"abc"[..], "invalid-argument", "invalid argument: 'abc' is not a natural number"),
         (b"", "invalid-argument", "invalid argument: '' is not a natural number"),
@@ -101,7 +101,7 @@ fn a_bad_request_gets_an_error_reply_and_the_server_goes_on() {
 #[test]
 fn a_request_that_cannot_be_answered_is_rejected_and_not_requeued() {
     let queue = Queue::named("no_reply_to");
-    let server = Server::start(&queue, &[]);
+    let server = Program::start(&queue, &[]);
     let peer = Peer::connect();
     peer.publish(&queue, b"30\x1b[2J", AmqpProperties::default());
     let line = server.await_log("without a reply_to");
@@ -114,7 +114,7 @@ fn a_request_that_cannot_be_answered_is_rejected_and_not_requeued() {
 #[test]
 fn a_caller_that_is_gone_is_logged_and_its_request_is_done() {
     let queue = Queue::named("caller_gone");
-    let server = Server::start(&queue, &[]);
+    let server = Program::start(&queue, &[]);
     let properties =
         AmqpProperties::default().with_reply_to("gone".into()).with_correlation_id("its-id".into());
     Peer::connect().publish(&queue, b"30", properties);

@@ -3,6 +3,7 @@
 pub(crate) mod broker;
 pub(crate) mod peer;
 pub(crate) mod programs;
+pub(crate) mod proxy;
 
 use std::thread;
 use std::time::{Duration, Instant};

@@ -1,6 +1,6 @@
 //! A foreign peer: plain AMQP, bound to no convention of ours, and a queue that a test owns.
 
-use super::{broker, eventually};
+use super::{broker, eventually, PATIENCE};
 use amiquip::{
     AmqpProperties, AmqpValue, Channel, Delivery, FieldTable, Publish, QueueDeclareOptions,
     QueueDeleteOptions,
@@ -19,7 +19,7 @@ pub(crate) struct Peer {
 impl Peer {
     pub(crate) fn connect() -> Self {
         let target = Target::parse(broker::url()).expect("the broker's URL is well formed");
-        let deadline = Deadline::after(super::PATIENCE);
+        let deadline = Deadline::after(PATIENCE);
         let mut link = open(&target, "test", &deadline).expect("the broker is there");
         let channel = link.open_channel(&deadline).expect("there are channels");
         Peer { link, channel }
@@ -42,10 +42,19 @@ impl Peer {
 
     /// How many messages wait in the queue; None if it does not exist.
     pub(crate) fn depth(&mut self, queue: &str) -> Option<u32> {
+        self.counts(queue).map(|(messages, _)| messages)
+    }
+
+    /// How many consumers the queue has; None if it does not exist.
+    pub(crate) fn consumers(&mut self, queue: &str) -> Option<u32> {
+        self.counts(queue).map(|(_, consumers)| consumers)
+    }
+
+    fn counts(&mut self, queue: &str) -> Option<(u32, u32)> {
         let channel =
-            self.link.open_channel(&Deadline::after(super::PATIENCE)).expect("there are channels");
+            self.link.open_channel(&Deadline::after(PATIENCE)).expect("there are channels");
         let found = channel.queue_declare_passive(queue).ok()?;
-        found.declared_message_count()
+        Some((found.declared_message_count()?, found.declared_consumer_count()?))
     }
 
     /// Waits for a message, and acknowledges it.

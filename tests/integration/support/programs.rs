@@ -63,29 +63,40 @@ pub(crate) fn bash(script: &str) -> Assert {
         .assert()
 }
 
-/// A running `rpc-server`. It is killed when it is dropped, or when this process ends.
-pub(crate) struct Server {
+/// A program that runs in the background. It is killed when it is dropped, or when this process ends.
+pub(crate) struct Program {
     child: Child,
     stdout: Receiver<String>,
     stderr: Receiver<String>,
 }
 
-impl Server {
-    /// Starts a server and waits until it serves.
+impl Program {
+    /// Starts `rpc-server` and waits until it serves.
     #[track_caller]
     pub(crate) fn start(queue: &str, args: &[&str]) -> Self {
-        let server = Server::spawn("rpc-server", &[&["--queue", queue], args].concat());
+        Program::start_at(broker::url(), queue, args)
+    }
+
+    /// The same, where the broker is reached by another URL.
+    #[track_caller]
+    pub(crate) fn start_at(url: &str, queue: &str, args: &[&str]) -> Self {
+        let server = Program::spawn_at(url, "rpc-server", &[&["--queue", queue], args].concat());
         assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
         server
     }
 
     /// Starts a program without waiting for anything.
     pub(crate) fn spawn(program: &str, args: &[&str]) -> Self {
+        Program::spawn_at(broker::url(), program, args)
+    }
+
+    /// The same, where the broker is reached by another URL.
+    pub(crate) fn spawn_at(url: &str, program: &str, args: &[&str]) -> Self {
         let mut child = process::Command::new("setpriv")
             .args(["--pdeathsig", "KILL"])
             .arg(folder().join(program))
             .args(args)
-            .env("AMQP_URL", broker::url())
+            .env("AMQP_URL", url)
             .env_remove("RUST_LOG")
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -93,7 +104,7 @@ impl Server {
             .expect("setpriv, of util-linux, runs");
         let stdout = lines(child.stdout.take().expect("piped"));
         let stderr = lines(child.stderr.take().expect("piped"));
-        Server { child, stdout, stderr }
+        Program { child, stdout, stderr }
     }
 
     /// The next line of its standard output.
@@ -128,15 +139,21 @@ impl Server {
 
     pub(crate) fn signal(&self, signal: Signal) {
         let pid = Pid::from_child(&self.child);
-        kill_process(pid, signal).expect("the server is running");
+        kill_process(pid, signal).expect("the program is running");
     }
 
     /// Waits for its end.
     #[track_caller]
     pub(crate) fn wait(&mut self) -> ExitStatus {
-        super::eventually("the end of the server", || {
+        super::eventually("the end of the program", || {
             self.child.try_wait().expect("it is our child")
         })
+    }
+
+    /// Waits for its end, and returns the exit code.
+    #[track_caller]
+    pub(crate) fn end(mut self) -> Option<i32> {
+        self.wait().code()
     }
 
     /// Stops it gracefully, checks that it exits with 0, and returns what it printed last.
@@ -148,7 +165,7 @@ impl Server {
     }
 }
 
-impl Drop for Server {
+impl Drop for Program {
     fn drop(&mut self) {
         let _ = self.child.kill(); // fails when it has ended already
         let _ = self.child.wait();

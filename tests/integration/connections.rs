@@ -1,0 +1,95 @@
+//! Connections that break under the programs.
+
+use crate::support::eventually;
+use crate::support::peer::{Peer, Queue};
+use crate::support::programs::{client, expect, Program};
+use crate::support::proxy::Proxy;
+use rustix::process::Signal;
+
+#[test]
+fn an_idle_server_connects_again_and_serves_with_all_its_workers() {
+    let queue = Queue::named("idle_reconnect");
+    let proxy = Proxy::start();
+    let server = Program::start_at(&proxy.url(), &queue, &["--workers", "2", "--delay", "100ms"]);
+    for _ in 0..2 {
+        proxy.cut();
+        server.await_log("lost the connection");
+        server.await_log("connected to");
+        let mut peer = Peer::connect();
+        eventually("both consumers", || (peer.consumers(&queue) == Some(2)).then_some(()));
+    }
+    expect(&mut client(&queue, &["10", "20", "30"]), 0, "55\n6765\n832040\n", "");
+    server.stop();
+}
+
+/// The reply cannot be sent, so that its request is delivered again, and answered once.
+#[test]
+fn a_busy_server_connects_again_and_answers_what_it_had_begun() {
+    let queue = Queue::named("busy_reconnect");
+    let proxy = Proxy::start();
+    let server = Program::start_at(&proxy.url(), &queue, &["--delay", "1s"]);
+    let caller = std::thread::spawn({
+        let mut call = client(&queue, &["30"]);
+        move || expect(&mut call, 0, "832040\n", "")
+    });
+    assert_eq!(server.next_line(), " [.] fib(30)");
+    proxy.cut();
+    caller.join().expect("the caller got its answer");
+    assert_eq!(server.stop(), [" [.] fib(30)"], "it was computed once more");
+    assert_eq!(Peer::connect().depth(&queue), Some(0));
+}
+
+#[test]
+fn a_client_connects_again_and_sends_what_is_unanswered() {
+    let queue = Queue::named("client_reconnect");
+    let proxy = Proxy::start();
+    let server = Program::start(&queue, &["--delay", "1s"]);
+    let client =
+        Program::spawn_at(&proxy.url(), "rpc-client", &["--queue", &queue, "-v", "20", "30"]);
+    assert_eq!(server.next_line(), " [.] fib(20)");
+    proxy.cut();
+    client.await_log("connecting again");
+    assert_eq!(client.next_line(), "6765");
+    assert_eq!(client.next_line(), "832040");
+    assert_eq!(client.end(), Some(0));
+}
+
+/// The queue went with the broker; the call waits until a server declares it again.
+#[test]
+fn a_request_that_was_sent_before_is_not_given_up_because_its_queue_is_gone() {
+    let queue = Queue::transient("queue_gone");
+    let proxy = Proxy::start();
+    let client = Program::spawn_at(&proxy.url(), "rpc-client", &["--queue", &queue, "-v", "30"]);
+    let mut peer = Peer::connect();
+    eventually("the request", || (peer.depth(&queue) == Some(1)).then_some(()));
+    proxy.refuse(true);
+    proxy.cut();
+    peer.delete(&queue);
+    proxy.refuse(false);
+    client.await_log("no queue");
+    let _server = Program::start(&queue, &[]);
+    assert_eq!(client.next_line(), "832040");
+    assert_eq!(client.end(), Some(0));
+}
+
+#[test]
+fn a_frozen_broker_does_not_keep_a_server_from_stopping() {
+    let queue = Queue::named("frozen_stop");
+    let proxy = Proxy::start();
+    let mut server = Program::start_at(&proxy.url(), &queue, &["--heartbeat", "600"]);
+    proxy.freeze();
+    server.signal(Signal::TERM);
+    assert_eq!(server.wait().code(), Some(0));
+}
+
+#[test]
+fn a_frozen_broker_does_not_keep_a_call_beyond_its_deadline() {
+    let queue = Queue::transient("frozen_call");
+    let proxy = Proxy::start();
+    let args = ["--queue", &queue, "-t", "1s", "--heartbeat", "600", "30"];
+    let client = Program::spawn_at(&proxy.url(), "rpc-client", &args);
+    let mut peer = Peer::connect();
+    eventually("the request", || (peer.depth(&queue) == Some(1)).then_some(()));
+    proxy.freeze();
+    assert_eq!(client.end(), Some(5));
+}

@@ -8,7 +8,8 @@ CARGO_DOC = RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build check test demo broker broker-stop install uninstall clean setup-build setup-broker
+.PHONY: help build check test test-fast demo broker broker-stop install uninstall clean setup-build \
+	setup-broker setup-peers
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,25 +22,30 @@ check: setup-build ## formatting, lints and documentation, warnings as errors
 	cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
 	$(CARGO_DOC)
 
-test: check setup-broker ## check, then all tests on a private RabbitMQ (or on that of AMQP_URL)
+test: check setup-broker setup-peers ## check, then all tests on a private RabbitMQ (or on that of AMQP_URL)
 	cargo test --workspace --locked
+
+test-fast: check setup-broker ## the same without the peers in other languages, for the daily loop
+	cargo test --workspace --locked -- --skip peers::
 
 demo: build setup-broker ## start a broker and a server, ask for fib(30), show the answer, stop both
 	tests/demo.sh target/release
 
-broker: setup-broker ## start a private RabbitMQ to play with, and print its URL (PORT=5672 for the default one)
-	@mkdir -p $(dir $(BROKER_DIR))
-	@AMQP_URL= tests/broker.sh start $(BROKER_DIR) $(PORT) | sed 's/^/export AMQP_URL=/'
+broker: ## start a private RabbitMQ to play with, and print its URL (PORT=5672 for the default one)
+	@AMQP_URL= tests/setup.sh broker
+	@url=$$(tests/broker.sh start "$(BROKER_DIR)" $(PORT)) && echo "export AMQP_URL=$$url"
 
 broker-stop: ## stop that RabbitMQ
-	@tests/broker.sh stop $(BROKER_DIR)
+	@tests/broker.sh stop "$(BROKER_DIR)"
 
-install: build ## install both programs into PREFIX/bin (PREFIX=/usr/local)
-	install -d $(DESTDIR)$(PREFIX)/bin
-	install -m 755 target/release/rpc-server target/release/rpc-client $(DESTDIR)$(PREFIX)/bin
+install: ## install both programs into PREFIX/bin (PREFIX=/usr/local)
+	@# root, by sudo, often has no cargo: then what `make build` has built is installed
+	@if command -v cargo >/dev/null; then $(MAKE) build; fi
+	install -d "$(DESTDIR)$(PREFIX)/bin"
+	install -m 755 target/release/rpc-server target/release/rpc-client "$(DESTDIR)$(PREFIX)/bin"
 
 uninstall: ## remove what install installed
-	rm -f $(DESTDIR)$(PREFIX)/bin/rpc-server $(DESTDIR)$(PREFIX)/bin/rpc-client
+	rm -f "$(DESTDIR)$(PREFIX)/bin/rpc-server" "$(DESTDIR)$(PREFIX)/bin/rpc-client"
 
 clean: broker-stop ## remove all that was built
 	cargo clean
@@ -49,3 +55,6 @@ setup-build:
 
 setup-broker:
 	@tests/setup.sh broker
+
+setup-peers:
+	@tests/setup.sh peers

@@ -4,7 +4,7 @@
 #   tests/broker.sh start DIR [PORT]   the same in the background, until `stop`
 #   tests/broker.sh stop DIR
 # Whoever runs a node holds the other end of its standard input: when that process ends, however it
-# ends, the node is stopped and DIR removed.
+# ends, the node is stopped and DIR removed. Started in the background it runs until it is stopped.
 set -euo pipefail
 
 die() { echo "broker.sh: $*" >&2; exit 1; }
@@ -43,8 +43,8 @@ clean_up() {
 
 run() {
     [ -x "$server" ] || die "no $server: run 'tests/setup.sh broker' first"
-    mkdir -p "$dir" && dir=$(cd "$dir" && pwd)
-    [ -z "$(ls -A "$dir")" ] || die "$dir is not empty: another node's? stop that, or remove it"
+    mkdir -p "$dir"
+    [ -z "$(ls -A "$dir")" ] || die "$dir is not empty: is another node running there? stop that first"
     exec 3<&0
     trap clean_up EXIT
     trap 'exit 130' INT
@@ -52,6 +52,7 @@ run() {
     echo $$ >"$dir/pid"
 
     local ports port epmd_port dist_port
+    [[ ${1:-5672} =~ ^[0-9]{1,5}$ && ${1:-5672} -ge 1 && ${1:-5672} -le 65535 ]] || die "'$1' is no port"
     ports=$(free_ports)
     port=${1:-$ports} epmd_port=$((ports + 1)) dist_port=$((ports + 2))
     is_open "$port" && die "port $port is in use"
@@ -69,13 +70,15 @@ run() {
         RABBITMQ_CONFIG_FILE=$dir/rabbitmq.conf RABBITMQ_ADVANCED_CONFIG_FILE=$dir/none \
         RABBITMQ_CONF_ENV_FILE=$dir/none RABBITMQ_ENABLED_PLUGINS_FILE=$dir/enabled_plugins \
         RABBITMQ_MNESIA_BASE=$dir/data RABBITMQ_LOG_BASE=$dir/log RABBITMQ_GENERATED_CONFIG_DIR=$dir/config \
-        RABBITMQ_PID_FILE=$dir/node.pid
+        RABBITMQ_PID_FILE=$dir/node.pid ERL_CRASH_DUMP=$dir/erl_crash.dump \
+        RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS='-kernel inet_dist_use_interface {127,0,0,1}'
     unset RABBITMQ_NODE_PORT RABBITMQ_NODE_IP_ADDRESS RABBITMQ_LOGS
 
     epmd -port "$epmd_port" </dev/null >"$dir/epmd.out" 2>&1 3<&- &
     epmd_pid=$!
     setsid "$server" </dev/null >"$dir/node.out" 2>&1 3<&- &
     node_pid=$!
+    echo "$node_pid $epmd_pid" >"$dir/pids"
 
     until speaks_amqp "$port"; do
         kill -0 "$node_pid" 2>/dev/null || { cat "$dir/node.out" >&2; die "the node did not start"; }
@@ -93,29 +96,41 @@ run() {
     fi
 }
 
+is_running() { kill -0 "$(cat "$dir/pid" 2>/dev/null)" 2>/dev/null; }
+
 start() {
-    mkdir -p "$dir"
-    mkfifo "$dir.stdin" 2>/dev/null || die "$dir.stdin exists: a node is running or was killed; 'stop' it first"
-    # Opened for reading and writing, the pipe never ends: this node runs until `stop`.
-    setsid "$0" run "$dir" "$@" 0<>"$dir.stdin" >"$dir.url" 2>"$dir.err" &
-    until [ -s "$dir.url" ]; do
-        kill -0 $! 2>/dev/null || { cat "$dir.err" >&2; rm -f "$dir".{stdin,url,err}; exit 1; }
-        sleep 0.1
-    done
+    if ! is_running; then
+        stop # removes what a killed one has left
+        mkfifo "$dir.stdin"
+        trap stop INT TERM
+        # Opened for reading and writing, the pipe never ends: this node runs until `stop`.
+        setsid "$0" run "$dir" "$@" 0<>"$dir.stdin" >"$dir.url" 2>"$dir.err" &
+        until [ -s "$dir.url" ]; do
+            kill -0 $! 2>/dev/null || { cat "$dir.err" >&2; stop; exit 1; }
+            sleep 0.1
+        done
+    fi
     cat "$dir.url"
 }
 
 stop() {
     local pid
-    if pid=$(cat "$dir/pid" 2>/dev/null); then
+    if is_running; then
+        pid=$(cat "$dir/pid")
         kill "$pid" 2>/dev/null || true
-        while [ -e "$dir" ] && kill -0 "$pid" 2>/dev/null; do sleep 0.1; done
+        while kill -0 "$pid" 2>/dev/null; do sleep 0.1; done
     fi
+    # Should it have been killed, what it started is still there, and known by its folder.
+    for pid in $(cat "$dir/pids" 2>/dev/null); do
+        if grep -qsz "^HOME=$dir\$" "/proc/$pid/environ"; then kill -9 -- "-$pid" "$pid" 2>/dev/null || true; fi
+    done
     rm -rf "$dir" "$dir".{stdin,url,err}
 }
 
 [ $# -ge 2 ] || die "usage: broker.sh run|start|stop DIR [PORT]"
-command=$1 dir=$2
+command=$1
+mkdir -p "$(dirname "$2")"
+dir=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")
 shift 2
 case $command in
     run | start | stop) "$command" "$@" ;;

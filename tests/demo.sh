@@ -18,16 +18,22 @@ trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# Waits until $1 holds a line; fails when process $2 ends first.
+# Waits until $1 holds a line; fails when process $2 ends first, or after $3 seconds.
 await_line() {
+    local deadline=$((SECONDS + $3))
     until [ -s "$1" ]; do
-        kill -0 "$2" 2>/dev/null || { cat "$scratch"/*.err >&2; exit 1; }
+        if [ $SECONDS -ge $deadline ] || ! kill -0 "$2" 2>/dev/null; then
+            cat "$scratch"/*.err >&2
+            echo "demo: that did not work, see above" >&2
+            exit 1
+        fi
         sleep 0.05
     done
 }
 
 queue=rpc_queue
 if [ -n "${AMQP_URL:-}" ]; then
+    echo "using the broker of AMQP_URL ..."
     queue=rpc_demo # who shares the broker may have a server of their own on rpc_queue
 else
     echo "starting a private RabbitMQ, some seconds ..."
@@ -35,14 +41,14 @@ else
     setsid "$here/broker.sh" run "$scratch/node" <"$scratch/hold" >"$scratch/url" 2>"$scratch/broker.err" &
     broker_pid=$!
     exec 3>"$scratch/hold"
-    await_line "$scratch/url" "$broker_pid"
+    await_line "$scratch/url" "$broker_pid" 130
     AMQP_URL=$(cat "$scratch/url")
     export AMQP_URL
 fi
 
 setpriv --pdeathsig TERM "$programs/rpc-server" --queue "$queue" >"$scratch/server" 2>"$scratch/server.err" 3>&- &
 server_pid=$!
-await_line "$scratch/server" "$server_pid"
+await_line "$scratch/server" "$server_pid" 15
 call() { "$programs/rpc-client" --queue "$queue" "$@" 30 3>&-; }
 call --output text >"$scratch/client" 2>&1 || { cat "$scratch/client" >&2; exit 1; }
 answer=$(call)

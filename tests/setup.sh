@@ -2,6 +2,7 @@
 # Installs what is missing, from the distribution's packages; says what and why; starts no service.
 #   tests/setup.sh build     what the compiler needs
 #   tests/setup.sh broker    RabbitMQ, for a private node (nothing where AMQP_URL names a broker)
+#   tests/setup.sh peers     the tutorial's other languages, and in target/peers their AMQP libraries
 set -eu
 
 # Debian starts (and enables) a broker on port 5672 when its package is installed. This policy, in
@@ -66,9 +67,47 @@ broker() {
     fi
 }
 
+peers() {
+    missing=
+    command -v php >/dev/null || missing="$missing php-cli"
+    [ -e /usr/share/php/PhpAmqpLib/autoload.php ] || missing="$missing php-amqplib"
+    command -v go >/dev/null || missing="$missing golang-go"
+    [ -d /usr/share/gocode/src/github.com/rabbitmq/amqp091-go ] ||
+        missing="$missing golang-github-rabbitmq-amqp091-go-dev"
+    python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
+    command -v node >/dev/null || missing="$missing nodejs"
+    command -v npm >/dev/null || missing="$missing npm"
+    # shellcheck disable=SC2086 # a list of words
+    [ -z "$missing" ] || apt_install "the tutorial in other languages, as peers in the tests" $missing
+
+    here=$(cd "$(dirname "$0")" && pwd)
+    built=${CARGO_TARGET_DIR:-$here/../target}/peers
+    mkdir -p "$built"
+    if ! cmp -s "$here/peers/python/requirements.txt" "$built/python/installed"; then
+        say "installing pika into target/peers, from PyPI"
+        rm -rf "$built/python"
+        python3 -m venv "$built/python"
+        "$built/python/bin/pip" --quiet install -r "$here/peers/python/requirements.txt"
+        cp "$here/peers/python/requirements.txt" "$built/python/installed"
+    fi
+    if ! cmp -s "$here/peers/node/package.json" "$built/node/package.json"; then
+        say "installing amqplib into target/peers, from npm"
+        rm -rf "$built/node" && mkdir -p "$built/node.new"
+        cp "$here/peers/node/package.json" "$built/node.new"
+        npm --prefix "$built/node.new" install --silent --no-package-lock --no-audit --no-fund
+        mv "$built/node.new" "$built/node"
+    fi
+    # Debian's Go libraries are found below GOPATH, without modules and without a network.
+    for program in server client; do
+        source=$here/peers/go/$program/main.go
+        [ "$built/go-$program" -nt "$source" ] || (cd "$here/peers/go/$program" &&
+            GO111MODULE=off GOFLAGS='' GOPATH=/usr/share/gocode go build -o "$built/go-$program" .)
+    done
+}
+
 for part in "$@"; do
     case $part in
-        build | broker) "$part" ;;
+        build | broker | peers) "$part" ;;
         *) die "unknown part '$part'" ;;
     esac
 done

@@ -5,13 +5,14 @@
 
 use rpc_client::{Client, Config};
 use rpc_common::broker;
+use std::io::Write;
 
 fn main() -> anyhow::Result<()> {
     broker::prepare_threads();
     let mut client = Client::new(Config::new("upper_queue")?);
     for text in std::env::args().skip(1) {
         let answer = client.call(&text)?;
-        println!("{}", String::from_utf8_lossy(&answer));
+        writeln!(std::io::stdout(), "{}", String::from_utf8_lossy(&answer))?;
     }
     Ok(())
 }

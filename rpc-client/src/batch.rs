@@ -36,13 +36,7 @@ pub enum Format {
 /// # Errors
 /// [`Error::Broker`] when the broker is not to be had, [`Error::Output`] when `output` fails.
 pub fn run(batch: Batch, config: Config, output: impl Write) -> Result<ExitCode, Error> {
-    let mut printer = Printer {
-        output,
-        format: batch.format,
-        early: BTreeMap::new(),
-        next: 0,
-        code: ExitCode::Success,
-    };
+    let mut printer = Printer::new(output, batch.format);
     let (feed, requests) = crossbeam_channel::bounded(config.in_flight.get());
     let announce = batch.format == Format::Text && !batch.quiet;
     // Not joined: where the run ends before its input does, the thread ends at its next request.
@@ -78,9 +72,15 @@ struct Printer<W> {
     next: u64,
     /// The largest exit code so far.
     code: ExitCode,
+    said_no_server: bool,
 }
 
 impl<W: Write> Printer<W> {
+    fn new(output: W, format: Format) -> Self {
+        let early = BTreeMap::new();
+        Printer { output, format, early, next: 0, code: ExitCode::Success, said_no_server: false }
+    }
+
     fn print(&mut self, outcomes: Vec<Outcome>) -> io::Result<()> {
         self.early.extend(outcomes.into_iter().map(|outcome| (outcome.index, outcome)));
         while let Some(outcome) = self.early.remove(&self.next) {
@@ -119,7 +119,12 @@ impl<W: Write> Printer<W> {
             Err(error) => {
                 self.output.flush()?; // on a terminal the error then stands where the answer would
                 match error {
-                    Error::NoServer { .. } => self.fail(&error, &error), // the same for every n
+                    // The same for every n, and said once.
+                    Error::NoServer { .. } if self.said_no_server => {}
+                    Error::NoServer { .. } => {
+                        self.said_no_server = true;
+                        self.fail(&error, &error);
+                    }
                     _ => self
                         .fail(&error, format_args!("fib({}): {error}", escape(&outcome.request))),
                 }
@@ -152,13 +157,9 @@ mod tests {
         Outcome { index, request: index.to_string().into(), result: Ok(answer.into()) }
     }
 
-    fn printer(output: &mut Vec<u8>, format: Format) -> Printer<&mut Vec<u8>> {
-        Printer { output, format, early: BTreeMap::new(), next: 0, code: ExitCode::Success }
-    }
-
     fn printed(format: Format, batches: Vec<Vec<Outcome>>) -> (String, ExitCode) {
         let mut output = Vec::new();
-        let mut printer = printer(&mut output, format);
+        let mut printer = Printer::new(&mut output, format);
         for outcomes in batches {
             printer.print(outcomes).unwrap();
         }
@@ -188,7 +189,7 @@ mod tests {
             [(Format::Raw, "0\n\n22\n"), (Format::Text, " [.] Got 0\n [.] Got 22\n")]
         {
             let mut output = Vec::new();
-            let mut printer = printer(&mut output, format);
+            let mut printer = Printer::new(&mut output, format);
             printer.print(vec![outcome(2, "22"), outcome(0, "0")]).unwrap();
             printer.finish().unwrap();
             assert_eq!(String::from_utf8(output).unwrap(), expected);

@@ -10,7 +10,7 @@ use rpc_common::message::{parse_number, NumberError};
 use rpc_common::target::{short_string, BrokerOptions};
 use rpc_common::{duration, exit};
 use std::io::{self, IsTerminal};
-use std::num::NonZeroU16;
+use std::num::NonZeroUsize;
 use std::time::Duration;
 
 /// Ask rpc-server, or any server of the RabbitMQ RPC tutorial, for fib(n).
@@ -35,8 +35,8 @@ pub struct Cli {
     timeout: Duration,
 
     /// Calls outstanding at once
-    #[arg(short = 'j', long, value_name = "N", default_value = "64")]
-    in_flight: NonZeroU16,
+    #[arg(short = 'j', long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
+    in_flight: u16,
 
     /// text: ` [.] Got 832040` | raw: `832040` | auto: text on a terminal, else raw
     #[arg(
@@ -91,7 +91,7 @@ impl Cli {
             target: self.broker.target()?,
             queue: self.queue.clone(),
             timeout: self.timeout,
-            in_flight: self.in_flight.into(),
+            in_flight: NonZeroUsize::new(self.in_flight.into()).unwrap_or(NonZeroUsize::MIN),
         })
     }
 

@@ -1,6 +1,5 @@
 //! Calls fib(n) over RabbitMQ RPC. Everything but the edges is in the library.
 
-use clap::Parser;
 use rpc_client::cli::Cli;
 use rpc_client::{batch, Error};
 use rpc_common::broker;
@@ -10,7 +9,10 @@ use std::process;
 
 fn main() -> process::ExitCode {
     broker::prepare_threads();
-    let cli = Cli::parse();
+    let cli: Cli = match exit::parse_args() {
+        Ok(cli) => cli,
+        Err(code) => return code.into(),
+    };
     cli.start_log();
     let code = run(&cli).unwrap_or_else(|error| {
         let code = error.exit_code();

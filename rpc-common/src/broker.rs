@@ -73,7 +73,7 @@ pub fn open(target: &Target, program: &str, deadline: &Deadline) -> Result<Link,
     });
     match opening {
         Ok(Ok(connection)) => {
-            log::debug!("connected to {target}");
+            log::info!("connected to {target}");
             Ok(Link { connection: Some(connection), socket: socket.into(), target: target.clone() })
         }
         Ok(Err(error)) => Err(match Error::of(error, target) {
@@ -251,8 +251,13 @@ impl Drop for Link {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// The URL is wrong: nothing was tried.
-    #[error("{0}")]
-    Url(String),
+    #[error("bad {origin}: {reason}")]
+    Url {
+        /// Where it stands, for messages: an option or a variable.
+        origin: &'static str,
+        /// What is wrong, without any part that can hold a password.
+        reason: String,
+    },
     /// The host has no address.
     #[error("cannot resolve '{host}': {reason}: is the host name right?")]
     Resolve {
@@ -262,7 +267,7 @@ pub enum Error {
         reason: String,
     },
     /// No address accepted a connection.
-    #[error("cannot reach {target}: {reason}: is RabbitMQ running there?")]
+    #[error("cannot reach {target}: {reason}: is RabbitMQ running there, or AMQP_URL to be set?")]
     Unreachable {
         /// Host and port.
         target: String,
@@ -359,17 +364,26 @@ impl Error {
         Error::TimedOut { phase, target: target.to_string(), limit: deadline.to_string() }
     }
 
+    /// The same, saying where a bad URL stands.
+    #[must_use]
+    pub(crate) fn in_url(self, origin: &'static str) -> Self {
+        match self {
+            Error::Url { reason, .. } => Error::Url { origin, reason },
+            error => error,
+        }
+    }
+
     /// Whether trying again may help.
     #[must_use]
     pub fn is_transient(&self) -> bool {
-        !matches!(self, Error::Url(_) | Error::Credentials { .. } | Error::Refused { .. })
+        !matches!(self, Error::Url { .. } | Error::Credentials { .. } | Error::Refused { .. })
     }
 }
 
 impl Exit for Error {
     fn exit_code(&self) -> ExitCode {
         match self {
-            Error::Url(_) => ExitCode::Usage,
+            Error::Url { .. } => ExitCode::Usage,
             _ => ExitCode::Unreachable,
         }
     }

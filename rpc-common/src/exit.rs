@@ -1,5 +1,6 @@
 //! The exit codes: one documented type, from which `--help` and the README take theirs.
 
+use clap::error::ErrorKind;
 use std::fmt::{Display, Write as _};
 use std::io::{self, Write as _};
 
@@ -71,6 +72,32 @@ pub fn help(codes: &[(ExitCode, &str)]) -> String {
         let _ = write!(text, "\n  {:>3}  {meaning}", *code as u8);
     }
     text
+}
+
+/// Reads the command line. What is wrong with it is said in one line, like every other error; help is
+/// printed as clap has it.
+///
+/// # Errors
+/// The code to exit with at once, which for help is [`ExitCode::Success`].
+pub fn parse_args<Cli: clap::Parser>() -> Result<Cli, ExitCode> {
+    Cli::try_parse().map_err(|error| {
+        let text = error.to_string();
+        let is_help = error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+        match text.strip_prefix("error: ") {
+            Some(text) if !is_help => {
+                // Behind the first paragraph are tips and usage.
+                let reason = text.split("\n\n").next().unwrap_or(text).trim_end();
+                let reason = reason.lines().map(str::trim).collect::<Vec<_>>().join(" ");
+                complain(Cli::command().get_name(), format_args!("{reason}: try --help"));
+            }
+            _ => drop(error.print()), // if nobody reads it, the exit code is left
+        }
+        if error.use_stderr() {
+            ExitCode::Usage
+        } else {
+            ExitCode::Success
+        }
+    })
 }
 
 /// Says on standard error why a program, or a call, failed. If nobody reads it, the exit code is left.

@@ -35,6 +35,7 @@ impl LogOptions {
         builder
             .filter_level(level)
             .filter_module("amiquip", LevelFilter::Off) // its warnings say our errors a second time
+            .filter_module("mio", LevelFilter::Off)
             .parse_default_env()
             // At debug its handshake logs the password, so that no RUST_LOG may have it.
             .filter_module("amiquip::io_loop::handshake_state", LevelFilter::Info);

@@ -7,8 +7,9 @@ use percent_encoding::percent_decode_str;
 use std::convert::Infallible;
 use std::env;
 use std::fmt::{self, Debug, Display};
-use url::{Host, Url};
+use url::{Host, ParseError, Url};
 
+const FORM: &str = "not of the form amqp://user:password@host:port/vhost";
 const DEFAULT_URL: &str = "amqp://localhost";
 const DEFAULT_PORT: u16 = 5672;
 const DEFAULT_HEARTBEAT: u16 = 10;
@@ -35,7 +36,7 @@ impl BrokerOptions {
     /// [`Error::Url`]
     pub fn target(&self) -> Result<Target, Error> {
         let mut target = match &self.url {
-            Some(url) => Target::parse(&url.0)?,
+            Some(url) => Target::parse(&url.0).map_err(|error| error.in_url("--url"))?,
             None => Target::from_env()?,
         };
         if self.url.is_some() && target.names_password {
@@ -67,8 +68,9 @@ impl Target {
         match env::var("AMQP_URL") {
             Ok(url) if !url.is_empty() => Target::parse(&url),
             Ok(_) | Err(env::VarError::NotPresent) => Target::parse(DEFAULT_URL),
-            Err(env::VarError::NotUnicode(_)) => Err(Error::Url("AMQP_URL is not UTF-8".into())),
+            Err(env::VarError::NotUnicode(_)) => Err(bad_url("not UTF-8")),
         }
+        .map_err(|error| error.in_url("AMQP_URL"))
     }
 
     /// Reads a URL by the rules of the
@@ -78,14 +80,20 @@ impl Target {
     /// # Errors
     /// [`Error::Url`], in which no part of the URL is repeated that can hold a password.
     pub fn parse(url: &str) -> Result<Self, Error> {
-        let url = Url::parse(url).map_err(|error| bad_url(&error.to_string()))?;
+        let url = Url::parse(url).map_err(|error| match error {
+            ParseError::RelativeUrlWithoutBase => bad_url(FORM),
+            ParseError::InvalidPort => {
+                bad_url("bad port: is # / ? or @ in the password percent-encoded?")
+            }
+            error => bad_url(&error.to_string()),
+        })?;
         match url.scheme() {
             "amqp" => {}
             "amqps" => return Err(bad_url("amqps:// (TLS) is not supported yet")),
             other => return Err(bad_url(&format!("unknown scheme '{other}', not amqp"))),
         }
         if url.cannot_be_a_base() || url.fragment().is_some() {
-            return Err(bad_url("not of the form amqp://user:password@host:port/vhost"));
+            return Err(bad_url(FORM));
         }
         let host = match url.host() {
             None | Some(Host::Domain("")) => "localhost".into(),
@@ -144,17 +152,19 @@ impl Target {
 pub fn short_string(name: &str) -> Result<String, String> {
     match name.len() {
         0 => Err("empty".into()),
+        1..=255 if name.contains(char::is_control) => Err("it has control characters".into()),
         1..=255 => Ok(name.into()),
         bytes => Err(format!("a name has at most 255 bytes, not {bytes}")),
     }
 }
 
 fn bad_url(reason: &str) -> Error {
-    Error::Url(format!("bad URL: {reason}"))
+    Error::Url { origin: "URL", reason: reason.into() }
 }
 
 fn decode(part: &str) -> Result<String, Error> {
     match percent_decode_str(part).decode_utf8() {
+        Ok(text) if text.contains(char::is_control) => Err(bad_url("it has control characters")),
         Ok(text) => Ok(text.into_owned()),
         Err(_) => Err(bad_url("what is percent-encoded is not UTF-8")),
     }

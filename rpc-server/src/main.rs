@@ -1,6 +1,5 @@
 //! Serves fib(n) over RabbitMQ RPC. Everything but the edges is in the library.
 
-use clap::Parser;
 use log::LevelFilter;
 use rpc_common::broker;
 use rpc_common::exit::{self, Exit, ExitCode};
@@ -12,7 +11,10 @@ use std::{panic, process};
 
 fn main() -> process::ExitCode {
     broker::prepare_threads();
-    let cli = Cli::parse();
+    let cli: Cli = match exit::parse_args() {
+        Ok(cli) => cli,
+        Err(code) => return code.into(),
+    };
     cli.log.start_for_operator(LevelFilter::Info);
     panic::set_hook(Box::new(|panic| log::error!("{panic}")));
     let code = match run(&cli) {

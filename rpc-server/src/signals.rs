@@ -22,7 +22,7 @@ pub fn stop() -> io::Result<Stop> {
     thread::Builder::new().name("signals".into()).spawn(move || {
         let mut signals = signals.forever();
         signals.next();
-        log::info!("stopping when what has begun is answered; a second signal stops at once");
+        log::info!("stopping: what has begun is answered first; a second signal stops at once");
         drop(stopping);
         if let Some(second) = signals.next() {
             let _ = emulate_default_handler(second); // does not return

@@ -49,6 +49,9 @@ impl Config {
 /// How long an attempt to connect and to have the queue may take, or one to open channels.
 const ATTEMPT: Duration = Duration::from_secs(10);
 
+/// How long after the end of a channel the next one is opened, should that end at once as well.
+const MENDING: Duration = Duration::from_millis(500);
+
 /// A connection that lasted so long was a good one: the next attempt need not wait long.
 const GOOD: Duration = Duration::from_secs(10);
 
@@ -98,6 +101,7 @@ pub fn serve(
     if let Some(Err(error)) = link.map(|mut link| link.close()) {
         log::warn!("{error}"); // what was not acknowledged is in the queue again
     }
+    log::info!("stopped");
     Ok(())
 }
 
@@ -137,7 +141,7 @@ impl Supervisor<'_> {
                 return Err(error);
             }
             if self.last.as_ref() != Some(&error) {
-                log::warn!("{error}: trying again");
+                log::warn!("{error}; trying again");
             }
             self.last = Some(error);
             if self.stopped_within(pauses.next().unwrap_or(ATTEMPT)) {
@@ -163,7 +167,6 @@ impl Supervisor<'_> {
         let deadline = Deadline::after(ATTEMPT);
         let mut link = broker::open(&self.config.target, "rpc-server", &deadline)?;
         let notices = link.notices(&deadline)?;
-        log::info!("connected to {}", self.config.target);
         self.last = None;
         self.ensure_queue(&mut link, &deadline)?;
         loop {
@@ -197,6 +200,9 @@ impl Supervisor<'_> {
             Because::ChannelClosed(error) => match Error::of(error, link.target()) {
                 error @ Error::ChannelClosed { code: NOT_FOUND | PRECONDITION_FAILED, .. } => {
                     log::warn!("{error}");
+                    if self.stopped_within(MENDING) {
+                        return Ok(());
+                    }
                 }
                 error => return Err(error),
             },

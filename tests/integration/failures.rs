@@ -43,13 +43,13 @@ fn what_is_no_number_never_leaves_the_client() {
     let queue = Queue::transient("no_number");
     for wrong in ["abc", "", "-5", "+5", "1.5", " 1", "1e3", "0x10", "123456789012345678901"] {
         let stderr = format!(
-            "error: invalid value '{wrong}' for '<N>...': not a natural number in decimal digits, 20 at most\n\n\
-             For more information, try '--help'.\n"
+            "rpc-client: invalid value '{wrong}' for '<N>...': \
+             not a natural number in decimal digits, 20 at most: try --help\n"
         );
         expect(&mut client(&queue, &["1", "--", wrong]), 2, "", &stderr);
     }
-    let stderr = "error: invalid value '18446744073709551616' for '<N>...': larger than 18446744073709551615\n\n\
-                  For more information, try '--help'.\n";
+    let stderr = "rpc-client: invalid value '18446744073709551616' for '<N>...': \
+                  larger than 18446744073709551615: try --help\n";
     expect(&mut client(&queue, &["18446744073709551616"]), 2, "", stderr);
     assert!(Peer::connect().finds_nothing(&queue));
 }
@@ -81,26 +81,21 @@ fn a_bad_url_is_refused_without_its_password() {
         ("http://me:sesame@localhost", "unknown scheme 'http', not amqp"),
         ("localhost:5672", "unknown scheme 'localhost', not amqp"),
         ("amqp:me:sesame@localhost", "not of the form amqp://user:password@host:port/vhost"),
-        ("amqp://me:sesame@localhost:port", "invalid port number"),
+        ("localhost", "not of the form amqp://user:password@host:port/vhost"),
+        ("amqp://me:ses#ame@localhost", "bad port: is # / ? or @ in the password percent-encoded?"),
         ("amqp://me:sesame@localhost/a/b", "write a '/' in the vhost as %2f"),
         ("amqp://localhost?heartbeat=5", "heartbeat is the option --heartbeat"),
         ("amqp://localhost?colour=red", "unknown parameter 'colour'"),
         ("amqp://me:%ff@localhost", "what is percent-encoded is not UTF-8"),
+        ("amqp://me:s%00same@localhost", "it has control characters"),
     ] {
-        let error = format!("bad URL: {reason}\n");
-        expect(
-            command("rpc-client").args(["--url", url, "1"]),
-            2,
-            "",
-            &format!("rpc-client: {error}"),
-        );
-        expect(
-            command("rpc-client").arg("1").env("AMQP_URL", url),
-            2,
-            "",
-            &format!("rpc-client: {error}"),
-        );
-        expect(command("rpc-server").args(["--url", url]), 2, "", &format!("rpc-server: {error}"));
+        let error = |program, origin| format!("{program}: bad {origin}: {reason}\n");
+        let mut call = command("rpc-client");
+        expect(call.args(["--url", url, "1"]), 2, "", &error("rpc-client", "--url"));
+        let mut call = command("rpc-client");
+        expect(call.arg("1").env("AMQP_URL", url), 2, "", &error("rpc-client", "AMQP_URL"));
+        let mut server = command("rpc-server");
+        expect(server.args(["--url", url]), 2, "", &error("rpc-server", "--url"));
     }
 }
 
@@ -144,7 +139,7 @@ fn no_broker_is_exit_code_3() {
         .local_addr()
         .expect("it is bound");
     let stderr = format!(
-        "rpc-client: cannot reach {free}: connection refused: is RabbitMQ running there?\n"
+        "rpc-client: cannot reach {free}: connection refused: is RabbitMQ running there, or AMQP_URL to be set?\n"
     );
     expect(client("any", &["1"]).env("AMQP_URL", format!("amqp://{free}")), 3, "", &stderr);
     let stderr =
@@ -177,7 +172,7 @@ fn a_peer_that_speaks_another_protocol_is_exit_code_3() {
     });
     let stderr = format!(
         "rpc-client: cannot reach {address}: I/O error while reading socket: \
-         the peer does not speak AMQP 0-9-1: is RabbitMQ running there?\n"
+         the peer does not speak AMQP 0-9-1: is RabbitMQ running there, or AMQP_URL to be set?\n"
     );
     expect(client("any", &["1"]).env("AMQP_URL", format!("amqp://{address}")), 3, "", &stderr);
 }
@@ -274,6 +269,22 @@ fn a_reply_that_is_no_number_is_exit_code_1() {
         expect(&mut client(&queue, &["30"]), 1, "\n", &error);
     }
     server.join().expect("the peer was served");
+}
+
+#[test]
+fn a_server_that_drops_the_request_is_exit_code_5() {
+    let queue = Queue::transient("drops");
+    let server = thread::spawn({
+        let queue = queue.to_owned();
+        move || Peer::connect().take(&queue)
+    });
+    let error = format!(
+        "rpc-client: fib(30): no answer from '{}' on {} within 1s: is rpc-server running, or busy?\n",
+        &*queue,
+        broker::authority()
+    );
+    expect(&mut client(&queue, &["-t", "1s", "30"]), 5, "\n", &error);
+    server.join().expect("it took the request");
 }
 
 /// The README's tables of exit codes say the same as `--help`.

@@ -6,6 +6,7 @@
 mod client;
 mod connections;
 mod failures;
+mod peers;
 mod readme;
 mod server;
 mod support;

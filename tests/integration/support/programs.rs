@@ -92,11 +92,18 @@ impl Program {
 
     /// The same, where the broker is reached by another URL.
     pub(crate) fn spawn_at(url: &str, program: &str, args: &[&str]) -> Self {
+        let mut command = process::Command::new(folder().join(program));
+        command.args(args).env("AMQP_URL", url);
+        Program::spawn_command(&command)
+    }
+
+    /// Starts any command without waiting for anything.
+    pub(crate) fn spawn_command(command: &process::Command) -> Self {
         let mut child = process::Command::new("setpriv")
             .args(["--pdeathsig", "KILL"])
-            .arg(folder().join(program))
-            .args(args)
-            .env("AMQP_URL", url)
+            .arg(command.get_program())
+            .args(command.get_args())
+            .envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))))
             .env_remove("RUST_LOG")
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -1,0 +1,57 @@
+"""The RPC tutorial's client, on pika: client.py N... prints fib(N), a line each, in order.
+
+Up to 16 calls are outstanding at once. With RPC_REPLY_TO=direct the replies come by RabbitMQ's direct
+reply-to, as in today's tutorials, else to an exclusive queue.
+"""
+import os
+import sys
+import uuid
+
+import pika
+
+QUEUE = os.environ.get("RPC_QUEUE", "rpc_queue")
+IN_FLIGHT = 16
+
+
+class FibonacciRpcClient:
+    def __init__(self, url):
+        self.connection = pika.BlockingConnection(pika.URLParameters(url))
+        self.channel = self.connection.channel()
+        if os.environ.get("RPC_REPLY_TO") == "direct":
+            self.reply_to = "amq.rabbitmq.reply-to"
+        else:
+            self.reply_to = self.channel.queue_declare(queue="", exclusive=True).method.queue
+        self.channel.basic_consume(queue=self.reply_to, on_message_callback=self.on_reply, auto_ack=True)
+        self.pending = {}  # correlation id -> place in the output
+        self.answers = {}  # place in the output -> answer
+
+    def on_reply(self, channel, method, properties, body):
+        place = self.pending.pop(properties.correlation_id, None)
+        if place is None:
+            print("discarded a reply to no call in hand", file=sys.stderr)
+        else:
+            self.answers[place] = body.decode()
+
+    def call(self, numbers):
+        for place, n in enumerate(numbers):
+            self.wait_until_pending_at_most(IN_FLIGHT - 1)
+            correlation_id = str(uuid.uuid4())
+            self.pending[correlation_id] = place
+            self.channel.basic_publish(
+                exchange="",
+                routing_key=QUEUE,
+                properties=pika.BasicProperties(reply_to=self.reply_to, correlation_id=correlation_id),
+                body=n,
+            )
+        self.wait_until_pending_at_most(0)
+        return [self.answers[place] for place in range(len(numbers))]
+
+    def wait_until_pending_at_most(self, count):
+        # A loop: published variants wait once, and take what came first for the answer.
+        while len(self.pending) > count:
+            self.connection.process_data_events(time_limit=None)
+
+
+client = FibonacciRpcClient(os.environ.get("AMQP_URL", "amqp://localhost"))
+print("\n".join(client.call(sys.argv[1:])))
+client.connection.close()

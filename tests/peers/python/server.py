@@ -1,0 +1,47 @@
+"""The RPC tutorial's server, on pika.
+
+RPC_QUEUE names the queue; RPC_QUEUE_TYPE=quorum declares it as today's tutorials do.
+"""
+import os
+
+import pika
+
+QUEUE = os.environ.get("RPC_QUEUE", "rpc_queue")
+
+
+def fib(n):
+    a, b = 0, 1
+    for _ in range(n):
+        a, b = b, a + b
+    return a
+
+
+def answer(body):
+    # The tutorial's int(body) raises, and the server dies of one bad request.
+    if not body.isdigit() or len(body) > 6:
+        return "not a natural number below a million"
+    n = int(body)
+    print(f" [.] fib({n})", flush=True)
+    return str(fib(n))
+
+
+def on_request(channel, method, properties, body):
+    channel.basic_publish(
+        exchange="",
+        routing_key=properties.reply_to,
+        properties=pika.BasicProperties(correlation_id=properties.correlation_id),
+        body=answer(body),
+    )
+    channel.basic_ack(delivery_tag=method.delivery_tag)
+
+
+connection = pika.BlockingConnection(pika.URLParameters(os.environ.get("AMQP_URL", "amqp://localhost")))
+channel = connection.channel()
+if os.environ.get("RPC_QUEUE_TYPE") == "quorum":
+    channel.queue_declare(queue=QUEUE, durable=True, arguments={"x-queue-type": "quorum"})
+else:
+    channel.queue_declare(queue=QUEUE)
+channel.basic_qos(prefetch_count=1)
+channel.basic_consume(queue=QUEUE, on_message_callback=on_request)
+print(" [x] Awaiting RPC requests", flush=True)
+channel.start_consuming()

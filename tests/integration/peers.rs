@@ -8,7 +8,7 @@ use rpc_common::fib::fib;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use std::{env, fmt, fs, process};
+use std::{fmt, fs, process};
 
 /// A language of the tutorial.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -274,7 +274,8 @@ fn guest(language: Language, block: &str, extension: &str) {
             .replace("rpc_queue", &queue)
             .replace("amqp://localhost", broker::url())
             .replace("'localhost', 5672", &format!("'{}', {}", target[1], target[0]));
-        let file = env::temp_dir().join(format!("{}.{place}.{extension}", &*queue));
+        let file =
+            Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}.{place}.{extension}", &*queue));
         fs::write(&file, source).expect("there is room for it");
         language.run(&file)
     });

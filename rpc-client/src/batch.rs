@@ -1,206 +1,174 @@
-//! A batch of numbers: feeds them to the client and prints the answers in the order asked.
+//! A batch of numbers: feeds them to the client, and its outcomes to the printer.
 
-use crate::client::{Client, Config, Error, Outcome};
-use rpc_common::exit::{self, Exit, ExitCode};
-use rpc_common::message::escape;
-use std::collections::BTreeMap;
-use std::fmt::Display;
-use std::io::{self, Write};
+use crate::client::{Client, Config, Error, Request};
+use crate::input::{Argument, Item, Items};
+use crate::output::{Format, Line, Printer};
+use crossbeam_channel::Sender;
+use rpc_common::exit::{complain, ExitCode};
+use rpc_common::message::parse_number;
+use std::io::{self, BufRead, Write};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 /// What to ask, and how to print the answers.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    /// The numbers n of fib(n).
-    pub numbers: Vec<u64>,
+    /// The numbers n of fib(n), and where they stand.
+    pub arguments: Vec<Argument>,
     /// How often each number is asked for.
     pub repeat: u64,
     /// The form of the answers.
     pub format: Format,
+    /// Answers as they come, not in the order asked.
+    pub unordered: bool,
+    /// Whether to summarise the batch on standard error.
+    pub summary: Option<SummaryFormat>,
     /// Nothing on standard error but errors.
     pub quiet: bool,
 }
 
-/// The form of the answers on standard output.
+/// The form of the summary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    /// A line of the tutorial's, ` [.] Got 832040`; none for a call that failed.
+pub enum SummaryFormat {
+    /// A line for people.
     Text,
-    /// The number alone; an empty line for a call that failed, so that lines stay aligned.
-    Raw,
+    /// A line of JSON.
+    Json,
 }
 
-/// Asks for every number of the batch and prints the answers to `output`, in order. Returns the
-/// largest exit code of the calls.
+/// How far the input is read ahead of the line whose turn it is, in multiples of the calls in flight:
+/// what waits for its turn behind a slow call is bounded by this.
+const READ_AHEAD: u64 = 16;
+
+/// Asks for every number of the batch and prints the answers to `output`. Returns the largest exit code
+/// of the calls.
 ///
 /// # Errors
-/// [`Error::Broker`] when the broker is not to be had, [`Error::Output`] when `output` fails.
-pub fn run(batch: Batch, config: Config, output: impl Write) -> Result<ExitCode, Error> {
-    let mut printer = Printer::new(output, batch.format);
-    let (feed, requests) = crossbeam_channel::bounded(config.in_flight.get());
-    let announce = batch.format == Format::Text && !batch.quiet;
-    // Not joined: where the run ends before its input does, the thread ends at its next request.
-    thread::spawn(move || {
-        let each = |n| (0..batch.repeat).map(move |_| n);
-        for n in batch.numbers.into_iter().flat_map(each) {
-            if announce {
-                let _ = writeln!(io::stderr(), " [x] Requesting fib({n})"); // nobody has to read it
-            }
-            if feed.send(n.to_string().into_bytes()).is_err() {
-                return;
-            }
+/// [`Error::Output`] when `output` fails.
+pub fn run(
+    batch: &Batch,
+    config: Config,
+    input: impl BufRead + Send + 'static,
+    output: impl Write + Send + 'static,
+) -> Result<ExitCode, Error> {
+    let printer = Printer::new(output, batch.format, batch.unordered);
+    let desk =
+        Arc::new(Desk { state: Mutex::new(State { printer, broken: None }), turn: Condvar::new() });
+    let (requests, taken) = crossbeam_channel::bounded(config.in_flight.get());
+    let feeder = Feeder {
+        desk: desk.clone(),
+        requests,
+        repeat: batch.repeat,
+        announce: batch.format == Format::Text && !batch.quiet,
+        read_ahead: if batch.unordered {
+            u64::MAX
+        } else {
+            READ_AHEAD * config.in_flight.get() as u64
+        },
+    };
+    let items = Items::new(batch.arguments.clone(), input);
+    // Not joined: where the run ends before its input does, that may never end.
+    thread::spawn(move || feeder.feed(items));
+
+    let ended = Client::new(config).run(&taken, &mut |outcomes| {
+        let mut state = desk.state();
+        for outcome in outcomes {
+            let n = parse_number(&outcome.request.body).unwrap_or_default(); // the feeder wrote it
+            state.printer.put(outcome.request.tag, Line::of_call(n, outcome))?;
         }
+        desk.turn.notify_one();
+        state.printer.flush()
     });
-    match Client::new(config).run(&requests, &mut |outcomes| printer.print(outcomes)) {
-        Ok(()) => {}
-        Err(error @ Error::Broker(_)) => {
-            printer.finish().map_err(Error::Output)?;
-            printer.fail(&error, &error);
-        }
+    let mut state = desk.state();
+    let ended = match state.broken.take() {
+        Some(error) => Err(Error::Output(error)),
+        None => ended,
+    };
+    match ended {
+        Ok(()) | Err(Error::Broker(_)) => state.printer.finish().map_err(Error::Output)?,
         Err(error) => return Err(error),
     }
-    Ok(printer.code)
+    let figures = state.printer.summary().figures();
+    match batch.summary {
+        None => {}
+        Some(SummaryFormat::Text) => complain("rpc-client", &figures),
+        Some(SummaryFormat::Json) => {
+            let json = serde_json::to_string(&figures).unwrap_or_default(); // plain numbers and text
+            let _ = writeln!(io::stderr(), "{json}"); // nobody has to read it
+        }
+    }
+    Ok(state.printer.code())
 }
 
-/// Puts the outcomes into the order in which they were asked for.
-struct Printer<W> {
-    output: W,
-    format: Format,
-    /// Outcomes that came before their turn.
-    early: BTreeMap<u64, Outcome>,
-    /// The index of the outcome whose turn it is.
-    next: u64,
-    /// The largest exit code so far.
-    code: ExitCode,
-    said_no_server: bool,
+/// Where the feeder and the client meet at the printer.
+struct Desk<W> {
+    state: Mutex<State<W>>,
+    /// Another line's turn has come.
+    turn: Condvar,
 }
 
-impl<W: Write> Printer<W> {
-    fn new(output: W, format: Format) -> Self {
-        let early = BTreeMap::new();
-        Printer { output, format, early, next: 0, code: ExitCode::Success, said_no_server: false }
-    }
+struct State<W> {
+    printer: Printer<W>,
+    /// Why the feeder could not print.
+    broken: Option<io::Error>,
+}
 
-    fn print(&mut self, outcomes: Vec<Outcome>) -> io::Result<()> {
-        self.early.extend(outcomes.into_iter().map(|outcome| (outcome.index, outcome)));
-        while let Some(outcome) = self.early.remove(&self.next) {
-            self.print_one(outcome)?;
-            self.next += 1;
-        }
-        self.output.flush()
+impl<W> Desk<W> {
+    fn state(&self) -> MutexGuard<'_, State<W>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    /// Prints the outcomes whose turn has not come, when those before them will not come any more.
-    fn finish(&mut self) -> io::Result<()> {
-        while !self.early.is_empty() {
-            match self.early.remove(&self.next) {
-                Some(outcome) => self.print_one(outcome)?,
-                None => self.print_gap()?,
-            }
-            self.next += 1;
-        }
-        self.output.flush()
-    }
+/// The **feeder** reads the input, sends numbers to the client, and prints what is wrong itself.
+struct Feeder<W> {
+    desk: Arc<Desk<W>>,
+    requests: Sender<Request>,
+    repeat: u64,
+    announce: bool,
+    read_ahead: u64,
+}
 
-    /// What stands where an answer is missing.
-    fn print_gap(&mut self) -> io::Result<()> {
-        match self.format {
-            Format::Text => Ok(()),
-            Format::Raw => writeln!(self.output),
-        }
-    }
-
-    fn print_one(&mut self, outcome: Outcome) -> io::Result<()> {
-        match outcome.result.and_then(|answer| read_answer(&answer)) {
-            Ok(number) => match self.format {
-                Format::Text => writeln!(self.output, " [.] Got {number}"),
-                Format::Raw => writeln!(self.output, "{number}"),
-            },
-            Err(error) => {
-                self.output.flush()?; // on a terminal the error then stands where the answer would
-                match error {
-                    // The same for every n, and said once.
-                    Error::NoServer { .. } if self.said_no_server => {}
-                    Error::NoServer { .. } => {
-                        self.said_no_server = true;
-                        self.fail(&error, &error);
+impl<W: Write> Feeder<W> {
+    fn feed(self, items: impl Iterator<Item = io::Result<Item>>) {
+        let mut place = 0;
+        for item in items {
+            match item {
+                Ok(item) => {
+                    for _ in 0..self.repeat {
+                        if self.feed_one(place, &item).is_none() {
+                            return;
+                        }
+                        place += 1;
                     }
-                    _ => self
-                        .fail(&error, format_args!("fib({}): {error}", escape(&outcome.request))),
                 }
-                self.print_gap()
+                Err(error) => {
+                    let error = Error::Input(error);
+                    self.desk.state().printer.fail(&error, &error);
+                }
             }
         }
     }
 
-    fn fail(&mut self, error: &Error, message: impl Display) {
-        self.code = self.code.max(error.exit_code());
-        exit::complain("rpc-client", message);
-    }
-}
-
-/// An answer is a number in decimal, however large.
-fn read_answer(body: &[u8]) -> Result<String, Error> {
-    match std::str::from_utf8(body) {
-        Ok(text) if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) => {
-            Ok(text.into())
-        }
-        _ => Err(Error::BadReply(escape(body).to_string())),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn outcome(index: u64, answer: &str) -> Outcome {
-        Outcome { index, request: index.to_string().into(), result: Ok(answer.into()) }
-    }
-
-    fn printed(format: Format, batches: Vec<Vec<Outcome>>) -> (String, ExitCode) {
-        let mut output = Vec::new();
-        let mut printer = Printer::new(&mut output, format);
-        for outcomes in batches {
-            printer.print(outcomes).unwrap();
-        }
-        let code = printer.code;
-        (String::from_utf8(output).unwrap(), code)
-    }
-
-    #[test]
-    fn answers_are_printed_in_the_order_asked() {
-        let batches = vec![vec![outcome(2, "22"), outcome(0, "0")], vec![outcome(1, "11")]];
-        assert_eq!(printed(Format::Raw, batches), ("0\n11\n22\n".into(), ExitCode::Success));
-    }
-
-    #[test]
-    fn a_failed_call_is_an_empty_line_raw_and_none_as_text() {
-        let batches = || vec![vec![outcome(0, "1"), outcome(1, "NaN"), outcome(2, "3")]];
-        assert_eq!(printed(Format::Raw, batches()), ("1\n\n3\n".into(), ExitCode::RemoteError));
-        assert_eq!(
-            printed(Format::Text, batches()),
-            (" [.] Got 1\n [.] Got 3\n".into(), ExitCode::RemoteError)
-        );
-    }
-
-    #[test]
-    fn what_was_answered_is_printed_even_if_the_run_ends_before_its_turn() {
-        for (format, expected) in
-            [(Format::Raw, "0\n\n22\n"), (Format::Text, " [.] Got 0\n [.] Got 22\n")]
-        {
-            let mut output = Vec::new();
-            let mut printer = Printer::new(&mut output, format);
-            printer.print(vec![outcome(2, "22"), outcome(0, "0")]).unwrap();
-            printer.finish().unwrap();
-            assert_eq!(String::from_utf8(output).unwrap(), expected);
-        }
-    }
-
-    #[test]
-    fn an_answer_is_digits_and_nothing_else() {
-        assert_eq!(read_answer(b"0").unwrap(), "0");
-        for body in [&b""[..], b"NaN", b"-1", b"1\n", b" 1", b"\xff"] {
-            assert!(matches!(read_answer(body), Err(Error::BadReply(_))), "{body:?}");
+    /// None when nobody wants any more.
+    fn feed_one(&self, place: u64, item: &Item) -> Option<()> {
+        let state = self.desk.state();
+        let far_ahead = |state: &mut State<W>| place - state.printer.next() >= self.read_ahead;
+        let state = self.desk.turn.wait_while(state, far_ahead);
+        let mut state = state.unwrap_or_else(PoisonError::into_inner);
+        match item {
+            Item::Number(n) => {
+                drop(state);
+                if self.announce {
+                    let _ = writeln!(io::stderr(), " [x] Requesting fib({n})"); // nobody has to read it
+                }
+                self.requests.send(Request { tag: place, body: n.to_string().into() }).ok()
+            }
+            Item::Bad(bad) => {
+                let line = Line::of_bad_line(bad.clone());
+                let printed = state.printer.put(place, line).and_then(|()| state.printer.flush());
+                state.broken = printed.err();
+                state.broken.is_none().then_some(())
+            }
         }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Pure state: no socket, and no clock but the instants that are passed in.
 
+use crate::client::Request;
 use rpc_common::deadline::Deadline;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -13,14 +14,24 @@ const RESEND: Duration = Duration::from_millis(250);
 /// A **call** is a request and the wait for its answer.
 #[derive(Debug)]
 pub(crate) struct Call {
-    /// The calls of a run are counted from 0, in the order in which they begin.
+    /// Its place in the order in which the calls of a run begin.
     pub(crate) index: u64,
     /// The correlation id. It stays the same however often the request is sent.
     pub(crate) id: Uuid,
-    pub(crate) body: Vec<u8>,
+    pub(crate) request: Request,
     pub(crate) deadline: Deadline,
     /// How often the request was sent.
     pub(crate) sends: u32,
+    /// When it was sent first.
+    pub(crate) first_sent: Option<Instant>,
+}
+
+impl Call {
+    /// Takes note that the request is sent.
+    pub(crate) fn sent(&mut self, now: Instant) {
+        self.sends += 1;
+        self.first_sent.get_or_insert(now);
+    }
 }
 
 /// The calls that have begun and not ended.
@@ -36,11 +47,12 @@ pub(crate) struct Calls {
 
 impl Calls {
     /// Begins a call and returns it, to be sent.
-    pub(crate) fn begin(&mut self, id: Uuid, body: Vec<u8>, deadline: Deadline) -> &mut Call {
+    pub(crate) fn begin(&mut self, id: Uuid, request: Request, deadline: Deadline) -> &mut Call {
         let index = self.begun;
         self.begun += 1;
         self.index_of.insert(id, index);
-        self.unanswered.entry(index).or_insert(Call { index, id, body, deadline, sends: 0 })
+        let call = Call { index, id, request, deadline, sends: 0, first_sent: None };
+        self.unanswered.entry(index).or_insert(call)
     }
 
     /// How many calls are in hand.
@@ -107,14 +119,20 @@ impl Calls {
         deadline.into_iter().chain(resend).min()
     }
 
+    /// Any call, which thereby ends.
+    pub(crate) fn pop(&mut self) -> Option<Call> {
+        let (_, call) = self.unanswered.pop_first()?;
+        self.index_of.remove(&call.id);
+        Some(call)
+    }
+
     /// A call that has run out of time by now, if there is one.
     pub(crate) fn expire(&mut self, now: Instant) -> Option<Call> {
-        let first = self.unanswered.first_entry()?;
-        if first.get().deadline.instant() > now {
+        let (_, first) = self.unanswered.first_key_value()?;
+        if first.deadline.instant() > now {
             return None;
         }
-        self.index_of.remove(&first.get().id);
-        Some(first.remove())
+        self.pop()
     }
 }
 
@@ -126,7 +144,8 @@ mod tests {
     const OTHER: Uuid = Uuid::from_u128(2);
 
     fn begin(calls: &mut Calls, id: Uuid, sends: u32) -> Instant {
-        let call = calls.begin(id, b"30".to_vec(), Deadline::after(Duration::from_secs(9)));
+        let request = Request { tag: 0, body: b"30".to_vec() };
+        let call = calls.begin(id, request, Deadline::after(Duration::from_secs(9)));
         call.sends = sends;
         call.deadline.instant()
     }

@@ -1,16 +1,18 @@
 //! The command line of `rpc-client`.
 
-use crate::batch::{Batch, Format};
-use crate::client::Config;
+use crate::batch::{Batch, SummaryFormat};
+use crate::client::{Config, Error};
+use crate::input::Argument;
+use crate::output::Format;
 use clap::Parser;
 use log::LevelFilter;
-use rpc_common::broker::Error;
+use rpc_common::broker;
 use rpc_common::logging::LogOptions;
-use rpc_common::message::{parse_number, NumberError};
 use rpc_common::target::{short_string, BrokerOptions};
 use rpc_common::{duration, exit};
 use std::io::{self, IsTerminal};
 use std::num::NonZeroUsize;
+use std::str::FromStr;
 use std::time::Duration;
 
 /// Ask rpc-server, or any server of the RabbitMQ RPC tutorial, for fib(n).
@@ -22,9 +24,9 @@ use std::time::Duration;
     allow_negative_numbers = true // so that -5 is called a wrong number, not a wrong option
 )]
 pub struct Cli {
-    /// The numbers n to ask fib(n) for
-    #[arg(required = true, value_name = "N", value_parser = number)]
-    numbers: Vec<u64>,
+    /// The numbers n to ask fib(n) for; `-`: standard input, a number per line
+    #[arg(required = true, value_name = "N", value_parser = Argument::from_str)]
+    arguments: Vec<Argument>,
 
     /// Request queue
     #[arg(long, value_name = "NAME", default_value = "rpc_queue", value_parser = short_string)]
@@ -38,7 +40,7 @@ pub struct Cli {
     #[arg(short = 'j', long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
     in_flight: u16,
 
-    /// text: ` [.] Got 832040` | raw: `832040` | auto: text on a terminal, else raw
+    /// text: ` [.] Got 832040` | raw: `832040` | json: an object a line | auto: text on a terminal, else raw
     #[arg(
         short,
         long,
@@ -49,11 +51,27 @@ pub struct Cli {
     )]
     output: Output,
 
+    /// Answers as they come, not in the order asked (json only)
+    #[arg(long)]
+    unordered: bool,
+
     /// Ask for every number N times
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     repeat: u64,
 
-    /// Nothing on standard error but errors
+    /// Latency, throughput and errors on standard error at the end; text | json
+    #[arg(
+        long,
+        value_name = "FORMAT",
+        value_enum,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "text",
+        hide_possible_values = true
+    )]
+    summary: Option<Summary>,
+
+    /// Nothing on standard error but errors and the summary
     #[arg(short, long, conflicts_with = "verbose")]
     quiet: bool,
 
@@ -69,10 +87,13 @@ enum Output {
     Auto,
     Text,
     Raw,
+    Json,
 }
 
-fn number(text: &str) -> Result<u64, NumberError> {
-    parse_number(text.as_bytes())
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Summary {
+    Text,
+    Json,
 }
 
 impl Cli {
@@ -85,8 +106,8 @@ impl Cli {
     /// How to call, as the options and the environment say.
     ///
     /// # Errors
-    /// [`Error::Url`]
-    pub fn config(&self) -> Result<Config, Error> {
+    /// [`broker::Error::Url`]
+    pub fn config(&self) -> Result<Config, broker::Error> {
         Ok(Config {
             target: self.broker.target()?,
             queue: self.queue.clone(),
@@ -96,14 +117,33 @@ impl Cli {
     }
 
     /// What to ask, and how to print the answers.
-    #[must_use]
-    pub fn batch(&self) -> Batch {
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for options that do not go together.
+    pub fn batch(&self) -> Result<Batch, Error> {
         let format = match self.output {
             Output::Text => Format::Text,
             Output::Auto if io::stdout().is_terminal() => Format::Text,
             Output::Auto | Output::Raw => Format::Raw,
+            Output::Json => Format::Json,
         };
-        Batch { numbers: self.numbers.clone(), repeat: self.repeat, format, quiet: self.quiet }
+        if self.unordered && format != Format::Json {
+            return Err(Error::Usage(
+                "--unordered needs --output json, or answers cannot be told apart",
+            ));
+        }
+        let summary = self.summary.map(|summary| match summary {
+            Summary::Text => SummaryFormat::Text,
+            Summary::Json => SummaryFormat::Json,
+        });
+        Ok(Batch {
+            arguments: self.arguments.clone(),
+            repeat: self.repeat,
+            format,
+            unordered: self.unordered,
+            summary,
+            quiet: self.quiet,
+        })
     }
 }
 

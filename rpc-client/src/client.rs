@@ -1,6 +1,7 @@
 //! The loop: takes requests, sends them, waits for their answers, and connects again in between.
 
 use crate::calls::{Call, Calls};
+use crate::input::BadLine;
 use crate::session::{RawReply, Session};
 use amiquip::Return;
 use crossbeam_channel::{bounded, never, select, Receiver};
@@ -52,13 +53,24 @@ impl Config {
     }
 }
 
+/// A **request** is what a call sends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// Whatever the caller knows it by; it stays here.
+    pub tag: u64,
+    /// What the function is applied to.
+    pub body: Vec<u8>,
+}
+
 /// An **outcome** is how a call ended.
 #[derive(Debug)]
 pub struct Outcome {
-    /// Which request of the run it was, from 0.
-    pub index: u64,
-    /// The request's body.
-    pub request: Vec<u8>,
+    /// What was asked.
+    pub request: Request,
+    /// The correlation id of the call.
+    pub correlation_id: Uuid,
+    /// From the first publish to the end of the call; none if nothing was published.
+    pub latency: Option<Duration>,
     /// The answer's body, or why there is none.
     pub result: Result<Vec<u8>, Error>,
 }
@@ -88,7 +100,7 @@ impl Client {
     /// Never: a run gives every request its outcome, or an error.
     pub fn call(&mut self, body: &str) -> Result<Vec<u8>, Error> {
         let (requests, taken) = bounded(1);
-        let _ = requests.send(body.into()); // there is room for it
+        let _ = requests.send(Request { tag: 0, body: body.into() }); // there is room for it
         drop(requests);
         let mut result = None;
         self.run(&taken, &mut |outcomes| {
@@ -104,11 +116,11 @@ impl Client {
     /// same correlation id, until their deadline.
     ///
     /// # Errors
-    /// [`Error::Broker`] when the broker is not to be had: then what is unanswered has no outcome,
+    /// [`Error::Broker`] when the broker is not to be had: it is the outcome of what is unanswered, too,
     /// and requests that were not taken stay. [`Error::Output`] when `on_outcomes` fails.
     pub fn run(
         &mut self,
-        requests: &Receiver<Vec<u8>>,
+        requests: &Receiver<Request>,
         on_outcomes: &mut OnOutcomes,
     ) -> Result<(), Error> {
         let Client { config, session } = self;
@@ -131,6 +143,10 @@ impl Client {
             let nothing_sent = !run.calls.is_empty() && !run.calls.any_sent();
             if nothing_sent || matches!(error, broker::Error::Refused { code: ACCESS_REFUSED, .. })
             {
+                while let Some(call) = run.calls.pop() {
+                    run.end(call, Err(error.clone().into()));
+                }
+                run.tell()?;
                 return Err(error.into());
             }
             log::info!("{error}: connecting again");
@@ -147,7 +163,7 @@ impl Client {
 /// A **run** is what outlives the sessions on which its calls are made.
 struct Run<'a> {
     config: &'a Config,
-    requests: &'a Receiver<Vec<u8>>,
+    requests: &'a Receiver<Request>,
     /// False once `requests` has ended.
     more_requests: bool,
     calls: Calls,
@@ -161,8 +177,8 @@ impl Run<'_> {
     fn await_call(&mut self) -> bool {
         if self.calls.is_empty() && self.more_requests {
             match self.requests.recv() {
-                Ok(body) => {
-                    self.begin(body);
+                Ok(request) => {
+                    self.begin(request);
                 }
                 Err(_) => self.more_requests = false,
             }
@@ -170,8 +186,8 @@ impl Run<'_> {
         !self.calls.is_empty()
     }
 
-    fn begin(&mut self, body: Vec<u8>) -> &mut Call {
-        self.calls.begin(Uuid::new_v4(), body, Deadline::after(self.config.timeout))
+    fn begin(&mut self, request: Request) -> &mut Call {
+        self.calls.begin(Uuid::new_v4(), request, Deadline::after(self.config.timeout))
     }
 
     /// Makes calls on the session at hand or on a new one. It stays at hand if it lasts.
@@ -214,8 +230,8 @@ impl Run<'_> {
                         self.on_return(&request);
                     }
                 }
-                recv(requests) -> body => match body {
-                    Ok(body) => session.publish(queue, self.begin(body))?,
+                recv(requests) -> request => match request {
+                    Ok(request) => session.publish(queue, self.begin(request))?,
                     Err(_) => self.more_requests = false,
                 },
                 default(patience) => {
@@ -264,7 +280,9 @@ impl Run<'_> {
     }
 
     fn end(&mut self, call: Call, result: Result<Vec<u8>, Error>) {
-        self.outcomes.push(Outcome { index: call.index, request: call.body, result });
+        let (request, correlation_id) = (call.request, call.id);
+        let latency = call.first_sent.map(|first_sent| first_sent.elapsed());
+        self.outcomes.push(Outcome { request, correlation_id, latency, result });
     }
 
     fn tell(&mut self) -> Result<(), Error> {
@@ -278,7 +296,7 @@ impl Run<'_> {
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The broker is not to be had.
+    /// The broker is not to be had: the call was not sent, or refused.
     #[error(transparent)]
     Broker(#[from] broker::Error),
     /// The request queue does not exist: nothing ran.
@@ -307,9 +325,34 @@ pub enum Error {
     /// The server answered with what is no answer.
     #[error("bad reply: '{0}' is no number: does another program serve this queue?")]
     BadReply(String),
+    /// Options that do not go together.
+    #[error("{0}: try --help")]
+    Usage(&'static str),
+    /// A line of input is no number.
+    #[error(transparent)]
+    BadLine(#[from] BadLine),
+    /// The input could not be read.
+    #[error("cannot read standard input: {0}")]
+    Input(io::Error),
     /// The answers could not be written.
     #[error("cannot write to standard output: {0}")]
     Output(io::Error),
+}
+
+impl Error {
+    /// The error's code for programs: the server's, or one of ours.
+    #[must_use]
+    pub fn code(&self) -> &str {
+        match self {
+            Error::Broker(_) => "unreachable",
+            Error::NoServer { .. } => "no-server",
+            Error::NoAnswer { .. } => "timeout",
+            Error::Remote(failure) => failure.code.as_str(),
+            Error::BadReply(_) => "bad-reply",
+            Error::Usage(_) | Error::BadLine(_) | Error::Input(_) => "usage",
+            Error::Output(_) => "output",
+        }
+    }
 }
 
 impl Exit for Error {
@@ -319,6 +362,7 @@ impl Exit for Error {
             Error::NoServer { .. } => ExitCode::NoServer,
             Error::NoAnswer { .. } => ExitCode::NoAnswer,
             Error::Remote(_) | Error::BadReply(_) => ExitCode::RemoteError,
+            Error::Usage(_) | Error::BadLine(_) | Error::Input(_) => ExitCode::Usage,
             Error::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => {
                 ExitCode::BrokenPipe
             }

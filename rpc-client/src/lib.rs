@@ -9,6 +9,9 @@ pub mod batch;
 mod calls;
 pub mod cli;
 pub mod client;
+pub mod input;
+pub mod output;
 mod session;
+mod summary;
 
-pub use client::{Client, Config, Error, Outcome};
+pub use client::{Client, Config, Error, Outcome, Request};

@@ -4,7 +4,7 @@ use rpc_client::cli::Cli;
 use rpc_client::{batch, Error};
 use rpc_common::broker;
 use rpc_common::exit::{self, Exit, ExitCode};
-use std::io::{self, BufWriter};
+use std::io::{self, BufReader, BufWriter};
 use std::process;
 
 fn main() -> process::ExitCode {
@@ -25,6 +25,6 @@ fn main() -> process::ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<ExitCode, Error> {
-    let config = cli.config()?;
-    batch::run(cli.batch(), config, BufWriter::new(io::stdout().lock()))
+    let (config, batch) = (cli.config()?, cli.batch()?);
+    batch::run(&batch, config, BufReader::new(io::stdin()), BufWriter::new(io::stdout()))
 }

@@ -9,6 +9,7 @@ use rpc_common::broker::{self, Error, Link};
 use rpc_common::deadline::{Deadline, Phase};
 use rpc_common::message::Request;
 use rpc_common::target::Target;
+use std::time::Instant;
 use uuid::Uuid;
 
 /// A **session** owns all that a connection needs to make calls.
@@ -43,10 +44,10 @@ impl Session {
 
     /// Sends a call's request, and counts that.
     pub(crate) fn publish(&mut self, queue: &str, call: &mut Call) -> Result<(), Error> {
-        call.sends += 1;
+        call.sent(Instant::now());
         let id = call.id.to_string();
         let request = Request {
-            body: &call.body,
+            body: &call.request.body,
             reply_to: Some(&self.reply_queue),
             correlation_id: Some(&id),
             expiration: Some(call.deadline.remaining()),

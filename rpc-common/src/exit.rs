@@ -14,7 +14,7 @@ pub enum ExitCode {
     Success = 0,
     /// The server answered with an error, or with what is no answer.
     RemoteError = 1,
-    /// The command line, or a file that it names, is wrong.
+    /// What we were told is wrong: the command line, `AMQP_URL`, a line of standard input.
     Usage = 2,
     /// The broker was not reached or refused us.
     Unreachable = 3,
@@ -36,7 +36,7 @@ pub enum ExitCode {
 pub const CLIENT: &[(ExitCode, &str)] = &[
     (ExitCode::Success, "every call was answered"),
     (ExitCode::RemoteError, "the server answered with an error, or with what is no answer"),
-    (ExitCode::Usage, "the command line, or AMQP_URL, is wrong"),
+    (ExitCode::Usage, "the command line, AMQP_URL, or a line of standard input is wrong"),
     (ExitCode::Unreachable, "the broker was not reached or refused us: nothing was sent"),
     (ExitCode::NoServer, "nobody serves: the request queue does not exist, nothing ran"),
     (ExitCode::NoAnswer, "no answer before the deadline: it may or may not have run"),

@@ -34,7 +34,7 @@ pub fn fib(n: u64) -> BigUint {
         k_is_odd = n >> bit & 1 == 1;
         (at_k, before_k) = if k_is_odd { (high, middle) } else { (middle, low) };
     }
-    if n % 2 == 0 {
+    if n.is_multiple_of(2) {
         let lucas = (before_k << 1u32) + &at_k;
         at_k * lucas
     } else {

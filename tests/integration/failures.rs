@@ -141,11 +141,13 @@ fn no_broker_is_exit_code_3() {
     let stderr = format!(
         "rpc-client: cannot reach {free}: connection refused: is RabbitMQ running there, or AMQP_URL to be set?\n"
     );
-    expect(client("any", &["1"]).env("AMQP_URL", format!("amqp://{free}")), 3, "", &stderr);
+    let nobody = format!("amqp://{free}");
+    expect(client("any", &["1", "2"]).env("AMQP_URL", &nobody), 3, "\n", &stderr);
+    expect(client("any", &["1", "-o", "text", "-q"]).env("AMQP_URL", &nobody), 3, "", &stderr);
     let stderr =
         "rpc-client: cannot resolve 'no-such-host.invalid': failed to lookup address information: \
                   Name or service not known: is the host name right?\n";
-    expect(client("any", &["1"]).env("AMQP_URL", "amqp://no-such-host.invalid"), 3, "", stderr);
+    expect(client("any", &["1"]).env("AMQP_URL", "amqp://no-such-host.invalid"), 3, "\n", stderr);
 }
 
 #[test]
@@ -156,7 +158,7 @@ fn a_peer_that_says_nothing_is_exit_code_3_and_names_the_phase() {
         "rpc-client: {address} was not ready within 300ms: timed out in the AMQP handshake\n"
     );
     let mut call = client("any", &["-t", "300ms", "1"]);
-    expect(call.env("AMQP_URL", format!("amqp://{address}")), 3, "", &stderr);
+    expect(call.env("AMQP_URL", format!("amqp://{address}")), 3, "\n", &stderr);
 }
 
 #[test]
@@ -174,14 +176,14 @@ fn a_peer_that_speaks_another_protocol_is_exit_code_3() {
         "rpc-client: cannot reach {address}: I/O error while reading socket: \
          the peer does not speak AMQP 0-9-1: is RabbitMQ running there, or AMQP_URL to be set?\n"
     );
-    expect(client("any", &["1"]).env("AMQP_URL", format!("amqp://{address}")), 3, "", &stderr);
+    expect(client("any", &["1"]).env("AMQP_URL", format!("amqp://{address}")), 3, "\n", &stderr);
 }
 
 #[test]
 fn refused_credentials_are_exit_code_3() {
     let wrong = url("nobody:wrong@", "");
     let error = format!("{} refused user 'nobody': is the password right?\n", broker::authority());
-    expect(client("any", &["1"]).env("AMQP_URL", &wrong), 3, "", &format!("rpc-client: {error}"));
+    expect(client("any", &["1"]).env("AMQP_URL", &wrong), 3, "\n", &format!("rpc-client: {error}"));
     let mut server = command("rpc-server");
     let output = server.env("AMQP_URL", &wrong).assert().code(3).stdout("").get_output().clone();
     let log = String::from_utf8_lossy(&output.stderr);
@@ -193,7 +195,12 @@ fn a_missing_vhost_is_exit_code_3() {
     let missing = url("", "/no-such-vhost");
     let error =
         format!("{} refused: NOT_ALLOWED - vhost no-such-vhost not found\n", broker::authority());
-    expect(client("any", &["1"]).env("AMQP_URL", &missing), 3, "", &format!("rpc-client: {error}"));
+    expect(
+        client("any", &["1"]).env("AMQP_URL", &missing),
+        3,
+        "\n",
+        &format!("rpc-client: {error}"),
+    );
     expect(command("rpc-server").env("AMQP_URL", &missing), 3, "", &format!("rpc-server: {error}"));
 }
 

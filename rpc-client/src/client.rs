@@ -2,11 +2,12 @@
 
 use crate::calls::{Call, Calls};
 use crate::input::BadLine;
-use crate::session::{RawReply, Session};
+use crate::session::{Counts, RawReply, Session};
 use amiquip::Return;
 use crossbeam_channel::{bounded, never, select, Receiver};
 use rpc_common::broker;
 use rpc_common::deadline::Deadline;
+use rpc_common::duration;
 use rpc_common::exit::{Exit, ExitCode};
 use rpc_common::message::{decode_reply, escape, Failure};
 use rpc_common::target::Target;
@@ -17,6 +18,10 @@ use uuid::Uuid;
 
 /// Reply code of AMQP 0-9-1: no permission. Asking again cannot help, and what was asked did not run.
 const ACCESS_REFUSED: u16 = 403;
+
+/// After how long a silence the request queue is looked at, and how often then.
+const FIRST_LOOK: Duration = Duration::from_millis(500);
+const NEXT_LOOK: Duration = Duration::from_secs(1);
 
 /// The shortest wait between two attempts to connect.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
@@ -130,6 +135,9 @@ impl Client {
             more_requests: true,
             calls: Calls::default(),
             outcomes: Vec::new(),
+            look_at: Instant::now() + FIRST_LOOK,
+            seen: None,
+            warned: false,
             on_outcomes,
         };
         let mut pauses = broker::pauses();
@@ -151,7 +159,8 @@ impl Client {
             }
             log::info!("{error}: connecting again");
             // Half of the time that is left, so that the other half is there to connect in.
-            let pause = pauses.next().unwrap_or_default().min(run.patience() / 2);
+            let pause =
+                pauses.next().unwrap_or_default().min(until(run.next_deadline().instant()) / 2);
             thread::sleep(pause.max(SHORTEST_PAUSE));
             run.expire();
             run.tell()?;
@@ -169,6 +178,12 @@ struct Run<'a> {
     calls: Calls,
     /// Outcomes that have not been told yet.
     outcomes: Vec<Outcome>,
+    /// When to look at the request queue, if nothing comes until then.
+    look_at: Instant,
+    /// What was seen there last.
+    seen: Option<Counts>,
+    /// Whether it was said that nobody serves.
+    warned: bool,
     on_outcomes: &'a mut OnOutcomes<'a>,
 }
 
@@ -217,6 +232,7 @@ impl Run<'_> {
             session.publish(queue, call)?;
         }
         session.consume(&self.next_deadline())?;
+        self.look_at = Instant::now() + FIRST_LOOK;
         let no_requests = never();
         while self.more_requests || !self.calls.is_empty() {
             let has_room = self.more_requests && self.calls.len() < self.config.in_flight.get();
@@ -241,13 +257,29 @@ impl Run<'_> {
                     while let Some(call) = self.calls.resend_due(now) {
                         session.publish(queue, call)?;
                     }
+                    if !self.calls.is_empty() && now >= self.look_at {
+                        self.look(session)?;
+                    }
                 }
             }
         }
         self.tell()
     }
 
+    /// Nothing has come for a while: looks why, for the user to know.
+    fn look(&mut self, session: &mut Session) -> Result<(), Error> {
+        self.seen = session.look(&self.config.queue, &self.next_deadline())?;
+        self.look_at = Instant::now() + NEXT_LOOK;
+        if self.seen.is_some_and(|seen| seen.consumers == 0) && !self.warned {
+            let (queue, limit) = (&self.config.queue, duration::display(self.config.timeout));
+            log::warn!("no server is consuming '{queue}'; waiting up to {limit}");
+            self.warned = true;
+        }
+        Ok(())
+    }
+
     fn on_reply(&mut self, (properties, body): RawReply) {
+        self.look_at = Instant::now() + FIRST_LOOK;
         match self.calls.on_reply(properties.correlation_id().as_deref()) {
             Some(call) => self.end(call, decode_reply(&properties, body).map_err(Error::Remote)),
             None => log::info!("discarded a reply to no call in hand"),
@@ -266,8 +298,8 @@ impl Run<'_> {
 
     /// How long nothing has to happen.
     fn patience(&self) -> Duration {
-        let until = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
-        self.calls.next_event().map_or(Duration::MAX, until)
+        let look = |event: Instant| until(event.min(self.look_at));
+        self.calls.next_event().map_or(Duration::MAX, look)
     }
 
     fn expire(&mut self) {
@@ -275,7 +307,7 @@ impl Run<'_> {
         while let Some(call) = self.calls.expire(now) {
             let (queue, target) = (self.config.queue.clone(), self.config.target.to_string());
             let limit = call.deadline.to_string();
-            self.end(call, Err(Error::NoAnswer { queue, target, limit }));
+            self.end(call, Err(Error::NoAnswer { queue, target, limit, seen: self.seen }));
         }
     }
 
@@ -290,6 +322,19 @@ impl Run<'_> {
             return Ok(());
         }
         (self.on_outcomes)(mem::take(&mut self.outcomes)).map_err(Error::Output)
+    }
+}
+
+fn until(instant: Instant) -> Duration {
+    instant.saturating_duration_since(Instant::now())
+}
+
+fn what_is_known(seen: Option<Counts>) -> String {
+    match seen {
+        None => "is rpc-server running, or busy?".into(),
+        Some(Counts { messages, consumers }) => {
+            format!("the queue had {consumers} consumers and {messages} messages waiting")
+        }
     }
 }
 
@@ -308,9 +353,7 @@ pub enum Error {
         target: String,
     },
     /// The deadline passed: the function may or may not have run.
-    #[error(
-        "no answer from '{queue}' on {target} within {limit}: is rpc-server running, or busy?"
-    )]
+    #[error("no answer from '{queue}' on {target} within {limit}: {}", what_is_known(*.seen))]
     NoAnswer {
         /// The request queue.
         queue: String,
@@ -318,13 +361,20 @@ pub enum Error {
         target: String,
         /// The limit.
         limit: String,
+        /// What was seen of the request queue while nothing came.
+        seen: Option<Counts>,
     },
     /// The server answered with an error.
     #[error("{}", escape(.0.message.as_bytes()))]
     Remote(Failure),
     /// The server answered with what is no answer.
-    #[error("bad reply: '{0}' is no number: does another program serve this queue?")]
-    BadReply(String),
+    #[error("bad reply: '{reply}' is {reason}: does another program serve this queue?")]
+    BadReply {
+        /// What came, fit to be printed.
+        reply: String,
+        /// Why it is no answer.
+        reason: &'static str,
+    },
     /// Options that do not go together.
     #[error("{0}: try --help")]
     Usage(&'static str),
@@ -348,7 +398,7 @@ impl Error {
             Error::NoServer { .. } => "no-server",
             Error::NoAnswer { .. } => "timeout",
             Error::Remote(failure) => failure.code.as_str(),
-            Error::BadReply(_) => "bad-reply",
+            Error::BadReply { .. } => "bad-reply",
             Error::Usage(_) | Error::BadLine(_) | Error::Input(_) => "usage",
             Error::Output(_) => "output",
         }
@@ -361,7 +411,7 @@ impl Exit for Error {
             Error::Broker(error) => error.exit_code(),
             Error::NoServer { .. } => ExitCode::NoServer,
             Error::NoAnswer { .. } => ExitCode::NoAnswer,
-            Error::Remote(_) | Error::BadReply(_) => ExitCode::RemoteError,
+            Error::Remote(_) | Error::BadReply { .. } => ExitCode::RemoteError,
             Error::Usage(_) | Error::BadLine(_) | Error::Input(_) => ExitCode::Usage,
             Error::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => {
                 ExitCode::BrokenPipe

@@ -36,7 +36,7 @@ pub(crate) struct Line {
 impl Line {
     /// The line of a call of fib(n), whose answer must be a number.
     pub(crate) fn of_call(n: u64, outcome: Outcome) -> Self {
-        let result = outcome.result.and_then(|answer| read_answer(&answer));
+        let result = outcome.result.and_then(|answer| read_answer(n, &answer));
         let (latency, correlation_id) = (outcome.latency, Some(outcome.correlation_id));
         Line { n: Some(n), result, latency, correlation_id }
     }
@@ -47,13 +47,19 @@ impl Line {
     }
 }
 
-/// An answer is a number in decimal, however large.
-fn read_answer(body: &[u8]) -> Result<String, Error> {
+/// The decimal digits by which fib grows from one n to the next: log10 of the golden ratio.
+const DIGITS_PER_N: f64 = 0.208_987_640_249_978_73;
+
+/// An answer is a number in decimal, with no more digits than fib(n) can have.
+fn read_answer(n: u64, body: &[u8]) -> Result<String, Error> {
+    #[allow(clippy::cast_precision_loss)] // where it matters, no answer fits into memory
+    let is_too_long = |text: &str| text.len() as f64 > n as f64 * DIGITS_PER_N + 1.0;
+    let bad = |reason| Err(Error::BadReply { reply: escape(body).to_string(), reason });
     match std::str::from_utf8(body) {
-        Ok(text) if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) => {
-            Ok(text.into())
-        }
-        _ => Err(Error::BadReply(escape(body).to_string())),
+        Ok("") | Err(_) => bad("no number"),
+        Ok(text) if !text.bytes().all(|byte| byte.is_ascii_digit()) => bad("no number"),
+        Ok(text) if is_too_long(text) => bad("longer than the answer can be"),
+        Ok(text) => Ok(text.into()),
     }
 }
 
@@ -234,7 +240,7 @@ mod tests {
 
     fn line(n: u64, answer: &str) -> Line {
         let (latency, correlation_id) = (Some(Duration::from_micros(1_500)), Some(Uuid::nil()));
-        Line { n: Some(n), result: read_answer(answer.as_bytes()), latency, correlation_id }
+        Line { n: Some(n), result: read_answer(n, answer.as_bytes()), latency, correlation_id }
     }
 
     fn printed(format: Format, unordered: bool, lines: Vec<(u64, Line)>) -> (String, ExitCode) {
@@ -295,10 +301,15 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_digits_and_nothing_else() {
-        assert_eq!(read_answer(b"0").unwrap(), "0");
+    fn an_answer_is_digits_and_no_more_than_there_can_be() {
+        for n in (0..2_000).chain([1_000_000]) {
+            let answer = rpc_common::fib::fib(n).to_string();
+            assert_eq!(read_answer(n, answer.as_bytes()).unwrap(), answer);
+            let longer = answer + "00";
+            assert!(read_answer(n, longer.as_bytes()).is_err(), "fib({n}) = {longer}");
+        }
         for body in [&b""[..], b"NaN", b"-1", b"1\n", b" 1", b"\xff"] {
-            assert!(matches!(read_answer(body), Err(Error::BadReply(_))), "{body:?}");
+            assert!(matches!(read_answer(30, body), Err(Error::BadReply { .. })), "{body:?}");
         }
     }
 }

@@ -2,7 +2,8 @@
 
 use crate::calls::Call;
 use amiquip::{
-    AmqpProperties, Channel, ConsumerMessage, ConsumerOptions, QueueDeclareOptions, Return,
+    AmqpProperties, Channel, Connection, ConsumerMessage, ConsumerOptions, QueueDeclareOptions,
+    Return,
 };
 use crossbeam_channel::{never, Receiver, RecvError};
 use rpc_common::broker::{self, Error, Link};
@@ -22,6 +23,15 @@ pub(crate) struct Session {
     /// The requests that found no queue.
     pub(crate) returns: Receiver<Return>,
     consumes: bool,
+}
+
+/// The request queue as it was seen last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counts {
+    /// Messages that wait to be delivered.
+    pub messages: u32,
+    /// Consumers, which are the workers of servers.
+    pub consumers: u32,
 }
 
 /// What a reply consists of on the wire.
@@ -81,6 +91,26 @@ impl Session {
         })?;
         self.consumes = true;
         Ok(())
+    }
+
+    /// How many messages and consumers the request queue has; none if it cannot be seen.
+    ///
+    /// Looked at on a channel of its own, because that is closed where there is no queue.
+    pub(crate) fn look(
+        &mut self,
+        queue: &str,
+        deadline: &Deadline,
+    ) -> Result<Option<Counts>, Error> {
+        let channel = self.link.open_channel(deadline)?;
+        let look = move |_: &mut Connection| {
+            let queue = channel.queue_declare_passive(queue)?;
+            Ok((queue.declared_message_count(), queue.declared_consumer_count()))
+        };
+        match self.link.within(deadline, Phase::Declare, look) {
+            Ok((Some(messages), Some(consumers))) => Ok(Some(Counts { messages, consumers })),
+            Ok(_) | Err(Error::ChannelClosed { .. } | Error::Refused { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// What the reply queue's consumer got: a reply, or the end of the session.

@@ -8,9 +8,10 @@ use amiquip::{Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery, Ret
 use crossbeam_channel::{bounded, never, select_biased, Sender};
 use rpc_common::deadline::Deadline;
 use rpc_common::message::{encode_reply, escape, Request};
+use std::collections::VecDeque;
 use std::net::TcpStream;
 use std::sync::{Arc, Once};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long a broker that is blocked or frozen may hold up our end.
 const DRAINING: Duration = Duration::from_secs(5);
@@ -91,7 +92,10 @@ impl Worker<'_> {
         let mut returns = channel.listen_for_returns()?;
         let consumer = channel.basic_consume(self.queue, ConsumerOptions::default())?;
         self.ready.call_once(self.on_ready);
+        let mut arrivals = VecDeque::new();
         loop {
+            // Those that have come since the last look; while we computed they may have waited longer.
+            arrivals.resize_with(consumer.receiver().len(), Instant::now);
             select_biased! {
                 recv(self.stop) -> _ => {
                     drain(lease, &consumer)?;
@@ -103,7 +107,10 @@ impl Worker<'_> {
                     Err(_) => returns = never(), // the channel has ended: the consumer says how
                 },
                 recv(consumer.receiver()) -> message => match message {
-                    Ok(ConsumerMessage::Delivery(delivery)) => self.step(channel, &consumer, delivery)?,
+                    Ok(ConsumerMessage::Delivery(delivery)) => {
+                        let arrived = arrivals.pop_front().unwrap_or_else(Instant::now);
+                        self.step(channel, &consumer, delivery, arrived)?;
+                    }
                     Ok(ConsumerMessage::ServerCancelled) => return Ok(End::Cancelled),
                     Ok(
                         ConsumerMessage::ServerClosedChannel(error)
@@ -128,6 +135,7 @@ impl Worker<'_> {
         channel: &Channel,
         consumer: &Consumer,
         delivery: Delivery,
+        arrived: Instant,
     ) -> amiquip::Result<()> {
         let request = Request::decode(&delivery.properties, &delivery.body);
         let Some(reply_to) = request.reply_to else {
@@ -137,6 +145,13 @@ impl Worker<'_> {
             );
             return consumer.reject(delivery, false);
         };
+        if request.expiration.is_some_and(|expiration| arrived.elapsed() >= expiration) {
+            log::warn!(
+                "dropped a request that expired in our hands (correlation id: {})",
+                escape(request.correlation_id.unwrap_or("none").as_bytes())
+            );
+            return consumer.reject(delivery, false);
+        }
         let reply = handler::call(self.handler, &request);
         if let Err(failure) = &reply {
             log::warn!("answered with an error: {}", escape(failure.message.as_bytes()));

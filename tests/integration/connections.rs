@@ -29,7 +29,7 @@ fn a_busy_server_connects_again_and_answers_what_it_had_begun() {
     let proxy = Proxy::start();
     let server = Program::start_at(&proxy.url(), &queue, &["--delay", "1s"]);
     let caller = std::thread::spawn({
-        let mut call = client(&queue, &["30"]);
+        let mut call = client(&queue, &["-q", "30"]);
         move || expect(&mut call, 0, "832040\n", "")
     });
     assert_eq!(server.next_line(), " [.] fib(30)");

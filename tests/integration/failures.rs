@@ -239,6 +239,34 @@ fn no_answer_in_time_is_exit_code_5_and_leaves_nothing_behind() {
 }
 
 #[test]
+fn a_queue_without_consumers_draws_a_warning_and_is_waited_for() {
+    let queue = Queue::transient("no_consumers");
+    let call = Program::spawn("rpc-client", &["--queue", &queue, "30"]);
+    let warning = call.await_log("no server is consuming");
+    let expected =
+        format!("rpc-client: warning: no server is consuming '{}'; waiting up to 30s", &*queue);
+    assert_eq!(warning, expected);
+    let _server = Program::start(&queue, &[]);
+    assert_eq!(call.next_line(), "832040");
+    assert_eq!(call.end(), Some(0));
+}
+
+#[test]
+fn what_nobody_took_is_counted_when_the_time_is_up() {
+    let queue = Queue::transient("counted");
+    let stderr = format!(
+        "rpc-client: warning: no server is consuming '{queue}'; waiting up to 2s\n\
+         rpc-client: fib(1): no answer from '{queue}' on {broker} within 2s: \
+         the queue had 0 consumers and 2 messages waiting\n\
+         rpc-client: fib(2): no answer from '{queue}' on {broker} within 2s: \
+         the queue had 0 consumers and 2 messages waiting\n",
+        queue = &*queue,
+        broker = broker::authority(),
+    );
+    expect(&mut client(&queue, &["-t", "2s", "1", "2"]), 5, "\n\n", &stderr);
+}
+
+#[test]
 fn a_remote_error_is_exit_code_1_and_stops_nothing() {
     let queue = Queue::named("remote_error");
     let server = Program::start(&queue, &["--max-n", "100"]);
@@ -251,7 +279,7 @@ fn a_remote_error_is_exit_code_1_and_stops_nothing() {
 #[test]
 fn a_reply_that_is_no_number_is_exit_code_1() {
     let queue = Queue::transient("bad_reply");
-    let nonsense = ["", "NaN", "abc", "-1", "1\n"];
+    let nonsense = ["", "NaN", "abc", "-1", "1\n", "12345678"];
     let server = thread::spawn({
         let queue = queue.to_owned();
         move || {
@@ -270,8 +298,9 @@ fn a_reply_that_is_no_number_is_exit_code_1() {
     });
     for reply in nonsense {
         let error = format!(
-            "rpc-client: fib(30): bad reply: '{}' is no number: does another program serve this queue?\n",
-            reply.escape_debug()
+            "rpc-client: fib(30): bad reply: '{}' is {}: does another program serve this queue?\n",
+            reply.escape_debug(),
+            if reply.len() == 8 { "longer than the answer can be" } else { "no number" }
         );
         expect(&mut client(&queue, &["30"]), 1, "\n", &error);
     }
@@ -286,11 +315,12 @@ fn a_server_that_drops_the_request_is_exit_code_5() {
         move || Peer::connect().take(&queue)
     });
     let error = format!(
-        "rpc-client: fib(30): no answer from '{}' on {} within 1s: is rpc-server running, or busy?\n",
+        "rpc-client: fib(30): no answer from '{}' on {} within 1s: \
+         the queue had 0 consumers and 0 messages waiting\n",
         &*queue,
         broker::authority()
     );
-    expect(&mut client(&queue, &["-t", "1s", "30"]), 5, "\n", &error);
+    expect(&mut client(&queue, &["-q", "-t", "1s", "30"]), 5, "\n", &error);
     server.join().expect("it took the request");
 }
 

@@ -10,7 +10,8 @@ use std::thread;
 
 /// Runs `calls` with `rpc-client` in the background; the thread fails if they do not go well.
 fn calling(queue: &Queue, args: &[&str], answers: &'static str) -> thread::JoinHandle<()> {
-    let mut command = client(queue, args);
+    // Quiet, because for a while there may be no consumer, which draws a warning.
+    let mut command = client(queue, &[&["-q"], args].concat());
     thread::spawn(move || expect(&mut command, 0, answers, ""))
 }
 
@@ -110,6 +111,18 @@ fn workers_work_at_the_same_time() {
     }
     eventually("four requests left", || (peer.depth(&queue) == Some(4)).then_some(()));
     assert_eq!(server.lines_at_hand(), [""; 0]);
+}
+
+/// All but the first wait in its hands from the end of the first on; the fifth for longer than its
+/// caller does.
+#[test]
+fn it_drops_what_has_expired_in_its_hands() {
+    let queue = Queue::named("expired");
+    let server = Program::start(&queue, &["--prefetch", "10", "--delay", "1s"]);
+    client(&queue, &["-q", "-t", "2500ms", "1", "2", "3", "4", "5"]).assert().code(5);
+    server.await_log("dropped a request that expired in our hands");
+    assert!(server.stop().len() < 5, "what was dropped is not computed");
+    assert_eq!(Peer::connect().depth(&queue), Some(0));
 }
 
 #[test]

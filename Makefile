@@ -1,8 +1,9 @@
 # Every target with a comment behind its name is listed by `make help`.
 
 PREFIX ?= /usr/local
+TARGET = $(or $(CARGO_TARGET_DIR),target)
 # Where `make broker` keeps its node.
-BROKER_DIR ?= target/broker
+BROKER_DIR ?= $(TARGET)/broker
 
 CARGO_DOC = RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet
 
@@ -29,7 +30,7 @@ test-fast: check setup-broker ## the same without the peers in other languages, 
 	cargo test --workspace --locked -- --skip peers::
 
 demo: build setup-broker ## start a broker and a server, ask for fib(30), show the answer, stop both
-	tests/demo.sh target/release
+	tests/demo.sh $(TARGET)/release
 
 broker: ## start a private RabbitMQ to play with, and print its URL (PORT=5672 for the default one)
 	@AMQP_URL= tests/setup.sh broker
@@ -39,10 +40,10 @@ broker-stop: ## stop that RabbitMQ
 	@tests/broker.sh stop "$(BROKER_DIR)"
 
 install: ## install both programs into PREFIX/bin (PREFIX=/usr/local)
-	@# root, by sudo, often has no cargo: then what `make build` has built is installed
-	@if command -v cargo >/dev/null; then $(MAKE) build; fi
+	@# by sudo, what `make build` has built is installed: root may have no cargo, or another
+	@if [ -z "$$SUDO_UID" ] && command -v cargo >/dev/null; then $(MAKE) build; fi
 	install -d "$(DESTDIR)$(PREFIX)/bin"
-	install -m 755 target/release/rpc-server target/release/rpc-client "$(DESTDIR)$(PREFIX)/bin"
+	install -m 755 $(TARGET)/release/rpc-server $(TARGET)/release/rpc-client "$(DESTDIR)$(PREFIX)/bin"
 
 uninstall: ## remove what install installed
 	rm -f "$(DESTDIR)$(PREFIX)/bin/rpc-server" "$(DESTDIR)$(PREFIX)/bin/rpc-client"

@@ -96,7 +96,8 @@ run() {
     fi
 }
 
-is_running() { kill -0 "$(cat "$dir/pid" 2>/dev/null)" 2>/dev/null; }
+# A process id may be somebody else's by now: ours has the folder among its arguments.
+is_running() { grep -qszxF -- "$dir" "/proc/$(cat "$dir/pid" 2>/dev/null)/cmdline"; }
 
 start() {
     if ! is_running; then
@@ -115,14 +116,17 @@ start() {
 
 stop() {
     local pid
+    if [ -e "$dir" ] && [ ! -e "$dir/pid" ] && [ -n "$(ls -A "$dir")" ]; then
+        die "$dir is no folder of a node's"
+    fi
     if is_running; then
         pid=$(cat "$dir/pid")
         kill "$pid" 2>/dev/null || true
-        while kill -0 "$pid" 2>/dev/null; do sleep 0.1; done
+        while is_running; do sleep 0.1; done
     fi
     # Should it have been killed, what it started is still there, and known by its folder.
     for pid in $(cat "$dir/pids" 2>/dev/null); do
-        if grep -qsz "^HOME=$dir\$" "/proc/$pid/environ"; then kill -9 -- "-$pid" "$pid" 2>/dev/null || true; fi
+        if grep -qszxF -- "HOME=$dir" "/proc/$pid/environ"; then kill -9 -- "-$pid" "$pid" 2>/dev/null || true; fi
     done
     rm -rf "$dir" "$dir".{stdin,url,err}
 }

@@ -8,6 +8,7 @@ set -eu
 # Debian starts (and enables) a broker on port 5672 when its package is installed. This policy, in
 # the words of invoke-rc.d(8), forbids every service action while we install.
 policy=/usr/sbin/policy-rc.d
+mark='# of tests/setup.sh, while it installs'
 
 say() { echo "setup: $*" >&2; }
 die() { say "$*"; exit 1; }
@@ -39,8 +40,9 @@ hold_services_back() {
     trap release_services EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM
-    if [ -e "$policy" ] && [ ! -e "$policy.saved-by-setup" ]; then as_root mv "$policy" "$policy.saved-by-setup"; fi
-    printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null
+    # An interrupted run may have left ours.
+    if [ -e "$policy" ] && ! grep -q "$mark" "$policy" && [ ! -e "$policy.saved-by-setup" ]; then as_root mv "$policy" "$policy.saved-by-setup"; fi
+    printf '#!/bin/sh\n%s\nexit 101\n' "$mark" | as_root tee "$policy" >/dev/null
     as_root chmod +x "$policy"
 }
 

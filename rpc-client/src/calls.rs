@@ -34,6 +34,15 @@ impl Call {
     }
 }
 
+/// What becomes of a call whose request was returned.
+#[derive(Debug)]
+pub(crate) enum Returned {
+    /// It has ended: nobody serves.
+    Ended(Call),
+    /// Its request was sent before, when it had a queue, which may come back: it is sent again.
+    SentAgain,
+}
+
 /// The calls that have begun and not ended.
 #[derive(Debug, Default)]
 pub(crate) struct Calls {
@@ -95,16 +104,20 @@ impl Calls {
         self.unanswered.remove(&index)
     }
 
-    /// The call that a returned request ends: there is no queue to carry it. A request that was sent
-    /// twice is sent again after a while, because its first copy had a queue, which may come back.
-    pub(crate) fn on_return(&mut self, correlation_id: Option<&str>, now: Instant) -> Option<Call> {
+    /// What a returned request does: there is no queue to carry it. None if it is of a call that is not
+    /// in hand.
+    pub(crate) fn on_return(
+        &mut self,
+        correlation_id: Option<&str>,
+        now: Instant,
+    ) -> Option<Returned> {
         let id = Uuid::try_parse(correlation_id?).ok()?;
         let call = self.unanswered.get(self.index_of.get(&id)?)?;
         if call.sends > 1 {
             self.resends.push_back((now + RESEND, call.index));
-            return None;
+            return Some(Returned::SentAgain);
         }
-        self.on_reply(correlation_id)
+        self.on_reply(correlation_id).map(Returned::Ended)
     }
 
     /// The deadline that passes next.
@@ -179,7 +192,8 @@ mod tests {
     fn the_return_of_a_first_request_ends_its_call() {
         let mut calls = Calls::default();
         begin(&mut calls, ID, 1);
-        assert_eq!(calls.on_return(Some(&text(ID)), Instant::now()).unwrap().id, ID);
+        let returned = calls.on_return(Some(&text(ID)), Instant::now());
+        assert!(matches!(returned, Some(Returned::Ended(call)) if call.id == ID));
         assert!(calls.is_empty());
     }
 
@@ -188,12 +202,13 @@ mod tests {
         let mut calls = Calls::default();
         begin(&mut calls, ID, 2);
         let now = Instant::now();
-        assert!(calls.on_return(Some(&text(ID)), now).is_none());
+        let returned = calls.on_return(Some(&text(ID)), now);
+        assert!(matches!(returned, Some(Returned::SentAgain)));
         assert_eq!(calls.next_event(), Some(now + RESEND));
         assert!(calls.resend_due(now).is_none());
         assert_eq!(calls.resend_due(now + RESEND).unwrap().id, ID);
         assert!(calls.resend_due(now + RESEND).is_none(), "once for each return");
-        assert!(calls.on_return(Some(&text(ID)), now).is_none());
+        assert!(calls.on_return(Some(&text(ID)), now).is_some());
         calls.on_reply(Some(&text(ID))).unwrap();
         assert!(calls.resend_due(now + RESEND).is_none(), "an answered call is not sent again");
     }

@@ -21,6 +21,7 @@ use std::time::Duration;
     version,
     after_help = exit::help(exit::CLIENT),
     arg_required_else_help = true,
+    args_override_self = true, // of an option given twice the last counts, for aliases and wrappers
     allow_negative_numbers = true // so that -5 is called a wrong number, not a wrong option
 )]
 pub struct Cli {

@@ -1,6 +1,6 @@
 //! The loop: takes requests, sends them, waits for their answers, and connects again in between.
 
-use crate::calls::{Call, Calls};
+use crate::calls::{Call, Calls, Returned};
 use crate::input::BadLine;
 use crate::session::{Counts, RawReply, Session};
 use amiquip::Return;
@@ -138,19 +138,19 @@ impl Client {
             look_at: Instant::now() + FIRST_LOOK,
             seen: None,
             warned: false,
+            answered: false,
             on_outcomes,
         };
         let mut pauses = broker::pauses();
         while run.await_call() {
+            let opens = session.is_none();
             let error = match run.attempt(session) {
                 Ok(()) => break,
                 Err(Error::Broker(error)) => error,
                 Err(error) => return Err(error),
             };
             run.tell()?;
-            let nothing_sent = !run.calls.is_empty() && !run.calls.any_sent();
-            if nothing_sent || matches!(error, broker::Error::Refused { code: ACCESS_REFUSED, .. })
-            {
+            if run.is_final(&error, opens) {
                 while let Some(call) = run.calls.pop() {
                     run.end(call, Err(error.clone().into()));
                 }
@@ -158,10 +158,15 @@ impl Client {
                 return Err(error.into());
             }
             log::info!("{error}: connecting again");
-            // Half of the time that is left, so that the other half is there to connect in.
-            let pause =
-                pauses.next().unwrap_or_default().min(until(run.next_deadline().instant()) / 2);
-            thread::sleep(pause.max(SHORTEST_PAUSE));
+            if mem::take(&mut run.answered) {
+                pauses = broker::pauses();
+            }
+            if !run.calls.is_empty() {
+                // Half of the time that is left, so that the other half is there to connect in.
+                let pause =
+                    pauses.next().unwrap_or_default().min(until(run.next_deadline().instant()) / 2);
+                thread::sleep(pause.max(SHORTEST_PAUSE));
+            }
             run.expire();
             run.tell()?;
         }
@@ -184,6 +189,8 @@ struct Run<'a> {
     seen: Option<Counts>,
     /// Whether it was said that nobody serves.
     warned: bool,
+    /// Whether an answer has come since the last break.
+    answered: bool,
     on_outcomes: &'a mut OnOutcomes<'a>,
 }
 
@@ -221,11 +228,19 @@ impl Run<'_> {
         ended
     }
 
+    /// Whether an error ends the run. Before anything is sent, each that keeps us from connecting does;
+    /// from then on only a refusal, for a call that was sent may have run.
+    fn is_final(&self, error: &broker::Error, opened: bool) -> bool {
+        let nothing_sent = opened && !self.calls.is_empty() && !self.calls.any_sent();
+        nothing_sent || matches!(error, broker::Error::Refused { code: ACCESS_REFUSED, .. })
+    }
+
     fn next_deadline(&self) -> Deadline {
         self.calls.next_deadline().unwrap_or_else(|| Deadline::after(self.config.timeout))
     }
 
-    /// Makes calls on one session, until every request has its outcome or the session ends.
+    /// Makes calls on one session, until every request has its outcome or the session ends: first those
+    /// that have begun, and then, as there is room, those that are still to come.
     fn converse(&mut self, session: &mut Session) -> Result<(), Error> {
         let queue = &self.config.queue;
         for call in self.calls.outgoing() {
@@ -237,8 +252,15 @@ impl Run<'_> {
         while self.more_requests || !self.calls.is_empty() {
             let has_room = self.more_requests && self.calls.len() < self.config.in_flight.get();
             let requests = if has_room { self.requests } else { &no_requests };
-            // With outcomes in hand nothing is waited for: when no more are there, they are told.
-            let patience = if self.outcomes.is_empty() { self.patience() } else { Duration::ZERO };
+            let mut patience = self.patience();
+            if patience.is_zero() {
+                self.tick(session)?; // the time does not wait for a peer that never stops sending
+                patience = self.patience();
+            }
+            // Outcomes pile up while more are at hand; then nothing is waited for, and a tick tells them.
+            if !self.outcomes.is_empty() {
+                patience = Duration::ZERO;
+            }
             select! {
                 recv(session.replies) -> got => self.on_reply(session.reply(got)?),
                 recv(session.returns) -> request => {
@@ -250,20 +272,24 @@ impl Run<'_> {
                     Ok(request) => session.publish(queue, self.begin(request))?,
                     Err(_) => self.more_requests = false,
                 },
-                default(patience) => {
-                    self.expire();
-                    self.tell()?;
-                    let now = Instant::now();
-                    while let Some(call) = self.calls.resend_due(now) {
-                        session.publish(queue, call)?;
-                    }
-                    if !self.calls.is_empty() && now >= self.look_at {
-                        self.look(session)?;
-                    }
-                }
+                default(patience) => self.tick(session)?,
             }
         }
         self.tell()
+    }
+
+    /// Does what the time asks for, and tells the outcomes that have piled up.
+    fn tick(&mut self, session: &mut Session) -> Result<(), Error> {
+        self.expire();
+        self.tell()?;
+        let now = Instant::now();
+        while let Some(call) = self.calls.resend_due(now) {
+            session.publish(&self.config.queue, call)?;
+        }
+        if !self.calls.is_empty() && now >= self.look_at {
+            self.look(session)?;
+        }
+        Ok(())
     }
 
     /// Nothing has come for a while: looks why, for the user to know.
@@ -280,6 +306,7 @@ impl Run<'_> {
 
     fn on_reply(&mut self, (properties, body): RawReply) {
         self.look_at = Instant::now() + FIRST_LOOK;
+        self.answered = true;
         match self.calls.on_reply(properties.correlation_id().as_deref()) {
             Some(call) => self.end(call, decode_reply(&properties, body).map_err(Error::Remote)),
             None => log::info!("discarded a reply to no call in hand"),
@@ -291,8 +318,9 @@ impl Run<'_> {
         let (queue, target) = (self.config.queue.clone(), self.config.target.to_string());
         let error = Error::NoServer { queue, target };
         match self.calls.on_return(id, Instant::now()) {
-            Some(call) => self.end(call, Err(error)),
-            None => log::info!("{error} sending again"),
+            Some(Returned::Ended(call)) => self.end(call, Err(error)),
+            Some(Returned::SentAgain) => log::info!("{error} sending again"),
+            None => {}
         }
     }
 

@@ -2,8 +2,8 @@
 
 use rpc_client::cli::Cli;
 use rpc_client::{batch, Error};
-use rpc_common::broker;
 use rpc_common::exit::{self, Exit, ExitCode};
+use rpc_common::{broker, logging};
 use std::io::{self, BufReader, BufWriter};
 use std::process;
 
@@ -14,6 +14,7 @@ fn main() -> process::ExitCode {
         Err(code) => return code.into(),
     };
     cli.start_log();
+    logging::log_panics();
     let code = run(&cli).unwrap_or_else(|error| {
         let code = error.exit_code();
         if code != ExitCode::BrokenPipe {

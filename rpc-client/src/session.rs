@@ -18,7 +18,7 @@ pub(crate) struct Session {
     link: Link, // first, so that it is closed first: the channel's own close then costs nothing
     channel: Channel,
     reply_queue: String,
-    /// Silent until [`Session::consume`].
+    /// Set by [`Session::consume`]; silent before.
     pub(crate) replies: Receiver<ConsumerMessage>,
     /// The requests that found no queue.
     pub(crate) returns: Receiver<Return>,
@@ -54,7 +54,6 @@ impl Session {
 
     /// Sends a call's request, and counts that.
     pub(crate) fn publish(&mut self, queue: &str, call: &mut Call) -> Result<(), Error> {
-        call.sent(Instant::now());
         let id = call.id.to_string();
         let request = Request {
             body: &call.request.body,
@@ -62,9 +61,10 @@ impl Session {
             correlation_id: Some(&id),
             expiration: Some(call.deadline.remaining()),
         };
-        self.channel
-            .basic_publish("", request.encode(queue))
-            .map_err(|error| self.link.explain(error))
+        let published = self.channel.basic_publish("", request.encode(queue));
+        published.map_err(|error| self.link.explain(error))?;
+        call.sent(Instant::now());
+        Ok(())
     }
 
     /// The replies that have come and were not taken yet.

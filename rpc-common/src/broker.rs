@@ -12,7 +12,7 @@ use amiquip::{Channel, Connection, ConnectionBlockedNotification, ConnectionTuni
 use backon::{BackoffBuilder, ExponentialBuilder};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use socket2::{SockRef, TcpKeepalive};
-use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
 use std::{env, fs, io, process, thread};
@@ -234,7 +234,10 @@ impl Link {
         let Some(connection) = self.connection.take() else {
             return Ok(());
         };
-        match Deadline::after(CLOSING).guard(&self.socket, || connection.close()) {
+        let closed = Deadline::after(CLOSING).guard(&self.socket, || connection.close());
+        // However it ended: whoever still holds the socket must not keep the connection from ending.
+        let _ = self.socket.shutdown(Shutdown::Both);
+        match closed {
             Ok(Err(error)) => Err(Error::of(error, &self.target)),
             Ok(Ok(())) | Err(Expired) => Ok(()),
         }
@@ -355,8 +358,10 @@ impl Error {
             amiquip::Error::ServerClosedConnection { message, .. } => {
                 Error::Lost { target, reason: escape(message.as_bytes()).to_string() }
             }
-            // Of amiquip's other errors none that we can meet holds a URL.
-            other => Error::Lost { target, reason: other.to_string() },
+            // Of amiquip's other errors none that we can meet holds a URL, but some hold a peer's words.
+            other => {
+                Error::Lost { target, reason: escape(other.to_string().as_bytes()).to_string() }
+            }
         }
     }
 

@@ -3,6 +3,19 @@
 use env_logger::Builder;
 use log::{Level, LevelFilter};
 use std::io::Write;
+use std::{panic, thread};
+
+/// Sends panics to the log. amiquip's thread may panic when both ends close at once; that is no news,
+/// for its connection's error says more.
+pub fn log_panics() {
+    panic::set_hook(Box::new(|panic| {
+        let level = match thread::current().name() {
+            Some("amiquip-io") => Level::Debug,
+            _ => Level::Error,
+        };
+        log::log!(level, "{panic}");
+    }));
+}
 
 /// The options of both programs that say how much is logged.
 #[derive(Clone, Debug, clap::Args)]

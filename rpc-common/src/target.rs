@@ -9,6 +9,7 @@ use std::env;
 use std::fmt::{self, Debug, Display};
 use url::{Host, ParseError, Url};
 
+const BAD_PASSWORD: &str = "bad port: is # / ? or @ in the password percent-encoded?";
 const FORM: &str = "not of the form amqp://user:password@host:port/vhost";
 const DEFAULT_URL: &str = "amqp://localhost";
 const DEFAULT_PORT: u16 = 5672;
@@ -82,9 +83,7 @@ impl Target {
     pub fn parse(url: &str) -> Result<Self, Error> {
         let url = Url::parse(url).map_err(|error| match error {
             ParseError::RelativeUrlWithoutBase => bad_url(FORM),
-            ParseError::InvalidPort => {
-                bad_url("bad port: is # / ? or @ in the password percent-encoded?")
-            }
+            ParseError::InvalidPort => bad_url(BAD_PASSWORD),
             error => bad_url(&error.to_string()),
         })?;
         match url.scheme() {
@@ -111,6 +110,9 @@ impl Target {
             name => decode(name)?,
         };
         let password = decode(url.password().unwrap_or("guest"))?;
+        if url.query().is_some_and(|query| query.contains('@')) {
+            return Err(bad_url(BAD_PASSWORD));
+        }
         let mut auth = Auth::Plain { username: user.clone(), password };
         for (name, value) in url.query_pairs() {
             match (&*name, &*value) {

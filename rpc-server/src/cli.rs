@@ -13,7 +13,11 @@ use std::time::Duration;
 
 /// Serve fib(n) to rpc-client and every other client of the RabbitMQ RPC tutorial.
 #[derive(Debug, Parser)]
-#[command(version, after_help = exit::help(exit::SERVER))]
+#[command(
+    version,
+    after_help = exit::help(exit::SERVER),
+    args_override_self = true // of an option given twice the last counts, for aliases and wrappers
+)]
 pub struct Cli {
     /// Request queue
     #[arg(long, value_name = "NAME", default_value = "rpc_queue", value_parser = short_string)]

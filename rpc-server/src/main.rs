@@ -1,13 +1,13 @@
 //! Serves fib(n) over RabbitMQ RPC. Everything but the edges is in the library.
 
 use log::LevelFilter;
-use rpc_common::broker;
 use rpc_common::exit::{self, Exit, ExitCode};
+use rpc_common::{broker, logging};
 use rpc_server::cli::Cli;
 use rpc_server::{handler, serve, signals};
 use std::fmt::Display;
 use std::io::{self, Write};
-use std::{panic, process};
+use std::process;
 
 fn main() -> process::ExitCode {
     broker::prepare_threads();
@@ -16,7 +16,7 @@ fn main() -> process::ExitCode {
         Err(code) => return code.into(),
     };
     cli.log.start_for_operator(LevelFilter::Info);
-    panic::set_hook(Box::new(|panic| log::error!("{panic}")));
+    logging::log_panics();
     let code = match run(&cli) {
         Ok(()) => ExitCode::Success,
         Err(error) => {

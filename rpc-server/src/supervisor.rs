@@ -64,7 +64,8 @@ const WORKER_STACK: usize = 2 << 20;
 /// When it is stopped it finishes what it has begun, and leaves the rest to other servers.
 ///
 /// # Errors
-/// What trying again cannot help: bad credentials, no permission, a queue that cannot be had.
+/// What trying again cannot help, before it has first served: bad credentials, no permission, a queue
+/// that cannot be had. After that it hopes for ever.
 ///
 /// # Panics
 /// When the system refuses a thread, as [`thread::spawn`] does.
@@ -218,7 +219,7 @@ impl Supervisor<'_> {
         let deadline = Deadline::after(ATTEMPT);
         while let Some(inbox) = self.waiting.last() {
             let channel = link.open_channel(&deadline)?;
-            let _ = inbox.send(Lease { channel, socket: link.socket() }); // it may have stopped
+            let _ = inbox.send(Lease::new(channel, link.socket())); // it may have stopped
             self.waiting.pop();
         }
         Ok(())

@@ -9,12 +9,13 @@ use crossbeam_channel::{bounded, never, select_biased, Sender};
 use rpc_common::deadline::Deadline;
 use rpc_common::message::{encode_reply, escape, Request};
 use std::collections::VecDeque;
+use std::mem;
 use std::net::TcpStream;
 use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
-/// How long a broker that is blocked or frozen may hold up our end.
-const DRAINING: Duration = Duration::from_secs(5);
+/// How long a broker that is blocked or frozen may hold us up with what it has to answer.
+const ANSWERING: Duration = Duration::from_secs(5);
 
 /// A **worker** takes requests from the queue for as long as it gets channels to do so.
 ///
@@ -48,10 +49,31 @@ pub(crate) enum Because {
     Disconnected,
 }
 
-/// A **lease** is a channel, and the socket below it, to end what blocks on it.
+/// A **lease** is a channel, and the socket below it, to end what blocks on it. It closes its channel.
 pub(crate) struct Lease {
-    pub(crate) channel: Channel,
-    pub(crate) socket: Arc<TcpStream>,
+    /// None once it is closed.
+    channel: Option<Channel>,
+    socket: Arc<TcpStream>,
+}
+
+impl Lease {
+    pub(crate) fn new(channel: Channel, socket: Arc<TcpStream>) -> Self {
+        Lease { channel: Some(channel), socket }
+    }
+
+    /// Runs a blocking call of amiquip; a broker that does not answer it in time loses us.
+    fn within<T>(&self, call: impl FnOnce() -> amiquip::Result<T>) -> amiquip::Result<T> {
+        let result = Deadline::after(ANSWERING).guard(&self.socket, call);
+        result.unwrap_or(Err(amiquip::Error::EventLoopDropped))
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if let Some(channel) = self.channel.take() {
+            let _ = self.within(|| channel.close()); // it may have ended already
+        }
+    }
 }
 
 /// How it ends that a worker consumes.
@@ -87,10 +109,12 @@ impl Worker<'_> {
     }
 
     fn consume(&self, lease: &Lease) -> amiquip::Result<End> {
-        let channel = &lease.channel;
-        channel.qos(0, self.prefetch, false)?; // per consumer: brokers of 4.3 refuse a global one
+        let Some(channel) = &lease.channel else { return Err(amiquip::Error::ClientClosedChannel) };
         let mut returns = channel.listen_for_returns()?;
-        let consumer = channel.basic_consume(self.queue, ConsumerOptions::default())?;
+        let consumer = lease.within(|| {
+            channel.qos(0, self.prefetch, false)?; // per consumer: brokers of 4.3 refuse a global one
+            channel.basic_consume(self.queue, ConsumerOptions::default())
+        })?;
         self.ready.call_once(self.on_ready);
         let mut arrivals = VecDeque::new();
         loop {
@@ -111,7 +135,10 @@ impl Worker<'_> {
                         let arrived = arrivals.pop_front().unwrap_or_else(Instant::now);
                         self.step(channel, &consumer, delivery, arrived)?;
                     }
-                    Ok(ConsumerMessage::ServerCancelled) => return Ok(End::Cancelled),
+                    Ok(ConsumerMessage::ServerCancelled) => {
+                        mem::forget(consumer); // it would cancel itself once more, and wait for that
+                        return Ok(End::Cancelled);
+                    }
                     Ok(
                         ConsumerMessage::ServerClosedChannel(error)
                         | ConsumerMessage::ServerClosedConnection(error),
@@ -164,8 +191,7 @@ impl Worker<'_> {
 /// Ends the deliveries. What was delivered but not begun goes back to the queue with the channel; and
 /// the round trip takes our last ack with it, before the connection is closed.
 fn drain(lease: &Lease, consumer: &Consumer) -> amiquip::Result<()> {
-    let cancelled = Deadline::after(DRAINING).guard(&lease.socket, || consumer.cancel());
-    cancelled.unwrap_or(Err(amiquip::Error::EventLoopDropped))?;
+    lease.within(|| consumer.cancel())?;
     // amiquip confirms on two ways, one after the other, and ends the connection if nobody listens
     // on the second any more.
     let is_end = |message| matches!(message, ConsumerMessage::ClientCancelled);

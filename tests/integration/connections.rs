@@ -5,6 +5,7 @@ use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{client, expect, Program};
 use crate::support::proxy::Proxy;
 use rustix::process::Signal;
+use std::time::{Duration, Instant};
 
 #[test]
 fn an_idle_server_connects_again_and_serves_with_all_its_workers() {
@@ -27,7 +28,7 @@ fn an_idle_server_connects_again_and_serves_with_all_its_workers() {
 fn a_busy_server_connects_again_and_answers_what_it_had_begun() {
     let queue = Queue::named("busy_reconnect");
     let proxy = Proxy::start();
-    let server = Program::start_at(&proxy.url(), &queue, &["--delay", "1s"]);
+    let server = Program::start_at(&proxy.url(), &queue, &["--delay", "3s"]);
     let caller = std::thread::spawn({
         let mut call = client(&queue, &["-q", "30"]);
         move || expect(&mut call, 0, "832040\n", "")
@@ -43,7 +44,7 @@ fn a_busy_server_connects_again_and_answers_what_it_had_begun() {
 fn a_client_connects_again_and_sends_what_is_unanswered() {
     let queue = Queue::named("client_reconnect");
     let proxy = Proxy::start();
-    let server = Program::start(&queue, &["--delay", "1s"]);
+    let server = Program::start(&queue, &["--delay", "2s"]);
     let client =
         Program::spawn_at(&proxy.url(), "rpc-client", &["--queue", &queue, "-v", "20", "30"]);
     assert_eq!(server.next_line(), " [.] fib(20)");
@@ -83,13 +84,26 @@ fn a_frozen_broker_does_not_keep_a_server_from_stopping() {
 }
 
 #[test]
+fn a_frozen_broker_does_not_keep_a_server_from_stopping_before_it_has_begun() {
+    let queue = Queue::named("frozen_start");
+    let proxy = Proxy::start();
+    proxy.freeze();
+    let args = ["--queue", &queue, "--heartbeat", "600"];
+    let mut server = Program::spawn_at(&proxy.url(), "rpc-server", &args);
+    server.signal(Signal::TERM);
+    assert_ne!(server.wait().code(), Some(3), "it is no error to be stopped");
+}
+
+#[test]
 fn a_frozen_broker_does_not_keep_a_call_beyond_its_deadline() {
     let queue = Queue::transient("frozen_call");
-    let proxy = Proxy::start();
-    let args = ["--queue", &queue, "-t", "1s", "--heartbeat", "600", "30"];
-    let client = Program::spawn_at(&proxy.url(), "rpc-client", &args);
     let mut peer = Peer::connect();
+    let proxy = Proxy::start();
+    let args = ["--queue", &queue, "-t", "5s", "--heartbeat", "600", "30"];
+    let client = Program::spawn_at(&proxy.url(), "rpc-client", &args);
+    let begun = Instant::now();
     eventually("the request", || (peer.depth(&queue) == Some(1)).then_some(()));
     proxy.freeze();
     assert_eq!(client.end(), Some(5));
+    assert!(begun.elapsed() < Duration::from_secs(30), "it took {:?}", begun.elapsed());
 }

@@ -1,5 +1,6 @@
 //! The README's examples are run as they stand.
 
+use crate::support::peer::Queue;
 use crate::support::programs::{bash, Program};
 use std::fs;
 
@@ -9,7 +10,10 @@ use std::fs;
 fn the_readmes_examples_print_what_it_says() {
     let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md"))
         .expect("it is there");
-    let _server = Program::start("rpc_queue", &[]);
+    let queue = Queue::named("readme");
+    let _server = Program::start(&queue, &[]);
+    // On a queue of its own, because others may serve the one that everybody uses.
+    let on_queue = format!("rpc-client() {{ command rpc-client --queue {} \"$@\"; }}", &*queue);
     let mut examples = 0;
     for block in readme.split("```console\n").skip(1) {
         let block = block.split("```").next().unwrap_or_default();
@@ -20,7 +24,7 @@ fn the_readmes_examples_print_what_it_says() {
             } else {
                 format!("{output}\n")
             };
-            bash(&format!("exec 2>&1; {command}")).stdout(output);
+            bash(&format!("{on_queue}\nexec 2>&1; {command}")).stdout(output);
             examples += 1;
         }
     }

@@ -50,7 +50,7 @@ fn sigterm_and_sigint_let_it_finish_what_it_has_begun() {
 #[test]
 fn stopping_leaves_the_rest_to_the_other_servers() {
     let queue = Queue::named("leaves_the_rest");
-    let first = Program::start(&queue, &["--prefetch", "10", "--delay", "1s"]);
+    let first = Program::start(&queue, &["--prefetch", "10", "--delay", "3s"]);
     let caller = calling(&queue, &["10", "20", "30"], "55\n6765\n832040\n");
     assert_eq!(first.next_line(), " [.] fib(10)");
     assert_eq!(first.stop(), [""; 0]);
@@ -90,7 +90,7 @@ fn a_killed_servers_request_is_answered_by_the_next_one_once() {
 fn three_servers_share_the_calls_fairly() {
     let queue = Queue::named("three");
     let servers: Vec<Program> =
-        (0..3).map(|_| Program::start(&queue, &["--delay", "100ms"])).collect();
+        (0..3).map(|_| Program::start(&queue, &["--delay", "200ms"])).collect();
     expect(&mut client(&queue, &["--repeat", "30", "10"]), 0, &"55\n".repeat(30), "");
     let shares: Vec<usize> = servers.into_iter().map(|server| server.stop().len()).collect();
     assert_eq!(shares.iter().sum::<usize>(), 30);

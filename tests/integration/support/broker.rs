@@ -1,5 +1,6 @@
 //! The broker of the tests: that of `AMQP_URL`, or a private node.
 
+use rpc_common::target::Target;
 use std::env;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
@@ -13,9 +14,34 @@ pub(crate) fn url() -> &'static str {
 }
 
 /// Host and port of the broker, as messages name it.
-pub(crate) fn authority() -> &'static str {
-    let authority = url().trim_start_matches("amqp://").trim_end_matches('/');
-    authority.rsplit('@').next().unwrap_or(authority).split('/').next().unwrap_or(authority)
+pub(crate) fn authority() -> String {
+    Target::parse(url()).expect("the broker's URL is well formed").to_string()
+}
+
+/// The broker's URL in parts: the user and password before the `@`, and the path behind the port.
+fn parts() -> (&'static str, &'static str) {
+    let rest = url().trim_start_matches("amqp://");
+    let (user_info, rest) = rest.rsplit_once('@').unwrap_or(("guest:guest", rest));
+    (user_info, rest.find('/').map_or("", |path| &rest[path..]))
+}
+
+/// The user and the password of the broker's URL, as they stand there.
+pub(crate) fn user_info() -> &'static str {
+    parts().0
+}
+
+/// The broker's URL with another host and port, or another user or path.
+pub(crate) fn url_with(
+    user_info: Option<&str>,
+    authority: Option<&str>,
+    path: Option<&str>,
+) -> String {
+    let user_info = user_info.unwrap_or_else(|| parts().0);
+    let path = path.unwrap_or_else(|| parts().1);
+    match authority {
+        Some(authority) => format!("amqp://{user_info}@{authority}{path}"),
+        None => format!("amqp://{user_info}@{}{path}", self::authority()),
+    }
 }
 
 struct Broker {

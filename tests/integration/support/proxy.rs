@@ -42,7 +42,7 @@ impl Proxy {
 
     /// The broker's URL, by way of this proxy.
     pub(crate) fn url(&self) -> String {
-        broker::url().replace(broker::authority(), &self.address.to_string())
+        broker::url_with(None, Some(&self.address.to_string()), None)
     }
 
     /// Breaks all connections.

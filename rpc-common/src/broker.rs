@@ -261,6 +261,14 @@ pub enum Error {
         /// What is wrong, without any part that can hold a password.
         reason: String,
     },
+    /// The file of the password is of no use: nothing was tried.
+    #[error("--password-file {file}: {reason}")]
+    PasswordFile {
+        /// The file, fit to be printed.
+        file: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// The host has no address.
     #[error("cannot resolve '{host}': {reason}: is the host name right?")]
     Resolve {
@@ -388,7 +396,7 @@ impl Error {
 impl Exit for Error {
     fn exit_code(&self) -> ExitCode {
         match self {
-            Error::Url { .. } => ExitCode::Usage,
+            Error::Url { .. } | Error::PasswordFile { .. } => ExitCode::Usage,
             _ => ExitCode::Unreachable,
         }
     }

@@ -36,7 +36,10 @@ pub enum ExitCode {
 pub const CLIENT: &[(ExitCode, &str)] = &[
     (ExitCode::Success, "every call was answered"),
     (ExitCode::RemoteError, "the server answered with an error, or with what is no answer"),
-    (ExitCode::Usage, "the command line, AMQP_URL, or a line of standard input is wrong"),
+    (
+        ExitCode::Usage,
+        "the command line, a file it names, AMQP_URL, or a line of standard input is wrong",
+    ),
     (ExitCode::Unreachable, "the broker was not reached or refused us: nothing was sent"),
     (ExitCode::NoServer, "nobody serves: the request queue does not exist, nothing ran"),
     (ExitCode::NoAnswer, "no answer before the deadline: it may or may not have run"),
@@ -49,7 +52,7 @@ pub const CLIENT: &[(ExitCode, &str)] = &[
 /// The exit codes of rpc-server and their meaning.
 pub const SERVER: &[(ExitCode, &str)] = &[
     (ExitCode::Success, "stopped gracefully, by SIGINT or SIGTERM"),
-    (ExitCode::Usage, "the command line, or AMQP_URL, is wrong"),
+    (ExitCode::Usage, "the command line, a file it names, or AMQP_URL is wrong"),
     (
         ExitCode::Unreachable,
         "trying again cannot help: credentials, vhost, permission, or a queue that cannot be had",

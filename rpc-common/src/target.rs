@@ -5,8 +5,9 @@ use crate::message::escape;
 use amiquip::{Auth, ConnectionOptions};
 use percent_encoding::percent_decode_str;
 use std::convert::Infallible;
-use std::env;
 use std::fmt::{self, Debug, Display};
+use std::path::{Path, PathBuf};
+use std::{env, fs};
 use url::{Host, ParseError, Url};
 
 const BAD_PASSWORD: &str = "bad port: is # / ? or @ in the password percent-encoded?";
@@ -24,6 +25,10 @@ pub struct BrokerOptions {
     #[arg(long, value_name = "URL", value_parser = secret)]
     url: Option<Secret<String>>,
 
+    /// The password, so that it stands in no argument list
+    #[arg(long, value_name = "FILE")]
+    password_file: Option<PathBuf>,
+
     /// AMQP heartbeat, 1 to 65535
     #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_HEARTBEAT, value_parser = clap::value_parser!(u16).range(1..))]
     heartbeat: u16,
@@ -34,7 +39,7 @@ impl BrokerOptions {
     /// warning, because `ps` shows it to everybody.
     ///
     /// # Errors
-    /// [`Error::Url`]
+    /// [`Error::Url`], [`Error::PasswordFile`]
     pub fn target(&self) -> Result<Target, Error> {
         let mut target = match &self.url {
             Some(url) => Target::parse(&url.0).map_err(|error| error.in_url("--url"))?,
@@ -42,6 +47,9 @@ impl BrokerOptions {
         };
         if self.url.is_some() && target.names_password {
             log::warn!("ps shows everybody the password in --url: put the URL into AMQP_URL");
+        }
+        if let Some(file) = &self.password_file {
+            target.take_password_of(file)?;
         }
         target.heartbeat = self.heartbeat;
         Ok(target)
@@ -136,6 +144,25 @@ impl Target {
             names_password: url.password().is_some(),
             heartbeat: DEFAULT_HEARTBEAT,
         })
+    }
+
+    /// Takes the password from a file; one newline at its end is not part of it.
+    fn take_password_of(&mut self, file: &Path) -> Result<(), Error> {
+        let wrong = |reason: &str| Error::PasswordFile {
+            file: escape(file.as_os_str().as_encoded_bytes()).to_string(),
+            reason: reason.into(),
+        };
+        match &mut self.auth.0 {
+            _ if self.names_password => Err(wrong("the URL has a password, too")),
+            Auth::External => Err(wrong("auth_mechanism=external takes no password")),
+            Auth::Plain { password, .. } => {
+                *password = fs::read_to_string(file).map_err(|error| wrong(&error.to_string()))?;
+                if password.ends_with('\n') {
+                    password.pop();
+                }
+                Ok(())
+            }
+        }
     }
 
     /// What amiquip's handshake has to know.

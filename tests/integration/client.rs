@@ -4,6 +4,8 @@ use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{bash, client, command, expect, Program};
 use amiquip::AmqpProperties;
 use rpc_common::fib::fib;
+use rustix::process::Signal;
+use std::os::unix::process::ExitStatusExt;
 
 #[test]
 fn one_call_prints_the_number_and_nothing_else() {
@@ -93,6 +95,17 @@ fn a_full_disk_is_an_error_of_its_own() {
     bash(&format!("rpc-client --queue {} 30 >/dev/full", &*queue)).code(6).stdout("").stderr(
         "rpc-client: cannot write to standard output: No space left on device (os error 28)\n",
     );
+}
+
+#[test]
+fn sigint_and_sigterm_end_it_at_once() {
+    let queue = Queue::transient("client_signals");
+    for signal in [Signal::INT, Signal::TERM] {
+        let mut call = Program::spawn("rpc-client", &["--queue", &queue, "30"]);
+        call.await_log("no server is consuming");
+        call.signal(signal);
+        assert_eq!(call.wait().signal(), Some(signal.as_raw()), "a shell adds 128 to it");
+    }
 }
 
 /// A foreign server answers with an id that is not ours, without one, and twice.

@@ -6,6 +6,7 @@ use crate::support::{broker, eventually};
 use amiquip::AmqpProperties;
 use rpc_common::exit;
 use std::net::{TcpListener, TcpStream};
+use std::path::Path;
 use std::{fs, thread};
 
 #[test]
@@ -109,6 +110,27 @@ fn a_password_in_an_argument_draws_a_warning() {
     expect(&mut client(&queue, &["--url", &url, "30"]), 0, "832040\n", warning);
     expect(&mut client(&queue, &["--url", &url, "30", "-q"]), 0, "832040\n", "");
     expect(client(&queue, &["30"]).env("AMQP_URL", &url), 0, "832040\n", "");
+}
+
+#[test]
+fn a_password_file_stands_in_for_the_password_of_the_url() {
+    let queue = Queue::named("password_file");
+    let (user, password) = broker::user_info().split_once(':').expect("both are in the URL");
+    let url = broker::url_with(Some(user), None, None);
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("password");
+    let name = file.to_str().expect("the target folder is UTF-8");
+    fs::write(&file, format!("{password}\n")).expect("there is room for it");
+    let _server = Program::start_at(&url, &queue, &["--password-file", name]);
+    let mut call = client(&queue, &["--password-file", name, "30"]);
+    expect(call.env("AMQP_URL", &url), 0, "832040\n", "");
+
+    let mut twice = client(&queue, &["--password-file", name, "30"]);
+    let stderr = format!("rpc-client: --password-file {name}: the URL has a password, too\n");
+    expect(twice.env("AMQP_URL", broker::url_with(None, None, None)), 2, "", &stderr);
+    let mut missing = client(&queue, &["--password-file", "/no/such/file", "30"]);
+    let stderr =
+        "rpc-client: --password-file /no/such/file: No such file or directory (os error 2)\n";
+    expect(missing.env("AMQP_URL", &url), 2, "", stderr);
 }
 
 #[test]

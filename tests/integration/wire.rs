@@ -112,6 +112,17 @@ fn a_request_that_cannot_be_answered_is_rejected_and_not_requeued() {
 }
 
 #[test]
+fn a_dead_letter_exchange_catches_what_cannot_be_answered() {
+    let dead_letters = Queue::transient("dead_letters");
+    let queue = Queue::named("with_dead_letters");
+    let peer = Peer::connect();
+    peer.declare_with_dead_letters(&queue, &dead_letters);
+    let _server = Program::start(&queue, &[]);
+    peer.publish(&queue, b"30", AmqpProperties::default());
+    assert_eq!(peer.take(&dead_letters).body, b"30");
+}
+
+#[test]
 fn a_caller_that_is_gone_is_logged_and_its_request_is_done() {
     let queue = Queue::named("caller_gone");
     let server = Program::start(&queue, &[]);

@@ -26,11 +26,23 @@ impl Peer {
     }
 
     pub(crate) fn declare(&self, queue: &str, durable: bool, queue_type: Option<&str>) {
-        let mut arguments = FieldTable::new();
-        if let Some(name) = queue_type {
-            arguments.insert("x-queue-type".into(), AmqpValue::LongString(name.into()));
+        let queue_type = queue_type.map(|name| ("x-queue-type", name));
+        self.declare_with(queue, durable, queue_type.as_slice());
+    }
+
+    /// What is rejected from the queue goes to another one.
+    pub(crate) fn declare_with_dead_letters(&self, queue: &str, dead_letters: &str) {
+        let to = [("x-dead-letter-exchange", ""), ("x-dead-letter-routing-key", dead_letters)];
+        self.declare_with(queue, false, &to);
+    }
+
+    fn declare_with(&self, queue: &str, durable: bool, arguments: &[(&str, &str)]) {
+        let mut table = FieldTable::new();
+        for (name, value) in arguments {
+            table.insert((*name).into(), AmqpValue::LongString((*value).into()));
         }
-        let options = QueueDeclareOptions { durable, arguments, ..QueueDeclareOptions::default() };
+        let options =
+            QueueDeclareOptions { durable, arguments: table, ..QueueDeclareOptions::default() };
         self.channel.queue_declare(queue, options).expect("the queue can be declared");
     }
 

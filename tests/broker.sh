@@ -89,6 +89,7 @@ run() {
 
     cat <&3 >/dev/null &
     stdin_pid=$!
+    echo "$stdin_pid" >>"$dir/pids"
     wait -n "$node_pid" "$stdin_pid" || true
     if ! kill -0 "$node_pid" 2>/dev/null; then
         tail -n 30 "$dir/node.out" >&2

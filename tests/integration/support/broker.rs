@@ -1,11 +1,14 @@
 //! The broker of the tests: that of `AMQP_URL`, or a private node.
 
+use rpc_common::broker::open;
+use rpc_common::deadline::Deadline;
 use rpc_common::target::Target;
 use std::env;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
+use std::time::Duration;
 
 /// The URL of the broker, which is started with the first call.
 pub(crate) fn url() -> &'static str {
@@ -54,6 +57,9 @@ struct Broker {
 impl Broker {
     fn start() -> Self {
         if let Some(url) = env::var("AMQP_URL").ok().filter(|url| !url.is_empty()) {
+            let target = Target::parse(&url).expect("AMQP_URL is well formed");
+            let opened = open(&target, "test", &Deadline::after(Duration::from_secs(10)));
+            assert!(opened.is_ok(), "the tests were pointed at the broker of AMQP_URL: {opened:?}");
             return Broker { url, _node: None };
         }
         let folder = env::temp_dir().join(format!("rpc-tests-{}", std::process::id()));

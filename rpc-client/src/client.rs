@@ -2,10 +2,10 @@
 
 use crate::calls::{Call, Calls, Returned};
 use crate::input::BadLine;
-use crate::session::{Counts, RawReply, Session};
+use crate::session::{RawReply, Session};
 use amiquip::Return;
 use crossbeam_channel::{bounded, never, select, Receiver};
-use rpc_common::broker;
+use rpc_common::broker::{self, Counts};
 use rpc_common::deadline::Deadline;
 use rpc_common::duration;
 use rpc_common::exit::{Exit, ExitCode};

@@ -15,4 +15,3 @@ mod session;
 mod summary;
 
 pub use client::{Client, Config, Error, Outcome, Request};
-pub use session::Counts;

@@ -75,7 +75,7 @@ pub(crate) struct Printer<W> {
     next: u64,
     /// The largest exit code so far.
     code: ExitCode,
-    /// The error that was said last, and is the same for every n.
+    /// The error that was said last.
     said: Option<String>,
     summary: Summary,
 }

@@ -2,11 +2,10 @@
 
 use crate::calls::Call;
 use amiquip::{
-    AmqpProperties, Channel, Connection, ConsumerMessage, ConsumerOptions, QueueDeclareOptions,
-    Return,
+    AmqpProperties, Channel, ConsumerMessage, ConsumerOptions, QueueDeclareOptions, Return,
 };
 use crossbeam_channel::{never, Receiver, RecvError};
-use rpc_common::broker::{self, Error, Link};
+use rpc_common::broker::{self, Counts, Error, Link};
 use rpc_common::deadline::{Deadline, Phase};
 use rpc_common::message::Request;
 use rpc_common::target::Target;
@@ -23,15 +22,6 @@ pub(crate) struct Session {
     /// The requests that found no queue.
     pub(crate) returns: Receiver<Return>,
     consumes: bool,
-}
-
-/// The request queue as it was seen last.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Counts {
-    /// Messages that wait to be delivered.
-    pub messages: u32,
-    /// Consumers, which are the workers of servers.
-    pub consumers: u32,
 }
 
 /// What a reply consists of on the wire.
@@ -93,22 +83,15 @@ impl Session {
         Ok(())
     }
 
-    /// How many messages and consumers the request queue has; none if it cannot be seen.
-    ///
-    /// Looked at on a channel of its own, because that is closed where there is no queue.
+    /// The request queue as it is; none if it cannot be seen.
     pub(crate) fn look(
         &mut self,
         queue: &str,
         deadline: &Deadline,
     ) -> Result<Option<Counts>, Error> {
-        let channel = self.link.open_channel(deadline)?;
-        let look = move |_: &mut Connection| {
-            let queue = channel.queue_declare_passive(queue)?;
-            Ok((queue.declared_message_count(), queue.declared_consumer_count()))
-        };
-        match self.link.within(deadline, Phase::Declare, look) {
-            Ok((Some(messages), Some(consumers))) => Ok(Some(Counts { messages, consumers })),
-            Ok(_) | Err(Error::ChannelClosed { .. } | Error::Refused { .. }) => Ok(None),
+        match self.link.look(queue, deadline) {
+            Ok(counts) => Ok(Some(counts)),
+            Err(Error::ChannelClosed { .. } | Error::Refused { .. }) => Ok(None),
             Err(error) => Err(error),
         }
     }
@@ -118,21 +101,10 @@ impl Session {
         &mut self,
         got: Result<ConsumerMessage, RecvError>,
     ) -> Result<RawReply, Error> {
-        match got {
-            Ok(ConsumerMessage::Delivery(delivery)) => Ok((delivery.properties, delivery.body)),
-            Ok(ConsumerMessage::ServerCancelled) => {
-                Err(self.link.lost("the reply queue was deleted"))
-            }
-            Ok(
-                ConsumerMessage::ServerClosedChannel(error)
-                | ConsumerMessage::ServerClosedConnection(error),
-            ) => Err(self.link.explain(error)),
-            Ok(ConsumerMessage::ClientCancelled | ConsumerMessage::ClientClosedChannel) => {
-                Err(self.link.lost("the channel is closed"))
-            }
-            Ok(ConsumerMessage::ClientClosedConnection) | Err(RecvError) => {
-                Err(self.link.explain(amiquip::Error::EventLoopDropped))
-            }
+        match broker::delivery(got) {
+            Ok(Some(delivery)) => Ok((delivery.properties, delivery.body)),
+            Ok(None) => Err(self.link.lost("the reply queue was deleted")),
+            Err(error) => Err(self.link.explain(error)),
         }
     }
 }

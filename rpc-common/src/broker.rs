@@ -8,9 +8,11 @@ use crate::exit::{Exit, ExitCode};
 use crate::message::escape;
 use crate::stream::{Stream, FRAME_MAX};
 use crate::target::Target;
-use amiquip::{Channel, Connection, ConnectionBlockedNotification, ConnectionTuning};
+use amiquip::{
+    Channel, Connection, ConnectionBlockedNotification, ConnectionTuning, ConsumerMessage, Delivery,
+};
 use backon::{BackoffBuilder, ExponentialBuilder};
-use crossbeam_channel::{Receiver, RecvTimeoutError};
+use crossbeam_channel::{Receiver, RecvError, RecvTimeoutError};
 use socket2::{SockRef, TcpKeepalive};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
@@ -193,6 +195,24 @@ impl Link {
         self.within(deadline, Phase::Channel, |connection| connection.open_channel(None))
     }
 
+    /// Looks at a queue, by a passive declaration on a channel of its own: where there is none, the
+    /// broker closes that channel.
+    ///
+    /// # Errors
+    /// [`Error::ChannelClosed`] with [`NOT_FOUND`] where there is no such queue; else as
+    /// [`Link::within`].
+    pub fn look(&mut self, queue: &str, deadline: &Deadline) -> Result<Counts, Error> {
+        let channel = self.open_channel(deadline)?;
+        // The channel moves in, so that its close is bounded by the deadline, too.
+        self.within(deadline, Phase::Declare, move |_| {
+            let queue = channel.queue_declare_passive(queue)?; // whose answer always has both counts
+            Ok(Counts {
+                messages: queue.declared_message_count().unwrap_or_default(),
+                consumers: queue.declared_consumer_count().unwrap_or_default(),
+            })
+        })
+    }
+
     /// What the broker says of the connection as a whole. The receiver is disconnected when the
     /// connection ends, which makes it the one place to learn of that.
     ///
@@ -249,6 +269,39 @@ impl Drop for Link {
         let _ = self.close();
     }
 }
+
+/// What a consumer got: a delivery, or none when the broker has cancelled the consumer, which it does
+/// when the queue is deleted.
+///
+/// # Errors
+/// How the channel or the connection ended.
+pub fn delivery(got: Result<ConsumerMessage, RecvError>) -> amiquip::Result<Option<Delivery>> {
+    match got {
+        Ok(ConsumerMessage::Delivery(delivery)) => Ok(Some(delivery)),
+        Ok(ConsumerMessage::ServerCancelled) => Ok(None),
+        Ok(
+            ConsumerMessage::ServerClosedChannel(error)
+            | ConsumerMessage::ServerClosedConnection(error),
+        ) => Err(error),
+        Ok(ConsumerMessage::ClientCancelled | ConsumerMessage::ClientClosedChannel) => {
+            Err(amiquip::Error::ClientClosedChannel)
+        }
+        Ok(ConsumerMessage::ClientClosedConnection) => Err(amiquip::Error::ClientClosedConnection),
+        Err(RecvError) => Err(amiquip::Error::EventLoopDropped),
+    }
+}
+
+/// A queue as it was seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counts {
+    /// Messages that wait to be delivered.
+    pub messages: u32,
+    /// Consumers, which are the workers of servers.
+    pub consumers: u32,
+}
+
+/// Reply code of AMQP 0-9-1: there is no such queue.
+pub const NOT_FOUND: u16 = 404;
 
 /// What can go wrong between a program and the broker.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -1,7 +1,7 @@
 //! The request queue: adopted as it is where it exists, declared where it does not.
 
 use amiquip::{AmqpValue, FieldTable, QueueDeclareOptions};
-use rpc_common::broker::{Error, Link};
+use rpc_common::broker::{Error, Link, NOT_FOUND};
 use rpc_common::deadline::{Deadline, Phase};
 
 /// The **queue type** is how the request queue is declared, should it not exist.
@@ -21,8 +21,6 @@ pub enum QueueType {
 /// How often a declaration may lose the race against another one before we give up.
 const ATTEMPTS: u32 = 5;
 
-/// Reply code of AMQP 0-9-1: there is no such queue.
-pub(crate) const NOT_FOUND: u16 = 404;
 /// Reply code of AMQP 0-9-1: the queue is another one than declared; or an acknowledgement came too late.
 pub(crate) const PRECONDITION_FAILED: u16 = 406;
 
@@ -40,8 +38,8 @@ pub(crate) fn ensure(
     let mut attempts = 0;
     loop {
         attempts += 1;
-        match look(link, queue, deadline) {
-            Ok(()) => {
+        match link.look(queue, deadline) {
+            Ok(_) => {
                 log::info!("adopted queue '{queue}' as it is");
                 return Ok(());
             }
@@ -70,13 +68,6 @@ pub(crate) fn forbids_transient(error: &Error) -> bool {
     matches!(error, Error::Lost { reason, .. } if reason.contains("transient_nonexcl_queues"))
 }
 
-/// Declares passively, on a channel of its own because a miss closes the channel.
-fn look(link: &mut Link, queue: &str, deadline: &Deadline) -> Result<(), Error> {
-    let channel = link.open_channel(deadline)?;
-    // The channel is closed before the time is up, too.
-    link.within(deadline, Phase::Declare, move |_| channel.queue_declare_passive(queue).map(drop))
-}
-
 fn declare(
     link: &mut Link,
     queue: &str,
@@ -90,6 +81,7 @@ fn declare(
     let durable = matches!(queue_type, QueueType::Classic | QueueType::Quorum);
     let options = QueueDeclareOptions { durable, arguments, ..QueueDeclareOptions::default() };
     let channel = link.open_channel(deadline)?;
+    // The channel moves in, so that its close is bounded by the deadline, too.
     link.within(deadline, Phase::Declare, move |_| channel.queue_declare(queue, options).map(drop))
 }
 

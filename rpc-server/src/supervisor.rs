@@ -1,12 +1,12 @@
 //! The supervisor: keeps the connection, the request queue and the workers' channels alive.
 
 use crate::handler::Handler;
-use crate::queue::{self, QueueType, NOT_FOUND, PRECONDITION_FAILED};
+use crate::queue::{self, QueueType, PRECONDITION_FAILED};
 use crate::signals::Stop;
 use crate::worker::{Because, Lease, Need, Worker};
 use amiquip::ConnectionBlockedNotification;
 use crossbeam_channel::{select_biased, unbounded, Receiver, Sender};
-use rpc_common::broker::{self, Error, Link};
+use rpc_common::broker::{self, Error, Link, NOT_FOUND};
 use rpc_common::deadline::Deadline;
 use rpc_common::message::escape;
 use rpc_common::target::Target;

@@ -6,6 +6,7 @@ use crate::handler::{self, Handler};
 use crate::signals::Stop;
 use amiquip::{Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery, Return};
 use crossbeam_channel::{bounded, never, select_biased, Sender};
+use rpc_common::broker;
 use rpc_common::deadline::Deadline;
 use rpc_common::message::{encode_reply, escape, Request};
 use std::collections::VecDeque;
@@ -130,27 +131,14 @@ impl Worker<'_> {
                     Ok(reply) => log_return(&reply),
                     Err(_) => returns = never(), // the channel has ended: the consumer says how
                 },
-                recv(consumer.receiver()) -> message => match message {
-                    Ok(ConsumerMessage::Delivery(delivery)) => {
-                        let arrived = arrivals.pop_front().unwrap_or_else(Instant::now);
-                        self.step(channel, &consumer, delivery, arrived)?;
-                    }
-                    Ok(ConsumerMessage::ServerCancelled) => {
+                recv(consumer.receiver()) -> got => {
+                    let Some(delivery) = broker::delivery(got)? else {
                         mem::forget(consumer); // it would cancel itself once more, and wait for that
                         return Ok(End::Cancelled);
-                    }
-                    Ok(
-                        ConsumerMessage::ServerClosedChannel(error)
-                        | ConsumerMessage::ServerClosedConnection(error),
-                    ) => return Err(error),
-                    Ok(ConsumerMessage::ClientCancelled | ConsumerMessage::ClientClosedChannel) => {
-                        return Err(amiquip::Error::ClientClosedChannel)
-                    }
-                    Ok(ConsumerMessage::ClientClosedConnection) => {
-                        return Err(amiquip::Error::ClientClosedConnection)
-                    }
-                    Err(_) => return Err(amiquip::Error::EventLoopDropped),
-                },
+                    };
+                    let arrived = arrivals.pop_front().unwrap_or_else(Instant::now);
+                    self.step(channel, &consumer, delivery, arrived)?;
+                }
             }
         }
     }

@@ -5,7 +5,7 @@ use amiquip::{
     AmqpProperties, AmqpValue, Channel, Delivery, FieldTable, Publish, QueueDeclareOptions,
     QueueDeleteOptions,
 };
-use rpc_common::broker::{open, Link};
+use rpc_common::broker::{open, Counts, Link};
 use rpc_common::deadline::Deadline;
 use rpc_common::target::Target;
 use std::ops::Deref;
@@ -54,19 +54,16 @@ impl Peer {
 
     /// How many messages wait in the queue; None if it does not exist.
     pub(crate) fn depth(&mut self, queue: &str) -> Option<u32> {
-        self.counts(queue).map(|(messages, _)| messages)
+        self.counts(queue).map(|counts| counts.messages)
     }
 
     /// How many consumers the queue has; None if it does not exist.
     pub(crate) fn consumers(&mut self, queue: &str) -> Option<u32> {
-        self.counts(queue).map(|(_, consumers)| consumers)
+        self.counts(queue).map(|counts| counts.consumers)
     }
 
-    fn counts(&mut self, queue: &str) -> Option<(u32, u32)> {
-        let channel =
-            self.link.open_channel(&Deadline::after(PATIENCE)).expect("there are channels");
-        let found = channel.queue_declare_passive(queue).ok()?;
-        Some((found.declared_message_count()?, found.declared_consumer_count()?))
+    fn counts(&mut self, queue: &str) -> Option<Counts> {
+        self.link.look(queue, &Deadline::after(PATIENCE)).ok()
     }
 
     /// Waits for a message, and acknowledges it.

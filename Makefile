@@ -23,17 +23,16 @@ check: setup-build ## formatting, lints and documentation, warnings as errors
 	cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
 	$(CARGO_DOC)
 
-test: check setup-broker setup-peers ## check, then all tests on a private RabbitMQ (or on that of AMQP_URL)
+test: check setup-broker setup-peers ## check, then all tests on private RabbitMQ nodes (or on that of AMQP_URL)
 	cargo test --workspace --locked
 
 test-fast: check setup-broker ## the same without the peers in other languages, for the daily loop
 	cargo test --workspace --locked -- --skip peers::
 
-demo: build setup-broker ## start a broker and a server, ask for fib(30), show the answer, stop both
+demo: build $(if $(AMQP_URL),,setup-broker) ## start a broker and a server, ask for fib(30), show the answer, stop both
 	tests/demo.sh $(TARGET)/release
 
-broker: ## start a private RabbitMQ to play with, and print its URL (PORT=5672 for the default one)
-	@AMQP_URL= tests/setup.sh broker
+broker: setup-broker ## start a private RabbitMQ to play with, and print its URL (PORT=5672 for the default one)
 	@url=$$(tests/broker.sh start "$(BROKER_DIR)" $(PORT)) && echo "export AMQP_URL=$$url"
 
 broker-stop: ## stop that RabbitMQ

@@ -3,13 +3,16 @@
 #   tests/broker.sh run DIR [PORT]     prints its URL when it is ready; runs until standard input ends
 #   tests/broker.sh start DIR [PORT]   the same in the background, until `stop`
 #   tests/broker.sh stop DIR
+#   tests/broker.sh ctl DIR ARGUMENT...   rabbitmqctl on that node
+# NODE_PLUGINS are the plugins to enable, with commas between them.
 # Whoever runs a node holds the other end of its standard input: when that process ends, however it
 # ends, the node is stopped and DIR removed. Started in the background it runs until it is stopped.
 set -euo pipefail
 
 die() { echo "broker.sh: $*" >&2; exit 1; }
 
-server=/usr/lib/rabbitmq/bin/rabbitmq-server # not the wrapper on the PATH, which changes user
+server=/usr/lib/rabbitmq/bin/rabbitmq-server # not the wrappers on the PATH, which change user
+rabbitmqctl=/usr/lib/rabbitmq/bin/rabbitmqctl
 boot_deadline=120                            # seconds
 
 is_open() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
@@ -56,7 +59,7 @@ run() {
     ports=$(free_ports)
     port=${1:-$ports} epmd_port=$((ports + 1)) dist_port=$((ports + 2))
     is_open "$port" && die "port $port is in use"
-    echo '[].' >"$dir/enabled_plugins"
+    echo "[${NODE_PLUGINS:-}]." >"$dir/enabled_plugins"
     cat >"$dir/rabbitmq.conf" <<-EOF
 	listeners.tcp.1 = 127.0.0.1:$port
 	listeners.tcp.2 = ::1:$port
@@ -65,6 +68,8 @@ run() {
     [ -e /proc/net/if_inet6 ] || sed -i '/::1/d' "$dir/rabbitmq.conf"
 
     # Erlang finds its cookie below HOME and its epmd by the port; the rest is RabbitMQ's.
+    printf '%s\n' "HOME=$dir" "ERL_EPMD_PORT=$epmd_port" "RABBITMQ_NODENAME=rpc-$port@localhost" \
+        RABBITMQ_CONF_ENV_FILE=/dev/null >"$dir/ctl.env"
     export HOME=$dir ERL_EPMD_PORT=$epmd_port ERL_EPMD_ADDRESS=127.0.0.1 \
         RABBITMQ_NODENAME="rpc-$port@localhost" RABBITMQ_DIST_PORT=$dist_port \
         RABBITMQ_CONFIG_FILE=$dir/rabbitmq.conf RABBITMQ_ADVANCED_CONFIG_FILE=$dir/none \
@@ -95,6 +100,12 @@ run() {
         tail -n 30 "$dir/node.out" >&2
         die "the node ended by itself: see above"
     fi
+}
+
+ctl() {
+    [ -s "$dir/ctl.env" ] || die "no node runs in $dir"
+    mapfile -t environment <"$dir/ctl.env"
+    env "${environment[@]}" "$rabbitmqctl" --quiet "$@"
 }
 
 # A process id may be somebody else's by now: ours has the folder among its arguments.
@@ -132,12 +143,12 @@ stop() {
     rm -rf "$dir" "$dir".{stdin,url,err}
 }
 
-[ $# -ge 2 ] || die "usage: broker.sh run|start|stop DIR [PORT]"
+[ $# -ge 2 ] || die "usage: broker.sh run|start|stop|ctl DIR [PORT or ARGUMENT...]"
 command=$1
 mkdir -p "$(dirname "$2")"
 dir=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")
 shift 2
 case $command in
-    run | start | stop) "$command" "$@" ;;
+    run | start | stop | ctl) "$command" "$@" ;;
     *) die "unknown command '$command'" ;;
 esac

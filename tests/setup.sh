@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs what is missing, from the distribution's packages; says what and why; starts no service.
 #   tests/setup.sh build     what the compiler needs
-#   tests/setup.sh broker    RabbitMQ, for a private node (nothing where AMQP_URL names a broker)
+#   tests/setup.sh broker    RabbitMQ, for private nodes
 #   tests/setup.sh peers     the tutorial's other languages, and in target/peers their AMQP libraries
 set -eu
 
@@ -55,10 +55,10 @@ release_services() {
 build() {
     command -v cargo >/dev/null || die "no cargo: install Rust from https://rustup.rs first"
     command -v cc >/dev/null || apt_install "Rust links with the C compiler's linker" gcc libc6-dev
+    pkg-config --exists openssl 2>/dev/null || apt_install "TLS to the broker" libssl-dev pkg-config
 }
 
 broker() {
-    [ -z "${AMQP_URL:-}" ] || return 0
     [ ! -x /usr/lib/rabbitmq/bin/rabbitmq-server ] || return 0
     hold_services_back
     apt_install "the broker that carries the calls; only private nodes of ours run, no service" rabbitmq-server

@@ -6,8 +6,9 @@
 use crate::deadline::{Deadline, Expired, Phase};
 use crate::exit::{Exit, ExitCode};
 use crate::message::escape;
-use crate::stream::{Stream, FRAME_MAX};
+use crate::stream::{Stream, Transport, FRAME_MAX};
 use crate::target::Target;
+use crate::tls;
 use amiquip::{
     Channel, Connection, ConnectionBlockedNotification, ConnectionTuning, ConsumerMessage, Delivery,
 };
@@ -57,15 +58,17 @@ pub struct Link {
     target: Target,
 }
 
-/// Opens a connection as `program` says it is: resolve, connect, handshake, each in what is left of
-/// the deadline.
+/// Opens a connection as `program` says it is: resolve, connect, TLS if the URL asks for it, handshake,
+/// each in what is left of the deadline.
 ///
 /// # Errors
 /// Any [`Error`] but [`Error::Url`].
 pub fn open(target: &Target, program: &str, deadline: &Deadline) -> Result<Link, Error> {
     let addresses = resolve(target, deadline)?;
     let stream = connect(target, &addresses, deadline)?;
-    let (socket, stream) = prepare(stream).map_err(|error| unreachable(target, &error))?;
+    let socket = prepare(&stream).map_err(|error| unreachable(target, &error))?;
+    let transport = secure(target, stream, &socket, deadline)?;
+    let stream = Stream::new(transport).map_err(|error| unreachable(target, &error))?;
     let opening = deadline.guard(&socket, || {
         Connection::insecure_open_stream(
             stream,
@@ -79,7 +82,7 @@ pub fn open(target: &Target, program: &str, deadline: &Deadline) -> Result<Link,
             Ok(Link { connection: Some(connection), socket: socket.into(), target: target.clone() })
         }
         Ok(Err(error)) => Err(match Error::of(error, target) {
-            Error::Lost { target, reason } => Error::Unreachable { target, reason },
+            Error::Lost { target, reason } => Error::Handshake { target, reason },
             error => error,
         }),
         Err(Expired) => Err(Error::timed_out(Phase::Handshake, target, deadline)),
@@ -134,18 +137,38 @@ fn connect(
 }
 
 /// Sets the socket's options, and splits off the handle by which it can be shut down.
-fn prepare(stream: TcpStream) -> io::Result<(TcpStream, Stream)> {
+fn prepare(stream: &TcpStream) -> io::Result<TcpStream> {
     stream.set_nodelay(true)?;
-    SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE))?;
-    Ok((stream.try_clone()?, Stream::plain(stream)?))
+    SockRef::from(stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE))?;
+    stream.try_clone()
+}
+
+/// The TLS handshake, where the URL asks for it.
+fn secure(
+    target: &Target,
+    stream: TcpStream,
+    socket: &TcpStream,
+    deadline: &Deadline,
+) -> Result<Transport, Error> {
+    let Some(files) = &target.tls else { return Ok(Transport::Plain(stream)) };
+    let connector = files.connector()?;
+    match deadline.guard(socket, || tls::handshake(&connector, &target.host, stream)) {
+        Ok(Ok(stream)) => Ok(Transport::Tls(stream)),
+        Ok(Err(reason)) => Err(Error::Tls { target: target.to_string(), reason }),
+        Err(Expired) => Err(Error::timed_out(Phase::Tls, target, deadline)),
+    }
 }
 
 fn unreachable(target: &Target, error: &io::Error) -> Error {
-    let reason = match error.kind().to_string() {
-        kind if kind == "uncategorized error" => error.to_string(),
-        kind => kind, // "connection refused", without the number of the system's error
-    };
-    Error::Unreachable { target: target.to_string(), reason }
+    Error::Unreachable { target: target.to_string(), reason: in_words(error) }
+}
+
+/// A system's error without its number: "connection refused".
+fn in_words(error: &io::Error) -> String {
+    match error.kind().to_string() {
+        kind if error.raw_os_error().is_some() && kind != "uncategorized error" => kind,
+        _ => error.to_string(),
+    }
 }
 
 /// Who we are in the broker's list of connections: amiquip lets us set no other client property.
@@ -314,9 +337,11 @@ pub enum Error {
         /// What is wrong, without any part that can hold a password.
         reason: String,
     },
-    /// The file of the password is of no use: nothing was tried.
-    #[error("--password-file {file}: {reason}")]
-    PasswordFile {
+    /// A file that an option names is of no use: nothing was tried.
+    #[error("{option} {file}: {reason}")]
+    File {
+        /// The option.
+        option: &'static str,
         /// The file, fit to be printed.
         file: String,
         /// What is wrong.
@@ -338,13 +363,29 @@ pub enum Error {
         /// What the system said.
         reason: String,
     },
+    /// The TLS handshake failed.
+    #[error("no TLS with {target}: {reason}")]
+    Tls {
+        /// Host and port.
+        target: String,
+        /// What is wrong, and what can be done about it.
+        reason: String,
+    },
+    /// The AMQP handshake failed.
+    #[error("no AMQP with {target}: {reason}")]
+    Handshake {
+        /// Host and port.
+        target: String,
+        /// What is wrong, and what can be done about it.
+        reason: String,
+    },
     /// The broker dropped the connection when it had seen who we are.
-    #[error("{target} refused user '{user}': is the password right?")]
+    #[error("{target} refused {who} right?")]
     Credentials {
         /// Host and port.
         target: String,
-        /// The user of the URL.
-        user: String,
+        /// Who we said we are, and what proves it.
+        who: String,
     },
     /// The broker refused what we asked for: a vhost, a queue, a permission.
     #[error("{target} refused: {reason}")]
@@ -400,10 +441,10 @@ impl Error {
     /// What an error of amiquip's means, when it was met at `target`.
     #[must_use]
     pub fn of(error: amiquip::Error, target: &Target) -> Self {
-        let (target, user) = (target.to_string(), target.user.clone());
+        let (target, who) = (target.to_string(), target.who());
         let refused = |code| REFUSALS.contains(&code);
         match error {
-            amiquip::Error::InvalidCredentials => Error::Credentials { target, user },
+            amiquip::Error::InvalidCredentials => Error::Credentials { target, who },
             amiquip::Error::ExhaustedChannelIds => Error::TooManyChannels { target },
             amiquip::Error::ServerClosedConnection { code, message }
             | amiquip::Error::ServerClosedChannel { code, message, .. }
@@ -418,6 +459,13 @@ impl Error {
             },
             amiquip::Error::ServerClosedConnection { message, .. } => {
                 Error::Lost { target, reason: escape(message.as_bytes()).to_string() }
+            }
+            amiquip::Error::UnexpectedSocketClose => {
+                Error::Lost { target, reason: "the broker closed it".into() }
+            }
+            amiquip::Error::IoErrorReadingSocket { source }
+            | amiquip::Error::IoErrorWritingSocket { source } => {
+                Error::Lost { target, reason: escape(in_words(&source).as_bytes()).to_string() }
             }
             // Of amiquip's other errors none that we can meet holds a URL, but some hold a peer's words.
             other => {
@@ -449,7 +497,7 @@ impl Error {
 impl Exit for Error {
     fn exit_code(&self) -> ExitCode {
         match self {
-            Error::Url { .. } | Error::PasswordFile { .. } => ExitCode::Usage,
+            Error::Url { .. } | Error::File { .. } => ExitCode::Usage,
             _ => ExitCode::Unreachable,
         }
     }

@@ -75,6 +75,8 @@ pub enum Phase {
     Resolve,
     /// Opening the TCP connection.
     Connect,
+    /// The TLS handshake.
+    Tls,
     /// The AMQP handshake, from the protocol header to connection.open-ok.
     Handshake,
     /// Opening a channel.
@@ -90,6 +92,7 @@ impl Display for Phase {
         f.write_str(match self {
             Phase::Resolve => "resolving the host name",
             Phase::Connect => "opening the TCP connection",
+            Phase::Tls => "the TLS handshake",
             Phase::Handshake => "the AMQP handshake",
             Phase::Channel => "opening a channel",
             Phase::Declare => "declaring a queue",

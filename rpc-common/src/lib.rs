@@ -13,3 +13,4 @@ pub mod logging;
 pub mod message;
 mod stream;
 pub mod target;
+mod tls;

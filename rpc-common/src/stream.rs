@@ -1,12 +1,16 @@
 //! The stream under amiquip: checks the sizes that a peer announces before amiquip believes them.
 //!
 //! amiquip reserves memory for whatever a frame or a body claims to hold, up to an abort of the
-//! process. So every byte read passes [`FrameCheck`] first. TLS will be a second kind of [`Stream`].
+//! process. So every byte read passes [`FrameCheck`] first.
 
+use crate::tls;
 use amiquip::IoStream;
+use mio::unix::EventedFd;
 use mio::{Evented, Poll, PollOpt, Ready, Token};
-use std::io::{self, Read, Write};
+use native_tls::TlsStream;
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
+use std::os::fd::AsRawFd;
 
 /// The largest frame that we negotiate, in bytes; RabbitMQ's default.
 pub(crate) const FRAME_MAX: u32 = 131_072;
@@ -14,23 +18,41 @@ pub(crate) const FRAME_MAX: u32 = 131_072;
 /// The largest body that RabbitMQ can be configured to carry, in bytes.
 const BODY_MAX: u64 = 512 << 20;
 
-/// A connected socket that amiquip's I/O loop can poll.
+/// What bytes pass through to the peer and back.
+pub(crate) enum Transport {
+    Plain(TcpStream),
+    Tls(TlsStream<TcpStream>),
+}
+
+impl Transport {
+    fn socket(&self) -> &TcpStream {
+        match self {
+            Transport::Plain(socket) => socket,
+            Transport::Tls(stream) => stream.get_ref(),
+        }
+    }
+}
+
+/// A connection that amiquip's I/O loop can poll.
 pub(crate) struct Stream {
-    socket: mio::net::TcpStream,
+    transport: Transport,
     check: FrameCheck,
 }
 
 impl Stream {
-    /// Hands a connected socket to the I/O loop; it becomes non-blocking.
-    pub(crate) fn plain(socket: TcpStream) -> io::Result<Self> {
-        let socket = mio::net::TcpStream::from_stream(socket)?;
-        Ok(Stream { socket, check: FrameCheck::default() })
+    /// Hands a connection to the I/O loop; it becomes non-blocking.
+    pub(crate) fn new(transport: Transport) -> io::Result<Self> {
+        transport.socket().set_nonblocking(true)?;
+        Ok(Stream { transport, check: FrameCheck::default() })
     }
 }
 
 impl Read for Stream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let count = self.socket.read(buffer)?;
+        let count = match &mut self.transport {
+            Transport::Plain(socket) => socket.read(buffer)?,
+            Transport::Tls(stream) => stream.read(buffer).or_else(tls::explain)?,
+        };
         self.check.see(&buffer[..count])?;
         Ok(count)
     }
@@ -38,25 +60,40 @@ impl Read for Stream {
 
 impl Write for Stream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.socket.write(bytes)
+        match &mut self.transport {
+            Transport::Plain(socket) => socket.write(bytes),
+            Transport::Tls(stream) => stream.write(bytes).or_else(|error| match error.kind() {
+                // A broker that refuses our certificate says so and hangs up: what it said is still
+                // to be read when writing fails.
+                ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => {
+                    let cause = stream.read(&mut [0]).or_else(tls::explain).err();
+                    Err(cause.filter(|cause| cause.kind() == ErrorKind::Other).unwrap_or(error))
+                }
+                _ => tls::explain(error),
+            }),
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.socket.flush()
+        match &mut self.transport {
+            Transport::Plain(socket) => socket.flush(),
+            Transport::Tls(stream) => stream.flush(),
+        }
     }
 }
 
+// The loop reads and writes until it would block, so that what TLS holds decrypted is never forgotten.
 impl Evented for Stream {
     fn register(&self, poll: &Poll, token: Token, ready: Ready, opts: PollOpt) -> io::Result<()> {
-        self.socket.register(poll, token, ready, opts)
+        EventedFd(&self.transport.socket().as_raw_fd()).register(poll, token, ready, opts)
     }
 
     fn reregister(&self, poll: &Poll, token: Token, ready: Ready, opts: PollOpt) -> io::Result<()> {
-        self.socket.reregister(poll, token, ready, opts)
+        EventedFd(&self.transport.socket().as_raw_fd()).reregister(poll, token, ready, opts)
     }
 
     fn deregister(&self, poll: &Poll) -> io::Result<()> {
-        self.socket.deregister(poll)
+        EventedFd(&self.transport.socket().as_raw_fd()).deregister(poll)
     }
 }
 
@@ -68,6 +105,8 @@ impl IoStream for Stream {}
 const FRAME_HEADER: usize = 7;
 const CONTENT_HEADER: usize = FRAME_HEADER + 12;
 const TYPE_CONTENT_HEADER: u8 = 2;
+/// How a TLS record with an alert begins (RFC 8446, 5.1), the answer to what is no TLS.
+const TLS_ALERT: [u8; 2] = [21, 3];
 const TYPES: [u8; 4] = [1, TYPE_CONTENT_HEADER, 3, 8];
 
 /// Follows the frames in a stream of bytes, in whatever pieces they come.
@@ -121,8 +160,11 @@ impl FrameCheck {
     }
 
     fn check_frame(&self) -> io::Result<()> {
+        if self.head.starts_with(&TLS_ALERT) {
+            return invalid("the peer speaks TLS: is the URL to be amqps://?".into());
+        }
         if !TYPES.contains(&self.head[0]) {
-            return invalid("the peer does not speak AMQP 0-9-1".into());
+            return invalid("the peer does not speak AMQP 0-9-1: is that RabbitMQ's port?".into());
         }
         match self.payload_len() {
             len if len > FRAME_MAX => invalid(format!("the peer announced a frame of {len} bytes")),
@@ -143,7 +185,7 @@ impl FrameCheck {
 }
 
 fn invalid(reason: String) -> io::Result<()> {
-    Err(io::Error::new(io::ErrorKind::InvalidData, reason))
+    Err(io::Error::new(ErrorKind::InvalidData, reason))
 }
 
 #[cfg(test)]
@@ -166,8 +208,13 @@ mod tests {
 
     #[test]
     fn what_cannot_be_is_refused_by_name() {
-        assert_eq!(error(b"HTTP/1.1 400"), "the peer does not speak AMQP 0-9-1");
-        assert_eq!(error(b"AMQP\0\0\x09\x01"), "the peer does not speak AMQP 0-9-1");
+        assert_eq!(
+            error(b"HTTP/1.1 400"),
+            "the peer does not speak AMQP 0-9-1: is that RabbitMQ's port?"
+        );
+        assert_eq!(error(b"AMQP\0\0\x09\x01"), error(b"HTTP/1.1 400"));
+        let alert = [21, 3, 3, 0, 2, 2, 70];
+        assert_eq!(error(&alert), "the peer speaks TLS: is the URL to be amqps://?");
         let huge = [1, 0, 0, 0xff, 0xff, 0xff, 0xff];
         assert_eq!(error(&huge), "the peer announced a frame of 4294967295 bytes");
         assert_eq!(

@@ -2,6 +2,7 @@
 
 use crate::broker::Error;
 use crate::message::escape;
+use crate::tls::{self, TlsFiles};
 use amiquip::{Auth, ConnectionOptions};
 use percent_encoding::percent_decode_str;
 use std::convert::Infallible;
@@ -12,15 +13,17 @@ use url::{Host, ParseError, Url};
 
 const BAD_PASSWORD: &str = "bad port: is # / ? or @ in the password percent-encoded?";
 const FORM: &str = "not of the form amqp://user:password@host:port/vhost";
+const NO_TLS: &str = "--ca-file, --cert-file and --key-file go with amqps:// only";
 const DEFAULT_URL: &str = "amqp://localhost";
 const DEFAULT_PORT: u16 = 5672;
+const DEFAULT_TLS_PORT: u16 = 5671;
 const DEFAULT_HEARTBEAT: u16 = 10;
 
 /// The options of both programs that say where the broker is.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Broker")]
 pub struct BrokerOptions {
-    /// amqp://user:password@host:port/vhost [env: AMQP_URL, else amqp://localhost]
+    /// amqp(s)://user:password@host:port/vhost [env: AMQP_URL, else amqp://localhost]
     // Not clap's `env`, and parsed after clap: it would print the value, password and all.
     #[arg(long, value_name = "URL", value_parser = secret)]
     url: Option<Secret<String>>,
@@ -28,6 +31,9 @@ pub struct BrokerOptions {
     /// The password, so that it stands in no argument list
     #[arg(long, value_name = "FILE")]
     password_file: Option<PathBuf>,
+
+    #[command(flatten)]
+    tls: TlsFiles,
 
     /// AMQP heartbeat, 1 to 65535
     #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_HEARTBEAT, value_parser = clap::value_parser!(u16).range(1..))]
@@ -39,17 +45,24 @@ impl BrokerOptions {
     /// warning, because `ps` shows it to everybody.
     ///
     /// # Errors
-    /// [`Error::Url`], [`Error::PasswordFile`]
+    /// [`Error::Url`], [`Error::File`]
     pub fn target(&self) -> Result<Target, Error> {
-        let mut target = match &self.url {
-            Some(url) => Target::parse(&url.0).map_err(|error| error.in_url("--url"))?,
-            None => Target::from_env()?,
+        let (mut target, origin) = match &self.url {
+            Some(url) => (Target::parse(&url.0).map_err(|error| error.in_url("--url"))?, "--url"),
+            None => (Target::from_env()?, "AMQP_URL"),
         };
         if self.url.is_some() && target.names_password {
             log::warn!("ps shows everybody the password in --url: put the URL into AMQP_URL");
         }
         if let Some(file) = &self.password_file {
             target.take_password_of(file)?;
+        }
+        if !self.tls.is_default() {
+            let Some(tls) = &mut target.tls else {
+                return Err(bad_url(NO_TLS).in_url(origin));
+            };
+            self.tls.connector()?; // a wrong file is to be known before anything is tried
+            tls.clone_from(&self.tls);
         }
         target.heartbeat = self.heartbeat;
         Ok(target)
@@ -62,10 +75,12 @@ pub struct Target {
     pub(crate) host: String,
     pub(crate) port: u16,
     auth: Secret<Auth>,
-    pub(crate) user: String,
+    user: String,
     vhost: String,
     names_password: bool,
     heartbeat: u16,
+    /// None without TLS.
+    pub(crate) tls: Option<TlsFiles>,
 }
 
 impl Target {
@@ -94,11 +109,11 @@ impl Target {
             ParseError::InvalidPort => bad_url(BAD_PASSWORD),
             error => bad_url(&error.to_string()),
         })?;
-        match url.scheme() {
-            "amqp" => {}
-            "amqps" => return Err(bad_url("amqps:// (TLS) is not supported yet")),
-            other => return Err(bad_url(&format!("unknown scheme '{other}', not amqp"))),
-        }
+        let (tls, port) = match url.scheme() {
+            "amqp" => (None, DEFAULT_PORT),
+            "amqps" => (Some(TlsFiles::default()), DEFAULT_TLS_PORT),
+            other => return Err(bad_url(&format!("unknown scheme '{other}', not amqp or amqps"))),
+        };
         if url.cannot_be_a_base() || url.fragment().is_some() {
             return Err(bad_url(FORM));
         }
@@ -127,6 +142,9 @@ impl Target {
                 ("auth_mechanism", "plain") => {}
                 ("auth_mechanism", "external") => auth = Auth::External,
                 ("heartbeat", _) => return Err(bad_url("heartbeat is the option --heartbeat")),
+                ("cacertfile", _) => return Err(bad_url("cacertfile is the option --ca-file")),
+                ("certfile", _) => return Err(bad_url("certfile is the option --cert-file")),
+                ("keyfile", _) => return Err(bad_url("keyfile is the option --key-file")),
                 _ => {
                     return Err(bad_url(&format!(
                         "unknown parameter '{}'",
@@ -137,21 +155,19 @@ impl Target {
         }
         Ok(Target {
             host,
-            port: url.port().unwrap_or(DEFAULT_PORT),
+            port: url.port().unwrap_or(port),
             auth: Secret(auth),
             user,
             vhost,
             names_password: url.password().is_some(),
             heartbeat: DEFAULT_HEARTBEAT,
+            tls,
         })
     }
 
     /// Takes the password from a file; one newline at its end is not part of it.
     fn take_password_of(&mut self, file: &Path) -> Result<(), Error> {
-        let wrong = |reason: &str| Error::PasswordFile {
-            file: escape(file.as_os_str().as_encoded_bytes()).to_string(),
-            reason: reason.into(),
-        };
+        let wrong = |reason: &str| tls::wrong("--password-file", file, reason.into());
         match &mut self.auth.0 {
             _ if self.names_password => Err(wrong("the URL has a password, too")),
             Auth::External => Err(wrong("auth_mechanism=external takes no password")),
@@ -162,6 +178,16 @@ impl Target {
                 }
                 Ok(())
             }
+        }
+    }
+
+    /// Who we say we are, and what proves it, for the question whether that is right.
+    pub(crate) fn who(&self) -> String {
+        match self.auth.0 {
+            Auth::Plain { .. } => {
+                format!("user '{}': is the password", escape(self.user.as_bytes()))
+            }
+            Auth::External => "auth_mechanism=external: is the user of --cert-file".into(),
         }
     }
 
@@ -250,7 +276,7 @@ mod tests {
             ("amqp://127.0.0.1", "127.0.0.1:5672", "guest", "guest", "/"),
             ("amqp://[2001:db8::1]:99/a%2fb", "[2001:db8::1]:99", "guest", "guest", "a/b"),
             ("amqp:///v", "localhost:5672", "guest", "guest", "v"),
-            ("amqp://h?auth_mechanism=external", "h:5672", "guest", "(external)", "/"),
+            ("amqps://h?auth_mechanism=external", "h:5671", "guest", "(external)", "/"),
         ] {
             let expected = (host.into(), user.into(), password.into(), vhost.into());
             assert_eq!(parts(url), expected, "{url}");

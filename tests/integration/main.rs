@@ -11,4 +11,5 @@ mod peers;
 mod readme;
 mod server;
 mod support;
+mod tls;
 mod wire;

@@ -1,6 +1,7 @@
 //! What the tests stand on: a broker, the programs, and a foreign peer that speaks plain AMQP.
 
 pub(crate) mod broker;
+pub(crate) mod certificates;
 pub(crate) mod peer;
 pub(crate) mod programs;
 pub(crate) mod proxy;

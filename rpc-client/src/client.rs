@@ -3,7 +3,7 @@
 use crate::calls::{Call, Calls, Returned};
 use crate::input::BadLine;
 use crate::session::{RawReply, Session};
-use amiquip::Return;
+use amiquip::{ConnectionBlockedNotification, Return};
 use crossbeam_channel::{bounded, never, select, Receiver};
 use rpc_common::broker::{self, Counts};
 use rpc_common::deadline::Deadline;
@@ -11,6 +11,7 @@ use rpc_common::duration;
 use rpc_common::exit::{Exit, ExitCode};
 use rpc_common::message::{decode_reply, escape, Failure};
 use rpc_common::target::Target;
+use std::fmt::{self, Display};
 use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 use std::{io, mem, thread};
@@ -136,7 +137,7 @@ impl Client {
             calls: Calls::default(),
             outcomes: Vec::new(),
             look_at: Instant::now() + FIRST_LOOK,
-            seen: None,
+            known: Known::Nothing,
             warned: false,
             answered: false,
             on_outcomes,
@@ -150,6 +151,7 @@ impl Client {
                 Err(error) => return Err(error),
             };
             run.tell()?;
+            run.known.breaks(&error);
             if run.is_final(&error, opens) {
                 while let Some(call) = run.calls.pop() {
                     run.end(call, Err(error.clone().into()));
@@ -185,8 +187,8 @@ struct Run<'a> {
     outcomes: Vec<Outcome>,
     /// When to look at the request queue, if nothing comes until then.
     look_at: Instant,
-    /// What was seen there last.
-    seen: Option<Counts>,
+    /// Why there may be no answer, as far as is known.
+    known: Known,
     /// Whether it was said that nobody serves.
     warned: bool,
     /// Whether an answer has come since the last break.
@@ -224,6 +226,8 @@ impl Run<'_> {
         } else {
             // What has been received is not received again.
             session.replies_at_hand().for_each(|reply| self.on_reply(reply));
+            let target = &self.config.target;
+            session.notices.try_iter().for_each(|notice| self.known.changes(target, notice));
         }
         ended
     }
@@ -246,7 +250,9 @@ impl Run<'_> {
         for call in self.calls.outgoing() {
             session.publish(queue, call)?;
         }
-        session.consume(&self.next_deadline())?;
+        self.known = Known::Nothing; // what kept the last session from working is over
+        let (deadline, target) = (self.next_deadline(), &self.config.target);
+        session.consume(&deadline, |notice| self.known.changes(target, notice))?;
         self.look_at = Instant::now() + FIRST_LOOK;
         let no_requests = never();
         while self.more_requests || !self.calls.is_empty() {
@@ -268,6 +274,10 @@ impl Run<'_> {
                         self.on_return(&request);
                     }
                 }
+                recv(session.notices) -> notice => match notice {
+                    Ok(notice) => self.known.changes(&self.config.target, notice),
+                    Err(_) => session.notices = never(), // why, the replies tell
+                },
                 recv(requests) -> request => match request {
                     Ok(request) => session.publish(queue, self.begin(request))?,
                     Err(_) => self.more_requests = false,
@@ -280,7 +290,9 @@ impl Run<'_> {
 
     /// Does what the time asks for, and tells the outcomes that have piled up.
     fn tick(&mut self, session: &mut Session) -> Result<(), Error> {
-        self.expire();
+        if self.expire() {
+            session.hurry();
+        }
         self.tell()?;
         let now = Instant::now();
         while let Some(call) = self.calls.resend_due(now) {
@@ -294,9 +306,16 @@ impl Run<'_> {
 
     /// Nothing has come for a while: looks why, for the user to know.
     fn look(&mut self, session: &mut Session) -> Result<(), Error> {
-        self.seen = session.look(&self.config.queue, &self.next_deadline())?;
         self.look_at = Instant::now() + NEXT_LOOK;
-        if self.seen.is_some_and(|seen| seen.consumers == 0) && !self.warned {
+        if matches!(self.known, Known::Blocked(_)) {
+            return Ok(()); // the broker reads nothing of ours
+        }
+        let Some(seen) = session.look(&self.config.queue, &self.next_deadline())? else {
+            self.known = Known::Nothing;
+            return Ok(());
+        };
+        self.known = Known::Queue(seen);
+        if seen.consumers == 0 && !self.warned {
             let (queue, limit) = (&self.config.queue, duration::display(self.config.timeout));
             log::warn!("no server is consuming '{queue}'; waiting up to {limit}");
             self.warned = true;
@@ -330,13 +349,19 @@ impl Run<'_> {
         self.calls.next_event().map_or(Duration::MAX, look)
     }
 
-    fn expire(&mut self) {
+    /// Ends the calls that have run out of time, and says whether there were any.
+    fn expire(&mut self) -> bool {
         let now = Instant::now();
+        let before = self.calls.len();
         while let Some(call) = self.calls.expire(now) {
             let (queue, target) = (self.config.queue.clone(), self.config.target.to_string());
             let limit = call.deadline.to_string();
-            self.end(call, Err(Error::NoAnswer { queue, target, limit, seen: self.seen }));
+            self.end(
+                call,
+                Err(Error::NoAnswer { queue, target, limit, known: self.known.clone() }),
+            );
         }
+        self.calls.len() < before
     }
 
     fn end(&mut self, call: Call, result: Result<Vec<u8>, Error>) {
@@ -357,11 +382,60 @@ fn until(instant: Instant) -> Duration {
     instant.saturating_duration_since(Instant::now())
 }
 
-fn what_is_known(seen: Option<Counts>) -> String {
-    match seen {
-        None => "is rpc-server running, or busy?".into(),
-        Some(Counts { messages, consumers }) => {
-            format!("the queue had {consumers} consumers and {messages} messages waiting")
+/// What is **known** of why there is no answer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Known {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// The request queue as it was last seen.
+    Queue(Counts),
+    /// The broker takes no requests, and says why: it is short of memory or disk space.
+    Blocked(String),
+    /// There is no connection any more, and why.
+    Broken(String),
+}
+
+impl Known {
+    /// The broker takes no requests any more, or does again.
+    fn changes(&mut self, target: &Target, notice: ConnectionBlockedNotification) {
+        *self = match notice {
+            ConnectionBlockedNotification::Blocked(reason) => {
+                let reason = escape(reason.as_bytes()).to_string();
+                log::warn!("{target} takes no requests: {reason}; waiting");
+                Known::Blocked(reason)
+            }
+            ConnectionBlockedNotification::Unblocked => {
+                log::info!("{target} takes requests again");
+                Known::Nothing
+            }
+        };
+    }
+
+    /// The connection ended. Where the broker reads nothing, that it did not answer explains nothing.
+    fn breaks(&mut self, error: &broker::Error) {
+        *self = match error {
+            broker::Error::TimedOut { .. } if matches!(self, Known::Blocked(_)) => return,
+            broker::Error::TimedOut { phase, .. } => Known::Broken(format!("timed out in {phase}")),
+            error => Known::Broken(error.to_string()),
+        };
+    }
+}
+
+impl Display for Known {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Known::Nothing => f.write_str("is rpc-server running, or busy?"),
+            Known::Queue(Counts { messages, consumers }) => {
+                let s = |count: &u32| if *count == 1 { "" } else { "s" };
+                let (one, two) = (s(consumers), s(messages));
+                write!(
+                    f,
+                    "the queue had {consumers} consumer{one} and {messages} message{two} waiting"
+                )
+            }
+            Known::Blocked(reason) => write!(f, "the broker takes no requests: {reason}"),
+            Known::Broken(reason) => f.write_str(reason),
         }
     }
 }
@@ -381,7 +455,7 @@ pub enum Error {
         target: String,
     },
     /// The deadline passed: the function may or may not have run.
-    #[error("no answer from '{queue}' on {target} within {limit}: {}", what_is_known(*.seen))]
+    #[error("no answer from '{queue}' on {target} within {limit}: {known}")]
     NoAnswer {
         /// The request queue.
         queue: String,
@@ -389,8 +463,8 @@ pub enum Error {
         target: String,
         /// The limit.
         limit: String,
-        /// What was seen of the request queue while nothing came.
-        seen: Option<Counts>,
+        /// What is known of why.
+        known: Known,
     },
     /// The server answered with an error.
     #[error("{}", escape(.0.message.as_bytes()))]

@@ -2,7 +2,8 @@
 
 use crate::calls::Call;
 use amiquip::{
-    AmqpProperties, Channel, ConsumerMessage, ConsumerOptions, QueueDeclareOptions, Return,
+    AmqpProperties, Channel, Connection, ConnectionBlockedNotification, ConsumerMessage,
+    ConsumerOptions, QueueDeclareOptions, Return,
 };
 use crossbeam_channel::{never, Receiver, RecvError};
 use rpc_common::broker::{self, Counts, Error, Link};
@@ -21,6 +22,8 @@ pub(crate) struct Session {
     pub(crate) replies: Receiver<ConsumerMessage>,
     /// The requests that found no queue.
     pub(crate) returns: Receiver<Return>,
+    /// Whether the broker takes requests, each time that changes.
+    pub(crate) notices: Receiver<ConnectionBlockedNotification>,
     consumes: bool,
 }
 
@@ -39,7 +42,9 @@ impl Session {
             channel.queue_declare_nowait(&reply_queue, exclusive)?;
             channel.listen_for_returns()
         })?;
-        Ok(Session { link, channel, reply_queue, replies: never(), returns, consumes: false })
+        let notices = link.notices(deadline)?;
+        let replies = never();
+        Ok(Session { link, channel, reply_queue, replies, returns, notices, consumes: false })
     }
 
     /// Sends a call's request, and counts that.
@@ -66,21 +71,34 @@ impl Session {
     }
 
     /// Starts to receive replies. Called after the first requests are published, because replies
-    /// wait in their queue, and this is a round trip that the server can work in.
-    pub(crate) fn consume(&mut self, deadline: &Deadline) -> Result<(), Error> {
+    /// wait in their queue, and this is a round trip that the server can work in. A broker that takes no
+    /// requests does not answer it either, and says why.
+    pub(crate) fn consume(
+        &mut self,
+        deadline: &Deadline,
+        on_notice: impl FnMut(ConnectionBlockedNotification) + Send,
+    ) -> Result<(), Error> {
         if self.consumes {
             return Ok(());
         }
         let options =
             ConsumerOptions { no_ack: true, exclusive: true, ..ConsumerOptions::default() };
-        self.replies = self.link.within(deadline, Phase::Consume, |_| {
+        let consume = |_: &mut Connection| {
             let consumer = self.channel.basic_consume(&self.reply_queue, options)?;
             let replies = consumer.receiver().clone();
             std::mem::forget(consumer); // it would cancel itself; it ends with the connection
             Ok(replies)
-        })?;
+        };
+        let (link, notices) = (&mut self.link, &self.notices);
+        self.replies =
+            link.within_listening(deadline, Phase::Consume, notices, on_notice, consume)?;
         self.consumes = true;
         Ok(())
+    }
+
+    /// The end is near, and the broker may be out of reach: closing shall not wait for it.
+    pub(crate) fn hurry(&mut self) {
+        self.link.hurry();
     }
 
     /// The request queue as it is; none if it cannot be seen.

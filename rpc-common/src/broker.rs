@@ -13,15 +13,16 @@ use amiquip::{
     Channel, Connection, ConnectionBlockedNotification, ConnectionTuning, ConsumerMessage, Delivery,
 };
 use backon::{BackoffBuilder, ExponentialBuilder};
-use crossbeam_channel::{Receiver, RecvError, RecvTimeoutError};
+use crossbeam_channel::{never, Receiver, RecvError, RecvTimeoutError};
 use socket2::{SockRef, TcpKeepalive};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
 use std::{env, fs, io, process, thread};
 
-/// How long closing may take before the socket is shut down instead.
+/// How long closing may take before the socket is shut down instead; and when time is up already.
 const CLOSING: Duration = Duration::from_secs(1);
+const HURRIED: Duration = Duration::from_millis(10);
 
 /// How long a quiet TCP connection lives before the kernel asks whether the peer does.
 const KEEPALIVE: Duration = Duration::from_secs(30);
@@ -56,6 +57,7 @@ pub struct Link {
     connection: Option<Connection>,
     socket: Arc<TcpStream>,
     target: Target,
+    closing: Duration,
 }
 
 /// Opens a connection as `program` says it is: resolve, connect, TLS if the URL asks for it, handshake,
@@ -79,7 +81,8 @@ pub fn open(target: &Target, program: &str, deadline: &Deadline) -> Result<Link,
     match opening {
         Ok(Ok(connection)) => {
             log::info!("connected to {target}");
-            Ok(Link { connection: Some(connection), socket: socket.into(), target: target.clone() })
+            let (connection, socket) = (Some(connection), socket.into());
+            Ok(Link { connection, socket, target: target.clone(), closing: CLOSING })
         }
         Ok(Err(error)) => Err(match Error::of(error, target) {
             Error::Lost { target, reason } => Error::Handshake { target, reason },
@@ -200,10 +203,26 @@ impl Link {
         phase: Phase,
         call: impl FnOnce(&mut Connection) -> amiquip::Result<T>,
     ) -> Result<T, Error> {
+        self.within_listening(deadline, phase, &never(), |()| {}, call)
+    }
+
+    /// The same, and passes on what comes meanwhile and may explain why the call takes so long.
+    ///
+    /// # Errors
+    /// As [`Link::within`].
+    pub fn within_listening<T, Notice: Send>(
+        &mut self,
+        deadline: &Deadline,
+        phase: Phase,
+        notices: &Receiver<Notice>,
+        on_notice: impl FnMut(Notice) + Send,
+        call: impl FnOnce(&mut Connection) -> amiquip::Result<T>,
+    ) -> Result<T, Error> {
         let Some(connection) = &mut self.connection else {
             return Err(self.lost("it is closed"));
         };
-        match deadline.guard(&self.socket, || call(connection)) {
+        let call = || call(connection);
+        match deadline.guard_listening(&self.socket, notices, on_notice, call) {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(error)) => Err(self.explain(error)),
             Err(Expired) => Err(Error::timed_out(phase, &self.target, deadline)),
@@ -225,9 +244,8 @@ impl Link {
     /// [`Error::ChannelClosed`] with [`NOT_FOUND`] where there is no such queue; else as
     /// [`Link::within`].
     pub fn look(&mut self, queue: &str, deadline: &Deadline) -> Result<Counts, Error> {
-        let channel = self.open_channel(deadline)?;
-        // The channel moves in, so that its close is bounded by the deadline, too.
-        self.within(deadline, Phase::Declare, move |_| {
+        self.within(deadline, Phase::Look, |connection| {
+            let channel = connection.open_channel(None)?;
             let queue = channel.queue_declare_passive(queue)?; // whose answer always has both counts
             Ok(Counts {
                 messages: queue.declared_message_count().unwrap_or_default(),
@@ -269,6 +287,12 @@ impl Link {
         Error::Lost { target: self.target.to_string(), reason: reason.into() }
     }
 
+    /// Has [`Link::close`] cut the connection if its round trip takes more than 10 ms: for whoever has
+    /// run out of time. What was sent before is delivered all the same.
+    pub fn hurry(&mut self) {
+        self.closing = HURRIED;
+    }
+
     /// Closes the connection, in one round trip, or cuts it if that takes more than a second.
     ///
     /// # Errors
@@ -277,7 +301,7 @@ impl Link {
         let Some(connection) = self.connection.take() else {
             return Ok(());
         };
-        let closed = Deadline::after(CLOSING).guard(&self.socket, || connection.close());
+        let closed = Deadline::after(self.closing).guard(&self.socket, || connection.close());
         // However it ended: whoever still holds the socket must not keep the connection from ending.
         let _ = self.socket.shutdown(Shutdown::Both);
         match closed {

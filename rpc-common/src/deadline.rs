@@ -1,7 +1,7 @@
 //! Deadlines that hold, even around blocking calls that know none.
 
 use crate::duration;
-use crossbeam_channel::RecvTimeoutError;
+use crossbeam_channel::{bounded, never, select, Receiver};
 use std::fmt::{self, Display};
 use std::net::{Shutdown, TcpStream};
 use std::thread;
@@ -45,14 +45,37 @@ impl Deadline {
     /// # Errors
     /// [`Expired`] when the socket was shut down, whatever the call returned.
     pub fn guard<T>(&self, socket: &TcpStream, call: impl FnOnce() -> T) -> Result<T, Expired> {
-        let (disarm, disarmed) = crossbeam_channel::bounded::<()>(0);
+        self.guard_listening(socket, &never(), |()| {}, call)
+    }
+
+    /// The same, and passes on what comes meanwhile and may explain why the call takes so long.
+    ///
+    /// # Errors
+    /// As [`Deadline::guard`].
+    pub fn guard_listening<T, Notice: Send>(
+        &self,
+        socket: &TcpStream,
+        notices: &Receiver<Notice>,
+        mut on_notice: impl FnMut(Notice) + Send,
+        call: impl FnOnce() -> T,
+    ) -> Result<T, Expired> {
+        let (disarm, disarmed) = bounded::<()>(0);
         thread::scope(|scope| {
             let watchdog = scope.spawn(move || {
-                let expired = disarmed.recv_deadline(self.at) == Err(RecvTimeoutError::Timeout);
-                if expired {
-                    let _ = socket.shutdown(Shutdown::Both); // fails only when it is down already
+                let (mut open, closed) = (notices, never());
+                loop {
+                    select! {
+                        recv(disarmed) -> _ => return false,
+                        recv(open) -> notice => match notice {
+                            Ok(notice) => on_notice(notice),
+                            Err(_) => open = &closed,
+                        },
+                        default(self.remaining()) => {
+                            let _ = socket.shutdown(Shutdown::Both); // fails only when it is down already
+                            return true;
+                        }
+                    }
                 }
-                expired
             });
             let result = call();
             drop(disarm);
@@ -85,6 +108,8 @@ pub enum Phase {
     Declare,
     /// Starting a consumer.
     Consume,
+    /// Looking at a queue, to see whether it is there and who consumes it.
+    Look,
 }
 
 impl Display for Phase {
@@ -97,6 +122,7 @@ impl Display for Phase {
             Phase::Channel => "opening a channel",
             Phase::Declare => "declaring a queue",
             Phase::Consume => "starting a consumer",
+            Phase::Look => "looking at a queue",
         })
     }
 }

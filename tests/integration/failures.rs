@@ -255,7 +255,7 @@ fn no_answer_in_time_is_exit_code_5_and_leaves_nothing_behind() {
     let queue = Queue::transient("no_answer");
     let error = format!(
         "rpc-client: fib(30): no answer from '{}' on {} within 2s: \
-         the queue had 0 consumers and 1 messages waiting\n",
+         the queue had 0 consumers and 1 message waiting\n",
         &*queue,
         broker::authority()
     );

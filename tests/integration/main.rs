@@ -6,6 +6,7 @@
 mod batches;
 mod client;
 mod connections;
+mod deadlines;
 mod failures;
 mod peers;
 mod readme;

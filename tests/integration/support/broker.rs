@@ -3,13 +3,14 @@
 use rpc_common::broker::open;
 use rpc_common::deadline::Deadline;
 use rpc_common::target::Target;
+use rustix::process::{kill_process_group, Pid, Signal};
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
-use std::{env, process};
+use std::{env, fs, process};
 
 /// The URL of the broker, which is started with the first call.
 pub(crate) fn url() -> &'static str {
@@ -74,6 +75,14 @@ pub(crate) fn node() -> &'static Node {
     NODE.get_or_init(|| Node::start("shared"))
 }
 
+/// A node for one test at a time, which may do to it what would disturb others.
+pub(crate) fn victim() -> MutexGuard<'static, Node> {
+    static NODE: OnceLock<Mutex<Node>> = OnceLock::new();
+    let node = NODE.get_or_init(|| Mutex::new(Node::start("victim")));
+    // A test that failed has undone what it did: all of that is undone by drops.
+    node.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Node {
     fn start(name: &str) -> Self {
         let folder = env::temp_dir().join(format!("rpc-tests-{name}-{}", process::id()));
@@ -94,6 +103,15 @@ impl Node {
         Node { url: url.trim().into(), folder, _script: script }
     }
 
+    pub(crate) fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Host and port, as messages name it.
+    pub(crate) fn authority(&self) -> &str {
+        self.url.trim_start_matches("amqp://")
+    }
+
     pub(crate) fn port(&self) -> u16 {
         self.url.rsplit(':').next().and_then(|port| port.parse().ok()).expect("the URL has a port")
     }
@@ -106,5 +124,40 @@ impl Node {
         let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
         assert!(output.status.success(), "rabbitmqctl {args:?}: {text}");
         text
+    }
+
+    /// Blocks publishers, as the broker does when memory is short, until the guard is dropped.
+    pub(crate) fn block_publishers(&self) -> impl Drop + '_ {
+        self.ctl(&["set_vm_memory_high_watermark", "0"]);
+        Undo(|| drop(self.ctl(&["set_vm_memory_high_watermark", "0.4"])))
+    }
+
+    /// Sets a variable of the broker's, until the guard is dropped.
+    pub(crate) fn set(&self, variable: &str, value: &str) -> impl Drop + '_ {
+        let old = self.ctl(&["eval", &format!("application:get_env(rabbit, {variable}).")]);
+        let old = old.trim().trim_start_matches("{ok,").trim_end_matches('}').to_owned();
+        let set = move |variable: &str, value: &str| {
+            self.ctl(&["eval", &format!("application:set_env(rabbit, {variable}, {value}).")]);
+        };
+        set(variable, value);
+        let variable = variable.to_owned();
+        Undo(move || set(&variable, &old))
+    }
+
+    /// What stops the broker's process by SIGSTOP, and the guard that lets it go on when it is dropped.
+    pub(crate) fn freezer(&self) -> (impl FnOnce() + Send + 'static, impl Drop) {
+        let pids = fs::read_to_string(self.folder.join("pids")).expect("broker.sh wrote it");
+        let group = pids.split_whitespace().next().and_then(|pid| pid.parse().ok());
+        let group = group.and_then(Pid::from_raw).expect("the node's process comes first");
+        let signal = move |signal| kill_process_group(group, signal).expect("the node is running");
+        (move || signal(Signal::STOP), Undo(move || signal(Signal::CONT)))
+    }
+}
+
+struct Undo<F: FnMut()>(F);
+
+impl<F: FnMut()> Drop for Undo<F> {
+    fn drop(&mut self) {
+        (self.0)();
     }
 }

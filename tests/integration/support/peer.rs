@@ -18,7 +18,11 @@ pub(crate) struct Peer {
 
 impl Peer {
     pub(crate) fn connect() -> Self {
-        let target = Target::parse(broker::url()).expect("the broker's URL is well formed");
+        Peer::connect_to(broker::url())
+    }
+
+    pub(crate) fn connect_to(url: &str) -> Self {
+        let target = Target::parse(url).expect("the broker's URL is well formed");
         let deadline = Deadline::after(PATIENCE);
         let mut link = open(&target, "test", &deadline).expect("the broker is there");
         let channel = link.open_channel(&deadline).expect("there are channels");

@@ -1,0 +1,202 @@
+//! Every call ends at its deadline, in whatever phase it is stuck, and says so.
+//!
+//! `cargo test -p rpc-tests -- deadlines --nocapture` prints what each took.
+
+use crate::support::broker::victim;
+use crate::support::peer::Peer;
+use crate::support::programs::{client, expect, Program};
+use crate::support::proxy::{Proxy, BASIC_CONSUME, CHANNEL_OPEN, QUEUE_DECLARE};
+use socket2::{Domain, Socket, Type};
+use std::io::Write;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// What a loaded machine may take longer than it was given.
+const GENEROUS: Duration = Duration::from_secs(10);
+
+/// Makes a call that ends at its deadline, and checks all that its user sees.
+#[track_caller]
+fn ends(situation: &str, call: &mut assert_cmd::Command, code: i32, message: &str) {
+    let begun = Instant::now();
+    expect(call.args(["-q", "-t", "1s", "30"]), code, "\n", &format!("rpc-client: {message}\n"));
+    let took = begun.elapsed();
+    eprintln!("| {situation} | 1 s | {:.3} s | {code} | {message} |", took.as_secs_f64());
+    assert!(took >= Duration::from_secs(1) && took < GENEROUS, "{situation} took {took:?}");
+}
+
+fn at(url: &str) -> assert_cmd::Command {
+    let mut call = client("any", &[]);
+    call.env("AMQP_URL", url);
+    call
+}
+
+/// The C library's resolver is replaced by one that never returns, as when no name server answers.
+#[test]
+fn a_name_server_that_says_nothing() {
+    let source = Path::new(env!("CARGO_TARGET_TMPDIR")).join("resolver.c");
+    let library = source.with_extension("so");
+    let code = "int pause(void); int getaddrinfo(void) { for (;;) pause(); }";
+    std::fs::write(&source, code).expect("there is room for it");
+    let mut cc = Command::new("cc");
+    let built = cc.args(["-w", "-shared", "-fPIC", "-o"]).arg(&library).arg(&source).status();
+    assert!(built.expect("cc is there: rustc links with it").success());
+    let message =
+        "rabbit.invalid:5672 was not ready within 1s: timed out in resolving the host name";
+    let mut call = at("amqp://rabbit.invalid");
+    ends("a name server that says nothing", call.env("LD_PRELOAD", library), 3, message);
+}
+
+/// A listener whose backlog is full: the kernel drops what else would connect.
+#[test]
+fn a_host_that_drops_packets() {
+    let listener = Socket::new(Domain::IPV4, Type::STREAM, None).expect("there are sockets");
+    listener.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).expect("there are ports");
+    listener.listen(0).expect("it is bound");
+    let address = listener.local_addr().ok().and_then(|address| address.as_socket());
+    let address = address.expect("it is bound to an IP address");
+    let fill = || TcpStream::connect_timeout(&address, Duration::from_millis(200));
+    let _full = std::iter::from_fn(|| fill().ok()).take(10).collect::<Vec<_>>();
+    assert!(fill().is_err(), "the backlog takes more than it should");
+    let message =
+        format!("{address} was not ready within 1s: timed out in opening the TCP connection");
+    ends("a host that drops packets", &mut at(&format!("amqp://{address}")), 3, &message);
+}
+
+/// A port that accepts, and then a peer that says `bytes`, one every 100 ms.
+fn dripping(bytes: &'static [u8]) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("there are ports");
+    let address = listener.local_addr().expect("it is bound");
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            for byte in bytes.chunks(1) {
+                let _ = stream.write_all(byte); // the other end may have had enough
+                thread::sleep(Duration::from_millis(100));
+            }
+            thread::park();
+        }
+    });
+    address
+}
+
+#[test]
+fn a_port_that_accepts_and_says_nothing() {
+    for (scheme, phase) in [("amqp", "AMQP"), ("amqps", "TLS")] {
+        let address = dripping(b"");
+        let message =
+            format!("{address} was not ready within 1s: timed out in the {phase} handshake");
+        let situation = format!("a port that says nothing, {scheme}");
+        ends(&situation, &mut at(&format!("{scheme}://{address}")), 3, &message);
+    }
+}
+
+/// The first bytes of a long connection.start, and of a TLS server's hello.
+#[test]
+fn a_peer_that_drips() {
+    for (scheme, phase, bytes) in [
+        ("amqp", "AMQP", &[1, 0, 0, 0, 0, 1, 0, 0, 10, 0, 10, 0, 9, 0, 0, 0, 200][..]),
+        ("amqps", "TLS", &[22, 3, 3, 0, 122, 2, 0, 0, 118, 3, 3, 0, 0, 0, 0, 0, 0]),
+    ] {
+        let address = dripping(bytes);
+        let message =
+            format!("{address} was not ready within 1s: timed out in the {phase} handshake");
+        let situation = format!("a peer that drips, {scheme}");
+        ends(&situation, &mut at(&format!("{scheme}://{address}")), 3, &message);
+    }
+}
+
+/// The broker's process is stopped by SIGSTOP, just before it would see what it is asked.
+#[test]
+fn a_broker_that_freezes_in_each_phase() {
+    let broker = victim();
+    let queue = "frozen";
+    Peer::connect_to(broker.url()).declare(queue, false, None);
+    for (scheme, phase) in [("amqp", "AMQP"), ("amqps", "TLS")] {
+        let (freeze, _thaw) = broker.freezer();
+        freeze();
+        let target = broker.authority();
+        let message =
+            format!("{target} was not ready within 1s: timed out in the {phase} handshake");
+        let situation = format!("SIGSTOP before the {phase} handshake");
+        ends(&situation, &mut at(&format!("{scheme}://{target}")), 3, &message);
+    }
+    for (method, times, phase, code) in [
+        (CHANNEL_OPEN, 1, "opening a channel", 3),
+        (QUEUE_DECLARE, 1, "starting a consumer", 5),
+        (BASIC_CONSUME, 1, "starting a consumer", 5),
+        (CHANNEL_OPEN, 2, "looking at a queue", 5),
+    ] {
+        let (freeze, _thaw) = broker.freezer();
+        let proxy = Proxy::before(broker.authority());
+        proxy.before_passing(method, times, freeze);
+        let target = proxy.authority();
+        let message = match code {
+            3 => format!("{target} was not ready within 1s: timed out in {phase}"),
+            _ => format!(
+                "fib(30): no answer from '{queue}' on {target} within 1s: timed out in {phase}"
+            ),
+        };
+        let mut call = client(queue, &["--heartbeat", "600"]);
+        call.env("AMQP_URL", format!("amqp://{target}"));
+        ends(&format!("SIGSTOP in {phase}"), &mut call, code, &message);
+    }
+}
+
+#[test]
+fn a_broker_that_blocks_publishers() {
+    let broker = victim();
+    let queue = "blocked";
+    let _server = Program::start_at(broker.url(), queue, &[]);
+    let blocked = broker.block_publishers();
+    let mut call = client(queue, &[]);
+    let message = format!(
+        "fib(30): no answer from '{queue}' on {} within 1s: the broker takes no requests: low on memory",
+        broker.authority()
+    );
+    ends("a memory alarm", call.env("AMQP_URL", broker.url()), 5, &message);
+
+    let waits = Program::spawn_at(broker.url(), "rpc-client", &["--queue", queue, "30"]);
+    let warning = waits.await_log("takes no requests");
+    let expected = format!(
+        "rpc-client: warning: {} takes no requests: low on memory; waiting",
+        broker.authority()
+    );
+    assert_eq!(warning, expected);
+    drop(blocked);
+    assert_eq!(waits.next_line(), "832040");
+    assert_eq!(waits.end(), Some(0));
+}
+
+/// RabbitMQ closes the channel of a consumer that takes too long to acknowledge.
+#[test]
+fn a_server_that_takes_too_long_for_the_broker_goes_on() {
+    let broker = victim();
+    let queue = "too_long";
+    let patience =
+        (broker.set("channel_tick_interval", "500"), broker.set("consumer_timeout", "500"));
+    let server = Program::start_at(broker.url(), queue, &["--delay", "2s"]);
+    let waits = Program::spawn_at(broker.url(), "rpc-client", &["--queue", queue, "30"]);
+    server.await_log("PRECONDITION_FAILED - delivery acknowledgement on channel");
+    drop(patience);
+    assert_eq!(waits.next_line(), "832040");
+    assert_eq!(waits.end(), Some(0));
+    server.stop();
+}
+
+#[test]
+fn a_reply_queue_that_is_deleted_is_set_up_anew() {
+    let broker = victim();
+    let queue = "deleted";
+    let server = Program::start_at(broker.url(), queue, &["--delay", "2s"]);
+    let waits = Program::spawn_at(broker.url(), "rpc-client", &["--queue", queue, "-v", "30"]);
+    assert_eq!(server.next_line(), " [.] fib(30)");
+    let queues = broker.ctl(&["list_queues", "--no-table-headers", "name"]);
+    let reply_queue = queues.lines().find(|name| name.starts_with("rpc.reply."));
+    broker.ctl(&["delete_queue", reply_queue.expect("the client waits for its reply")]);
+    waits.await_log("the reply queue was deleted");
+    assert_eq!(waits.next_line(), "832040");
+    assert_eq!(waits.end(), Some(0));
+    server.stop();
+}

@@ -8,7 +8,7 @@ use crossbeam_channel::{bounded, never, select, Receiver};
 use rpc_common::broker::{self, Counts};
 use rpc_common::deadline::Deadline;
 use rpc_common::duration;
-use rpc_common::exit::{Exit, ExitCode};
+use rpc_common::exit::{in_words, Exit, ExitCode};
 use rpc_common::message::{decode_reply, escape, Failure};
 use rpc_common::target::Target;
 use std::fmt::{self, Display};
@@ -484,10 +484,10 @@ pub enum Error {
     #[error(transparent)]
     BadLine(#[from] BadLine),
     /// The input could not be read.
-    #[error("cannot read standard input: {0}")]
+    #[error("cannot read standard input: {}", in_words(.0))]
     Input(io::Error),
     /// The answers could not be written.
-    #[error("cannot write to standard output: {0}")]
+    #[error("cannot write to standard output: {}", in_words(.0))]
     Output(io::Error),
 }
 

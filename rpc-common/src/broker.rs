@@ -4,7 +4,7 @@
 //! silent peer, and prints passwords in its errors.
 
 use crate::deadline::{Deadline, Expired, Phase};
-use crate::exit::{Exit, ExitCode};
+use crate::exit::{in_words, Exit, ExitCode};
 use crate::message::escape;
 use crate::stream::{Stream, Transport, FRAME_MAX};
 use crate::target::Target;
@@ -111,7 +111,7 @@ fn resolve(target: &Target, deadline: &Deadline) -> Result<Vec<SocketAddr>, Erro
     match addresses.recv_deadline(deadline.instant()) {
         Ok(Ok(addresses)) if addresses.is_empty() => Err(unknown("no address".into())),
         Ok(Ok(addresses)) => Ok(addresses),
-        Ok(Err(error)) => Err(unknown(error.to_string())),
+        Ok(Err(error)) => Err(unknown(in_words(&error))),
         Err(RecvTimeoutError::Timeout) => Err(Error::timed_out(Phase::Resolve, target, deadline)),
         Err(RecvTimeoutError::Disconnected) => Err(unknown("the look-up failed".into())),
     }
@@ -164,14 +164,6 @@ fn secure(
 
 fn unreachable(target: &Target, error: &io::Error) -> Error {
     Error::Unreachable { target: target.to_string(), reason: in_words(error) }
-}
-
-/// A system's error without its number: "connection refused".
-fn in_words(error: &io::Error) -> String {
-    match error.kind().to_string() {
-        kind if error.raw_os_error().is_some() && kind != "uncategorized error" => kind,
-        _ => error.to_string(),
-    }
 }
 
 /// Who we are in the broker's list of connections: amiquip lets us set no other client property.
@@ -412,7 +404,7 @@ pub enum Error {
         who: String,
     },
     /// The broker refused what we asked for: a vhost, a queue, a permission.
-    #[error("{target} refused: {reason}")]
+    #[error("{target} refused: {reason}{}", next_move(*.code))]
     Refused {
         /// Host and port.
         target: String,
@@ -460,6 +452,15 @@ pub enum Error {
 /// Reply codes of AMQP 0-9-1 after which asking again cannot help: access-refused,
 /// resource-locked, not-allowed.
 const REFUSALS: [u16; 3] = [403, 405, 530];
+
+/// What a user can do about a refusal.
+fn next_move(code: u16) -> &'static str {
+    match code {
+        403 => ": may this user do that?",
+        530 => ": is the vhost in the URL right, and open to this user?",
+        _ => "",
+    }
+}
 
 impl Error {
     /// What an error of amiquip's means, when it was met at `target`.

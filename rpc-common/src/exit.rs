@@ -91,6 +91,7 @@ pub fn parse_args<Cli: clap::Parser>() -> Result<Cli, ExitCode> {
                 // Behind the first paragraph are tips and usage.
                 let reason = text.split("\n\n").next().unwrap_or(text).trim_end();
                 let reason = reason.lines().map(str::trim).collect::<Vec<_>>().join(" ");
+                let reason = reason.replace("invalid digit found in string", "not a whole number");
                 complain(Cli::command().get_name(), format_args!("{reason}: try --help"));
             }
             _ => drop(error.print()), // if nobody reads it, the exit code is left
@@ -101,6 +102,17 @@ pub fn parse_args<Cli: clap::Parser>() -> Result<Cli, ExitCode> {
             ExitCode::Success
         }
     })
+}
+
+/// An error of the system as our messages have it, such as "connection refused": lowercase, without its
+/// number, and without what the message says anyway.
+#[must_use]
+pub fn in_words(error: &io::Error) -> String {
+    let text = error.to_string();
+    let text = text.trim_start_matches("failed to lookup address information: ");
+    let text = text.split(" (os error").next().unwrap_or(text);
+    let mut letters = text.chars();
+    letters.next().map_or_else(String::new, |first| first.to_lowercase().chain(letters).collect())
 }
 
 /// Says on standard error why a program, or a call, failed. If nobody reads it, the exit code is left.

@@ -1,6 +1,7 @@
 //! Where the broker is, and who we are to it: the URL, and the options that hold it.
 
 use crate::broker::Error;
+use crate::exit::in_words;
 use crate::message::escape;
 use crate::tls::{self, TlsFiles};
 use amiquip::{Auth, ConnectionOptions};
@@ -169,10 +170,12 @@ impl Target {
     fn take_password_of(&mut self, file: &Path) -> Result<(), Error> {
         let wrong = |reason: &str| tls::wrong("--password-file", file, reason.into());
         match &mut self.auth.0 {
-            _ if self.names_password => Err(wrong("the URL has a password, too")),
+            _ if self.names_password => {
+                Err(wrong("the URL has a password, too: leave one of them out"))
+            }
             Auth::External => Err(wrong("auth_mechanism=external takes no password")),
             Auth::Plain { password, .. } => {
-                *password = fs::read_to_string(file).map_err(|error| wrong(&error.to_string()))?;
+                *password = fs::read_to_string(file).map_err(|error| wrong(&in_words(&error)))?;
                 if password.ends_with('\n') {
                     password.pop();
                 }

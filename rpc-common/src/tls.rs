@@ -1,6 +1,7 @@
 //! TLS: whom we trust, who we are, and the handshake, which is a phase of its own.
 
 use crate::broker::Error;
+use crate::exit::in_words;
 use crate::message::escape;
 use native_tls::{Certificate, HandshakeError, Identity, TlsConnector, TlsStream};
 use std::net::TcpStream;
@@ -71,7 +72,7 @@ impl TlsFiles {
 }
 
 fn read(option: &'static str, file: &Path) -> Result<Vec<u8>, Error> {
-    fs::read(file).map_err(|error| wrong(option, file, error.to_string()))
+    fs::read(file).map_err(|error| wrong(option, file, in_words(&error)))
 }
 
 pub(crate) fn wrong(option: &'static str, file: &Path, reason: String) -> Error {

@@ -8,6 +8,7 @@ mod client;
 mod connections;
 mod deadlines;
 mod failures;
+mod messages;
 mod peers;
 mod readme;
 mod server;

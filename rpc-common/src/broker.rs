@@ -16,6 +16,7 @@ use backon::{BackoffBuilder, ExponentialBuilder};
 use crossbeam_channel::{never, Receiver, RecvError, RecvTimeoutError};
 use socket2::{SockRef, TcpKeepalive};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
 use std::{env, fs, io, process, thread};
@@ -71,6 +72,7 @@ pub fn open(target: &Target, program: &str, deadline: &Deadline) -> Result<Link,
     let socket = prepare(&stream).map_err(|error| unreachable(target, &error))?;
     let transport = secure(target, stream, &socket, deadline)?;
     let stream = Stream::new(transport).map_err(|error| unreachable(target, &error))?;
+    let greeted = stream.greeted();
     let opening = deadline.guard(&socket, || {
         Connection::insecure_open_stream(
             stream,
@@ -88,7 +90,11 @@ pub fn open(target: &Target, program: &str, deadline: &Deadline) -> Result<Link,
             Error::Lost { target, reason } => Error::Handshake { target, reason },
             error => error,
         }),
-        Err(Expired) => Err(Error::timed_out(Phase::Handshake, target, deadline)),
+        Err(Expired) => {
+            let logs_in = greeted.load(Ordering::Relaxed);
+            let phase = if logs_in { Phase::Login } else { Phase::Handshake };
+            Err(Error::timed_out(phase, target, deadline))
+        }
     }
 }
 

@@ -100,8 +100,10 @@ pub enum Phase {
     Connect,
     /// The TLS handshake.
     Tls,
-    /// The AMQP handshake, from the protocol header to connection.open-ok.
+    /// The AMQP handshake, from the protocol header to the broker's first word.
     Handshake,
+    /// The rest of the handshake, to connection.open-ok. RabbitMQ takes its time to refuse a password.
+    Login,
     /// Opening a channel.
     Channel,
     /// Declaring a queue.
@@ -119,6 +121,7 @@ impl Display for Phase {
             Phase::Connect => "opening the TCP connection",
             Phase::Tls => "the TLS handshake",
             Phase::Handshake => "the AMQP handshake",
+            Phase::Login => "the login (is the password right?)",
             Phase::Channel => "opening a channel",
             Phase::Declare => "declaring a queue",
             Phase::Consume => "starting a consumer",

@@ -11,6 +11,8 @@ use native_tls::TlsStream;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
 
 /// The largest frame that we negotiate, in bytes; RabbitMQ's default.
 pub(crate) const FRAME_MAX: u32 = 131_072;
@@ -37,13 +39,19 @@ impl Transport {
 pub(crate) struct Stream {
     transport: Transport,
     check: FrameCheck,
+    greeted: Arc<AtomicBool>,
 }
 
 impl Stream {
     /// Hands a connection to the I/O loop; it becomes non-blocking.
     pub(crate) fn new(transport: Transport) -> io::Result<Self> {
         transport.socket().set_nonblocking(true)?;
-        Ok(Stream { transport, check: FrameCheck::default() })
+        Ok(Stream { transport, check: FrameCheck::default(), greeted: Arc::default() })
+    }
+
+    /// Whether the peer has sent a frame, which the broker does before we log in.
+    pub(crate) fn greeted(&self) -> Arc<AtomicBool> {
+        self.greeted.clone()
     }
 }
 
@@ -54,6 +62,7 @@ impl Read for Stream {
             Transport::Tls(stream) => stream.read(buffer).or_else(tls::explain)?,
         };
         self.check.see(&buffer[..count])?;
+        self.greeted.store(self.check.passed, Ordering::Relaxed);
         Ok(count)
     }
 }
@@ -115,6 +124,8 @@ struct FrameCheck {
     /// The first bytes of the current frame, as many as there are of a content header.
     head: [u8; CONTENT_HEADER],
     seen: usize,
+    /// Whether a whole frame has passed.
+    passed: bool,
 }
 
 impl FrameCheck {
@@ -147,6 +158,7 @@ impl FrameCheck {
         }
         if self.seen >= FRAME_HEADER && self.seen == self.frame_len() {
             self.seen = 0;
+            self.passed = true;
         }
         Ok(())
     }

@@ -5,7 +5,9 @@
 use crate::support::broker::victim;
 use crate::support::peer::Peer;
 use crate::support::programs::{client, expect, Program};
-use crate::support::proxy::{Proxy, BASIC_CONSUME, CHANNEL_OPEN, QUEUE_DECLARE};
+use crate::support::proxy::{
+    Proxy, BASIC_CONSUME, CHANNEL_OPEN, CONNECTION_START_OK, QUEUE_DECLARE,
+};
 use socket2::{Domain, Socket, Type};
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -123,6 +125,7 @@ fn a_broker_that_freezes_in_each_phase() {
         ends(&situation, &mut at(&format!("{scheme}://{target}")), 3, &message);
     }
     for (method, times, phase, code) in [
+        (CONNECTION_START_OK, 1, "the login (is the password right?)", 3),
         (CHANNEL_OPEN, 1, "opening a channel", 3),
         (QUEUE_DECLARE, 1, "starting a consumer", 5),
         (BASIC_CONSUME, 1, "starting a consumer", 5),

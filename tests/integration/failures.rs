@@ -1,6 +1,7 @@
 //! What goes wrong, as users see it: one clear line, and the exit code of the table. The lines that a
 //! command alone can provoke stand on the page of messages.
 
+use crate::support::broker::victim;
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{client, command, expect, Program};
 use crate::support::{broker, eventually};
@@ -211,4 +212,19 @@ fn the_readme_lists_the_exit_codes() {
         let row = format!("| {} | {meaning} |", *code as u8);
         assert!(readme.contains(&row), "the README has no row '{row}'");
     }
+}
+
+#[test]
+fn too_many_workers_for_the_broker_are_exit_code_3() {
+    let broker = victim();
+    let _few = broker.set("channel_max", "3");
+    let mut server = command("rpc-server");
+    server.args(["--queue", "few_channels", "--workers", "8"]).env("AMQP_URL", broker.url());
+    let output = server.assert().code(3).get_output().clone();
+    let log = String::from_utf8_lossy(&output.stderr);
+    let error = format!(
+        "rpc-server: {} allows no more channels: fewer --workers, or a larger channel_max there\n",
+        broker.authority()
+    );
+    assert!(log.ends_with(&error), "{log}");
 }

@@ -37,6 +37,7 @@ struct Trap {
 }
 
 /// Methods of AMQP 0-9-1 as they stand in a frame: class and method.
+pub(crate) const CONNECTION_START_OK: [u8; 4] = [0, 10, 0, 11];
 pub(crate) const CHANNEL_OPEN: [u8; 4] = [0, 20, 0, 10];
 pub(crate) const QUEUE_DECLARE: [u8; 4] = [0, 50, 0, 10];
 pub(crate) const BASIC_CONSUME: [u8; 4] = [0, 60, 0, 20];

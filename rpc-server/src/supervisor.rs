@@ -11,6 +11,7 @@ use rpc_common::deadline::Deadline;
 use rpc_common::message::escape;
 use rpc_common::target::Target;
 use std::num::NonZeroUsize;
+use std::sync::atomic::AtomicU64;
 use std::sync::Once;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -76,7 +77,7 @@ pub fn serve(
     on_ready: &(dyn Fn() + Sync),
 ) -> Result<(), Error> {
     let (need, needs) = unbounded();
-    let ready = &Once::new();
+    let (ready, dropped) = (&Once::new(), &AtomicU64::new(0));
     let link = thread::scope(|scope| {
         for number in 1..=config.workers.get() {
             let worker = Worker {
@@ -86,6 +87,7 @@ pub fn serve(
                 stop,
                 on_ready,
                 ready,
+                dropped,
                 needs: need.clone(),
             };
             thread::Builder::new()

@@ -1,6 +1,7 @@
 //! A worker: a thread that answers one request after the other on a channel of its own.
 //!
-//! The channel comes from the supervisor: a worker that has none sends a [`Need`] with an inbox, consumes on the [`Lease`] that comes back, and asks again when that has ended.
+//! The channel comes from the supervisor: a worker that has none sends a [`Need`] with an inbox, consumes
+//! on the [`Lease`] that comes back, and asks again when that has ended.
 
 use crate::handler::{self, Handler};
 use crate::signals::Stop;
@@ -12,6 +13,7 @@ use rpc_common::message::{encode_reply, escape, Request};
 use std::collections::VecDeque;
 use std::mem;
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
@@ -29,6 +31,8 @@ pub(crate) struct Worker<'a> {
     /// Called by the first worker that consumes, before any request is begun.
     pub(crate) on_ready: &'a (dyn Fn() + Sync),
     pub(crate) ready: &'a Once,
+    /// How many requests have expired in the hands of all workers.
+    pub(crate) dropped: &'a AtomicU64,
     pub(crate) needs: Sender<Need>,
 }
 
@@ -161,8 +165,9 @@ impl Worker<'_> {
             return consumer.reject(delivery, false);
         };
         if request.expiration.is_some_and(|expiration| arrived.elapsed() >= expiration) {
+            let count = self.dropped.fetch_add(1, Ordering::Relaxed) + 1;
             log::warn!(
-                "dropped a request that expired in our hands (correlation id: {})",
+                "dropped a request that expired in our hands, {count} in all (correlation id: {})",
                 escape(request.correlation_id.unwrap_or("none").as_bytes())
             );
             return consumer.reject(delivery, false);

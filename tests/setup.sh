@@ -55,7 +55,6 @@ release_services() {
 build() {
     command -v cargo >/dev/null || die "no cargo: install Rust from https://rustup.rs first"
     command -v cc >/dev/null || apt_install "Rust links with the C compiler's linker" gcc libc6-dev
-    pkg-config --exists openssl 2>/dev/null || apt_install "TLS to the broker" libssl-dev pkg-config
 }
 
 broker() {

@@ -8,7 +8,7 @@ use crate::exit::{in_words, Exit, ExitCode};
 use crate::message::escape;
 use crate::stream::{Stream, Transport, FRAME_MAX};
 use crate::target::Target;
-use crate::tls;
+use crate::tls::TlsStream;
 use amiquip::{
     Channel, Connection, ConnectionBlockedNotification, ConnectionTuning, ConsumerMessage, Delivery,
 };
@@ -160,10 +160,10 @@ fn secure(
     deadline: &Deadline,
 ) -> Result<Transport, Error> {
     let Some(files) = &target.tls else { return Ok(Transport::Plain(stream)) };
-    let connector = files.connector()?;
-    match deadline.guard(socket, || tls::handshake(&connector, &target.host, stream)) {
-        Ok(Ok(stream)) => Ok(Transport::Tls(stream)),
-        Ok(Err(reason)) => Err(Error::Tls { target: target.to_string(), reason }),
+    let config = files.config()?;
+    match deadline.guard(socket, || TlsStream::handshake(config, &target.host, stream)) {
+        Ok(Ok(stream)) => Ok(Transport::Tls(Box::new(stream))),
+        Ok(Err(error)) => Err(Error::Tls { target: target.to_string(), reason: in_words(&error) }),
         Err(Expired) => Err(Error::timed_out(Phase::Tls, target, deadline)),
     }
 }

@@ -3,11 +3,10 @@
 //! amiquip reserves memory for whatever a frame or a body claims to hold, up to an abort of the
 //! process. So every byte read passes [`FrameCheck`] first.
 
-use crate::tls;
+use crate::tls::TlsStream;
 use amiquip::IoStream;
 use mio::unix::EventedFd;
 use mio::{Evented, Poll, PollOpt, Ready, Token};
-use native_tls::TlsStream;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsRawFd;
@@ -23,14 +22,14 @@ const BODY_MAX: u64 = 512 << 20;
 /// What bytes pass through to the peer and back.
 pub(crate) enum Transport {
     Plain(TcpStream),
-    Tls(TlsStream<TcpStream>),
+    Tls(Box<TlsStream>),
 }
 
 impl Transport {
     fn socket(&self) -> &TcpStream {
         match self {
             Transport::Plain(socket) => socket,
-            Transport::Tls(stream) => stream.get_ref(),
+            Transport::Tls(stream) => &stream.socket,
         }
     }
 }
@@ -59,7 +58,7 @@ impl Read for Stream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = match &mut self.transport {
             Transport::Plain(socket) => socket.read(buffer)?,
-            Transport::Tls(stream) => stream.read(buffer).or_else(tls::explain)?,
+            Transport::Tls(stream) => stream.read(buffer)?,
         };
         self.check.see(&buffer[..count])?;
         self.greeted.store(self.check.passed, Ordering::Relaxed);
@@ -71,15 +70,7 @@ impl Write for Stream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match &mut self.transport {
             Transport::Plain(socket) => socket.write(bytes),
-            Transport::Tls(stream) => stream.write(bytes).or_else(|error| match error.kind() {
-                // A broker that refuses our certificate says so and hangs up: what it said is still
-                // to be read when writing fails.
-                ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => {
-                    let cause = stream.read(&mut [0]).or_else(tls::explain).err();
-                    Err(cause.filter(|cause| cause.kind() == ErrorKind::Other).unwrap_or(error))
-                }
-                _ => tls::explain(error),
-            }),
+            Transport::Tls(stream) => stream.write(bytes),
         }
     }
 

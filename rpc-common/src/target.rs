@@ -62,7 +62,7 @@ impl BrokerOptions {
             let Some(tls) = &mut target.tls else {
                 return Err(bad_url(NO_TLS).in_url(origin));
             };
-            self.tls.connector()?; // a wrong file is to be known before anything is tried
+            self.tls.config()?; // a wrong file is to be known before anything is tried
             tls.clone_from(&self.tls);
         }
         target.heartbeat = self.heartbeat;
@@ -168,7 +168,7 @@ impl Target {
 
     /// Takes the password from a file; one newline at its end is not part of it.
     fn take_password_of(&mut self, file: &Path) -> Result<(), Error> {
-        let wrong = |reason: &str| tls::wrong("--password-file", file, reason.into());
+        let wrong = |reason: &str| tls::wrong("--password-file", file, reason);
         match &mut self.auth.0 {
             _ if self.names_password => {
                 Err(wrong("the URL has a password, too: leave one of them out"))

@@ -3,10 +3,14 @@
 use crate::broker::Error;
 use crate::exit::in_words;
 use crate::message::escape;
-use native_tls::{Certificate, HandshakeError, Identity, TlsConnector, TlsStream};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{AlertDescription, CertificateError, ClientConfig, ClientConnection, RootCertStore};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::{fs, io};
+use std::sync::Arc;
+use std::{fs, mem};
 
 /// What TLS is to be done with. By default the system's trust, and no certificate of our own.
 #[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args)]
@@ -19,7 +23,7 @@ pub(crate) struct TlsFiles {
     #[arg(long = "cert-file", value_name = "PEM", requires = "key")]
     cert: Option<PathBuf>,
 
-    /// The key of the client certificate, in PKCS#8
+    /// The key of the client certificate
     #[arg(long = "key-file", value_name = "PEM", requires = "cert")]
     key: Option<PathBuf>,
 }
@@ -35,129 +39,158 @@ impl TlsFiles {
     ///
     /// # Errors
     /// [`Error::File`]
-    pub(crate) fn connector(&self) -> Result<TlsConnector, Error> {
-        let mut builder = TlsConnector::builder();
-        if let Some(file) = &self.ca {
-            let wrong = |reason| wrong("--ca-file", file, reason);
-            let roots = Certificate::stack_from_pem(&read("--ca-file", file)?)
-                .map_err(|error| wrong(reason(&error)))?;
-            if roots.is_empty() {
-                return Err(wrong("it holds no certificate in PEM".into()));
+    pub(crate) fn config(&self) -> Result<ClientConfig, Error> {
+        let mut roots = RootCertStore::empty();
+        match &self.ca {
+            Some(file) => roots.add_parsable_certificates(certificates("--ca-file", file)?),
+            None => roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs),
+        };
+        let config = ClientConfig::builder().with_root_certificates(roots);
+        let (Some(cert), Some(key_file)) = (&self.cert, &self.key) else {
+            return Ok(config.with_no_client_auth());
+        };
+        let chain = certificates("--cert-file", cert)?;
+        let key = PrivateKeyDer::from_pem_slice(&read("--key-file", key_file)?).map_err(|_| {
+            wrong("--key-file", key_file, "it holds no key in PEM without passphrase")
+        })?;
+        config.with_client_auth_cert(chain, key).map_err(|error| match error {
+            rustls::Error::InconsistentKeys(_) => {
+                wrong("--key-file", key_file, "it is not the key of --cert-file")
             }
-            builder.disable_built_in_roots(true);
-            for root in roots {
-                builder.add_root_certificate(root);
-            }
-        }
-        let mut pair = None;
-        if let (Some(cert_file), Some(key_file)) = (&self.cert, &self.key) {
-            let (cert, key) = (read("--cert-file", cert_file)?, read("--key-file", key_file)?);
-            if Certificate::stack_from_pem(&cert).map_or(true, |chain| chain.is_empty()) {
-                let reason = "it holds no certificate in PEM";
-                return Err(wrong("--cert-file", cert_file, reason.into()));
-            }
-            let identity = Identity::from_pkcs8(&cert, &key).map_err(|_| {
-                let reason = "it holds no key in PKCS#8 PEM without a passphrase: \
-                              convert it by openssl pkcs8 -topk8 -nocrypt";
-                wrong("--key-file", key_file, reason.into())
-            })?;
-            builder.identity(identity);
-            pair = Some(key_file);
-        }
-        builder.build().map_err(|error| match pair {
-            Some(key_file) => wrong("--key-file", key_file, reason(&error)),
-            None => Error::Tls { target: "this machine".into(), reason: reason(&error) },
+            error => wrong("--key-file", key_file, &error.to_string()),
         })
     }
 }
 
+fn certificates(option: &'static str, file: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let pem = read(option, file)?;
+    match CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>() {
+        Ok(certificates) if !certificates.is_empty() => Ok(certificates),
+        _ => Err(wrong(option, file, "it holds no certificate in PEM")),
+    }
+}
+
 fn read(option: &'static str, file: &Path) -> Result<Vec<u8>, Error> {
-    fs::read(file).map_err(|error| wrong(option, file, in_words(&error)))
+    fs::read(file).map_err(|error| wrong(option, file, &in_words(&error)))
 }
 
-pub(crate) fn wrong(option: &'static str, file: &Path, reason: String) -> Error {
-    Error::File { option, file: escape(file.as_os_str().as_encoded_bytes()).to_string(), reason }
+pub(crate) fn wrong(option: &'static str, file: &Path, reason: &str) -> Error {
+    let file = escape(file.as_os_str().as_encoded_bytes()).to_string();
+    Error::File { option, file, reason: reason.into() }
 }
 
-/// The TLS handshake, on a socket that blocks. The peer's certificate has to be signed by whom we
-/// trust, to be valid now, and to name `host`, which is a host name or an IP address.
-///
-/// # Errors
-/// The reason, in words.
-pub(crate) fn handshake(
-    connector: &TlsConnector,
-    host: &str,
-    socket: TcpStream,
-) -> Result<TlsStream<TcpStream>, String> {
-    connector.connect(host, socket).map_err(|error| match error {
-        HandshakeError::Failure(error) => reason(&error),
-        HandshakeError::WouldBlock(_) => "the handshake would block".into(),
-    })
+/// A TCP connection with TLS on it.
+pub(crate) struct TlsStream {
+    connection: ClientConnection,
+    pub(crate) socket: TcpStream,
+    /// How many bytes were taken from the writer that have not been told so, because the socket would
+    /// block: it comes with the same bytes again.
+    owed: usize,
 }
 
-/// The error of an established stream in words that its reader understands. An end without TLS's
-/// farewell is an end all the same.
-pub(crate) fn explain(error: io::Error) -> io::Result<usize> {
-    match error.kind() {
-        io::ErrorKind::Other if error.to_string().contains(UNEXPECTED_EOF) => Ok(0),
-        io::ErrorKind::Other => Err(io::Error::other(reason(&error))),
-        _ => Err(error),
+impl TlsStream {
+    /// The TLS handshake, on a socket that blocks. The peer's certificate has to be signed by whom we
+    /// trust, to be valid now, and to name `host`, which is a host name or an IP address.
+    ///
+    /// # Errors
+    /// With the reason in words.
+    pub(crate) fn handshake(
+        config: ClientConfig,
+        host: &str,
+        mut socket: TcpStream,
+    ) -> io::Result<Self> {
+        let host = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
+        let mut connection =
+            ClientConnection::new(Arc::new(config), host).map_err(io::Error::other)?;
+        while connection.is_handshaking() {
+            connection.complete_io(&mut socket).map_err(|error| match error.kind() {
+                ErrorKind::UnexpectedEof => io::Error::new(ErrorKind::UnexpectedEof, HUNG_UP),
+                _ => explain(error),
+            })?;
+        }
+        Ok(TlsStream { connection, socket, owed: 0 })
+    }
+
+    fn receive(&mut self) -> io::Result<()> {
+        self.connection.read_tls(&mut self.socket)?;
+        let taken = self.connection.process_new_packets();
+        taken.map(drop).map_err(|error| explain(io::Error::new(ErrorKind::InvalidData, error)))
     }
 }
 
-const UNEXPECTED_EOF: &str = "unexpected eof";
-
-/// What a user can do about what OpenSSL says: a part of its words, and the next move.
-const ADVICE: &[(&str, &str)] = &[
-    ("certificate required", "the broker wants a client certificate: --cert-file and --key-file"),
-    ("handshake failure", "does the broker want a client certificate, --cert-file?"),
-    ("unknown ca", "the broker does not trust the CA of --cert-file"),
-    ("hostname mismatch", "the broker's certificate names another host than the URL"),
-    ("IP address mismatch", "the broker's certificate does not name the URL's IP address"),
-    ("has expired", "the broker's certificate has to be renewed"),
-    ("issuer certificate", "is the CA of the broker's certificate in --ca-file?"),
-    ("self-signed certificate", "is the CA of the broker's certificate in --ca-file?"),
-    ("key values mismatch", "it is not the key of --cert-file"),
-    ("wrong version number", "is that the broker's port for TLS, 5671?"),
-    (UNEXPECTED_EOF, "is that the broker's port for TLS, 5671?"),
-];
-
-/// Of OpenSSL's "error:CODE:library:function:reason:file:line: (what is wrong with the certificate)"
-/// the part that is meant for people, and what they can do about it. Other libraries' words are left
-/// as they are.
-fn reason(error: &dyn std::error::Error) -> String {
-    let text = error.to_string();
-    let words = match text.rsplit_once(": (").and_then(|(_, verdict)| verdict.strip_suffix(')')) {
-        Some(verdict) => verdict,
-        None if text.starts_with("error:") => text.split(':').nth(4).unwrap_or(&text),
-        None => &text,
-    };
-    let words = escape(words.as_bytes()).to_string();
-    match ADVICE.iter().find(|(part, _)| words.contains(part)) {
-        Some((_, advice)) => format!("{words}: {advice}"),
-        None => words,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn of_openssl_only_the_words_for_people_are_left() {
-        for (text, words) in [
-            (
-                "error:0A000086:SSL routines:tls_post_process_server_certificate:certificate verify \
-                 failed:../ssl/statem/statem_clnt.c:1889: (certificate has expired)",
-                "certificate has expired: the broker's certificate has to be renewed",
-            ),
-            (
-                "error:0A00010B:SSL routines:ssl3_get_record:wrong version number:../ssl/record/ssl3_record.c:354:",
-                "wrong version number: is that the broker's port for TLS, 5671?",
-            ),
-            ("broken pipe", "broken pipe"),
-        ] {
-            assert_eq!(reason(&io::Error::other(text)), words);
+impl Read for TlsStream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.connection.reader().read(buffer) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.receive()?,
+                // An end without TLS's farewell is an end all the same.
+                Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(0),
+                read => return read,
+            }
         }
     }
+}
+
+impl Write for TlsStream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.owed == 0 {
+            self.owed = self.connection.writer().write(bytes)?;
+        }
+        self.flush()?;
+        Ok(mem::take(&mut self.owed))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        while self.connection.wants_write() {
+            if let Err(error) = self.connection.write_tls(&mut self.socket) {
+                // A broker that refuses our certificate says so and hangs up: what it said is still
+                // to be read when writing fails.
+                let hung_up =
+                    matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe);
+                let cause = if hung_up { self.receive().err() } else { None };
+                return Err(cause
+                    .filter(|cause| cause.kind() == ErrorKind::InvalidData)
+                    .unwrap_or(error));
+            }
+        }
+        Ok(())
+    }
+}
+
+const HUNG_UP: &str = "the peer hung up: is that the broker's port for TLS, 5671?";
+
+/// What rustls found wrong, in words that lead on.
+fn explain(error: io::Error) -> io::Error {
+    use CertificateError as Bad;
+    let words = match error.get_ref().and_then(|error| error.downcast_ref()) {
+        Some(rustls::Error::InvalidCertificate(bad)) => match bad {
+            Bad::UnknownIssuer => {
+                "its certificate is signed by an unknown CA: is that in --ca-file?"
+            }
+            Bad::Expired | Bad::ExpiredContext { .. } => {
+                "its certificate has expired: it has to be renewed there"
+            }
+            Bad::NotValidYet | Bad::NotValidYetContext { .. } => {
+                "its certificate is not valid yet: is this machine's clock right?"
+            }
+            Bad::NotValidForName | Bad::NotValidForNameContext { .. } => {
+                "its certificate is for another host: is the host in the URL right?"
+            }
+            bad if bad.to_string().contains("CaUsedAsEndEntity") => {
+                "its certificate is a CA's own: it has to have one that a CA has signed"
+            }
+            _ => return error,
+        },
+        Some(rustls::Error::AlertReceived(AlertDescription::CertificateRequired)) => {
+            "it wants a client certificate: --cert-file and --key-file"
+        }
+        Some(rustls::Error::AlertReceived(AlertDescription::UnknownCA)) => {
+            "it does not trust the CA of --cert-file"
+        }
+        Some(rustls::Error::InvalidMessage(_)) => {
+            "the peer does not speak TLS: is that the broker's port for TLS, 5671?"
+        }
+        _ => return error,
+    };
+    io::Error::new(ErrorKind::InvalidData, words)
 }

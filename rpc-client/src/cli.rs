@@ -110,7 +110,7 @@ impl Cli {
     /// [`broker::Error::Url`]
     pub fn config(&self) -> Result<Config, broker::Error> {
         Ok(Config {
-            target: self.broker.target()?,
+            brokers: self.broker.brokers()?,
             queue: self.queue.clone(),
             timeout: self.timeout,
             in_flight: NonZeroUsize::new(self.in_flight.into()).unwrap_or(NonZeroUsize::MIN),

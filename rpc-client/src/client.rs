@@ -10,7 +10,7 @@ use rpc_common::deadline::Deadline;
 use rpc_common::duration;
 use rpc_common::exit::{in_words, Exit, ExitCode};
 use rpc_common::message::{decode_reply, escape, Failure};
-use rpc_common::target::Target;
+use rpc_common::target::Brokers;
 use std::fmt::{self, Display};
 use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
@@ -33,8 +33,8 @@ const IN_FLIGHT: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 /// How to call.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The broker.
-    pub target: Target,
+    /// The brokers, tried in turn.
+    pub brokers: Brokers,
     /// The request queue.
     pub queue: String,
     /// The limit of each call, connecting included.
@@ -49,9 +49,9 @@ impl Config {
     /// # Errors
     /// [`broker::Error::Url`]
     pub fn new(queue: &str) -> Result<Self, broker::Error> {
-        let target = Target::from_env()?;
+        let brokers = Brokers::from_env()?;
         Ok(Config {
-            target,
+            brokers,
             queue: queue.into(),
             timeout: Duration::from_secs(30),
             in_flight: IN_FLIGHT,
@@ -133,6 +133,7 @@ impl Client {
         let mut run = Run {
             config,
             requests,
+            broker: String::new(),
             more_requests: true,
             calls: Calls::default(),
             outcomes: Vec::new(),
@@ -180,6 +181,8 @@ impl Client {
 struct Run<'a> {
     config: &'a Config,
     requests: &'a Receiver<Request>,
+    /// Host and port of the broker in use.
+    broker: String,
     /// False once `requests` has ended.
     more_requests: bool,
     calls: Calls,
@@ -218,16 +221,17 @@ impl Run<'_> {
     fn attempt(&mut self, at_hand: &mut Option<Session>) -> Result<(), Error> {
         let mut session = match at_hand.take() {
             Some(session) => session,
-            None => Session::open(&self.config.target, &self.next_deadline())?,
+            None => Session::open(&self.config.brokers, &self.next_deadline())?,
         };
+        self.broker = session.broker();
         let ended = self.converse(&mut session);
         if ended.is_ok() {
             *at_hand = Some(session);
         } else {
             // What has been received is not received again.
             session.replies_at_hand().for_each(|reply| self.on_reply(reply));
-            let target = &self.config.target;
-            session.notices.try_iter().for_each(|notice| self.known.changes(target, notice));
+            let broker = &self.broker;
+            session.notices.try_iter().for_each(|notice| self.known.changes(broker, notice));
         }
         ended
     }
@@ -251,8 +255,8 @@ impl Run<'_> {
             session.publish(queue, call)?;
         }
         self.known = Known::Nothing; // what kept the last session from working is over
-        let (deadline, target) = (self.next_deadline(), &self.config.target);
-        session.consume(&deadline, |notice| self.known.changes(target, notice))?;
+        let (deadline, broker) = (self.next_deadline(), &self.broker);
+        session.consume(&deadline, |notice| self.known.changes(broker, notice))?;
         self.look_at = Instant::now() + FIRST_LOOK;
         let no_requests = never();
         while self.more_requests || !self.calls.is_empty() {
@@ -275,7 +279,7 @@ impl Run<'_> {
                     }
                 }
                 recv(session.notices) -> notice => match notice {
-                    Ok(notice) => self.known.changes(&self.config.target, notice),
+                    Ok(notice) => self.known.changes(&self.broker, notice),
                     Err(_) => session.notices = never(), // why, the replies tell
                 },
                 recv(requests) -> request => match request {
@@ -334,7 +338,7 @@ impl Run<'_> {
 
     fn on_return(&mut self, request: &Return) {
         let id = request.properties.correlation_id().as_deref();
-        let (queue, target) = (self.config.queue.clone(), self.config.target.to_string());
+        let (queue, target) = (self.config.queue.clone(), self.broker.clone());
         let error = Error::NoServer { queue, target };
         match self.calls.on_return(id, Instant::now()) {
             Some(Returned::Ended(call)) => self.end(call, Err(error)),
@@ -354,7 +358,7 @@ impl Run<'_> {
         let now = Instant::now();
         let before = self.calls.len();
         while let Some(call) = self.calls.expire(now) {
-            let (queue, target) = (self.config.queue.clone(), self.config.target.to_string());
+            let (queue, target) = (self.config.queue.clone(), self.broker.clone());
             let limit = call.deadline.to_string();
             self.end(
                 call,
@@ -398,15 +402,15 @@ pub enum Known {
 
 impl Known {
     /// The broker takes no requests any more, or does again.
-    fn changes(&mut self, target: &Target, notice: ConnectionBlockedNotification) {
+    fn changes(&mut self, broker: &str, notice: ConnectionBlockedNotification) {
         *self = match notice {
             ConnectionBlockedNotification::Blocked(reason) => {
                 let reason = escape(reason.as_bytes()).to_string();
-                log::warn!("{target} takes no requests: {reason}; waiting");
+                log::warn!("{broker} takes no requests: {reason}; waiting");
                 Known::Blocked(reason)
             }
             ConnectionBlockedNotification::Unblocked => {
-                log::info!("{target} takes requests again");
+                log::info!("{broker} takes requests again");
                 Known::Nothing
             }
         };

@@ -9,7 +9,7 @@ use crossbeam_channel::{never, Receiver, RecvError};
 use rpc_common::broker::{self, Counts, Error, Link};
 use rpc_common::deadline::{Deadline, Phase};
 use rpc_common::message::Request;
-use rpc_common::target::Target;
+use rpc_common::target::Brokers;
 use std::time::Instant;
 use uuid::Uuid;
 
@@ -32,8 +32,8 @@ pub(crate) type RawReply = (AmqpProperties, Vec<u8>);
 
 impl Session {
     /// Connects and declares the reply queue.
-    pub(crate) fn open(target: &Target, deadline: &Deadline) -> Result<Self, Error> {
-        let mut link = broker::open(target, "rpc-client", deadline)?;
+    pub(crate) fn open(brokers: &Brokers, deadline: &Deadline) -> Result<Self, Error> {
+        let mut link = broker::open_any(brokers, "rpc-client", deadline)?;
         let channel = link.open_channel(deadline)?;
         let reply_queue = format!("rpc.reply.{}", Uuid::new_v4());
         let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
@@ -45,6 +45,11 @@ impl Session {
         let notices = link.notices(deadline)?;
         let replies = never();
         Ok(Session { link, channel, reply_queue, replies, returns, notices, consumes: false })
+    }
+
+    /// Host and port of the broker, for messages.
+    pub(crate) fn broker(&self) -> String {
+        self.link.target().to_string()
     }
 
     /// Sends a call's request, and counts that.

@@ -7,7 +7,7 @@ use crate::deadline::{Deadline, Expired, Phase};
 use crate::exit::{in_words, Exit, ExitCode};
 use crate::message::escape;
 use crate::stream::{Stream, Transport, FRAME_MAX};
-use crate::target::Target;
+use crate::target::{Brokers, Target};
 use crate::tls::TlsStream;
 use amiquip::{
     Channel, Connection, ConnectionBlockedNotification, ConnectionTuning, ConsumerMessage, Delivery,
@@ -96,6 +96,22 @@ pub fn open(target: &Target, program: &str, deadline: &Deadline) -> Result<Link,
             Err(Error::timed_out(phase, target, deadline))
         }
     }
+}
+
+/// Opens a connection to the first of these brokers that is to be had. Each gets its share of the time
+/// that is left.
+///
+/// # Errors
+/// That of the last one.
+pub fn open_any(brokers: &Brokers, program: &str, deadline: &Deadline) -> Result<Link, Error> {
+    let (last, others) = brokers.split_last();
+    for (tried, target) in others.iter().enumerate() {
+        match open(target, program, &deadline.share(others.len() - tried + 1)) {
+            Ok(link) => return Ok(link),
+            Err(error) => log::debug!("{error}; trying the next broker"),
+        }
+    }
+    open(last, program, deadline)
 }
 
 /// amiquip's, but a publish never waits for the broker to read: what can be unsent is bounded by the

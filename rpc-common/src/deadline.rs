@@ -25,6 +25,15 @@ impl Deadline {
         Deadline { at: now.checked_add(limit).unwrap_or(now + FAR_AWAY), limit }
     }
 
+    /// The deadline of the first of `parts` things, which share alike what is left of this one.
+    #[must_use]
+    pub fn share(&self, parts: usize) -> Self {
+        match u32::try_from(parts) {
+            Ok(0 | 1) | Err(_) => *self,
+            Ok(parts) => Deadline::after(self.remaining() / parts),
+        }
+    }
+
     /// When it passes.
     #[must_use]
     pub fn instant(&self) -> Instant {

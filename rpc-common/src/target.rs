@@ -8,6 +8,7 @@ use amiquip::{Auth, ConnectionOptions};
 use percent_encoding::percent_decode_str;
 use std::convert::Infallible;
 use std::fmt::{self, Debug, Display};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 use url::{Host, ParseError, Url};
@@ -24,10 +25,11 @@ const DEFAULT_HEARTBEAT: u16 = 10;
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Broker")]
 pub struct BrokerOptions {
-    /// amqp(s)://user:password@host:port/vhost [env: AMQP_URL, else amqp://localhost]
+    /// amqp(s)://user:password@host:port/vhost; given more than once, they are tried in turn
+    /// [env: AMQP_URL, else amqp://localhost]
     // Not clap's `env`, and parsed after clap: it would print the value, password and all.
-    #[arg(long, value_name = "URL", value_parser = secret)]
-    url: Option<Secret<String>>,
+    #[arg(long = "url", value_name = "URL", value_parser = secret, action = clap::ArgAction::Append)]
+    urls: Vec<Secret<String>>,
 
     /// The password, so that it stands in no argument list
     #[arg(long, value_name = "FILE")]
@@ -42,19 +44,30 @@ pub struct BrokerOptions {
 }
 
 impl BrokerOptions {
-    /// The broker that the options, or else the environment, name. A password in an argument draws a
+    /// The brokers that the options, or else the environment, name. A password in an argument draws a
     /// warning, because `ps` shows it to everybody.
     ///
     /// # Errors
     /// [`Error::Url`], [`Error::File`]
-    pub fn target(&self) -> Result<Target, Error> {
-        let (mut target, origin) = match &self.url {
-            Some(url) => (Target::parse(&url.0).map_err(|error| error.in_url("--url"))?, "--url"),
-            None => (Target::from_env()?, "AMQP_URL"),
-        };
-        if self.url.is_some() && target.names_password {
+    pub fn brokers(&self) -> Result<Brokers, Error> {
+        let in_option = |error: Error| error.in_url("--url");
+        let urls = self.urls.iter().map(|url| Target::parse(&url.0).map_err(in_option));
+        let mut brokers = urls.collect::<Result<Vec<_>, _>>()?;
+        if brokers.iter().any(|target| target.names_password) {
             log::warn!("ps shows everybody the password in --url: put the URL into AMQP_URL");
         }
+        let mut origin = "--url";
+        if brokers.is_empty() {
+            (brokers, origin) = (vec![Target::from_env()?], "AMQP_URL");
+        }
+        for target in &mut brokers {
+            self.complete(target, origin)?;
+        }
+        Ok(Brokers(brokers))
+    }
+
+    /// Adds to a target what stands in options of its own.
+    fn complete(&self, target: &mut Target, origin: &'static str) -> Result<(), Error> {
         if let Some(file) = &self.password_file {
             target.take_password_of(file)?;
         }
@@ -66,7 +79,42 @@ impl BrokerOptions {
             tls.clone_from(&self.tls);
         }
         target.heartbeat = self.heartbeat;
-        Ok(target)
+        Ok(())
+    }
+}
+
+/// The **brokers** that may be had, in the order in which they are tried: the nodes of a cluster. There is
+/// at least one.
+#[derive(Clone, Debug)]
+pub struct Brokers(Vec<Target>);
+
+impl Brokers {
+    /// The one broker of [`Target::from_env`].
+    ///
+    /// # Errors
+    /// [`Error::Url`]
+    pub fn from_env() -> Result<Self, Error> {
+        Target::from_env().map(Brokers::from)
+    }
+
+    /// The same in the same order, but beginning with any of them, so that many programs spread.
+    #[must_use]
+    pub fn beginning_anywhere(mut self) -> Self {
+        // The standard library seeds its hashers at random.
+        let random = RandomState::new().build_hasher().finish();
+        let first = random % self.0.len() as u64;
+        self.0.rotate_left(usize::try_from(first).unwrap_or_default());
+        self
+    }
+
+    pub(crate) fn split_last(&self) -> (&Target, &[Target]) {
+        self.0.split_last().expect("there is at least one")
+    }
+}
+
+impl From<Target> for Brokers {
+    fn from(target: Target) -> Self {
+        Brokers(vec![target])
     }
 }
 

@@ -70,7 +70,7 @@ impl Cli {
         let one_per_core = || thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let workers = NonZeroUsize::new(self.workers.into()).unwrap_or_else(one_per_core);
         Ok(Config {
-            target: self.broker.target()?,
+            brokers: self.broker.brokers()?.beginning_anywhere(),
             queue: self.queue.clone(),
             queue_type: self.queue_type,
             workers,

@@ -9,7 +9,7 @@ use crossbeam_channel::{select_biased, unbounded, Receiver, Sender};
 use rpc_common::broker::{self, Error, Link, NOT_FOUND};
 use rpc_common::deadline::Deadline;
 use rpc_common::message::escape;
-use rpc_common::target::Target;
+use rpc_common::target::Brokers;
 use std::num::NonZeroUsize;
 use std::sync::atomic::AtomicU64;
 use std::sync::Once;
@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 /// What to serve, and from where.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The broker.
-    pub target: Target,
+    /// The brokers, tried in turn.
+    pub brokers: Brokers,
     /// The request queue.
     pub queue: String,
     /// How the request queue is declared, should it not exist.
@@ -38,7 +38,7 @@ impl Config {
     /// [`Error::Url`]
     pub fn new(queue: &str) -> Result<Self, Error> {
         Ok(Config {
-            target: Target::from_env()?,
+            brokers: Brokers::from_env()?,
             queue: queue.into(),
             queue_type: QueueType::Auto,
             workers: NonZeroUsize::MIN,
@@ -168,7 +168,7 @@ impl Supervisor<'_> {
     /// One connection, from opening it to its end. Returns it when it is time to stop.
     fn supervise(&mut self) -> Result<Link, Error> {
         let deadline = Deadline::after(ATTEMPT);
-        let mut link = broker::open(&self.config.target, "rpc-server", &deadline)?;
+        let mut link = broker::open_any(&self.config.brokers, "rpc-server", &deadline)?;
         let notices = link.notices(&deadline)?;
         self.last = None;
         self.ensure_queue(&mut link, &deadline)?;

@@ -1,10 +1,11 @@
 //! Connections that break under the programs.
 
-use crate::support::eventually;
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{client, expect, Program};
 use crate::support::proxy::Proxy;
+use crate::support::{broker, eventually};
 use rustix::process::Signal;
+use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 #[test]
@@ -71,6 +72,50 @@ fn a_request_that_was_sent_before_is_not_given_up_because_its_queue_is_gone() {
     let _server = Program::start(&queue, &[]);
     assert_eq!(client.next_line(), "832040");
     assert_eq!(client.end(), Some(0));
+}
+
+#[test]
+fn several_brokers_are_tried_in_turn() {
+    let queue = Queue::named("several_brokers");
+    let nobody = "amqp://127.0.0.1:1";
+    let silent = TcpListener::bind("127.0.0.1:0").expect("there are ports");
+    let silent = format!("amqp://{}", silent.local_addr().expect("it is bound"));
+    let somebody = broker::url();
+    let urls = ["--url", nobody, "--url", somebody];
+    // It begins with any of them.
+    let servers = [(); 4].map(|()| Program::start_at("amqp://127.0.0.1:2", &queue, &urls));
+    for server in &servers {
+        server.await_log(&format!("connected to {}", broker::authority()));
+    }
+    expect(&mut client(&queue, &[&urls[..], &["-q", "30"]].concat()), 0, "832040\n", "");
+    let urls = ["--url", &silent, "--url", somebody, "-t", "4s"];
+    expect(&mut client(&queue, &[&urls[..], &["-q", "30"]].concat()), 0, "832040\n", "");
+    let urls = ["--url", &silent, "--url", nobody, "-t", "2s"];
+    let error = "rpc-client: cannot reach 127.0.0.1:1: connection refused: is RabbitMQ running there, or AMQP_URL to be set?\n";
+    expect(&mut client(&queue, &[&urls[..], &["30"]].concat()), 3, "\n", error);
+}
+
+/// It waits for a broker as it does for one that is back.
+#[test]
+fn a_server_may_start_before_its_broker() {
+    let queue = Queue::named("early_server");
+    let proxy = Proxy::start();
+    proxy.refuse(true);
+    let server = Program::spawn_at(&proxy.url(), "rpc-server", &["--queue", &queue]);
+    server.await_log("trying again");
+    proxy.refuse(false);
+    assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
+    server.stop();
+}
+
+/// The tutorial's servers do not answer heartbeats while they compute, and are cut off.
+#[test]
+fn a_request_may_take_longer_than_the_heartbeats() {
+    let queue = Queue::named("heartbeats");
+    let server = Program::start(&queue, &["--heartbeat", "1", "--delay", "5s"]);
+    let mut call = client(&queue, &["-q", "--heartbeat", "1", "30"]);
+    expect(&mut call, 0, "832040\n", "");
+    assert_eq!(server.stop(), [" [.] fib(30)"]);
 }
 
 #[test]

@@ -140,7 +140,9 @@ impl Client {
             look_at: Instant::now() + FIRST_LOOK,
             known: Known::Nothing,
             warned: false,
+            connected: session.is_some(),
             answered: false,
+            discarded: 0,
             on_outcomes,
         };
         let mut pauses = broker::pauses();
@@ -170,7 +172,9 @@ impl Client {
                     pauses.next().unwrap_or_default().min(until(run.next_deadline().instant()) / 2);
                 thread::sleep(pause.max(SHORTEST_PAUSE));
             }
-            run.expire();
+            if run.calls.any_sent() {
+                run.expire(); // else the next attempt says why nothing was sent
+            }
             run.tell()?;
         }
         Ok(())
@@ -194,8 +198,12 @@ struct Run<'a> {
     known: Known,
     /// Whether it was said that nobody serves.
     warned: bool,
+    /// Whether there has been a connection.
+    connected: bool,
     /// Whether an answer has come since the last break.
     answered: bool,
+    /// How many replies came late, or twice.
+    discarded: u64,
     on_outcomes: &'a mut OnOutcomes<'a>,
 }
 
@@ -224,6 +232,7 @@ impl Run<'_> {
             None => Session::open(&self.config.brokers, &self.next_deadline())?,
         };
         self.broker = session.broker();
+        self.connected = true;
         let ended = self.converse(&mut session);
         if ended.is_ok() {
             *at_hand = Some(session);
@@ -236,11 +245,16 @@ impl Run<'_> {
         ended
     }
 
-    /// Whether an error ends the run. Before anything is sent, each that keeps us from connecting does;
-    /// from then on only a refusal, for a call that was sent may have run.
+    /// Whether an error ends the run. While no call in hand was sent, one that keeps us from connecting
+    /// does: at once if we never were connected, else when the time is up. When a call was sent, which
+    /// may have run, only a refusal does.
     fn is_final(&self, error: &broker::Error, opened: bool) -> bool {
         let nothing_sent = opened && !self.calls.is_empty() && !self.calls.any_sent();
-        nothing_sent || matches!(error, broker::Error::Refused { code: ACCESS_REFUSED, .. })
+        let hopeless = !self.connected
+            || !error.is_transient()
+            || self.next_deadline().remaining() <= SHORTEST_PAUSE;
+        (nothing_sent && hopeless)
+            || matches!(error, broker::Error::Refused { code: ACCESS_REFUSED, .. })
     }
 
     fn next_deadline(&self) -> Deadline {
@@ -332,7 +346,10 @@ impl Run<'_> {
         self.answered = true;
         match self.calls.on_reply(properties.correlation_id().as_deref()) {
             Some(call) => self.end(call, decode_reply(&properties, body).map_err(Error::Remote)),
-            None => log::info!("discarded a reply to no call in hand"),
+            None => {
+                self.discarded += 1;
+                log::info!("discarded a reply to no call in hand, {} in all", self.discarded);
+            }
         }
     }
 

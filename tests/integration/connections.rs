@@ -2,7 +2,7 @@
 
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{client, expect, Program};
-use crate::support::proxy::Proxy;
+use crate::support::proxy::{Proxy, Weather};
 use crate::support::{broker, eventually};
 use rustix::process::Signal;
 use std::net::TcpListener;
@@ -53,6 +53,26 @@ fn a_client_connects_again_and_sends_what_is_unanswered() {
     client.await_log("connecting again");
     assert_eq!(client.next_line(), "6765");
     assert_eq!(client.next_line(), "832040");
+    assert_eq!(client.end(), Some(0));
+}
+
+/// Nothing was in hand when the connection broke: the next call waits for the broker all the same.
+#[test]
+fn a_batch_outlives_a_broker_that_is_away_between_two_calls() {
+    let queue = Queue::named("away");
+    let proxy = Proxy::start();
+    let _server = Program::start(&queue, &[]);
+    let args = ["--queue", &queue, "-t", "20s", "-"];
+    let mut client = Program::spawn_at(&proxy.url(), "rpc-client", &args);
+    client.say("20");
+    assert_eq!(client.next_line(), "6765");
+    proxy.refuse(true);
+    proxy.cut();
+    client.say("30");
+    proxy.await_refusals(2);
+    proxy.refuse(false);
+    assert_eq!(client.next_line(), "832040");
+    client.end_input();
     assert_eq!(client.end(), Some(0));
 }
 
@@ -123,7 +143,7 @@ fn a_frozen_broker_does_not_keep_a_server_from_stopping() {
     let queue = Queue::named("frozen_stop");
     let proxy = Proxy::start();
     let mut server = Program::start_at(&proxy.url(), &queue, &["--heartbeat", "600"]);
-    proxy.freeze();
+    proxy.set(Weather::Frozen);
     server.signal(Signal::TERM);
     assert_eq!(server.wait().code(), Some(0));
 }
@@ -132,7 +152,7 @@ fn a_frozen_broker_does_not_keep_a_server_from_stopping() {
 fn a_frozen_broker_does_not_keep_a_server_from_stopping_before_it_has_begun() {
     let queue = Queue::named("frozen_start");
     let proxy = Proxy::start();
-    proxy.freeze();
+    proxy.set(Weather::Frozen);
     let args = ["--queue", &queue, "--heartbeat", "600"];
     let mut server = Program::spawn_at(&proxy.url(), "rpc-server", &args);
     server.signal(Signal::TERM);
@@ -148,7 +168,7 @@ fn a_frozen_broker_does_not_keep_a_call_beyond_its_deadline() {
     let client = Program::spawn_at(&proxy.url(), "rpc-client", &args);
     let begun = Instant::now();
     eventually("the request", || (peer.depth(&queue) == Some(1)).then_some(()));
-    proxy.freeze();
+    proxy.set(Weather::Frozen);
     assert_eq!(client.end(), Some(5));
     assert!(begun.elapsed() < Duration::from_secs(30), "it took {:?}", begun.elapsed());
 }

@@ -6,6 +6,7 @@
 mod batches;
 mod client;
 mod connections;
+mod crashes;
 mod deadlines;
 mod failures;
 mod messages;

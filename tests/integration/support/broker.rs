@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
-use std::{env, fs, process};
+use std::{env, fs, io, process};
 
 /// The URL of the broker, which is started with the first call.
 pub(crate) fn url() -> &'static str {
@@ -124,6 +124,13 @@ impl Node {
         let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
         assert!(output.status.success(), "rabbitmqctl {args:?}: {text}");
         text
+    }
+
+    /// What the node has logged.
+    pub(crate) fn log(&self) -> String {
+        let files = fs::read_dir(self.folder.join("log")).expect("it logs there");
+        let text = |file: io::Result<fs::DirEntry>| fs::read(file.ok()?.path()).ok();
+        String::from_utf8_lossy(&files.filter_map(text).collect::<Vec<_>>().concat()).into_owned()
     }
 
     /// Blocks publishers, as the broker does when memory is short, until the guard is dropped.

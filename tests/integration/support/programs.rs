@@ -5,9 +5,9 @@ use assert_cmd::assert::Assert;
 use assert_cmd::Command;
 use crossbeam_channel::{unbounded, Receiver};
 use rustix::process::{kill_process, Pid, Signal};
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
-use std::process::{Child, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::{env, process, thread};
 
@@ -66,6 +66,7 @@ pub(crate) fn bash(script: &str) -> Assert {
 /// A program that runs in the background. It is killed when it is dropped, or when this process ends.
 pub(crate) struct Program {
     child: Child,
+    stdin: Option<ChildStdin>,
     stdout: Receiver<String>,
     stderr: Receiver<String>,
 }
@@ -105,13 +106,25 @@ impl Program {
             .args(command.get_args())
             .envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))))
             .env_remove("RUST_LOG")
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .expect("setpriv, of util-linux, runs");
+        let stdin = child.stdin.take();
         let stdout = lines(child.stdout.take().expect("piped"));
         let stderr = lines(child.stderr.take().expect("piped"));
-        Program { child, stdout, stderr }
+        Program { child, stdin, stdout, stderr }
+    }
+
+    /// Writes a line to its standard input; false when it does not read any more.
+    pub(crate) fn say(&mut self, line: &str) -> bool {
+        self.stdin.as_mut().is_some_and(|stdin| writeln!(stdin, "{line}").is_ok())
+    }
+
+    /// Ends its standard input.
+    pub(crate) fn end_input(&mut self) {
+        self.stdin = None;
     }
 
     /// The next line of its standard output.

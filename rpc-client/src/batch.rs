@@ -6,6 +6,7 @@ use crate::output::{Format, Line, Printer};
 use crossbeam_channel::Sender;
 use rpc_common::exit::{complain, ExitCode};
 use rpc_common::message::parse_number;
+use std::collections::HashMap;
 use std::io::{self, BufRead, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -52,8 +53,10 @@ pub fn run(
     output: impl Write + Send + 'static,
 ) -> Result<ExitCode, Error> {
     let printer = Printer::new(output, batch.format, batch.unordered);
-    let desk =
-        Arc::new(Desk { state: Mutex::new(State { printer, broken: None }), turn: Condvar::new() });
+    let desk = Arc::new(Desk {
+        state: Mutex::new(State { printer, lines: HashMap::new(), broken: None }),
+        turn: Condvar::new(),
+    });
     let (requests, taken) = crossbeam_channel::bounded(config.in_flight.get());
     let feeder = Feeder {
         desk: desk.clone(),
@@ -74,7 +77,9 @@ pub fn run(
         let mut state = desk.state();
         for outcome in outcomes {
             let n = parse_number(&outcome.request.body).unwrap_or_default(); // the feeder wrote it
-            state.printer.put(outcome.request.tag, Line::of_call(n, outcome))?;
+            let place = outcome.request.tag;
+            let line = state.lines.remove(&place);
+            state.printer.put(place, Line::of_call(n, line, outcome))?;
         }
         desk.turn.notify_one();
         state.printer.flush()
@@ -109,6 +114,8 @@ struct Desk<W> {
 
 struct State<W> {
     printer: Printer<W>,
+    /// The lines of standard input that the calls in hand come from, by their places.
+    lines: HashMap<u64, u64>,
     /// Why the feeder could not print.
     broken: Option<io::Error>,
 }
@@ -156,7 +163,8 @@ impl<W: Write> Feeder<W> {
         let state = self.desk.turn.wait_while(state, far_ahead);
         let mut state = state.unwrap_or_else(PoisonError::into_inner);
         match item {
-            Item::Number(n) => {
+            Item::Number(n, line) => {
+                state.lines.extend(line.map(|line| (place, line)));
                 drop(state);
                 if self.announce {
                     let _ = writeln!(io::stderr(), " [x] Requesting fib({n})"); // nobody has to read it

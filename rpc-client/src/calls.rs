@@ -125,6 +125,11 @@ impl Calls {
         self.unanswered.first_key_value().map(|(_, call)| call.deadline)
     }
 
+    /// The deadline that passes last.
+    pub(crate) fn last_deadline(&self) -> Option<Deadline> {
+        self.unanswered.last_key_value().map(|(_, call)| call.deadline)
+    }
+
     /// When the time alone will do something next: a call expires, or a request is sent again.
     pub(crate) fn next_event(&self) -> Option<Instant> {
         let deadline = self.next_deadline().map(|deadline| deadline.instant());

@@ -4,9 +4,9 @@ use crate::calls::{Call, Calls, Returned};
 use crate::input::BadLine;
 use crate::session::{RawReply, Session};
 use amiquip::{ConnectionBlockedNotification, Return};
-use crossbeam_channel::{bounded, never, select, Receiver};
+use crossbeam_channel::{bounded, never, select, Receiver, RecvTimeoutError};
 use rpc_common::broker::{self, Counts};
-use rpc_common::deadline::Deadline;
+use rpc_common::deadline::{in_background, Deadline};
 use rpc_common::duration;
 use rpc_common::exit::{in_words, Exit, ExitCode};
 use rpc_common::message::{decode_reply, escape, Failure};
@@ -23,6 +23,9 @@ const ACCESS_REFUSED: u16 = 403;
 /// After how long a silence the request queue is looked at, and how often then.
 const FIRST_LOOK: Duration = Duration::from_millis(500);
 const NEXT_LOOK: Duration = Duration::from_secs(1);
+
+/// How many round trips a look may take: three, with time to spare.
+const LOOK: u32 = 10;
 
 /// The shortest wait between two attempts to connect.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
@@ -133,14 +136,13 @@ impl Client {
         let mut run = Run {
             config,
             requests,
-            broker: String::new(),
+            broker: session.as_ref().map(Session::broker),
             more_requests: true,
             calls: Calls::default(),
             outcomes: Vec::new(),
             look_at: Instant::now() + FIRST_LOOK,
             known: Known::Nothing,
             warned: false,
-            connected: session.is_some(),
             answered: false,
             discarded: 0,
             on_outcomes,
@@ -185,8 +187,8 @@ impl Client {
 struct Run<'a> {
     config: &'a Config,
     requests: &'a Receiver<Request>,
-    /// Host and port of the broker in use.
-    broker: String,
+    /// Host and port of the broker that was connected last; none before the first connection.
+    broker: Option<String>,
     /// False once `requests` has ended.
     more_requests: bool,
     calls: Calls,
@@ -198,8 +200,6 @@ struct Run<'a> {
     known: Known,
     /// Whether it was said that nobody serves.
     warned: bool,
-    /// Whether there has been a connection.
-    connected: bool,
     /// Whether an answer has come since the last break.
     answered: bool,
     /// How many replies came late, or twice.
@@ -229,20 +229,48 @@ impl Run<'_> {
     fn attempt(&mut self, at_hand: &mut Option<Session>) -> Result<(), Error> {
         let mut session = match at_hand.take() {
             Some(session) => session,
-            None => Session::open(&self.config.brokers, &self.next_deadline())?,
+            None => self.open_session()?,
         };
-        self.broker = session.broker();
-        self.connected = true;
         let ended = self.converse(&mut session);
         if ended.is_ok() {
             *at_hand = Some(session);
         } else {
             // What has been received is not received again.
             session.replies_at_hand().for_each(|reply| self.on_reply(reply));
-            let broker = &self.broker;
-            session.notices.try_iter().for_each(|notice| self.known.changes(broker, notice));
+            let broker = self.broker();
+            session.notices.try_iter().for_each(|notice| self.known.changes(&broker, notice));
         }
         ended
+    }
+
+    /// Opens a session within the latest deadline; what runs out of time earlier is told meanwhile.
+    fn open_session(&mut self) -> Result<Session, Error> {
+        let latest = self.calls.last_deadline().unwrap_or_else(|| self.next_deadline());
+        let (brokers, again) = (self.config.brokers.clone(), self.broker.is_some());
+        let opening = in_background(move || -> Result<Session, broker::Error> {
+            let mut session = Session::open(&brokers, &latest)?;
+            if again {
+                // What is sent again waits for its replies already; the round trip is worth its safety.
+                session.consume(&latest, |_| {})?;
+            }
+            Ok(session)
+        });
+        let session = loop {
+            let next = self.next_deadline().instant();
+            if next >= latest.instant() {
+                break opening.recv().map_err(|_| RecvTimeoutError::Disconnected);
+            }
+            match opening.recv_deadline(next) {
+                Err(RecvTimeoutError::Timeout) => {
+                    self.expire();
+                    self.tell()?;
+                }
+                opened => break opened,
+            }
+        };
+        let session = session.expect("opening a session does not panic")?;
+        self.broker = Some(session.broker());
+        Ok(session)
     }
 
     /// Whether an error ends the run. While no call in hand was sent, one that keeps us from connecting
@@ -250,11 +278,15 @@ impl Run<'_> {
     /// may have run, only a refusal does.
     fn is_final(&self, error: &broker::Error, opened: bool) -> bool {
         let nothing_sent = opened && !self.calls.is_empty() && !self.calls.any_sent();
-        let hopeless = !self.connected
+        let hopeless = self.broker.is_none()
             || !error.is_transient()
             || self.next_deadline().remaining() <= SHORTEST_PAUSE;
         (nothing_sent && hopeless)
             || matches!(error, broker::Error::Refused { code: ACCESS_REFUSED, .. })
+    }
+
+    fn broker(&self) -> String {
+        self.broker.clone().unwrap_or_default()
     }
 
     fn next_deadline(&self) -> Deadline {
@@ -269,8 +301,8 @@ impl Run<'_> {
             session.publish(queue, call)?;
         }
         self.known = Known::Nothing; // what kept the last session from working is over
-        let (deadline, broker) = (self.next_deadline(), &self.broker);
-        session.consume(&deadline, |notice| self.known.changes(broker, notice))?;
+        let (deadline, broker) = (self.next_deadline(), self.broker());
+        session.consume(&deadline, |notice| self.known.changes(&broker, notice))?;
         self.look_at = Instant::now() + FIRST_LOOK;
         let no_requests = never();
         while self.more_requests || !self.calls.is_empty() {
@@ -293,7 +325,7 @@ impl Run<'_> {
                     }
                 }
                 recv(session.notices) -> notice => match notice {
-                    Ok(notice) => self.known.changes(&self.broker, notice),
+                    Ok(notice) => self.known.changes(&broker, notice),
                     Err(_) => session.notices = never(), // why, the replies tell
                 },
                 recv(requests) -> request => match request {
@@ -325,8 +357,10 @@ impl Run<'_> {
     /// Nothing has come for a while: looks why, for the user to know.
     fn look(&mut self, session: &mut Session) -> Result<(), Error> {
         self.look_at = Instant::now() + NEXT_LOOK;
-        if matches!(self.known, Known::Blocked(_)) {
-            return Ok(()); // the broker reads nothing of ours
+        // A look that is cut off at the deadline of one call would cost the others their connection.
+        let takes_too_long = self.next_deadline().remaining() < session.round_trip * LOOK;
+        if takes_too_long || matches!(self.known, Known::Blocked(_)) {
+            return Ok(()); // a broker that is blocked reads nothing of ours
         }
         let Some(seen) = session.look(&self.config.queue, &self.next_deadline())? else {
             self.known = Known::Nothing;
@@ -344,18 +378,17 @@ impl Run<'_> {
     fn on_reply(&mut self, (properties, body): RawReply) {
         self.look_at = Instant::now() + FIRST_LOOK;
         self.answered = true;
-        match self.calls.on_reply(properties.correlation_id().as_deref()) {
-            Some(call) => self.end(call, decode_reply(&properties, body).map_err(Error::Remote)),
-            None => {
-                self.discarded += 1;
-                log::info!("discarded a reply to no call in hand, {} in all", self.discarded);
-            }
+        if let Some(call) = self.calls.on_reply(properties.correlation_id().as_deref()) {
+            self.end(call, decode_reply(&properties, body).map_err(Error::Remote));
+        } else {
+            self.discarded += 1;
+            log::info!("discarded a reply to no call in hand, {} in all", self.discarded);
         }
     }
 
     fn on_return(&mut self, request: &Return) {
         let id = request.properties.correlation_id().as_deref();
-        let (queue, target) = (self.config.queue.clone(), self.broker.clone());
+        let (queue, target) = (self.config.queue.clone(), self.broker());
         let error = Error::NoServer { queue, target };
         match self.calls.on_return(id, Instant::now()) {
             Some(Returned::Ended(call)) => self.end(call, Err(error)),
@@ -375,7 +408,7 @@ impl Run<'_> {
         let now = Instant::now();
         let before = self.calls.len();
         while let Some(call) = self.calls.expire(now) {
-            let (queue, target) = (self.config.queue.clone(), self.broker.clone());
+            let (queue, target) = (self.config.queue.clone(), self.broker());
             let limit = call.deadline.to_string();
             self.end(
                 call,
@@ -436,7 +469,11 @@ impl Known {
     /// The connection ended. Where the broker reads nothing, that it did not answer explains nothing.
     fn breaks(&mut self, error: &broker::Error) {
         *self = match error {
-            broker::Error::TimedOut { .. } if matches!(self, Known::Blocked(_)) => return,
+            broker::Error::TimedOut { .. }
+                if matches!(self, Known::Blocked(_) | Known::Queue(_)) =>
+            {
+                return
+            }
             broker::Error::TimedOut { phase, .. } => Known::Broken(format!("timed out in {phase}")),
             error => Known::Broken(error.to_string()),
         };

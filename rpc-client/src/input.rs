@@ -28,8 +28,8 @@ impl FromStr for Argument {
 /// What a line of output stands for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Item {
-    /// A number n of fib(n).
-    Number(u64),
+    /// A number n of fib(n), and its line of standard input, if it stands there.
+    Number(u64, Option<u64>),
     /// A line of standard input that is none.
     Bad(BadLine),
 }
@@ -69,7 +69,7 @@ impl<R: BufRead> Iterator for Items<R> {
         loop {
             if let Argument::Number(n) = *self.arguments.front()? {
                 self.arguments.pop_front();
-                return Some(Ok(Item::Number(n)));
+                return Some(Ok(Item::Number(n, None)));
             }
             match next_line(&mut self.input).transpose() {
                 Some(Ok(text)) => {
@@ -93,7 +93,7 @@ fn item(line: u64, text: &[u8]) -> Item {
     let end = text.iter().rposition(|byte| !blank(byte)).map_or(start, |last| last + 1);
     let text = &text[start..end];
     match parse_number(text) {
-        Ok(n) => Item::Number(n),
+        Ok(n) => Item::Number(n, Some(line)),
         Err(reason) => Item::Bad(BadLine { line, input: escape(text).to_string(), reason }),
     }
 }
@@ -121,6 +121,10 @@ mod tests {
         Items::new(arguments.to_vec(), input).map(Result::unwrap).collect()
     }
 
+    fn number(n: u64, line: u64) -> Item {
+        Item::Number(n, Some(line))
+    }
+
     fn bad(line: u64, input: &str) -> Item {
         Item::Bad(BadLine { line, input: input.into(), reason: NumberError::Malformed })
     }
@@ -128,8 +132,7 @@ mod tests {
     #[test]
     fn lines_are_trimmed_and_an_empty_one_is_wrong() {
         let items = read(&[StandardInput], b"7\n 8\t\r\n\nabc\n9");
-        let expected =
-            [Item::Number(7), Item::Number(8), bad(3, ""), bad(4, "abc"), Item::Number(9)];
+        let expected = [number(7, 1), number(8, 2), bad(3, ""), bad(4, "abc"), number(9, 5)];
         assert_eq!(items, expected);
     }
 
@@ -137,16 +140,16 @@ mod tests {
     fn an_overlong_line_is_one_wrong_line() {
         let mut input = vec![b'1'; 100_000];
         input.extend(b"\n8\n");
-        assert_eq!(read(&[StandardInput], &input)[1], Item::Number(8));
+        assert_eq!(read(&[StandardInput], &input)[1], number(8, 2));
         let mut longest = vec![b' '; 1023];
         longest.extend(b"7\n8");
-        assert_eq!(read(&[StandardInput], &longest), [Item::Number(7), Item::Number(8)]);
+        assert_eq!(read(&[StandardInput], &longest), [number(7, 1), number(8, 2)]);
     }
 
     #[test]
     fn input_and_arguments_keep_their_order() {
         let items = read(&[Number(1), StandardInput, Number(4)], b"2\n3\n");
-        let expected = [1, 2, 3, 4].map(Item::Number);
+        let expected = [Item::Number(1, None), number(2, 1), number(3, 2), Item::Number(4, None)];
         assert_eq!(items, expected);
     }
 
@@ -154,7 +157,7 @@ mod tests {
     fn input_is_not_read_before_it_is_asked_for() {
         let closed = io::BufReader::new(Unreadable);
         let mut items = Items::new(vec![Number(1), StandardInput], closed);
-        assert_eq!(items.next().unwrap().unwrap(), Item::Number(1));
+        assert_eq!(items.next().unwrap().unwrap(), Item::Number(1, None));
         assert!(items.next().unwrap().is_err());
         assert!(items.next().is_none());
     }

@@ -28,6 +28,8 @@ pub enum Format {
 pub(crate) struct Line {
     /// What was asked; none for a bad line of input.
     n: Option<u64>,
+    /// The line of standard input that it was asked by.
+    asked_by: Option<u64>,
     pub(crate) result: Result<String, Error>,
     pub(crate) latency: Option<Duration>,
     correlation_id: Option<Uuid>,
@@ -35,15 +37,16 @@ pub(crate) struct Line {
 
 impl Line {
     /// The line of a call of fib(n), whose answer must be a number.
-    pub(crate) fn of_call(n: u64, outcome: Outcome) -> Self {
+    pub(crate) fn of_call(n: u64, line: Option<u64>, outcome: Outcome) -> Self {
         let result = outcome.result.and_then(|answer| read_answer(n, &answer));
         let (latency, correlation_id) = (outcome.latency, Some(outcome.correlation_id));
-        Line { n: Some(n), result, latency, correlation_id }
+        Line { n: Some(n), asked_by: line, result, latency, correlation_id }
     }
 
     /// The line of a line of input that is no number.
     pub(crate) fn of_bad_line(bad: BadLine) -> Self {
-        Line { n: None, result: Err(bad.into()), latency: None, correlation_id: None }
+        let asked_by = Some(bad.line);
+        Line { n: None, asked_by, result: Err(bad.into()), latency: None, correlation_id: None }
     }
 }
 
@@ -141,7 +144,7 @@ impl<W: Write> Printer<W> {
     fn print(&mut self, line: &Line) -> io::Result<()> {
         if let Err(error) = &line.result {
             self.output.flush()?; // on a terminal the error then stands where the answer would
-            self.complain(error, line.n);
+            self.complain(error, line);
         }
         match (self.format, &line.result) {
             (Format::Json, _) => {
@@ -162,10 +165,16 @@ impl<W: Write> Printer<W> {
         }
     }
 
-    fn complain(&mut self, error: &Error, n: Option<u64>) {
-        match (error, n) {
-            (Error::NoServer { .. } | Error::Broker(_), _) | (_, None) => self.fail(error, error),
-            (_, Some(n)) => self.fail(error, format_args!("fib({n}): {error}")),
+    fn complain(&mut self, error: &Error, line: &Line) {
+        match (error, line.n, line.asked_by) {
+            // These concern every call, and are said once.
+            (Error::NoServer { .. } | Error::Broker(_), _, _) | (_, None, _) => {
+                self.fail(error, error);
+            }
+            (_, Some(n), None) => self.fail(error, format_args!("fib({n}): {error}")),
+            (_, Some(n), Some(line)) => {
+                self.fail(error, format_args!("line {line}: fib({n}): {error}"));
+            }
         }
     }
 
@@ -217,7 +226,7 @@ struct JsonError<'a> {
 
 impl<'a> From<&'a Line> for Json<'a> {
     fn from(line: &'a Line) -> Self {
-        let Line { n, result, latency, correlation_id } = line;
+        let Line { n, asked_by: _, result, latency, correlation_id } = line;
         let input = match result {
             Err(Error::BadLine(bad)) => Some(&*bad.input),
             _ => None,
@@ -240,7 +249,13 @@ mod tests {
 
     fn line(n: u64, answer: &str) -> Line {
         let (latency, correlation_id) = (Some(Duration::from_micros(1_500)), Some(Uuid::nil()));
-        Line { n: Some(n), result: read_answer(n, answer.as_bytes()), latency, correlation_id }
+        Line {
+            n: Some(n),
+            asked_by: None,
+            result: read_answer(n, answer.as_bytes()),
+            latency,
+            correlation_id,
+        }
     }
 
     fn printed(format: Format, unordered: bool, lines: Vec<(u64, Line)>) -> (String, ExitCode) {

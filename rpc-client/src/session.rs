@@ -10,7 +10,7 @@ use rpc_common::broker::{self, Counts, Error, Link};
 use rpc_common::deadline::{Deadline, Phase};
 use rpc_common::message::Request;
 use rpc_common::target::Brokers;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 /// A **session** owns all that a connection needs to make calls.
@@ -25,6 +25,8 @@ pub(crate) struct Session {
     /// Whether the broker takes requests, each time that changes.
     pub(crate) notices: Receiver<ConnectionBlockedNotification>,
     consumes: bool,
+    /// How long the broker took to answer.
+    pub(crate) round_trip: Duration,
 }
 
 /// What a reply consists of on the wire.
@@ -44,7 +46,16 @@ impl Session {
         })?;
         let notices = link.notices(deadline)?;
         let replies = never();
-        Ok(Session { link, channel, reply_queue, replies, returns, notices, consumes: false })
+        Ok(Session {
+            link,
+            channel,
+            reply_queue,
+            replies,
+            returns,
+            notices,
+            consumes: false,
+            round_trip: Duration::ZERO,
+        })
     }
 
     /// Host and port of the broker, for messages.
@@ -95,8 +106,10 @@ impl Session {
             Ok(replies)
         };
         let (link, notices) = (&mut self.link, &self.notices);
+        let begun = Instant::now();
         self.replies =
             link.within_listening(deadline, Phase::Consume, notices, on_notice, consume)?;
+        self.round_trip = begun.elapsed();
         self.consumes = true;
         Ok(())
     }

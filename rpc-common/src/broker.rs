@@ -3,7 +3,7 @@
 //! amiquip's own `Connection::open` is not used: it sets no `TCP_NODELAY` (44 ms a call), hangs at a
 //! silent peer, and prints passwords in its errors.
 
-use crate::deadline::{Deadline, Expired, Phase};
+use crate::deadline::{in_background, Deadline, Expired, Phase};
 use crate::exit::{in_words, Exit, ExitCode};
 use crate::message::escape;
 use crate::stream::{Stream, Transport, FRAME_MAX};
@@ -19,7 +19,7 @@ use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
-use std::{env, fs, io, process, thread};
+use std::{env, fs, io, process};
 
 /// How long closing may take before the socket is shut down instead; and when time is up already.
 const CLOSING: Duration = Duration::from_secs(1);
@@ -126,9 +126,8 @@ fn resolve(target: &Target, deadline: &Deadline) -> Result<Vec<SocketAddr>, Erro
     if let Ok(address) = target.host.parse::<IpAddr>() {
         return Ok(vec![(address, target.port).into()]);
     }
-    let (sender, addresses) = crossbeam_channel::bounded(1);
     let name = (target.host.clone(), target.port);
-    thread::spawn(move || sender.send(name.to_socket_addrs().map(Vec::from_iter)));
+    let addresses = in_background(move || name.to_socket_addrs().map(Vec::from_iter));
     let unknown = |reason| Error::Resolve { host: target.host.clone(), reason };
     match addresses.recv_deadline(deadline.instant()) {
         Ok(Ok(addresses)) if addresses.is_empty() => Err(unknown("no address".into())),
@@ -409,6 +408,9 @@ pub enum Error {
         /// What is wrong, and what can be done about it.
         reason: String,
     },
+    /// There is no certificate that a broker's could be signed with.
+    #[error("this system has no CA certificates: name one by --ca-file")]
+    NoTrust,
     /// The AMQP handshake failed.
     #[error("no AMQP with {target}: {reason}")]
     Handshake {
@@ -460,7 +462,7 @@ pub enum Error {
         target: String,
     },
     /// The deadline passed in a phase that blocks.
-    #[error("{target} was not ready within {limit}: timed out in {phase}")]
+    #[error("{target} was not ready within {limit}: timed out in {phase}{}", hint(*.phase))]
     TimedOut {
         /// The phase that ran out of time.
         phase: Phase,
@@ -474,6 +476,15 @@ pub enum Error {
 /// Reply codes of AMQP 0-9-1 after which asking again cannot help: access-refused,
 /// resource-locked, not-allowed.
 const REFUSALS: [u16; 3] = [403, 405, 530];
+
+/// RabbitMQ takes its time to refuse a password.
+fn hint(phase: Phase) -> &'static str {
+    if phase == Phase::Login {
+        ": is the password right?"
+    } else {
+        ""
+    }
+}
 
 /// What a user can do about a refusal.
 fn next_move(code: u16) -> &'static str {

@@ -96,6 +96,14 @@ impl Deadline {
     }
 }
 
+/// Does something that may take long in a thread of its own, to be waited for together with other
+/// things, or not at all.
+pub fn in_background<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Receiver<T> {
+    let (sender, result) = bounded(1);
+    thread::spawn(move || sender.send(work())); // that nobody waits any more is no error
+    result
+}
+
 /// The deadline passed, and the socket was shut down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Expired;
@@ -130,7 +138,7 @@ impl Display for Phase {
             Phase::Connect => "opening the TCP connection",
             Phase::Tls => "the TLS handshake",
             Phase::Handshake => "the AMQP handshake",
-            Phase::Login => "the login (is the password right?)",
+            Phase::Login => "the login",
             Phase::Channel => "opening a channel",
             Phase::Declare => "declaring a queue",
             Phase::Consume => "starting a consumer",

@@ -56,25 +56,22 @@ impl BrokerOptions {
         if brokers.iter().any(|target| target.names_password) {
             log::warn!("ps shows everybody the password in --url: put the URL into AMQP_URL");
         }
-        let mut origin = "--url";
         if brokers.is_empty() {
-            (brokers, origin) = (vec![Target::from_env()?], "AMQP_URL");
+            brokers.push(Target::from_env()?);
         }
         for target in &mut brokers {
-            self.complete(target, origin)?;
+            self.complete(target)?;
         }
         Ok(Brokers(brokers))
     }
 
     /// Adds to a target what stands in options of its own.
-    fn complete(&self, target: &mut Target, origin: &'static str) -> Result<(), Error> {
+    fn complete(&self, target: &mut Target) -> Result<(), Error> {
         if let Some(file) = &self.password_file {
             target.take_password_of(file)?;
         }
         if !self.tls.is_default() {
-            let Some(tls) = &mut target.tls else {
-                return Err(bad_url(NO_TLS).in_url(origin));
-            };
+            let Some(tls) = &mut target.tls else { return Err(bad_url(NO_TLS)) };
             self.tls.config()?; // a wrong file is to be known before anything is tried
             tls.clone_from(&self.tls);
         }
@@ -187,9 +184,12 @@ impl Target {
         }
         let mut auth = Auth::Plain { username: user.clone(), password };
         for (name, value) in url.query_pairs() {
-            match (&*name, &*value) {
+            match (&*name, &*value.to_ascii_lowercase()) {
                 ("auth_mechanism", "plain") => {}
                 ("auth_mechanism", "external") => auth = Auth::External,
+                ("auth_mechanism", _) => {
+                    return Err(bad_url("auth_mechanism is plain or external"))
+                }
                 ("heartbeat", _) => return Err(bad_url("heartbeat is the option --heartbeat")),
                 ("cacertfile", _) => return Err(bad_url("cacertfile is the option --ca-file")),
                 ("certfile", _) => return Err(bad_url("certfile is the option --cert-file")),

@@ -6,6 +6,7 @@ use crate::message::escape;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{AlertDescription, CertificateError, ClientConfig, ClientConnection, RootCertStore};
+use rustls_native_certs::load_native_certs;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
@@ -41,10 +42,19 @@ impl TlsFiles {
     /// [`Error::File`]
     pub(crate) fn config(&self) -> Result<ClientConfig, Error> {
         let mut roots = RootCertStore::empty();
-        match &self.ca {
-            Some(file) => roots.add_parsable_certificates(certificates("--ca-file", file)?),
-            None => roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs),
-        };
+        if let Some(file) = &self.ca {
+            for root in certificates("--ca-file", file)? {
+                let garbled =
+                    |_| wrong("--ca-file", file, "it holds a certificate that is garbled");
+                roots.add(root).map_err(garbled)?;
+            }
+        } else {
+            // What cannot be parsed of so many is of no interest, unless nothing is left.
+            let (added, _) = roots.add_parsable_certificates(load_native_certs().certs);
+            if added == 0 {
+                return Err(Error::NoTrust);
+            }
+        }
         let config = ClientConfig::builder().with_root_certificates(roots);
         let (Some(cert), Some(key_file)) = (&self.cert, &self.key) else {
             return Ok(config.with_no_client_auth());
@@ -57,7 +67,10 @@ impl TlsFiles {
             rustls::Error::InconsistentKeys(_) => {
                 wrong("--key-file", key_file, "it is not the key of --cert-file")
             }
-            error => wrong("--key-file", key_file, &error.to_string()),
+            rustls::Error::InvalidCertificate(bad) => {
+                wrong("--cert-file", cert, &format!("it {}", fault(&bad)))
+            }
+            error => wrong("--key-file", key_file, &format!("it is of no use: {error}")),
         })
     }
 }
@@ -161,36 +174,56 @@ const HUNG_UP: &str = "the peer hung up: is that the broker's port for TLS, 5671
 
 /// What rustls found wrong, in words that lead on.
 fn explain(error: io::Error) -> io::Error {
-    use CertificateError as Bad;
     let words = match error.get_ref().and_then(|error| error.downcast_ref()) {
-        Some(rustls::Error::InvalidCertificate(bad)) => match bad {
-            Bad::UnknownIssuer => {
-                "its certificate is signed by an unknown CA: is that in --ca-file?"
-            }
-            Bad::Expired | Bad::ExpiredContext { .. } => {
-                "its certificate has expired: it has to be renewed there"
-            }
-            Bad::NotValidYet | Bad::NotValidYetContext { .. } => {
-                "its certificate is not valid yet: is this machine's clock right?"
-            }
-            Bad::NotValidForName | Bad::NotValidForNameContext { .. } => {
-                "its certificate is for another host: is the host in the URL right?"
-            }
-            bad if bad.to_string().contains("CaUsedAsEndEntity") => {
-                "its certificate is a CA's own: it has to have one that a CA has signed"
-            }
-            _ => return error,
-        },
-        Some(rustls::Error::AlertReceived(AlertDescription::CertificateRequired)) => {
-            "it wants a client certificate: --cert-file and --key-file"
-        }
-        Some(rustls::Error::AlertReceived(AlertDescription::UnknownCA)) => {
-            "it does not trust the CA of --cert-file"
-        }
+        Some(rustls::Error::InvalidCertificate(bad)) => format!("its certificate {}", fault(bad)),
+        Some(rustls::Error::AlertReceived(alert)) => refusal(*alert).into(),
         Some(rustls::Error::InvalidMessage(_)) => {
-            "the peer does not speak TLS: is that the broker's port for TLS, 5671?"
+            "the peer does not speak TLS: is that the broker's port for TLS, 5671?".into()
         }
         _ => return error,
     };
     io::Error::new(ErrorKind::InvalidData, words)
+}
+
+/// Why a certificate is not accepted.
+fn fault(bad: &CertificateError) -> &'static str {
+    use CertificateError as Bad;
+    match bad {
+        Bad::UnknownIssuer => "is signed by an unknown CA: is that in --ca-file?",
+        Bad::Expired | Bad::ExpiredContext { .. } => "has expired: it has to be renewed there",
+        Bad::NotValidYet | Bad::NotValidYetContext { .. } => {
+            "is not valid yet: is this machine's clock right?"
+        }
+        Bad::NotValidForName | Bad::NotValidForNameContext { .. } => {
+            "is for another host: is the host in the URL right?"
+        }
+        Bad::BadEncoding => "is garbled",
+        bad => match bad.to_string() {
+            words if words.contains("CaUsedAsEndEntity") => {
+                "is a CA's own: it has to have one that a CA has signed"
+            }
+            words if words.contains("UnsupportedCertVersion") => {
+                "is X.509 version 1: it has to be made with extensions, as version 3"
+            }
+            _ => "is not fit for TLS",
+        },
+    }
+}
+
+/// What the peer meant by an alert (RFC 8446, 6.2), of those that concern us.
+fn refusal(alert: AlertDescription) -> &'static str {
+    use AlertDescription as Alert;
+    match alert {
+        Alert::CertificateRequired => "it wants a client certificate: --cert-file and --key-file",
+        Alert::HandshakeFailure => "it refused: does it want a client certificate, --cert-file?",
+        Alert::UnknownCA => "it does not trust the CA of --cert-file",
+        Alert::CertificateExpired => "the certificate in --cert-file has expired",
+        Alert::BadCertificate
+        | Alert::UnsupportedCertificate
+        | Alert::CertificateRevoked
+        | Alert::CertificateUnknown
+        | Alert::AccessDenied => "it does not accept the certificate in --cert-file",
+        Alert::ProtocolVersion => "it speaks neither TLS 1.2 nor 1.3",
+        _ => "it broke off TLS: its log says why",
+    }
 }

@@ -7,7 +7,7 @@ use crate::worker::{Because, Lease, Need, Worker};
 use amiquip::ConnectionBlockedNotification;
 use crossbeam_channel::{select_biased, unbounded, Receiver, Sender};
 use rpc_common::broker::{self, Error, Link, NOT_FOUND};
-use rpc_common::deadline::Deadline;
+use rpc_common::deadline::{in_background, Deadline};
 use rpc_common::message::escape;
 use rpc_common::target::Brokers;
 use std::num::NonZeroUsize;
@@ -129,7 +129,7 @@ impl Supervisor<'_> {
         loop {
             let begun = Instant::now();
             let error = match self.supervise() {
-                Ok(link) => return Ok(Some(link)),
+                Ok(link) => return Ok(link),
                 Err(error) => error,
             };
             if queue::forbids_transient(&error) && self.queue_type == QueueType::Auto {
@@ -165,17 +165,25 @@ impl Supervisor<'_> {
         own_fault || (never_served && hopeless && !first_time)
     }
 
-    /// One connection, from opening it to its end. Returns it when it is time to stop.
-    fn supervise(&mut self) -> Result<Link, Error> {
-        let deadline = Deadline::after(ATTEMPT);
-        let mut link = broker::open_any(&self.config.brokers, "rpc-server", &deadline)?;
-        let notices = link.notices(&deadline)?;
+    /// One connection, from opening it to its end. Returns it, if it is there, when it is time to stop.
+    fn supervise(&mut self) -> Result<Option<Link>, Error> {
+        let (config, queue_type) = (self.config.clone(), self.queue_type);
+        let connecting = in_background(move || {
+            let deadline = Deadline::after(ATTEMPT);
+            let mut link = broker::open_any(&config.brokers, "rpc-server", &deadline)?;
+            let notices = link.notices(&deadline)?;
+            queue::ensure(&mut link, &config.queue, queue_type, &deadline)?;
+            Ok((link, notices))
+        });
+        let (mut link, notices) = select_biased! {
+            recv(self.stop) -> _ => return Ok(None), // nobody waits for that connection any more
+            recv(connecting) -> connected => connected.expect("connecting does not panic")?,
+        };
         self.last = None;
-        self.ensure_queue(&mut link, &deadline)?;
         loop {
             self.give_channels(&mut link)?;
             select_biased! {
-                recv(self.stop) -> _ => return Ok(link),
+                recv(self.stop) -> _ => return Ok(Some(link)),
                 recv(notices) -> notice => match notice {
                     Ok(ConnectionBlockedNotification::Blocked(reason)) => {
                         log::warn!("the broker takes no replies for now: {}", escape(reason.as_bytes()));
@@ -188,7 +196,7 @@ impl Supervisor<'_> {
                         self.waiting.push(inbox);
                         self.mend(&mut link, because)?;
                     }
-                    Err(_) => return Ok(link), // the workers have seen the stop before us
+                    Err(_) => return Ok(Some(link)), // the workers have seen the stop before us
                 },
             }
         }

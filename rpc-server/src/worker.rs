@@ -6,19 +6,22 @@
 use crate::handler::{self, Handler};
 use crate::signals::Stop;
 use amiquip::{Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery, Return};
-use crossbeam_channel::{bounded, never, select_biased, Sender};
+use crossbeam_channel::{bounded, never, select_biased, Receiver, RecvTimeoutError, Sender};
 use rpc_common::broker;
 use rpc_common::deadline::Deadline;
 use rpc_common::message::{encode_reply, escape, Request};
 use std::collections::VecDeque;
-use std::mem;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Once};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 use std::time::{Duration, Instant};
+use std::{mem, thread};
 
 /// How long a broker that is blocked or frozen may hold us up with what it has to answer.
 const ANSWERING: Duration = Duration::from_secs(5);
+
+/// How often a worker that prefetches looks what has come while it works.
+const STAMPING: Duration = Duration::from_millis(100);
 
 /// A **worker** takes requests from the queue for as long as it gets channels to do so.
 ///
@@ -81,6 +84,26 @@ impl Drop for Lease {
     }
 }
 
+/// When the deliveries that wait in a worker's hands have come, the first one first.
+#[derive(Default)]
+struct Arrivals(Mutex<VecDeque<Instant>>);
+
+impl Arrivals {
+    /// Takes note of how many wait: those that are new have come since the last time.
+    fn stamp(&self, waiting: usize) {
+        self.stamps().resize_with(waiting, Instant::now);
+    }
+
+    /// When the one that is taken now has come.
+    fn next(&self) -> Instant {
+        self.stamps().pop_front().unwrap_or_else(Instant::now)
+    }
+
+    fn stamps(&self) -> MutexGuard<'_, VecDeque<Instant>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// How it ends that a worker consumes.
 enum End {
     Stopped,
@@ -121,10 +144,32 @@ impl Worker<'_> {
             channel.basic_consume(self.queue, ConsumerOptions::default())
         })?;
         self.ready.call_once(self.on_ready);
-        let mut arrivals = VecDeque::new();
+        let (arrivals, waiting) = (Arrivals::default(), consumer.receiver().clone());
+        let (end, ended) = bounded::<()>(0);
+        thread::scope(|scope| {
+            // With a prefetch of 1 nothing comes while it works.
+            if self.prefetch != 1 {
+                scope.spawn(|| {
+                    while ended.recv_timeout(STAMPING) == Err(RecvTimeoutError::Timeout) {
+                        arrivals.stamp(waiting.len());
+                    }
+                });
+            }
+            let _end = end; // dropped when serving ends
+            self.serve(lease, channel, &mut returns, consumer, &arrivals)
+        })
+    }
+
+    fn serve(
+        &self,
+        lease: &Lease,
+        channel: &Channel,
+        returns: &mut Receiver<Return>,
+        consumer: Consumer,
+        arrivals: &Arrivals,
+    ) -> amiquip::Result<End> {
         loop {
-            // Those that have come since the last look; while we computed they may have waited longer.
-            arrivals.resize_with(consumer.receiver().len(), Instant::now);
+            arrivals.stamp(consumer.receiver().len());
             select_biased! {
                 recv(self.stop) -> _ => {
                     drain(lease, &consumer)?;
@@ -133,15 +178,14 @@ impl Worker<'_> {
                 }
                 recv(returns) -> reply => match reply {
                     Ok(reply) => log_return(&reply),
-                    Err(_) => returns = never(), // the channel has ended: the consumer says how
+                    Err(_) => *returns = never(), // the channel has ended: the consumer says how
                 },
                 recv(consumer.receiver()) -> got => {
                     let Some(delivery) = broker::delivery(got)? else {
                         mem::forget(consumer); // it would cancel itself once more, and wait for that
                         return Ok(End::Cancelled);
                     };
-                    let arrived = arrivals.pop_front().unwrap_or_else(Instant::now);
-                    self.step(channel, &consumer, delivery, arrived)?;
+                    self.step(channel, &consumer, delivery, arrivals.next())?;
                 }
             }
         }

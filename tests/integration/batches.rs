@@ -19,7 +19,7 @@ fn a_bad_line_is_named_and_does_not_stop_the_rest() {
     let _server = Program::start(&queue, &["--max-n", "100"]);
     let stderr = "rpc-client: line 2: 'abc' is not a natural number in decimal digits, 20 at most\n\
                   rpc-client: line 3: '' is not a natural number in decimal digits, 20 at most\n\
-                  rpc-client: fib(101): out of range: 101 is larger than 100, the largest n served here\n";
+                  rpc-client: line 4: fib(101): out of range: 101 is larger than 100, the largest n served here\n";
     let mut call = client(&queue, &["-j", "1", "-"]);
     expect(call.write_stdin("7\nabc\n\n101\n8\n"), 2, "13\n\n\n\n21\n", stderr);
 }

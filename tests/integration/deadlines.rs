@@ -2,6 +2,7 @@
 //!
 //! `cargo test -p rpc-tests -- deadlines --nocapture` prints what each took.
 
+use crate::messages::assert_on_page;
 use crate::support::broker::victim;
 use crate::support::peer::Peer;
 use crate::support::programs::{client, expect, Program};
@@ -25,6 +26,7 @@ fn ends(situation: &str, call: &mut assert_cmd::Command, code: i32, message: &st
     let begun = Instant::now();
     expect(call.args(["-q", "-t", "1s", "30"]), code, "\n", &format!("rpc-client: {message}\n"));
     let took = begun.elapsed();
+    assert_on_page(&format!("rpc-client: {message}"));
     eprintln!("| {situation} | 1 s | {:.3} s | {code} | {message} |", took.as_secs_f64());
     assert!(took >= Duration::from_secs(1) && took < GENEROUS, "{situation} took {took:?}");
 }
@@ -125,7 +127,7 @@ fn a_broker_that_freezes_in_each_phase() {
         ends(&situation, &mut at(&format!("{scheme}://{target}")), 3, &message);
     }
     for (method, times, phase, code) in [
-        (CONNECTION_START_OK, 1, "the login (is the password right?)", 3),
+        (CONNECTION_START_OK, 1, "the login: is the password right?", 3),
         (CHANNEL_OPEN, 1, "opening a channel", 3),
         (QUEUE_DECLARE, 1, "starting a consumer", 5),
         (BASIC_CONSUME, 1, "starting a consumer", 5),

@@ -1,6 +1,7 @@
 //! What goes wrong, as users see it: one clear line, and the exit code of the table. The lines that a
 //! command alone can provoke stand on the page of messages.
 
+use crate::messages::assert_on_page;
 use crate::support::broker::victim;
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{client, command, expect, Program};
@@ -227,4 +228,5 @@ fn too_many_workers_for_the_broker_are_exit_code_3() {
         broker.authority()
     );
     assert!(log.ends_with(&error), "{log}");
+    assert_on_page(error.trim_end());
 }

@@ -13,6 +13,7 @@ mod messages;
 mod peers;
 mod readme;
 mod server;
+mod soak;
 mod support;
 mod tls;
 mod wire;

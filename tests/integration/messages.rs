@@ -18,18 +18,40 @@ const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/integration/messages.tx
 fn the_page_of_messages_is_what_both_programs_say() {
     let page = fs::read_to_string(PAGE).expect("it is there");
     let scene = Scene::set(node());
-    // What else stands there was printed when the page was written.
-    let paragraphs = page.lines().filter_map(|line| match line.strip_prefix("$ ") {
-        Some(command) => Some(format!("{line}\n{}", scene.run(command))),
-        None => line.starts_with('#').then(|| format!("{line}\n")),
-    });
-    let seen = paragraphs.collect::<Vec<_>>().join("\n");
+    let (mut seen, mut continues) = (String::new(), false);
+    for line in page.lines() {
+        let is_comment = line.starts_with("# ");
+        if !(is_comment || line.starts_with("## ") || line.starts_with("$ ")) {
+            continue; // it was printed when the page was written
+        }
+        if !(seen.is_empty() || continues && is_comment) {
+            seen.push('\n');
+        }
+        let printed = line.strip_prefix("$ ").map(|command| scene.run(command));
+        seen.extend([line, "\n", printed.as_deref().unwrap_or_default()]);
+        continues = is_comment;
+    }
     if seen != page {
         let actual = Path::new(env!("CARGO_TARGET_TMPDIR")).join("messages.txt");
         fs::write(&actual, &seen).expect("there is room for it");
-        let differs = page.lines().zip(seen.lines()).find(|(page, seen)| page != seen);
-        panic!("{PAGE} differs from {}, first in {differs:#?}", actual.display());
+        let new = seen.lines().find(|line| !page.contains(line));
+        panic!("{PAGE} differs from {}, perhaps in: {new:#?}", actual.display());
     }
+}
+
+/// Checks that what was said in another test stands on the page, too.
+#[track_caller]
+pub(crate) fn assert_on_page(line: &str) {
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let is_address = |word: &str| word.rsplit_once(':').is_some_and(|(_, port)| is_number(port));
+    let named = |word| match word {
+        word if str::starts_with(word, '\'') => "'rpc_queue'",
+        word if is_address(word) => "rabbit:5672",
+        word => word,
+    };
+    let line = line.split(' ').map(named).collect::<Vec<_>>().join(" ");
+    let page = fs::read_to_string(PAGE).expect("it is there");
+    assert!(page.contains(&format!("\n# {line}\n")), "not on {PAGE}: {line}");
 }
 
 /// What the commands of the page find.
@@ -75,7 +97,8 @@ impl Scene {
         let folder = env!("CARGO_TARGET_TMPDIR").to_owned();
         let at = |port| format!("localhost:{port}");
         let (good, expired) = (at(tls.good), at(tls.expired));
-        let (wrong_host, mutual) = (at(tls.wrong_host), at(tls.mutual));
+        let (wrong_host, mutual, mutual_12) =
+            (at(tls.wrong_host), at(tls.mutual), at(tls.mutual_12));
         let variables = [
             ("BROKER", &*broker),
             ("NOBODY", &nobody),
@@ -85,6 +108,7 @@ impl Scene {
             ("TLS_EXPIRED", &expired),
             ("TLS_OTHER_HOST", &wrong_host),
             ("TLS_MUTUAL", &mutual),
+            ("TLS_12", &mutual_12),
             ("CA", &tls.ca),
             ("OTHER_CA", &tls.unknown_ca),
             ("CERT", cert),
@@ -111,6 +135,7 @@ impl Scene {
                 (wrong_host, "rabbit:5671"),
                 (format!("127.0.0.1:{}", tls.wrong_host), "10.0.0.1:5671"),
                 (mutual, "mutual:5671"),
+                (mutual_12, "mutual:5671"),
                 (folder, "/tmp"),
             ],
             _server: Program::start_at(node.url(), "page", &["--max-n", "100"]),

@@ -22,6 +22,8 @@ pub(crate) struct Listeners {
     pub(crate) expired: u16,
     pub(crate) wrong_host: u16,
     pub(crate) mutual: u16,
+    /// The same, by TLS 1.2.
+    pub(crate) mutual_12: u16,
 }
 
 /// The node's listeners for TLS, started with the first call. It has no such listener by itself.
@@ -43,17 +45,13 @@ pub(crate) fn listeners() -> &'static Listeners {
         // EXTERNAL looks here, too, before it trusts a listener.
         let options = "[{verify, verify_peer}, {fail_if_no_peer_cert, true}]";
         node.ctl(&["eval", &format!("application:set_env(rabbit, ssl_options, {options}).")]);
+        let mutual = ", {verify, verify_peer}, {fail_if_no_peer_cert, true}";
         Listeners {
             good: listen(node, &ca, &good, 3, ""),
             expired: listen(node, &ca, &authority.sign_expired("expired", &here), 4, ""),
             wrong_host: listen(node, &ca, &authority.sign("host", &["rabbit.example"]), 5, ""),
-            mutual: listen(
-                node,
-                &ca,
-                &good,
-                6,
-                ", {verify, verify_peer}, {fail_if_no_peer_cert, true}",
-            ),
+            mutual: listen(node, &ca, &good, 6, mutual),
+            mutual_12: listen(node, &ca, &good, 7, &format!("{mutual}, {{versions, ['tlsv1.2']}}")),
             client: authority.sign(user, &[]),
             unknown: authority.sign("unknown-user", &[]),
             stranger: other.sign("stranger", &[]),

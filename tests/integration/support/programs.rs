@@ -3,13 +3,13 @@
 use super::{broker, PATIENCE};
 use assert_cmd::assert::Assert;
 use assert_cmd::Command;
-use crossbeam_channel::{unbounded, Receiver};
+use crossbeam_channel::{unbounded, Receiver, Sender};
 use rustix::process::{kill_process, Pid, Signal};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ExitStatus, Stdio};
 use std::sync::OnceLock;
-use std::{env, process, thread};
+use std::{env, fs, io, process, thread};
 
 /// The folder of the programs, after making sure that they are built from this source: cargo does
 /// not do so for the tests of another package.
@@ -100,7 +100,8 @@ impl Program {
 
     /// Starts any command without waiting for anything.
     pub(crate) fn spawn_command(command: &process::Command) -> Self {
-        let mut child = process::Command::new("setpriv")
+        let mut setpriv = process::Command::new("setpriv");
+        setpriv
             .args(["--pdeathsig", "KILL"])
             .arg(command.get_program())
             .args(command.get_args())
@@ -108,9 +109,8 @@ impl Program {
             .env_remove("RUST_LOG")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("setpriv, of util-linux, runs");
+            .stderr(Stdio::piped());
+        let mut child = spawn(setpriv).expect("setpriv, of util-linux, runs");
         let stdin = child.stdin.take();
         let stdout = lines(child.stdout.take().expect("piped"));
         let stderr = lines(child.stderr.take().expect("piped"));
@@ -139,6 +139,11 @@ impl Program {
         self.stdout.try_iter().collect()
     }
 
+    /// What is left of its standard output and of its log when it has ended.
+    pub(crate) fn rest(&self) -> (Vec<String>, Vec<String>) {
+        (self.stdout.iter().collect(), self.stderr.iter().collect())
+    }
+
     /// The lines of its log that nobody has asked for yet.
     pub(crate) fn log(&self) -> Vec<String> {
         self.stderr.try_iter().collect()
@@ -160,6 +165,14 @@ impl Program {
     pub(crate) fn signal(&self, signal: Signal) {
         let pid = Pid::from_child(&self.child);
         kill_process(pid, signal).expect("the program is running");
+    }
+
+    /// Its resident memory, in KiB; 0 when it has ended.
+    pub(crate) fn memory(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()));
+        let status = status.unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or_default()
     }
 
     /// Waits for its end.
@@ -190,6 +203,25 @@ impl Drop for Program {
         let _ = self.child.kill(); // fails when it has ended already
         let _ = self.child.wait();
     }
+}
+
+/// Spawns from a thread that lives as long as this process: to the system the parent of a process is the
+/// thread that began it, and that thread's end would be its end.
+fn spawn(command: process::Command) -> io::Result<Child> {
+    type Order = (process::Command, Sender<io::Result<Child>>);
+    static SPAWNER: OnceLock<Sender<Order>> = OnceLock::new();
+    let spawner = SPAWNER.get_or_init(|| {
+        let (spawner, orders) = unbounded::<Order>();
+        thread::spawn(move || {
+            for (mut command, reply) in orders {
+                let _ = reply.send(command.spawn()); // whoever asks waits for it
+            }
+        });
+        spawner
+    });
+    let (reply, child) = unbounded();
+    spawner.send((command, reply)).expect("the spawner never ends");
+    child.recv().expect("the spawner never ends")
 }
 
 fn lines(pipe: impl Read + Send + 'static) -> Receiver<String> {

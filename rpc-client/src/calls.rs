@@ -157,6 +157,7 @@ impl Calls {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     const ID: Uuid = Uuid::from_u128(1);
     const OTHER: Uuid = Uuid::from_u128(2);
@@ -231,5 +232,96 @@ mod tests {
         assert!(calls.expire(second).is_none());
         assert!(calls.is_empty());
         assert!(calls.on_reply(Some(&text(ID))).is_none(), "an expired call has ended");
+    }
+
+    /// Something that happens to the calls; a number picks one of those that have begun.
+    #[derive(Clone, Debug)]
+    enum Event {
+        Begin,
+        Reply(usize),
+        Return(usize),
+        /// The connection breaks, and all that is unanswered is sent again on a new one.
+        Loss,
+        /// Milliseconds go by.
+        Wait(u64),
+    }
+
+    fn event() -> impl Strategy<Value = Event> {
+        prop_oneof![
+            Just(Event::Begin),
+            (0usize..6).prop_map(Event::Reply),
+            (0usize..6).prop_map(Event::Return),
+            Just(Event::Loss),
+            (0u64..4_000).prop_map(Event::Wait),
+        ]
+    }
+
+    /// What a call ought to be.
+    struct Expected {
+        id: Uuid,
+        deadline: Instant,
+        sends: u32,
+        has_ended: bool,
+    }
+
+    proptest! {
+        /// Whatever happens, in whatever order: a call ends once, by its first reply, by the return of
+        /// a request that was sent once, or at its deadline; and it is not sent again after that.
+        #[test]
+        fn every_call_ends_once(events in proptest::collection::vec(event(), 0..60)) {
+            let mut calls = Calls::default();
+            let mut model: Vec<Expected> = Vec::new();
+            let mut now = Instant::now();
+            let last = [Event::Wait(10_000)];
+            for event in events.iter().chain(&last) {
+                match *event {
+                    Event::Begin => {
+                        let id = Uuid::from_u128(model.len() as u128);
+                        let deadline = begin(&mut calls, id, 1);
+                        model.push(Expected { id, deadline, sends: 1, has_ended: false });
+                    }
+                    Event::Reply(nth) => if let Some(call) = model.get_mut(nth) {
+                        let ended = calls.on_reply(Some(&text(call.id)));
+                        prop_assert_eq!(ended.map(|ended| ended.id), (!call.has_ended).then_some(call.id));
+                        call.has_ended = true;
+                    }
+                    Event::Return(nth) => if let Some(call) = model.get_mut(nth) {
+                        match calls.on_return(Some(&text(call.id)), now) {
+                            None => prop_assert!(call.has_ended),
+                            Some(Returned::SentAgain) => prop_assert!(!call.has_ended && call.sends > 1),
+                            Some(Returned::Ended(ended)) => {
+                                prop_assert!(!call.has_ended && call.sends == 1 && ended.id == call.id);
+                                call.has_ended = true;
+                            }
+                        }
+                    }
+                    Event::Loss => {
+                        for call in calls.outgoing() {
+                            call.sent(now);
+                        }
+                        for call in model.iter_mut().filter(|call| !call.has_ended) {
+                            call.sends += 1;
+                        }
+                    }
+                    Event::Wait(millis) => {
+                        now += Duration::from_millis(millis);
+                        while let Some(ended) = calls.expire(now) {
+                            let call = model.iter_mut().find(|call| call.id == ended.id).unwrap();
+                            prop_assert!(!call.has_ended && call.deadline <= now);
+                            call.has_ended = true;
+                        }
+                        while let Some(again) = calls.resend_due(now) {
+                            again.sent(now);
+                            let call = model.iter_mut().find(|call| call.id == again.id).unwrap();
+                            prop_assert!(!call.has_ended && call.sends > 1);
+                            call.sends += 1;
+                        }
+                        let late = |call: &Expected| !call.has_ended && call.deadline <= now;
+                        prop_assert!(!model.iter().any(late));
+                    }
+                }
+                prop_assert_eq!(calls.len(), model.iter().filter(|call| !call.has_ended).count());
+            }
+        }
     }
 }

@@ -76,6 +76,26 @@ fn a_batch_outlives_a_broker_that_is_away_between_two_calls() {
     assert_eq!(client.end(), Some(0));
 }
 
+/// Far away the broker takes a while to say how the queue is, and meanwhile a call may run out of time: the
+/// others keep their connection, and are sent once.
+#[test]
+fn a_call_that_ends_takes_no_other_with_it() {
+    let queue = Queue::named("far_away");
+    let proxy = Proxy::start();
+    let server = Program::start(&queue, &["--workers", "2", "--delay", "2s"]);
+    proxy.set(Weather::Delayed(Duration::from_millis(50)));
+    let args = ["--queue", &queue, "-q", "-t", "3500ms", "-"];
+    let mut client = Program::spawn_at(&proxy.url(), "rpc-client", &args);
+    ["11", "12", "13"].map(|n| assert!(client.say(n)));
+    assert_eq!(client.next_line(), "89");
+    client.say("14");
+    client.end_input();
+    let answers = ["144", "", "377"].map(|_| client.next_line());
+    assert_eq!(answers, ["144", "", "377"], "the third waited for a worker for too long");
+    assert_eq!(client.end(), Some(5));
+    assert_eq!(server.stop().iter().filter(|line| line.ends_with("fib(14)")).count(), 1);
+}
+
 /// The queue went with the broker; the call waits until a server declares it again.
 #[test]
 fn a_request_that_was_sent_before_is_not_given_up_because_its_queue_is_gone() {

@@ -1,5 +1,6 @@
 //! Connections that break under the programs.
 
+use crate::support::broker::victim;
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{client, expect, Program};
 use crate::support::proxy::{Proxy, Weather};
@@ -74,6 +75,27 @@ fn a_batch_outlives_a_broker_that_is_away_between_two_calls() {
     assert_eq!(client.next_line(), "832040");
     client.end_input();
     assert_eq!(client.end(), Some(0));
+}
+
+/// The application is stopped and started, which closes all connections and forgets what is transient.
+#[test]
+fn a_broker_may_be_restarted_under_load() {
+    let broker = victim();
+    for queue_type in ["transient", "classic", "quorum"] {
+        let queue = format!("restart.{queue_type}");
+        let args = ["--queue-type", queue_type, "--delay", "5ms", "-q"];
+        let server = Program::start_at(broker.url(), &queue, &args);
+        let args = ["--queue", &queue, "-q", "-t", "60s", "--repeat", "300", "30"];
+        let client = Program::spawn_at(broker.url(), "rpc-client", &args);
+        assert_eq!(client.next_line(), "832040");
+        broker.ctl(&["stop_app"]);
+        server.await_log("trying again");
+        broker.ctl(&["start_app"]);
+        let answers = (1..300).map(|_| client.next_line()).filter(|answer| answer == "832040");
+        assert_eq!(answers.count(), 299, "{queue_type}");
+        assert_eq!(client.end(), Some(0));
+        server.stop();
+    }
 }
 
 /// Far away the broker takes a while to say how the queue is, and meanwhile a call may run out of time: the

@@ -90,7 +90,9 @@ pub fn run(
         None => ended,
     };
     match ended {
-        Ok(()) | Err(Error::Broker(_)) => state.printer.finish().map_err(Error::Output)?,
+        Ok(()) | Err(Error::Broker(_) | Error::Unheard(_)) => {
+            state.printer.finish().map_err(Error::Output)?;
+        }
         Err(error) => return Err(error),
     }
     let figures = state.printer.summary().figures();

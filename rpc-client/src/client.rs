@@ -150,19 +150,21 @@ impl Client {
         let mut pauses = broker::pauses();
         while run.await_call() {
             let opens = session.is_none();
-            let error = match run.attempt(session) {
+            let (error, unheard) = match run.attempt(session) {
                 Ok(()) => break,
-                Err(Error::Broker(error)) => error,
+                Err(Error::Broker(error)) => (error, false),
+                Err(Error::Unheard(error)) => (error, true),
                 Err(error) => return Err(error),
             };
             run.tell()?;
             run.known.breaks(&error);
-            if run.is_final(&error, opens) {
+            if unheard || run.is_final(&error, opens) {
+                let wrap = if unheard { Error::Unheard } else { Error::Broker };
                 while let Some(call) = run.calls.pop() {
-                    run.end(call, Err(error.clone().into()));
+                    run.end(call, Err(wrap(error.clone())));
                 }
                 run.tell()?;
-                return Err(error.into());
+                return Err(wrap(error));
             }
             log::info!("{error}: connecting again");
             if mem::take(&mut run.answered) {
@@ -302,7 +304,12 @@ impl Run<'_> {
         }
         self.known = Known::Nothing; // what kept the last session from working is over
         let (deadline, broker) = (self.next_deadline(), self.broker());
-        session.consume(&deadline, |notice| self.known.changes(&broker, notice))?;
+        match session.consume(&deadline, |notice| self.known.changes(&broker, notice)) {
+            Err(error) if session.is_unheard(&error, &deadline) => {
+                return Err(Error::Unheard(error))
+            }
+            consumes => consumes?,
+        }
         self.look_at = Instant::now() + FIRST_LOOK;
         let no_requests = never();
         while self.more_requests || !self.calls.is_empty() {
@@ -504,6 +511,9 @@ pub enum Error {
     /// The broker is not to be had: the call was not sent, or refused.
     #[error(transparent)]
     Broker(#[from] broker::Error),
+    /// The broker took the request and refuses us its answer.
+    #[error(transparent)]
+    Unheard(broker::Error),
     /// The request queue does not exist: nothing ran.
     #[error("no queue '{queue}' on {target}: is rpc-server running?")]
     NoServer {
@@ -554,7 +564,7 @@ impl Error {
     #[must_use]
     pub fn code(&self) -> &str {
         match self {
-            Error::Broker(_) => "unreachable",
+            Error::Broker(_) | Error::Unheard(_) => "unreachable",
             Error::NoServer { .. } => "no-server",
             Error::NoAnswer { .. } => "timeout",
             Error::Remote(failure) => failure.code.as_str(),
@@ -570,7 +580,7 @@ impl Exit for Error {
         match self {
             Error::Broker(error) => error.exit_code(),
             Error::NoServer { .. } => ExitCode::NoServer,
-            Error::NoAnswer { .. } => ExitCode::NoAnswer,
+            Error::NoAnswer { .. } | Error::Unheard(_) => ExitCode::NoAnswer,
             Error::Remote(_) | Error::BadReply { .. } => ExitCode::RemoteError,
             Error::Usage(_) | Error::BadLine(_) | Error::Input(_) => ExitCode::Usage,
             Error::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => {

@@ -168,7 +168,8 @@ impl<W: Write> Printer<W> {
     fn complain(&mut self, error: &Error, line: &Line) {
         match (error, line.n, line.asked_by) {
             // These concern every call, and are said once.
-            (Error::NoServer { .. } | Error::Broker(_), _, _) | (_, None, _) => {
+            (Error::NoServer { .. } | Error::Broker(_) | Error::Unheard(_), _, _)
+            | (_, None, _) => {
                 self.fail(error, error);
             }
             (_, Some(n), None) => self.fail(error, format_args!("fib({n}): {error}")),

@@ -119,6 +119,16 @@ impl Session {
         self.link.hurry();
     }
 
+    /// Whether it was the consumer that was refused. The requests came between the reply queue and its
+    /// consumer: they ran, unless that queue is not there, or the default exchange was refused.
+    pub(crate) fn is_unheard(&mut self, error: &Error, deadline: &Deadline) -> bool {
+        match error {
+            Error::Refused { reason, .. } if reason.contains("exchange") => false,
+            Error::Refused { .. } => self.link.look(&self.reply_queue, deadline).is_ok(),
+            _ => false,
+        }
+    }
+
     /// The request queue as it is; none if it cannot be seen.
     pub(crate) fn look(
         &mut self,

@@ -3,6 +3,7 @@
 //! The channel comes from the supervisor: a worker that has none sends a [`Need`] with an inbox, consumes
 //! on the [`Lease`] that comes back, and asks again when that has ended.
 
+use crate::care::{self, Care, Verdict};
 use crate::handler::{self, Handler};
 use crate::signals::Stop;
 use amiquip::{Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery, Return};
@@ -113,12 +114,13 @@ enum End {
 impl Worker<'_> {
     /// Serves until it is stopped.
     pub(crate) fn run(&self) {
-        let mut because = Because::Start;
+        let (mut because, mut care) = (Because::Start, Care::default());
         while let Some(lease) = self.ask_for_channel(because) {
-            because = match self.consume(&lease) {
+            because = match self.consume(&lease, &mut care) {
                 Ok(End::Stopped) => return,
                 Ok(End::Cancelled) => Because::Cancelled,
                 Err(error @ amiquip::Error::ServerClosedChannel { .. }) => {
+                    care.begin();
                     Because::ChannelClosed(error)
                 }
                 Err(_) => Because::Disconnected,
@@ -136,7 +138,7 @@ impl Worker<'_> {
         }
     }
 
-    fn consume(&self, lease: &Lease) -> amiquip::Result<End> {
+    fn consume(&self, lease: &Lease, care: &mut Care) -> amiquip::Result<End> {
         let Some(channel) = &lease.channel else { return Err(amiquip::Error::ClientClosedChannel) };
         let mut returns = channel.listen_for_returns()?;
         let consumer = lease.within(|| {
@@ -156,7 +158,7 @@ impl Worker<'_> {
                 });
             }
             let _end = end; // dropped when serving ends
-            self.serve(lease, channel, &mut returns, consumer, &arrivals)
+            self.serve(lease, channel, &mut returns, consumer, &arrivals, care)
         })
     }
 
@@ -167,6 +169,7 @@ impl Worker<'_> {
         returns: &mut Receiver<Return>,
         consumer: Consumer,
         arrivals: &Arrivals,
+        care: &mut Care,
     ) -> amiquip::Result<End> {
         loop {
             arrivals.stamp(consumer.receiver().len());
@@ -185,7 +188,7 @@ impl Worker<'_> {
                         mem::forget(consumer); // it would cancel itself once more, and wait for that
                         return Ok(End::Cancelled);
                     };
-                    self.step(channel, &consumer, delivery, arrivals.next())?;
+                    self.step(lease, channel, &consumer, delivery, arrivals.next(), care)?;
                 }
             }
         }
@@ -195,10 +198,12 @@ impl Worker<'_> {
     /// a crash in between leaves the request in the queue or the reply delivered, or both.
     fn step(
         &self,
+        lease: &Lease,
         channel: &Channel,
         consumer: &Consumer,
         delivery: Delivery,
         arrived: Instant,
+        care: &mut Care,
     ) -> amiquip::Result<()> {
         let request = Request::decode(&delivery.properties, &delivery.body);
         let Some(reply_to) = request.reply_to else {
@@ -216,11 +221,31 @@ impl Worker<'_> {
             );
             return consumer.reject(delivery, false);
         }
-        let reply = handler::call(self.handler, &request);
+        let reply = match care.verdict(&request) {
+            Verdict::Answer => handler::call(self.handler, &request),
+            Verdict::AnswerError => care::refusal(),
+            Verdict::Reject => {
+                log::warn!(
+                    "rejected a request whose replies the broker refuses: '{}'",
+                    escape(request.body)
+                );
+                return consumer.reject(delivery, false);
+            }
+        };
         if let Err(failure) = &reply {
             log::warn!("answered with an error: {}", escape(failure.message.as_bytes()));
         }
         channel.basic_publish("", encode_reply(&reply, reply_to, request.correlation_id))?;
+        if care.is_needed() {
+            // Any round trip on this channel tells whether the broker has taken the reply.
+            let taken = lease.within(|| channel.qos(0, self.prefetch, false));
+            if let Err(error) = taken {
+                if matches!(error, amiquip::Error::ServerClosedChannel { .. }) {
+                    care.refuse(care::key(&request));
+                }
+                return Err(error);
+            }
+        }
         consumer.ack(delivery)
     }
 }

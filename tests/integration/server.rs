@@ -1,5 +1,6 @@
 //! `rpc-server` as an operator sees it: how it serves, shares, stops and survives.
 
+use crate::support::broker::victim;
 use crate::support::eventually;
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{client, expect, Program};
@@ -176,4 +177,20 @@ fn a_deleted_queue_is_declared_anew() {
     server.await_log("declared queue");
     expect(&mut client(&queue, &["30"]), 0, "832040\n", "");
     server.stop();
+}
+
+/// The broker closes the channel for such a reply and delivers the request again; it is not computed for
+/// ever, and others are served.
+#[test]
+fn a_reply_that_is_too_large_for_the_broker_becomes_an_error() {
+    let broker = victim();
+    let _small = broker.set("max_message_size", "1000");
+    let queue = "too_large";
+    let server = Program::start_at(broker.url(), queue, &[]);
+    let mut call = client(queue, &["-q", "20", "10000", "30"]);
+    let error = "rpc-client: fib(10000): internal error: \
+                 the broker refused the answer, perhaps for its size\n";
+    expect(call.env("AMQP_URL", broker.url()), 1, "6765\n\n832040\n", error);
+    let begun = server.stop().iter().filter(|line| line.ends_with("fib(10000)")).count();
+    assert_eq!(begun, 2, "once to be refused, and once to know that it was this one");
 }

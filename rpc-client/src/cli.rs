@@ -4,6 +4,7 @@ use crate::batch::{Batch, SummaryFormat};
 use crate::client::{Config, Error};
 use crate::input::Argument;
 use crate::output::Format;
+use crate::session::ReplyTo;
 use clap::Parser;
 use log::LevelFilter;
 use rpc_common::broker;
@@ -72,6 +73,16 @@ pub struct Cli {
     )]
     summary: Option<Summary>,
 
+    /// Where replies go; queue: one of the connection's own | direct: RabbitMQ's direct reply-to
+    #[arg(
+        long,
+        value_name = "KIND",
+        value_enum,
+        default_value = "queue",
+        hide_possible_values = true
+    )]
+    reply_to: Kind,
+
     /// Nothing on standard error but errors and the summary
     #[arg(short, long, conflicts_with = "verbose")]
     quiet: bool,
@@ -89,6 +100,12 @@ enum Output {
     Text,
     Raw,
     Json,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Kind {
+    Queue,
+    Direct,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -114,6 +131,10 @@ impl Cli {
             queue: self.queue.clone(),
             timeout: self.timeout,
             in_flight: NonZeroUsize::new(self.in_flight.into()).unwrap_or(NonZeroUsize::MIN),
+            reply_to: match self.reply_to {
+                Kind::Queue => ReplyTo::Queue,
+                Kind::Direct => ReplyTo::Direct,
+            },
         })
     }
 

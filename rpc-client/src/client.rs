@@ -2,7 +2,7 @@
 
 use crate::calls::{Call, Calls, Returned};
 use crate::input::BadLine;
-use crate::session::{RawReply, Session};
+use crate::session::{RawReply, ReplyTo, Session};
 use amiquip::{ConnectionBlockedNotification, Return};
 use crossbeam_channel::{bounded, never, select, Receiver, RecvTimeoutError};
 use rpc_common::broker::{self, Counts};
@@ -44,6 +44,8 @@ pub struct Config {
     pub timeout: Duration,
     /// How many calls may be outstanding at once.
     pub in_flight: NonZeroUsize,
+    /// Where replies go.
+    pub reply_to: ReplyTo,
 }
 
 impl Config {
@@ -58,6 +60,7 @@ impl Config {
             queue: queue.into(),
             timeout: Duration::from_secs(30),
             in_flight: IN_FLIGHT,
+            reply_to: ReplyTo::default(),
         })
     }
 }
@@ -248,11 +251,13 @@ impl Run<'_> {
     /// Opens a session within the latest deadline; what runs out of time earlier is told meanwhile.
     fn open_session(&mut self) -> Result<Session, Error> {
         let latest = self.calls.last_deadline().unwrap_or_else(|| self.next_deadline());
-        let (brokers, again) = (self.config.brokers.clone(), self.broker.is_some());
+        let (brokers, reply_to) = (self.config.brokers.clone(), self.config.reply_to);
+        // What is sent again has waited already: that it waits for one more round trip makes sure that
+        // no call that ends meanwhile takes the session with it.
+        let consumes = reply_to == ReplyTo::Direct || self.broker.is_some();
         let opening = in_background(move || -> Result<Session, broker::Error> {
-            let mut session = Session::open(&brokers, &latest)?;
-            if again {
-                // What is sent again waits for its replies already; the round trip is worth its safety.
+            let mut session = Session::open(&brokers, reply_to, &latest)?;
+            if consumes {
                 session.consume(&latest, |_| {})?;
             }
             Ok(session)

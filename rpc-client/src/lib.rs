@@ -15,3 +15,4 @@ mod session;
 mod summary;
 
 pub use client::{Client, Config, Error, Outcome, Request};
+pub use session::ReplyTo;

@@ -32,16 +32,39 @@ pub(crate) struct Session {
 /// What a reply consists of on the wire.
 pub(crate) type RawReply = (AmqpProperties, Vec<u8>);
 
+/// Where replies go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ReplyTo {
+    /// An exclusive queue of the connection's own, as in the tutorial.
+    #[default]
+    Queue,
+    /// RabbitMQ's [direct reply-to](https://www.rabbitmq.com/docs/direct-reply-to): no queue is made. Its
+    /// consumer must be there before the first request, which is one more round trip.
+    Direct,
+}
+
+/// The name that stands for direct reply-to.
+const DIRECT: &str = "amq.rabbitmq.reply-to";
+
 impl Session {
     /// Connects and declares the reply queue.
-    pub(crate) fn open(brokers: &Brokers, deadline: &Deadline) -> Result<Self, Error> {
+    pub(crate) fn open(
+        brokers: &Brokers,
+        reply_to: ReplyTo,
+        deadline: &Deadline,
+    ) -> Result<Self, Error> {
         let mut link = broker::open_any(brokers, "rpc-client", deadline)?;
         let channel = link.open_channel(deadline)?;
-        let reply_queue = format!("rpc.reply.{}", Uuid::new_v4());
+        let reply_queue = match reply_to {
+            ReplyTo::Queue => format!("rpc.reply.{}", Uuid::new_v4()),
+            ReplyTo::Direct => DIRECT.into(),
+        };
         let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
         let returns = link.within(deadline, Phase::Declare, |_| {
-            // Not waited for: if it fails, so does the consumer that follows.
-            channel.queue_declare_nowait(&reply_queue, exclusive)?;
+            if reply_to == ReplyTo::Queue {
+                // Not waited for: if it fails, so does the consumer that follows.
+                channel.queue_declare_nowait(&reply_queue, exclusive)?;
+            }
             channel.listen_for_returns()
         })?;
         let notices = link.notices(deadline)?;
@@ -86,7 +109,7 @@ impl Session {
         })
     }
 
-    /// Starts to receive replies. Called after the first requests are published, because replies
+    /// Starts to receive replies, unless it has. Called after the first requests are published, because replies
     /// wait in their queue, and this is a round trip that the server can work in. A broker that takes no
     /// requests does not answer it either, and says why.
     pub(crate) fn consume(

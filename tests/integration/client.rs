@@ -1,7 +1,9 @@
 //! `rpc-client` as a terminal and a shell script see it.
 
+use crate::support::broker::victim;
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{bash, client, command, expect, Program};
+use crate::support::proxy::Proxy;
 use amiquip::AmqpProperties;
 use rpc_common::fib::fib;
 use rustix::process::Signal;
@@ -110,6 +112,36 @@ fn sigint_and_sigterm_end_it_at_once() {
 }
 
 /// A foreign server answers with an id that is not ours, without one, and twice.
+/// One round trip is TCP's own, which no proxy sees; and the last one is the farewell.
+#[test]
+fn a_cold_call_takes_seven_round_trips() {
+    let queue = Queue::named("round_trips");
+    let _server = Program::start(&queue, &[]);
+    for (kind, round_trips) in [("queue", 7), ("direct", 8)] {
+        let proxy = Proxy::start();
+        let mut call = client(&queue, &["--reply-to", kind, "30"]);
+        expect(call.env("AMQP_URL", proxy.url()), 0, "832040\n", "");
+        assert_eq!(1 + proxy.round_trips(), round_trips, "--reply-to {kind}");
+    }
+}
+
+#[test]
+fn direct_reply_to_makes_no_queue() {
+    let broker = victim();
+    let server = Program::start_at(broker.url(), "direct", &["--delay", "2s"]);
+    for (kind, queues) in [("queue", 1), ("direct", 0)] {
+        let args = ["--queue", "direct", "-q", "--reply-to", kind, "20", "30"];
+        let client = Program::spawn_at(broker.url(), "rpc-client", &args);
+        assert_eq!(server.next_line(), " [.] fib(20)");
+        let names = broker.ctl(&["list_queues", "--no-table-headers", "name"]);
+        assert_eq!(names.matches("rpc.reply.").count(), queues, "{names}");
+        assert_eq!([client.next_line(), client.next_line()], ["6765", "832040"]);
+        assert_eq!(server.next_line(), " [.] fib(30)");
+        assert_eq!(client.end(), Some(0));
+    }
+    server.stop();
+}
+
 #[test]
 fn replies_to_no_call_in_hand_are_discarded() {
     let queue = Queue::transient("unknown_ids");

@@ -31,6 +31,8 @@ struct State {
     /// Whether the end of a client's connection is kept from the broker.
     half_open: bool,
     weather: Weather,
+    /// How often the broker has answered, and whether a client has spoken since.
+    turns: (usize, bool),
     /// After how many more bytes all connections are reset.
     reset_in: Option<usize>,
     trap: Option<Trap>,
@@ -145,6 +147,11 @@ impl Proxy {
         self.cable.state().trap = Some(Trap { method, times: 1, act });
     }
 
+    /// How often the direction of what passes has turned from the client to the broker and back.
+    pub(crate) fn round_trips(&self) -> usize {
+        self.cable.state().turns.0
+    }
+
     /// Whether new connections are refused from now on.
     pub(crate) fn refuse(&self, refuses: bool) {
         self.cable.state().refuses = refuses;
@@ -204,6 +211,7 @@ impl Cable {
         let mut buffer = [0; 16_384];
         while let Ok(count @ 1..) = from.read(&mut buffer) {
             let bytes = &buffer[..count];
+            self.state().turn(is_client);
             let trap = if is_client { self.state().spring_trap(bytes) } else { None };
             let (before, rest) = bytes.split_at(trap.as_ref().map_or(0, |(at, _)| *at));
             let mut passed = self.pass(before, &mut to);
@@ -254,6 +262,12 @@ impl Cable {
 }
 
 impl State {
+    fn turn(&mut self, is_client: bool) {
+        let (trips, client_spoke) = &mut self.turns;
+        *trips += usize::from(*client_spoke && !is_client);
+        *client_spoke = is_client;
+    }
+
     /// Whether the trap closes on these bytes, and before which of them.
     fn spring_trap(&mut self, bytes: &[u8]) -> Option<(usize, Trap)> {
         let trap = self.trap.as_mut()?;

@@ -26,6 +26,7 @@ const NEXT_LOOK: Duration = Duration::from_secs(1);
 
 /// How many round trips a look may take: three, with time to spare.
 const LOOK: u32 = 10;
+const SHORTEST_ROUND_TRIP: Duration = Duration::from_millis(20);
 
 /// The shortest wait between two attempts to connect.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
@@ -139,6 +140,8 @@ impl Client {
         let mut run = Run {
             config,
             requests,
+            brokers: config.brokers.clone(),
+            refused: 0,
             broker: session.as_ref().map(Session::broker),
             more_requests: true,
             calls: Calls::default(),
@@ -192,6 +195,10 @@ impl Client {
 struct Run<'a> {
     config: &'a Config,
     requests: &'a Receiver<Request>,
+    /// The one that was connected last comes first.
+    brokers: Brokers,
+    /// How often in a row our credentials were refused.
+    refused: u32,
     /// Host and port of the broker that was connected last; none before the first connection.
     broker: Option<String>,
     /// False once `requests` has ended.
@@ -251,7 +258,7 @@ impl Run<'_> {
     /// Opens a session within the latest deadline; what runs out of time earlier is told meanwhile.
     fn open_session(&mut self) -> Result<Session, Error> {
         let latest = self.calls.last_deadline().unwrap_or_else(|| self.next_deadline());
-        let (brokers, reply_to) = (self.config.brokers.clone(), self.config.reply_to);
+        let (brokers, reply_to) = (self.brokers.clone(), self.config.reply_to);
         // What is sent again has waited already: that it waits for one more round trip makes sure that
         // no call that ends meanwhile takes the session with it.
         let consumes = reply_to == ReplyTo::Direct || self.broker.is_some();
@@ -276,20 +283,30 @@ impl Run<'_> {
             }
         };
         let session = session.expect("opening a session does not panic")?;
-        self.broker = Some(session.broker());
+        let broker = session.broker();
+        log::info!("connected to {broker}");
+        self.brokers.begin_with(&broker);
+        self.broker = Some(broker);
+        self.refused = 0;
         Ok(session)
     }
 
     /// Whether an error ends the run. While no call in hand was sent, one that keeps us from connecting
     /// does: at once if we never were connected, else when the time is up. When a call was sent, which
     /// may have run, only a refusal does.
-    fn is_final(&self, error: &broker::Error, opened: bool) -> bool {
+    fn is_final(&mut self, error: &broker::Error, opened: bool) -> bool {
         let nothing_sent = opened && !self.calls.is_empty() && !self.calls.any_sent();
         let hopeless = self.broker.is_none()
-            || !error.is_transient()
+            || (!error.is_transient() && !self.may_be_shutting_down(error))
             || self.next_deadline().remaining() <= SHORTEST_PAUSE;
         (nothing_sent && hopeless)
             || matches!(error, broker::Error::Refused { code: ACCESS_REFUSED, .. })
+    }
+
+    /// A broker that shuts down in the handshake looks as if it refused our credentials: once.
+    fn may_be_shutting_down(&mut self, error: &broker::Error) -> bool {
+        self.refused += 1;
+        matches!(error, broker::Error::Credentials { .. }) && self.refused == 1
     }
 
     fn broker(&self) -> String {
@@ -370,7 +387,8 @@ impl Run<'_> {
     fn look(&mut self, session: &mut Session) -> Result<(), Error> {
         self.look_at = Instant::now() + NEXT_LOOK;
         // A look that is cut off at the deadline of one call would cost the others their connection.
-        let takes_too_long = self.next_deadline().remaining() < session.round_trip * LOOK;
+        let long = session.round_trip.max(SHORTEST_ROUND_TRIP) * LOOK;
+        let takes_too_long = self.next_deadline().remaining() < long;
         if takes_too_long || matches!(self.known, Known::Blocked(_)) {
             return Ok(()); // a broker that is blocked reads nothing of ours
         }

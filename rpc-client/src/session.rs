@@ -158,7 +158,10 @@ impl Session {
         queue: &str,
         deadline: &Deadline,
     ) -> Result<Option<Counts>, Error> {
-        match self.link.look(queue, deadline) {
+        let begun = Instant::now();
+        let looked = self.link.look(queue, deadline);
+        self.round_trip = begun.elapsed() / 2; // of its three the last is a mere goodbye
+        match looked {
             Ok(counts) => Ok(Some(counts)),
             Err(Error::ChannelClosed { .. } | Error::Refused { .. }) => Ok(None),
             Err(error) => Err(error),

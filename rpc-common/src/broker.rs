@@ -28,6 +28,9 @@ const HURRIED: Duration = Duration::from_millis(10);
 /// How long a quiet TCP connection lives before the kernel asks whether the peer does.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 
+/// How long a broker is tried while there are others.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// amiquip's I/O thread parses nested headers by recursion; this holds the deepest nesting that one
 /// frame can carry, measured.
 const STACK: &str = "33554432";
@@ -36,7 +39,7 @@ const STACK: &str = "33554432";
 pub fn pauses() -> impl Iterator<Item = Duration> {
     ExponentialBuilder::new()
         .with_min_delay(Duration::from_millis(100))
-        .with_max_delay(Duration::from_secs(5))
+        .with_max_delay(Duration::from_millis(2_500)) // and up to as much again, for jitter
         .with_jitter()
         .without_max_times()
         .build()
@@ -82,7 +85,6 @@ pub fn open(target: &Target, program: &str, deadline: &Deadline) -> Result<Link,
     });
     match opening {
         Ok(Ok(connection)) => {
-            log::info!("connected to {target}");
             let (connection, socket) = (Some(connection), socket.into());
             Ok(Link { connection, socket, target: target.clone(), closing: CLOSING })
         }
@@ -98,20 +100,26 @@ pub fn open(target: &Target, program: &str, deadline: &Deadline) -> Result<Link,
     }
 }
 
-/// Opens a connection to the first of these brokers that is to be had. Each gets its share of the time
-/// that is left.
+/// Opens a connection to the first of these brokers that is to be had. Each but the last gets its share of
+/// the time that is left, and no more than RabbitMQ needs to refuse a password.
 ///
 /// # Errors
-/// That of the last one.
+/// That of the last one, unless another one refused us.
 pub fn open_any(brokers: &Brokers, program: &str, deadline: &Deadline) -> Result<Link, Error> {
     let (last, others) = brokers.split_last();
+    let mut refusal = None;
     for (tried, target) in others.iter().enumerate() {
-        match open(target, program, &deadline.share(others.len() - tried + 1)) {
+        match open(target, program, &deadline.share(others.len() - tried + 1, PATIENCE)) {
             Ok(link) => return Ok(link),
-            Err(error) => log::debug!("{error}; trying the next broker"),
+            Err(error) => {
+                log::debug!("{error}; trying the next broker");
+                if !error.is_transient() {
+                    refusal = Some(error);
+                }
+            }
         }
     }
-    open(last, program, deadline)
+    open(last, program, deadline).map_err(|error| refusal.unwrap_or(error))
 }
 
 /// amiquip's, but a publish never waits for the broker to read: what can be unsent is bounded by the

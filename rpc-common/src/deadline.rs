@@ -25,13 +25,12 @@ impl Deadline {
         Deadline { at: now.checked_add(limit).unwrap_or(now + FAR_AWAY), limit }
     }
 
-    /// The deadline of the first of `parts` things, which share alike what is left of this one.
+    /// The deadline of the first of `parts` things, which share alike what is left of this one, but get
+    /// `most` at the most.
     #[must_use]
-    pub fn share(&self, parts: usize) -> Self {
-        match u32::try_from(parts) {
-            Ok(0 | 1) | Err(_) => *self,
-            Ok(parts) => Deadline::after(self.remaining() / parts),
-        }
+    pub fn share(&self, parts: usize, most: Duration) -> Self {
+        let parts = u32::try_from(parts).unwrap_or(u32::MAX).max(1);
+        Deadline::after((self.remaining() / parts).min(most))
     }
 
     /// When it passes.

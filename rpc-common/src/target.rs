@@ -104,6 +104,18 @@ impl Brokers {
         self
     }
 
+    /// The same in the same order, but beginning with this one, as messages name it, if it is among them.
+    pub fn begin_with(&mut self, broker: &str) {
+        let place = self.0.iter().position(|target| target.to_string() == broker);
+        self.0.rotate_left(place.unwrap_or_default());
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> u32 {
+        u32::try_from(self.0.len()).unwrap_or(u32::MAX)
+    }
+
     pub(crate) fn split_last(&self) -> (&Target, &[Target]) {
         self.0.split_last().expect("there is at least one")
     }
@@ -331,6 +343,25 @@ mod tests {
         ] {
             let expected = (host.into(), user.into(), password.into(), vhost.into());
             assert_eq!(parts(url), expected, "{url}");
+        }
+    }
+
+    #[test]
+    fn brokers_begin_anywhere_or_where_they_are_told() {
+        let names = ["a:1", "b:2", "c:3"];
+        let targets = names.map(|name| Target::parse(&format!("amqp://{name}")).unwrap());
+        let brokers = Brokers(targets.to_vec());
+        let order = |brokers: &Brokers| {
+            brokers.0.iter().map(ToString::to_string).collect::<Vec<_>>().concat()
+        };
+        let seen = (0..200).map(|_| order(&brokers.clone().beginning_anywhere()));
+        let seen = seen.collect::<std::collections::BTreeSet<_>>();
+        assert_eq!(seen.into_iter().collect::<Vec<_>>(), ["a:1b:2c:3", "b:2c:3a:1", "c:3a:1b:2"]);
+        let mut brokers = brokers;
+        for (broker, expected) in [("c:3", "c:3a:1b:2"), ("d:4", "c:3a:1b:2"), ("a:1", "a:1b:2c:3")]
+        {
+            brokers.begin_with(broker);
+            assert_eq!(order(&brokers), expected);
         }
     }
 

@@ -1,9 +1,12 @@
-//! Care: what a worker remembers of replies that the broker refused.
+//! Care: what a worker remembers of replies that the broker did not take.
 //!
 //! A reply can be larger than the broker takes, or its queue one that we may not write to. Then the broker
 //! closes the channel and delivers the request again, for ever if it were simply answered again. Which
 //! reply it was the broker does not say, and it tells so late; so after such an end a worker
 //! waits after each reply until the broker has taken it, for a while.
+//!
+//! Nor does it wait for ever: a request that takes longer than its `consumer_timeout` is delivered again.
+//! The reply that comes too late is kept for that.
 
 use rpc_common::message::{ErrorCode, Failure, Reply, Request};
 use std::collections::VecDeque;
@@ -22,6 +25,8 @@ pub(crate) struct Care {
     left: u32,
     /// The requests whose replies were refused, the latest last, and how often that was.
     refused: VecDeque<(u64, u32)>,
+    /// A reply that found its channel closed, because the broker would not wait for it any longer.
+    kept: Option<(u64, Reply)>,
 }
 
 /// What is to be done with a request.
@@ -56,6 +61,20 @@ impl Care {
             Some((_, 1)) => Verdict::AnswerError,
             Some(_) => Verdict::Reject,
         }
+    }
+
+    /// Keeps a reply for when its request is delivered again: to compute it again would take as long again.
+    pub(crate) fn keep(&mut self, key: u64, reply: Reply) {
+        self.kept = Some((key, reply));
+    }
+
+    /// The reply that was kept for this request.
+    pub(crate) fn take_kept(&mut self, request: &Request) -> Option<Reply> {
+        let (kept, _) = self.kept.as_ref()?;
+        if *kept != key(request) {
+            return None;
+        }
+        self.kept.take().map(|(_, reply)| reply)
     }
 
     /// The reply to this request was refused.

@@ -25,7 +25,8 @@ const ATTEMPTS: u32 = 5;
 pub(crate) const PRECONDITION_FAILED: u16 = 406;
 
 /// Makes sure that the queue exists, whatever its type: tutorial peers declare it each in their way,
-/// and a declaration that does not match an existing queue is an error. So look first.
+/// and a declaration that does not match an existing queue is an error. So look first. Returns what was
+/// done, for the log.
 ///
 /// # Errors
 /// What the broker says where the queue can be neither adopted nor declared.
@@ -34,23 +35,17 @@ pub(crate) fn ensure(
     queue: &str,
     queue_type: QueueType,
     deadline: &Deadline,
-) -> Result<(), Error> {
+) -> Result<String, Error> {
     let mut attempts = 0;
     loop {
         attempts += 1;
         match link.look(queue, deadline) {
-            Ok(_) => {
-                log::info!("adopted queue '{queue}' as it is");
-                return Ok(());
-            }
+            Ok(_) => return Ok(format!("adopted queue '{queue}' as it is")),
             Err(Error::ChannelClosed { code: NOT_FOUND, .. }) => {}
             Err(error) => return Err(error),
         }
         match declare(link, queue, queue_type, deadline) {
-            Ok(()) => {
-                log::info!("declared queue '{queue}' ({})", name(queue_type));
-                return Ok(());
-            }
+            Ok(()) => return Ok(format!("declared queue '{queue}' ({})", name(queue_type))),
             Err(Error::ChannelClosed { code: PRECONDITION_FAILED, target, reason }) => {
                 // Somebody was faster, and declared it otherwise: look again.
                 if attempts == ATTEMPTS {

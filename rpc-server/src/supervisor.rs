@@ -3,7 +3,7 @@
 use crate::handler::Handler;
 use crate::queue::{self, QueueType, PRECONDITION_FAILED};
 use crate::signals::Stop;
-use crate::worker::{Because, Lease, Need, Worker};
+use crate::worker::{Because, Lease, Need, Word, Worker};
 use amiquip::ConnectionBlockedNotification;
 use crossbeam_channel::{select_biased, unbounded, Receiver, Sender};
 use rpc_common::broker::{self, Error, Link, NOT_FOUND};
@@ -13,8 +13,8 @@ use rpc_common::target::Brokers;
 use std::num::NonZeroUsize;
 use std::sync::atomic::AtomicU64;
 use std::sync::Once;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use std::{mem, thread};
 
 /// What to serve, and from where.
 #[derive(Clone, Debug)]
@@ -47,14 +47,17 @@ impl Config {
     }
 }
 
+/// How long a connection that is being opened is waited for when it is time to stop.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// An open connection, what the broker says of it, and what was done to have the queue.
+type Connected = (Link, Receiver<ConnectionBlockedNotification>, String);
+
 /// How long an attempt to connect and to have the queue may take, or one to open channels.
 const ATTEMPT: Duration = Duration::from_secs(10);
 
 /// How long after the end of a channel the next one is opened, should that end at once as well.
 const MENDING: Duration = Duration::from_millis(500);
-
-/// A connection that lasted so long was a good one: the next attempt need not wait long.
-const GOOD: Duration = Duration::from_secs(10);
 
 /// A worker's stack; whatever is deep is on the heap, and `RUST_MIN_STACK` is for amiquip's thread.
 const WORKER_STACK: usize = 2 << 20;
@@ -76,7 +79,7 @@ pub fn serve(
     stop: &Stop,
     on_ready: &(dyn Fn() + Sync),
 ) -> Result<(), Error> {
-    let (need, needs) = unbounded();
+    let (word, words) = unbounded();
     let (ready, dropped) = (&Once::new(), &AtomicU64::new(0));
     let link = thread::scope(|scope| {
         for number in 1..=config.workers.get() {
@@ -88,7 +91,7 @@ pub fn serve(
                 on_ready,
                 ready,
                 dropped,
-                needs: need.clone(),
+                words: word.clone(),
             };
             thread::Builder::new()
                 .name(format!("worker-{number}"))
@@ -96,9 +99,11 @@ pub fn serve(
                 .spawn_scoped(scope, move || worker.run())
                 .expect("the system has threads to spare");
         }
-        drop(need);
+        drop(word);
         let queue_type = config.queue_type;
-        Supervisor { config, stop, ready, needs, waiting: Vec::new(), queue_type, last: None }.run()
+        let brokers = config.brokers.clone();
+        let (waiting, last, settled) = (Vec::new(), None, false);
+        Supervisor { config, brokers, stop, ready, words, waiting, queue_type, last, settled }.run()
         // The scope waits for the workers; they are gone before the connection is.
     })?;
     if let Some(Err(error)) = link.map(|mut link| link.close()) {
@@ -110,16 +115,20 @@ pub fn serve(
 
 struct Supervisor<'a> {
     config: &'a Config,
+    /// The one that was connected last comes first.
+    brokers: Brokers,
     stop: &'a Stop,
     /// Done when a worker has consumed.
     ready: &'a Once,
-    needs: Receiver<Need>,
+    words: Receiver<Word>,
     /// The inboxes of workers that wait for a channel.
     waiting: Vec<Sender<Lease>>,
     /// As configured, until the broker teaches us better.
     queue_type: QueueType,
     /// Why there is no connection, once that is said.
     last: Option<Error>,
+    /// Whether a worker has consumed on this connection.
+    settled: bool,
 }
 
 impl Supervisor<'_> {
@@ -127,7 +136,6 @@ impl Supervisor<'_> {
     fn run(&mut self) -> Result<Option<Link>, Error> {
         let mut pauses = broker::pauses();
         loop {
-            let begun = Instant::now();
             let error = match self.supervise() {
                 Ok(link) => return Ok(link),
                 Err(error) => error,
@@ -137,7 +145,7 @@ impl Supervisor<'_> {
                 self.queue_type = QueueType::Quorum;
                 continue;
             }
-            if begun.elapsed() > GOOD {
+            if mem::take(&mut self.settled) {
                 pauses = broker::pauses();
             }
             if self.is_final(&error) {
@@ -167,19 +175,17 @@ impl Supervisor<'_> {
 
     /// One connection, from opening it to its end. Returns it, if it is there, when it is time to stop.
     fn supervise(&mut self) -> Result<Option<Link>, Error> {
-        let (config, queue_type) = (self.config.clone(), self.queue_type);
-        let connecting = in_background(move || {
-            let deadline = Deadline::after(ATTEMPT);
-            let mut link = broker::open_any(&config.brokers, "rpc-server", &deadline)?;
-            let notices = link.notices(&deadline)?;
-            queue::ensure(&mut link, &config.queue, queue_type, &deadline)?;
-            Ok((link, notices))
-        });
-        let (mut link, notices) = select_biased! {
-            recv(self.stop) -> _ => return Ok(None), // nobody waits for that connection any more
+        let connecting = self.connect();
+        let (mut link, notices, queue) = select_biased! {
+            recv(self.stop) -> _ => {
+                // Should it come, it is closed as it should be.
+                let connected = connecting.recv_timeout(FAREWELL).ok().and_then(Result::ok);
+                return Ok(connected.map(|(link, ..)| link));
+            }
             recv(connecting) -> connected => connected.expect("connecting does not panic")?,
         };
-        self.last = None;
+        let broker = link.target().to_string();
+        self.brokers.begin_with(&broker);
         loop {
             self.give_channels(&mut link)?;
             select_biased! {
@@ -191,10 +197,16 @@ impl Supervisor<'_> {
                     Ok(ConnectionBlockedNotification::Unblocked) => log::info!("the broker takes replies again"),
                     Err(_) => return Err(link.explain(amiquip::Error::EventLoopDropped)),
                 },
-                recv(self.needs) -> need => match need {
-                    Ok(Need { inbox, because }) => {
+                recv(self.words) -> word => match word {
+                    Ok(Word::Needs(Need { inbox, because })) => {
                         self.waiting.push(inbox);
                         self.mend(&mut link, because)?;
+                    }
+                    Ok(Word::Consumes) => {
+                        if !mem::replace(&mut self.settled, true) {
+                            log::info!("connected to {broker}; {queue}");
+                            self.last = None;
+                        }
                     }
                     Err(_) => return Ok(Some(link)), // the workers have seen the stop before us
                 },
@@ -218,11 +230,23 @@ impl Supervisor<'_> {
                 error => return Err(error),
             },
         }
-        self.ensure_queue(link, &Deadline::after(ATTEMPT))
+        let deadline = Deadline::after(ATTEMPT);
+        let queue = queue::ensure(link, &self.config.queue, self.queue_type, &deadline)?;
+        log::info!("{queue}");
+        Ok(())
     }
 
-    fn ensure_queue(&self, link: &mut Link, deadline: &Deadline) -> Result<(), Error> {
-        queue::ensure(link, &self.config.queue, self.queue_type, deadline)
+    /// Connects and sees to the queue, in the background, because the stop may come meanwhile.
+    fn connect(&self) -> Receiver<Result<Connected, Error>> {
+        let (brokers, queue) = (self.brokers.clone(), self.config.queue.clone());
+        let queue_type = self.queue_type;
+        in_background(move || {
+            let deadline = Deadline::after(ATTEMPT * brokers.count());
+            let mut link = broker::open_any(&brokers, "rpc-server", &deadline)?;
+            let notices = link.notices(&deadline)?;
+            let queue = queue::ensure(&mut link, &queue, queue_type, &deadline)?;
+            Ok((link, notices, queue))
+        })
     }
 
     fn give_channels(&mut self, link: &mut Link) -> Result<(), Error> {

@@ -37,7 +37,15 @@ pub(crate) struct Worker<'a> {
     pub(crate) ready: &'a Once,
     /// How many requests have expired in the hands of all workers.
     pub(crate) dropped: &'a AtomicU64,
-    pub(crate) needs: Sender<Need>,
+    pub(crate) words: Sender<Word>,
+}
+
+/// What a worker tells the supervisor.
+pub(crate) enum Word {
+    /// It needs a channel.
+    Needs(Need),
+    /// It consumes.
+    Consumes,
 }
 
 /// A worker **needs** a channel.
@@ -131,7 +139,7 @@ impl Worker<'_> {
     /// None when it is time to stop.
     fn ask_for_channel(&self, because: Because) -> Option<Lease> {
         let (inbox, leases) = bounded(1);
-        self.needs.send(Need { inbox, because }).ok()?;
+        self.words.send(Word::Needs(Need { inbox, because })).ok()?;
         select_biased! {
             recv(self.stop) -> _ => None,
             recv(leases) -> lease => lease.ok(),
@@ -146,6 +154,7 @@ impl Worker<'_> {
             channel.basic_consume(self.queue, ConsumerOptions::default())
         })?;
         self.ready.call_once(self.on_ready);
+        let _ = self.words.send(Word::Consumes); // the supervisor may have stopped
         let (arrivals, waiting) = (Arrivals::default(), consumer.receiver().clone());
         let (end, ended) = bounded::<()>(0);
         thread::scope(|scope| {
@@ -222,7 +231,9 @@ impl Worker<'_> {
             return consumer.reject(delivery, false);
         }
         let reply = match care.verdict(&request) {
-            Verdict::Answer => handler::call(self.handler, &request),
+            Verdict::Answer => {
+                care.take_kept(&request).unwrap_or_else(|| handler::call(self.handler, &request))
+            }
             Verdict::AnswerError => care::refusal(),
             Verdict::Reject => {
                 log::warn!(
@@ -235,7 +246,14 @@ impl Worker<'_> {
         if let Err(failure) = &reply {
             log::warn!("answered with an error: {}", escape(failure.message.as_bytes()));
         }
-        channel.basic_publish("", encode_reply(&reply, reply_to, request.correlation_id))?;
+        let published =
+            channel.basic_publish("", encode_reply(&reply, reply_to, request.correlation_id));
+        if let Err(error) = published {
+            if matches!(error, amiquip::Error::ServerClosedChannel { .. }) {
+                care.keep(care::key(&request), reply);
+            }
+            return Err(error);
+        }
         if care.is_needed() {
             // Any round trip on this channel tells whether the broker has taken the reply.
             let taken = lease.within(|| channel.qos(0, self.prefetch, false));

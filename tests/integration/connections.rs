@@ -3,8 +3,9 @@
 use crate::support::broker::victim;
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{client, expect, Program};
-use crate::support::proxy::{Proxy, Weather};
-use crate::support::{broker, eventually};
+use crate::support::proxy::{Proxy, Weather, CONNECTION_START_OK};
+use crate::support::{broker, eventually, PATIENCE};
+use crossbeam_channel::unbounded;
 use rustix::process::Signal;
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
@@ -72,6 +73,28 @@ fn a_batch_outlives_a_broker_that_is_away_between_two_calls() {
     client.say("30");
     proxy.await_refusals(2);
     proxy.refuse(false);
+    assert_eq!(client.next_line(), "832040");
+    client.end_input();
+    assert_eq!(client.end(), Some(0));
+}
+
+/// A broker that shuts down in the middle of the handshake looks as if it refused the password.
+#[test]
+fn a_batch_outlives_a_handshake_that_breaks() {
+    let queue = Queue::named("broken_handshake");
+    let _server = Program::start(&queue, &[]);
+    let proxy = Proxy::start();
+    let args = ["--queue", &queue, "-t", "20s", "-"];
+    let mut client = Program::spawn_at(&proxy.url(), "rpc-client", &args);
+    client.say("20");
+    assert_eq!(client.next_line(), "6765");
+    let (logs_in, login) = unbounded();
+    let act = move || logs_in.send(()).expect("it is waited for");
+    proxy.before_passing(CONNECTION_START_OK, 1, act);
+    proxy.cut();
+    client.say("30");
+    login.recv_timeout(PATIENCE).expect("it connects again");
+    proxy.cut();
     assert_eq!(client.next_line(), "832040");
     client.end_input();
     assert_eq!(client.end(), Some(0));

@@ -2,8 +2,8 @@
 
 use crate::calls::{Call, Calls, Returned};
 use crate::input::BadLine;
-use crate::session::{RawReply, ReplyTo, Session};
-use amiquip::{ConnectionBlockedNotification, Return};
+use crate::session::{RawReply, ReplyTo, Session, Wire};
+use amiquip::{Channel, ConnectionBlockedNotification, Consumer, Return};
 use crossbeam_channel::{bounded, never, select, Receiver, RecvTimeoutError};
 use rpc_common::broker::{self, Counts};
 use rpc_common::deadline::{in_background, Deadline};
@@ -142,7 +142,7 @@ impl Client {
             requests,
             brokers: config.brokers.clone(),
             refused: 0,
-            broker: session.as_ref().map(Session::broker),
+            broker: session.as_ref().map(|session| session.wire.broker()),
             more_requests: true,
             calls: Calls::default(),
             outcomes: Vec::new(),
@@ -248,9 +248,9 @@ impl Run<'_> {
             *at_hand = Some(session);
         } else {
             // What has been received is not received again.
-            session.replies_at_hand().for_each(|reply| self.on_reply(reply));
+            session.wire.replies_at_hand().for_each(|reply| self.on_reply(reply));
             let broker = self.broker();
-            session.notices.try_iter().for_each(|notice| self.known.changes(&broker, notice));
+            session.wire.notices.try_iter().for_each(|notice| self.known.changes(&broker, notice));
         }
         ended
     }
@@ -259,16 +259,7 @@ impl Run<'_> {
     fn open_session(&mut self) -> Result<Session, Error> {
         let latest = self.calls.last_deadline().unwrap_or_else(|| self.next_deadline());
         let (brokers, reply_to) = (self.brokers.clone(), self.config.reply_to);
-        // What is sent again has waited already: that it waits for one more round trip makes sure that
-        // no call that ends meanwhile takes the session with it.
-        let consumes = reply_to == ReplyTo::Direct || self.broker.is_some();
-        let opening = in_background(move || -> Result<Session, broker::Error> {
-            let mut session = Session::open(&brokers, reply_to, &latest)?;
-            if consumes {
-                session.consume(&latest, |_| {})?;
-            }
-            Ok(session)
-        });
+        let opening = in_background(move || Session::open(&brokers, reply_to, &latest));
         let session = loop {
             let next = self.next_deadline().instant();
             if next >= latest.instant() {
@@ -283,7 +274,7 @@ impl Run<'_> {
             }
         };
         let session = session.expect("opening a session does not panic")?;
-        let broker = session.broker();
+        let broker = session.wire.broker();
         log::info!("connected to {broker}");
         self.brokers.begin_with(&broker);
         self.broker = Some(broker);
@@ -317,20 +308,40 @@ impl Run<'_> {
         self.calls.next_deadline().unwrap_or_else(|| Deadline::after(self.config.timeout))
     }
 
-    /// Makes calls on one session, until every request has its outcome or the session ends: first those
-    /// that have begun, and then, as there is room, those that are still to come.
+    /// Makes calls on one session, until every request has its outcome or the session ends.
     fn converse(&mut self, session: &mut Session) -> Result<(), Error> {
-        let queue = &self.config.queue;
-        for call in self.calls.outgoing() {
-            session.publish(queue, call)?;
+        let Session { wire, channel } = session;
+        let mut consumer = None;
+        let ended = self.talk(wire, channel, &mut consumer);
+        if ended.is_ok() {
+            mem::forget(consumer); // the session lasts, and its replies with it
+        } else {
+            wire.hang_up();
         }
+        ended
+    }
+
+    /// Sends the calls that have begun and then, as there is room, those that are still to come; and
+    /// receives what comes back.
+    fn talk<'a>(
+        &mut self,
+        wire: &mut Wire,
+        channel: &'a Channel,
+        consumer: &mut Option<Consumer<'a>>,
+    ) -> Result<(), Error> {
+        let (queue, broker) = (&self.config.queue, self.broker());
         self.known = Known::Nothing; // what kept the last session from working is over
-        let (deadline, broker) = (self.next_deadline(), self.broker());
-        match session.consume(&deadline, |notice| self.known.changes(&broker, notice)) {
-            Err(error) if session.is_unheard(&error, &deadline) => {
-                return Err(Error::Unheard(error))
-            }
-            consumes => consumes?,
+        if wire.is_direct() {
+            *consumer = wire.consume(channel, &self.next_deadline(), |_| {})?;
+        }
+        for call in self.calls.outgoing() {
+            wire.publish(channel, queue, call)?;
+        }
+        let deadline = self.next_deadline();
+        let on_notice = |notice| self.known.changes(&broker, notice);
+        match wire.consume(channel, &deadline, on_notice) {
+            Err(error) if wire.is_unheard(&error, &deadline) => return Err(Error::Unheard(error)),
+            started => *consumer = started?.or(consumer.take()),
         }
         self.look_at = Instant::now() + FIRST_LOOK;
         let no_requests = never();
@@ -339,7 +350,7 @@ impl Run<'_> {
             let requests = if has_room { self.requests } else { &no_requests };
             let mut patience = self.patience();
             if patience.is_zero() {
-                self.tick(session)?; // the time does not wait for a peer that never stops sending
+                self.tick(wire, channel)?; // the time does not wait for a peer that never stops sending
                 patience = self.patience();
             }
             // Outcomes pile up while more are at hand; then nothing is waited for, and a tick tells them.
@@ -347,52 +358,52 @@ impl Run<'_> {
                 patience = Duration::ZERO;
             }
             select! {
-                recv(session.replies) -> got => self.on_reply(session.reply(got)?),
-                recv(session.returns) -> request => {
+                recv(wire.replies) -> got => self.on_reply(wire.reply(got)?),
+                recv(wire.returns) -> request => {
                     if let Ok(request) = request {
                         self.on_return(&request);
                     }
                 }
-                recv(session.notices) -> notice => match notice {
+                recv(wire.notices) -> notice => match notice {
                     Ok(notice) => self.known.changes(&broker, notice),
-                    Err(_) => session.notices = never(), // why, the replies tell
+                    Err(_) => wire.notices = never(), // why, the replies tell
                 },
                 recv(requests) -> request => match request {
-                    Ok(request) => session.publish(queue, self.begin(request))?,
+                    Ok(request) => wire.publish(channel, queue, self.begin(request))?,
                     Err(_) => self.more_requests = false,
                 },
-                default(patience) => self.tick(session)?,
+                default(patience) => self.tick(wire, channel)?,
             }
         }
         self.tell()
     }
 
     /// Does what the time asks for, and tells the outcomes that have piled up.
-    fn tick(&mut self, session: &mut Session) -> Result<(), Error> {
+    fn tick(&mut self, wire: &mut Wire, channel: &Channel) -> Result<(), Error> {
         if self.expire() {
-            session.hurry();
+            wire.hurry();
         }
         self.tell()?;
         let now = Instant::now();
         while let Some(call) = self.calls.resend_due(now) {
-            session.publish(&self.config.queue, call)?;
+            wire.publish(channel, &self.config.queue, call)?;
         }
         if !self.calls.is_empty() && now >= self.look_at {
-            self.look(session)?;
+            self.look(wire)?;
         }
         Ok(())
     }
 
     /// Nothing has come for a while: looks why, for the user to know.
-    fn look(&mut self, session: &mut Session) -> Result<(), Error> {
+    fn look(&mut self, wire: &mut Wire) -> Result<(), Error> {
         self.look_at = Instant::now() + NEXT_LOOK;
         // A look that is cut off at the deadline of one call would cost the others their connection.
-        let long = session.round_trip.max(SHORTEST_ROUND_TRIP) * LOOK;
+        let long = wire.round_trip.max(SHORTEST_ROUND_TRIP) * LOOK;
         let takes_too_long = self.next_deadline().remaining() < long;
         if takes_too_long || matches!(self.known, Known::Blocked(_)) {
             return Ok(()); // a broker that is blocked reads nothing of ours
         }
-        let Some(seen) = session.look(&self.config.queue, &self.next_deadline())? else {
+        let Some(seen) = wire.look(&self.config.queue, &self.next_deadline())? else {
             self.known = Known::Nothing;
             return Ok(());
         };

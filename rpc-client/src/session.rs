@@ -2,7 +2,7 @@
 
 use crate::calls::Call;
 use amiquip::{
-    AmqpProperties, Channel, Connection, ConnectionBlockedNotification, ConsumerMessage,
+    AmqpProperties, Channel, Connection, ConnectionBlockedNotification, Consumer, ConsumerMessage,
     ConsumerOptions, QueueDeclareOptions, Return,
 };
 use crossbeam_channel::{never, Receiver, RecvError};
@@ -15,10 +15,16 @@ use uuid::Uuid;
 
 /// A **session** owns all that a connection needs to make calls.
 pub(crate) struct Session {
-    link: Link, // first, so that it is closed first: the channel's own close then costs nothing
-    channel: Channel,
+    pub(crate) wire: Wire, // first, so that it is closed first: the channel's own close then costs nothing
+    /// Apart from the rest, because amiquip's consumer borrows it.
+    pub(crate) channel: Channel,
+}
+
+/// A **wire** is a session but for its channel.
+pub(crate) struct Wire {
+    link: Link,
     reply_queue: String,
-    /// Set by [`Session::consume`]; silent before.
+    /// Set by [`Wire::consume`]; silent before.
     pub(crate) replies: Receiver<ConsumerMessage>,
     /// The requests that found no queue.
     pub(crate) returns: Receiver<Return>,
@@ -69,25 +75,25 @@ impl Session {
         })?;
         let notices = link.notices(deadline)?;
         let replies = never();
-        Ok(Session {
-            link,
-            channel,
-            reply_queue,
-            replies,
-            returns,
-            notices,
-            consumes: false,
-            round_trip: Duration::ZERO,
-        })
+        let (consumes, round_trip) = (false, Duration::ZERO);
+        let wire = Wire { link, reply_queue, replies, returns, notices, consumes, round_trip };
+        Ok(Session { wire, channel })
     }
+}
 
+impl Wire {
     /// Host and port of the broker, for messages.
     pub(crate) fn broker(&self) -> String {
         self.link.target().to_string()
     }
 
     /// Sends a call's request, and counts that.
-    pub(crate) fn publish(&mut self, queue: &str, call: &mut Call) -> Result<(), Error> {
+    pub(crate) fn publish(
+        &mut self,
+        channel: &Channel,
+        queue: &str,
+        call: &mut Call,
+    ) -> Result<(), Error> {
         let id = call.id.to_string();
         let request = Request {
             body: &call.request.body,
@@ -95,7 +101,7 @@ impl Session {
             correlation_id: Some(&id),
             expiration: Some(call.deadline.remaining()),
         };
-        let published = self.channel.basic_publish("", request.encode(queue));
+        let published = channel.basic_publish("", request.encode(queue));
         published.map_err(|error| self.link.explain(error))?;
         call.sent(Instant::now());
         Ok(())
@@ -109,32 +115,41 @@ impl Session {
         })
     }
 
-    /// Starts to receive replies, unless it has. Called after the first requests are published, because replies
-    /// wait in their queue, and this is a round trip that the server can work in. A broker that takes no
-    /// requests does not answer it either, and says why.
-    pub(crate) fn consume(
+    /// Starts to receive replies, unless it has. Called after the first requests are published, because
+    /// replies wait in their queue, and this is a round trip that the server can work in. A broker that
+    /// takes no requests does not answer it either, and says why.
+    ///
+    /// The consumer cancels itself when it is dropped, and waits for that: hang up first.
+    pub(crate) fn consume<'a>(
         &mut self,
+        channel: &'a Channel,
         deadline: &Deadline,
         on_notice: impl FnMut(ConnectionBlockedNotification) + Send,
-    ) -> Result<(), Error> {
+    ) -> Result<Option<Consumer<'a>>, Error> {
         if self.consumes {
-            return Ok(());
+            return Ok(None);
         }
         let options =
             ConsumerOptions { no_ack: true, exclusive: true, ..ConsumerOptions::default() };
-        let consume = |_: &mut Connection| {
-            let consumer = self.channel.basic_consume(&self.reply_queue, options)?;
-            let replies = consumer.receiver().clone();
-            std::mem::forget(consumer); // it would cancel itself; it ends with the connection
-            Ok(replies)
-        };
+        let consume = |_: &mut Connection| channel.basic_consume(&self.reply_queue, options);
         let (link, notices) = (&mut self.link, &self.notices);
         let begun = Instant::now();
-        self.replies =
+        let consumer =
             link.within_listening(deadline, Phase::Consume, notices, on_notice, consume)?;
+        self.replies = consumer.receiver().clone();
         self.round_trip = begun.elapsed();
         self.consumes = true;
-        Ok(())
+        Ok(Some(consumer))
+    }
+
+    /// Whether replies go to RabbitMQ's direct reply-to, which has to be consumed first.
+    pub(crate) fn is_direct(&self) -> bool {
+        self.reply_queue == DIRECT
+    }
+
+    /// Ends the connection.
+    pub(crate) fn hang_up(&mut self) {
+        let _ = self.link.close(); // why it ends is known
     }
 
     /// The end is near, and the broker may be out of reach: closing shall not wait for it.

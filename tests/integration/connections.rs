@@ -180,6 +180,14 @@ fn several_brokers_are_tried_in_turn() {
     let urls = ["--url", &silent, "--url", nobody, "-t", "2s"];
     let error = "rpc-client: cannot reach 127.0.0.1:1: connection refused: is RabbitMQ running there, or AMQP_URL to be set?\n";
     expect(&mut client(&queue, &[&urls[..], &["30"]].concat()), 3, "\n", error);
+    // That one is away hides nothing that another one has against us.
+    let wrong = broker::url_with(Some("nobody"), None, None);
+    let error = format!(
+        "rpc-client: {} refused user 'nobody': is the password right?\n",
+        broker::authority()
+    );
+    let urls = ["--url", &wrong, "--url", nobody, "30"];
+    expect(&mut client(&queue, &urls), 3, "\n", &error);
 }
 
 /// It waits for a broker as it does for one that is back.

@@ -129,8 +129,8 @@ impl Client {
     /// same correlation id, until their deadline.
     ///
     /// # Errors
-    /// [`Error::Broker`] when the broker is not to be had: it is the outcome of what is unanswered, too,
-    /// and requests that were not taken stay. [`Error::Output`] when `on_outcomes` fails.
+    /// [`Error::Broker`] or [`Error::Unheard`] when the broker is not to be had: it is the outcome of what is
+    /// unanswered, too, and requests that were not taken stay. [`Error::Output`] when `on_outcomes` fails.
     pub fn run(
         &mut self,
         requests: &Receiver<Request>,

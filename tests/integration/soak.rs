@@ -76,27 +76,27 @@ fn strike(rng: &mut Rng, proxy: &Proxy) -> &'static str {
     let lasting = |rng: &mut Rng, most: u64| {
         thread::sleep(Duration::from_millis(rng.u64(50..most)));
     };
+    let spell = |rng: &mut Rng, weather, most| {
+        proxy.set(weather);
+        lasting(rng, most);
+        proxy.set(Weather::Fair);
+    };
     match rng.u8(0..7) {
         0 => {
             proxy.cut();
             "cut"
         }
         1 => {
-            proxy.set(Weather::Frozen);
-            lasting(rng, 5_000);
-            proxy.set(Weather::Fair);
+            spell(rng, Weather::Frozen, 5_000);
             "black hole"
         }
         2 => {
-            proxy.set(Weather::Delayed(Duration::from_millis(rng.u64(1..100))));
-            lasting(rng, 2_000);
-            proxy.set(Weather::Fair);
+            let pause = Duration::from_millis(rng.u64(1..100));
+            spell(rng, Weather::Delayed(pause), 2_000);
             "delay"
         }
         3 => {
-            proxy.set(Weather::Dripping);
-            lasting(rng, 2_000);
-            proxy.set(Weather::Fair);
+            spell(rng, Weather::Dripping, 2_000);
             "drip"
         }
         4 => {

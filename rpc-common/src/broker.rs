@@ -154,8 +154,7 @@ fn connect(
 ) -> Result<TcpStream, Error> {
     let mut failure = Error::timed_out(Phase::Connect, target, deadline);
     for (tried, address) in addresses.iter().enumerate() {
-        let share =
-            deadline.remaining() / u32::try_from(addresses.len() - tried).unwrap_or(u32::MAX);
+        let share = deadline.share(addresses.len() - tried, Duration::MAX).remaining();
         if share.is_zero() {
             break;
         }

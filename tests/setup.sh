@@ -3,12 +3,15 @@
 #   tests/setup.sh build     what the compiler needs
 #   tests/setup.sh broker    RabbitMQ, for private nodes
 #   tests/setup.sh peers     the tutorial's other languages, and in target/peers their AMQP libraries
+#   tests/setup.sh bench     what else is measured: in target/peers the tutorial in C, and the instruments
 set -eu
 
 # Debian starts (and enables) a broker on port 5672 when its package is installed. This policy, in
 # the words of invoke-rc.d(8), forbids every service action while we install.
 policy=/usr/sbin/policy-rc.d
 mark='# of tests/setup.sh, while it installs'
+here=$(cd "$(dirname "$0")" && pwd)
+built=${CARGO_TARGET_DIR:-$here/../target}/peers
 
 say() { echo "setup: $*" >&2; }
 die() { say "$*"; exit 1; }
@@ -81,8 +84,6 @@ peers() {
     # shellcheck disable=SC2086 # a list of words
     [ -z "$missing" ] || apt_install "the tutorial in other languages, as peers in the tests" $missing
 
-    here=$(cd "$(dirname "$0")" && pwd)
-    built=${CARGO_TARGET_DIR:-$here/../target}/peers
     mkdir -p "$built"
     if ! cmp -s "$here/peers/python/requirements.txt" "$built/python/installed"; then
         say "installing pika into target/peers, from PyPI"
@@ -106,9 +107,30 @@ peers() {
     done
 }
 
+has_header() { echo "#include <$1>" | cc -E -x c - >/dev/null 2>&1; }
+
+bench() {
+    missing=
+    command -v cc >/dev/null || missing="$missing gcc"
+    has_header stdlib.h || missing="$missing libc6-dev"
+    has_header amqp.h || missing="$missing librabbitmq-dev"
+    has_header gmp.h || missing="$missing libgmp-dev"
+    command -v valgrind >/dev/null || missing="$missing valgrind"
+    [ -x /usr/bin/time ] || missing="$missing time" # the shell's keyword tells no memory
+    # shellcheck disable=SC2086 # a list of words
+    [ -z "$missing" ] || apt_install "what rpc-server and rpc-client are measured against, and with" $missing
+
+    mkdir -p "$built"
+    for program in server client; do
+        source=$here/peers/c/$program.c
+        { [ "$built/c-$program" -nt "$source" ] && [ "$built/c-$program" -nt "$here/peers/c/rpc.h" ]; } ||
+            cc -O2 -Wall -Wextra -o "$built/c-$program" "$source" -lrabbitmq
+    done
+}
+
 for part in "$@"; do
     case $part in
-        build | broker | peers) "$part" ;;
+        build | broker | peers | bench) "$part" ;;
         *) die "unknown part '$part'" ;;
     esac
 done

@@ -1,0 +1,109 @@
+// The RPC tutorial's client, on librabbitmq: c-client N... prints fib(N), a line each, in order.
+//
+// Up to RPC_IN_FLIGHT calls are outstanding at once, 16 unless it is set. With RPC_REPEAT=K it asks for
+// each N K times, and prints how many calls that were, the seconds they took, and the median of their
+// latencies in microseconds, in the place of the answers.
+#include "rpc.h"
+#include <time.h>
+
+struct call {
+    double began;
+    double seconds;
+    char *answer;
+    bool is_pending;
+};
+
+static double now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec + time.tv_nsec / 1e9;
+}
+
+static int by_seconds(const void *left, const void *right)
+{
+    double a = ((const struct call *)left)->seconds, b = ((const struct call *)right)->seconds;
+    return (a > b) - (a < b);
+}
+
+// Waits for the reply to a call in hand; others are discarded.
+static void take_reply(amqp_connection_state_t connection, struct call *calls, size_t count, bool keep)
+{
+    for (;;) {
+        amqp_maybe_release_buffers(connection); // else they grow with every frame
+        amqp_envelope_t reply;
+        check_reply(amqp_consume_message(connection, &reply, NULL, 0), "await a reply");
+        uint64_t place;
+        bool known = parse(reply.message.properties.correlation_id, count - 1, &place)
+            && calls[place].is_pending;
+        if (known) {
+            calls[place].is_pending = false;
+            calls[place].seconds = now() - calls[place].began;
+            amqp_bytes_t body = reply.message.body;
+            if (keep)
+                calls[place].answer = strndup(body.len ? body.bytes : "", body.len);
+        }
+        amqp_destroy_envelope(&reply);
+        if (known)
+            return;
+    }
+}
+
+int main(int argc, char **argv)
+{
+    if (argc < 2)
+        die("usage", "c-client N...");
+    amqp_bytes_t server = amqp_cstring_bytes(env("RPC_QUEUE", "rpc_queue"));
+    size_t in_flight = env_number("RPC_IN_FLIGHT", "16", UINT32_MAX);
+    bool measure = *env("RPC_REPEAT", "");
+    size_t numbers = argc - 1;
+    size_t count = numbers * env_number("RPC_REPEAT", "1", UINT32_MAX);
+    struct call *calls = calloc(count, sizeof *calls);
+    if (!calls)
+        die("the calls", "out of memory");
+
+    amqp_connection_state_t connection = connect_to_broker();
+    amqp_queue_declare_ok_t *declared = amqp_queue_declare(
+        connection, CHANNEL, amqp_empty_bytes, false, false, true, false, amqp_empty_table);
+    check_reply(amqp_get_rpc_reply(connection), "declare the reply queue");
+    amqp_bytes_t replies = amqp_bytes_malloc_dup(declared->queue); // its buffer is released
+    amqp_basic_consume(connection, CHANNEL, replies, amqp_empty_bytes, false, true, false, amqp_empty_table);
+    check_reply(amqp_get_rpc_reply(connection), "consume");
+
+    size_t pending = 0;
+    for (size_t place = 0; place < count; place++) {
+        for (; pending >= in_flight; pending--)
+            take_reply(connection, calls, count, !measure);
+        // The place is enough of an id: the queue is new and nobody else's.
+        char id[24];
+        snprintf(id, sizeof id, "%zu", place);
+        amqp_basic_properties_t properties = {
+            ._flags = AMQP_BASIC_CONTENT_TYPE_FLAG | AMQP_BASIC_CORRELATION_ID_FLAG | AMQP_BASIC_REPLY_TO_FLAG,
+            .content_type = amqp_cstring_bytes("text/plain"),
+            .correlation_id = amqp_cstring_bytes(id),
+            .reply_to = replies,
+        };
+        calls[place].is_pending = true;
+        calls[place].began = now();
+        check(amqp_basic_publish(connection, CHANNEL, amqp_empty_bytes, server, false, false, &properties,
+                  amqp_cstring_bytes(argv[1 + place % numbers])), "ask");
+        pending++;
+    }
+    for (; pending > 0; pending--)
+        take_reply(connection, calls, count, !measure);
+
+    if (measure) {
+        double seconds = now() - calls[0].began;
+        qsort(calls, count, sizeof *calls, by_seconds);
+        printf("%zu %.6f %.1f\n", count, seconds, calls[count / 2].seconds * 1e6);
+    } else {
+        for (size_t place = 0; place < count; place++) {
+            puts(calls[place].answer);
+            free(calls[place].answer);
+        }
+    }
+    free(calls);
+    amqp_bytes_free(replies);
+    check_reply(amqp_connection_close(connection, AMQP_REPLY_SUCCESS), "close");
+    amqp_destroy_connection(connection);
+}

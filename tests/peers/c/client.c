@@ -27,7 +27,7 @@ static int by_seconds(const void *left, const void *right)
 }
 
 // Waits for the reply to a call in hand; others are discarded.
-static void take_reply(amqp_connection_state_t connection, struct call *calls, size_t count, bool keep)
+static void take_reply(amqp_connection_state_t connection, struct call *calls, size_t count)
 {
     for (;;) {
         amqp_maybe_release_buffers(connection); // else they grow with every frame
@@ -40,8 +40,7 @@ static void take_reply(amqp_connection_state_t connection, struct call *calls, s
             calls[place].is_pending = false;
             calls[place].seconds = now() - calls[place].began;
             amqp_bytes_t body = reply.message.body;
-            if (keep)
-                calls[place].answer = strndup(body.len ? body.bytes : "", body.len);
+            calls[place].answer = strndup(body.len ? body.bytes : "", body.len);
         }
         amqp_destroy_envelope(&reply);
         if (known)
@@ -73,7 +72,7 @@ int main(int argc, char **argv)
     size_t pending = 0;
     for (size_t place = 0; place < count; place++) {
         for (; pending >= in_flight; pending--)
-            take_reply(connection, calls, count, !measure);
+            take_reply(connection, calls, count);
         // The place is enough of an id: the queue is new and nobody else's.
         char id[24];
         snprintf(id, sizeof id, "%zu", place);
@@ -90,18 +89,18 @@ int main(int argc, char **argv)
         pending++;
     }
     for (; pending > 0; pending--)
-        take_reply(connection, calls, count, !measure);
+        take_reply(connection, calls, count);
 
     if (measure) {
         double seconds = now() - calls[0].began;
         qsort(calls, count, sizeof *calls, by_seconds);
         printf("%zu %.6f %.1f\n", count, seconds, calls[count / 2].seconds * 1e6);
     } else {
-        for (size_t place = 0; place < count; place++) {
+        for (size_t place = 0; place < count; place++)
             puts(calls[place].answer);
-            free(calls[place].answer);
-        }
     }
+    for (size_t place = 0; place < count; place++)
+        free(calls[place].answer);
     free(calls);
     amqp_bytes_free(replies);
     check_reply(amqp_connection_close(connection, AMQP_REPLY_SUCCESS), "close");

@@ -1,10 +1,13 @@
 // The RPC tutorial's client, on amqplib: client.js N... prints fib(N), a line each, in order.
 //
-// Up to 16 calls are outstanding at once.
+// Up to RPC_IN_FLIGHT calls are outstanding at once, 16 unless it is set. With RPC_REPEAT=K it asks for
+// each N K times, and prints how many calls that were, the seconds they took, and the median of their
+// latencies in microseconds, in the place of the answers.
 const amqp = require('amqplib');
 
 const queue = process.env.RPC_QUEUE || 'rpc_queue';
-const inFlight = 16;
+const inFlight = Number(process.env.RPC_IN_FLIGHT || 16);
+const repeat = Number(process.env.RPC_REPEAT || 1);
 
 // As the tutorial's generateUuid.
 const randomId = () => [1, 2, 3].map(() => Math.random().toString()).join('');
@@ -14,27 +17,40 @@ async function main(numbers) {
   const connection = await amqp.connect(process.env.AMQP_URL || 'amqp://localhost', { noDelay: true });
   const channel = await connection.createChannel();
   const { queue: replyTo } = await channel.assertQueue('', { exclusive: true });
-  const pending = new Map(); // correlation id -> the one who waits for the answer
+  const pending = new Map(); // correlation id -> the one who waits for the answer, and since when
+  const latencies = [];
   await channel.consume(replyTo, (reply) => {
-    const resolve = pending.get(reply.properties.correlationId);
-    if (!resolve) return;
+    const call = pending.get(reply.properties.correlationId);
+    if (!call) return;
+    latencies.push(performance.now() - call.began);
     pending.delete(reply.properties.correlationId);
-    resolve(reply.content.toString());
+    call.resolve(reply.content.toString());
   }, { noAck: true });
 
   const call = (n) => new Promise((resolve) => {
     const correlationId = randomId();
-    pending.set(correlationId, resolve);
+    pending.set(correlationId, { resolve, began: performance.now() });
     channel.sendToQueue(queue, Buffer.from(n), { correlationId, replyTo });
   });
 
   const answers = [];
-  const asking = numbers.entries();
+  const count = numbers.length * repeat;
+  let next = 0;
   const ask = async () => {
-    for (const [place, n] of asking) answers[place] = await call(n);
+    while (next < count) {
+      const place = next++;
+      answers[place] = await call(numbers[place % numbers.length]);
+    }
   };
+  const began = performance.now();
   await Promise.all(Array.from({ length: inFlight }, ask));
-  console.log(answers.join('\n'));
+  const seconds = (performance.now() - began) / 1e3;
+  if (process.env.RPC_REPEAT) {
+    const median = Float64Array.from(latencies).sort()[count >> 1] * 1e3;
+    console.log(`${count} ${seconds.toFixed(6)} ${median.toFixed(1)}`);
+  } else {
+    console.log(answers.join('\n'));
+  }
   await connection.close();
 }
 

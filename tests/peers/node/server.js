@@ -1,12 +1,15 @@
 // The RPC tutorial's server, on amqplib.
 //
-// RPC_QUEUE names the queue; RPC_QUEUE_TYPE=quorum declares it as today's tutorials do.
+// RPC_QUEUE names the queue; RPC_QUEUE_TYPE=quorum declares it as today's tutorials do. RPC_PREFETCH is
+// how many requests it takes at once, 1 as in the tutorial; RPC_QUIET=1 prints no line for each.
 const amqp = require('amqplib');
 
 const queue = process.env.RPC_QUEUE || 'rpc_queue';
 const options = process.env.RPC_QUEUE_TYPE === 'quorum'
   ? { durable: true, arguments: { 'x-queue-type': 'quorum' } }
   : { durable: false };
+const prefetch = Number(process.env.RPC_PREFETCH || 1);
+const quiet = process.env.RPC_QUIET === '1';
 
 // The tutorial's Number is exact up to fib(78) only.
 function fib(n) {
@@ -18,7 +21,7 @@ function fib(n) {
 // The tutorial's parseInt makes NaN of what is no number, and answers it.
 function answer(body) {
   if (!/^[0-9]{1,6}$/.test(body)) return 'not a natural number below a million';
-  console.log(` [.] fib(${body})`);
+  if (!quiet) console.log(` [.] fib(${body})`);
   return fib(Number(body)).toString();
 }
 
@@ -27,7 +30,7 @@ async function serve() {
   const connection = await amqp.connect(process.env.AMQP_URL || 'amqp://localhost', { noDelay: true });
   const channel = await connection.createChannel();
   await channel.assertQueue(queue, options);
-  await channel.prefetch(1);
+  await channel.prefetch(prefetch);
   await channel.consume(queue, (request) => {
     const { replyTo, correlationId } = request.properties;
     channel.sendToQueue(replyTo, Buffer.from(answer(request.content.toString())), { correlationId });

@@ -1,12 +1,15 @@
 <?php
 // The RPC tutorial's server, on php-amqplib.
 //
-// RPC_QUEUE names the queue; RPC_QUEUE_TYPE=quorum declares it as today's tutorials do.
+// RPC_QUEUE names the queue; RPC_QUEUE_TYPE=quorum declares it as today's tutorials do. RPC_PREFETCH is
+// how many requests it takes at once, 1 as in the tutorial; RPC_QUIET=1 prints no line for each.
 
 require_once __DIR__ . '/connect.php';
 
 use PhpAmqpLib\Message\AMQPMessage;
 use PhpAmqpLib\Wire\AMQPTable;
+
+define('QUIET', getenv('RPC_QUIET') === '1');
 
 function fib(int $n): int
 {
@@ -24,7 +27,9 @@ function answer(string $body): string
     if (!ctype_digit($body) || $body > 92) {
         return 'not a natural number up to 92';
     }
-    echo " [.] fib($body)\n";
+    if (!QUIET) {
+        echo " [.] fib($body)\n";
+    }
     return (string) fib((int) $body);
 }
 
@@ -36,7 +41,7 @@ if (getenv('RPC_QUEUE_TYPE') === 'quorum') {
 } else {
     $channel->queue_declare(queue(), false, false, false, false);
 }
-$channel->basic_qos(0, 1, false);
+$channel->basic_qos(0, (int) (getenv('RPC_PREFETCH') ?: 1), false);
 $channel->basic_consume(queue(), '', false, false, false, false, function (AMQPMessage $request) {
     $id = $request->has('correlation_id') ? ['correlation_id' => $request->get('correlation_id')] : [];
     $reply = new AMQPMessage(answer($request->getBody()), $id);

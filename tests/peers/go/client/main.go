@@ -1,6 +1,8 @@
 // The RPC tutorial's client, on amqp091-go: client N... prints fib(N), a line each, in order.
 //
-// Up to 16 calls are outstanding at once.
+// Up to RPC_IN_FLIGHT calls are outstanding at once, 16 unless it is set. With RPC_REPEAT=K it asks for
+// each N K times, and prints how many calls that were, the seconds they took, and the median of their
+// latencies in microseconds, in the place of the answers.
 package main
 
 import (
@@ -9,12 +11,12 @@ import (
 	"log"
 	"math/rand"
 	"os"
+	"sort"
+	"strconv"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
 )
-
-const inFlight = 16
 
 func check(err error) {
 	if err != nil {
@@ -29,6 +31,12 @@ func env(name, otherwise string) string {
 	return otherwise
 }
 
+func envNumber(name, otherwise string) int {
+	number, err := strconv.Atoi(env(name, otherwise))
+	check(err)
+	return number
+}
+
 // As in the tutorial: 32 letters.
 func randomString() string {
 	letters := make([]byte, 32)
@@ -39,6 +47,11 @@ func randomString() string {
 }
 
 func main() {
+	server := env("RPC_QUEUE", "rpc_queue")
+	inFlight := envNumber("RPC_IN_FLIGHT", "16")
+	numbers := os.Args[1:]
+	count := len(numbers) * envNumber("RPC_REPEAT", "1")
+
 	rand.Seed(time.Now().UnixNano())
 	connection, err := amqp.Dial(env("AMQP_URL", "amqp://localhost"))
 	check(err)
@@ -50,8 +63,9 @@ func main() {
 	replies, err := channel.Consume(queue.Name, "", true, false, false, false, nil)
 	check(err)
 
-	numbers := os.Args[1:]
-	answers := make([]string, len(numbers))
+	answers := make([]string, count)
+	began := make([]time.Time, count)
+	latencies := make([]time.Duration, 0, count)
 	pending := map[string]int{} // correlation id -> place in the output
 	waitUntilPendingAtMost := func(count int) {
 		for len(pending) > count {
@@ -60,23 +74,32 @@ func main() {
 				log.Fatal("the connection is lost")
 			}
 			if place, known := pending[reply.CorrelationId]; known {
+				latencies = append(latencies, time.Since(began[place]))
 				answers[place] = string(reply.Body)
 				delete(pending, reply.CorrelationId)
 			}
 		}
 	}
-	for place, n := range numbers {
+	start := time.Now()
+	for place := 0; place < count; place++ {
 		waitUntilPendingAtMost(inFlight - 1)
 		id := randomString()
 		pending[id] = place
-		check(channel.PublishWithContext(context.Background(), "", env("RPC_QUEUE", "rpc_queue"), false, false, amqp.Publishing{
+		began[place] = time.Now()
+		check(channel.PublishWithContext(context.Background(), "", server, false, false, amqp.Publishing{
 			ContentType:   "text/plain",
 			CorrelationId: id,
 			ReplyTo:       queue.Name,
-			Body:          []byte(n),
+			Body:          []byte(numbers[place%len(numbers)]),
 		}))
 	}
 	waitUntilPendingAtMost(0)
+	seconds := time.Since(start).Seconds()
+	if os.Getenv("RPC_REPEAT") != "" {
+		sort.Slice(latencies, func(i, j int) bool { return latencies[i] < latencies[j] })
+		fmt.Printf("%d %.6f %.1f\n", count, seconds, float64(latencies[count/2].Nanoseconds())/1e3)
+		return
+	}
 	for _, answer := range answers {
 		fmt.Println(answer)
 	}

@@ -1,6 +1,7 @@
 // The RPC tutorial's server, on amqp091-go.
 //
-// RPC_QUEUE names the queue; RPC_QUEUE_TYPE=quorum declares it as today's tutorials do.
+// RPC_QUEUE names the queue; RPC_QUEUE_TYPE=quorum declares it as today's tutorials do. RPC_PREFETCH is
+// how many requests it takes at once, 1 as in the tutorial; RPC_QUIET=1 prints no line for each.
 package main
 
 import (
@@ -12,6 +13,8 @@ import (
 
 	amqp "github.com/rabbitmq/amqp091-go"
 )
+
+var quiet = os.Getenv("RPC_QUIET") == "1"
 
 func check(err error) {
 	if err != nil {
@@ -40,11 +43,15 @@ func answer(body []byte) string {
 	if err != nil || n > 93 {
 		return "not a natural number up to 93"
 	}
-	fmt.Printf(" [.] fib(%d)\n", n)
+	if !quiet {
+		fmt.Printf(" [.] fib(%d)\n", n)
+	}
 	return strconv.FormatUint(fib(n), 10)
 }
 
 func main() {
+	prefetch, err := strconv.Atoi(env("RPC_PREFETCH", "1"))
+	check(err)
 	connection, err := amqp.Dial(env("AMQP_URL", "amqp://localhost"))
 	check(err)
 	channel, err := connection.Channel()
@@ -55,7 +62,7 @@ func main() {
 	}
 	queue, err := channel.QueueDeclare(env("RPC_QUEUE", "rpc_queue"), durable, false, false, false, arguments)
 	check(err)
-	check(channel.Qos(1, 0, false))
+	check(channel.Qos(prefetch, 0, false))
 	requests, err := channel.Consume(queue.Name, "", false, false, false, false, nil)
 	check(err)
 	fmt.Println(" [x] Awaiting RPC requests")

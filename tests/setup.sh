@@ -3,7 +3,7 @@
 #   tests/setup.sh build     what the compiler needs
 #   tests/setup.sh broker    RabbitMQ, for private nodes
 #   tests/setup.sh peers     the tutorial's other languages, and in target/peers their AMQP libraries
-#   tests/setup.sh bench     what else is measured: in target/peers the tutorial in C, and the instruments
+#   tests/setup.sh bench     what else is measured: in target/peers the tutorial in C and on lapin, and the instruments
 set -eu
 
 # Debian starts (and enables) a broker on port 5672 when its package is installed. This policy, in
@@ -110,9 +110,8 @@ peers() {
 has_header() { echo "#include <$1>" | cc -E -x c - >/dev/null 2>&1; }
 
 bench() {
+    build
     missing=
-    command -v cc >/dev/null || missing="$missing gcc"
-    has_header stdlib.h || missing="$missing libc6-dev"
     has_header amqp.h || missing="$missing librabbitmq-dev"
     has_header gmp.h || missing="$missing libgmp-dev"
     command -v valgrind >/dev/null || missing="$missing valgrind"
@@ -125,6 +124,11 @@ bench() {
         source=$here/peers/c/$program.c
         { [ "$built/c-$program" -nt "$source" ] && [ "$built/c-$program" -nt "$here/peers/c/rpc.h" ]; } ||
             cc -O2 -Wall -Wextra -o "$built/c-$program" "$source" -lrabbitmq
+    done
+    [ -e "$built/lapin-client" ] || say "building lapin into target/peers, from crates.io"
+    cargo build --quiet --release --locked --manifest-path "$here/peers/lapin/Cargo.toml" --target-dir "$built/lapin"
+    for program in server client; do
+        ln -sf "lapin/release/lapin-$program" "$built/lapin-$program"
     done
 }
 

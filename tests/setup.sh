@@ -125,6 +125,8 @@ bench() {
         { [ "$built/c-$program" -nt "$source" ] && [ "$built/c-$program" -nt "$here/peers/c/rpc.h" ]; } ||
             cc -O2 -Wall -Wextra -o "$built/c-$program" "$source" -lrabbitmq
     done
+    [ "$built/c-fib" -nt "$here/peers/c/fib.c" ] ||
+        cc -O2 -Wall -Wextra -o "$built/c-fib" "$here/peers/c/fib.c" -lgmp
     [ -e "$built/lapin-client" ] || say "building lapin into target/peers, from crates.io"
     cargo build --quiet --release --locked --manifest-path "$here/peers/lapin/Cargo.toml" --target-dir "$built/lapin"
     for program in server client; do

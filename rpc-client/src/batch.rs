@@ -37,8 +37,9 @@ pub enum SummaryFormat {
     Json,
 }
 
-/// How far the input is read ahead of the line whose turn it is, in multiples of the calls in flight:
-/// what waits for its turn behind a slow call is bounded by this.
+/// How far the input is read ahead of what is printed, in multiples of the calls in flight: what waits for
+/// its turn behind a slow call is bounded by this. Read on is when half of that is printed, so that the
+/// feeder is not woken up for each call.
 const READ_AHEAD: u64 = 16;
 
 /// Asks for every number of the batch and prints the answers to `output`. Returns the largest exit code
@@ -54,20 +55,17 @@ pub fn run(
 ) -> Result<ExitCode, Error> {
     let printer = Printer::new(output, batch.format, batch.unordered);
     let desk = Arc::new(Desk {
-        state: Mutex::new(State { printer, lines: HashMap::new(), broken: None }),
+        state: Mutex::new(State { printer, lines: HashMap::new(), awaited: None, broken: None }),
         turn: Condvar::new(),
     });
-    let (requests, taken) = crossbeam_channel::bounded(config.in_flight.get());
+    let (requests, taken) = crossbeam_channel::unbounded(); // the feeder does not run far ahead
     let feeder = Feeder {
         desk: desk.clone(),
         requests,
         repeat: batch.repeat,
         announce: batch.format == Format::Text && !batch.quiet,
-        read_ahead: if batch.unordered {
-            u64::MAX
-        } else {
-            READ_AHEAD * config.in_flight.get() as u64
-        },
+        read_ahead: READ_AHEAD * config.in_flight.get() as u64,
+        printed: 0,
     };
     let items = Items::new(batch.arguments.clone(), input);
     // Not joined: where the run ends before its input does, that may never end.
@@ -81,7 +79,10 @@ pub fn run(
             let line = state.lines.remove(&place);
             state.printer.put(place, Line::of_call(n, line, outcome))?;
         }
-        desk.turn.notify_one();
+        let done = state.printer.printed();
+        if state.awaited.take_if(|awaited| *awaited <= done).is_some() {
+            desk.turn.notify_one();
+        }
         state.printer.flush()
     });
     let mut state = desk.state();
@@ -110,7 +111,7 @@ pub fn run(
 /// Where the feeder and the client meet at the printer.
 struct Desk<W> {
     state: Mutex<State<W>>,
-    /// Another line's turn has come.
+    /// The line that the feeder waits for is printed.
     turn: Condvar,
 }
 
@@ -118,13 +119,24 @@ struct State<W> {
     printer: Printer<W>,
     /// The lines of standard input that the calls in hand come from, by their places.
     lines: HashMap<u64, u64>,
+    /// How many lines have to be printed before the feeder goes on, if it waits.
+    awaited: Option<u64>,
     /// Why the feeder could not print.
     broken: Option<io::Error>,
 }
 
-impl<W> Desk<W> {
+impl<W: Write> Desk<W> {
     fn state(&self) -> MutexGuard<'_, State<W>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until so many lines are printed, and returns how many are.
+    fn await_turn(&self, place: u64) -> u64 {
+        let mut state = self.state();
+        state.awaited = Some(place);
+        let is_early = |state: &mut State<W>| state.printer.printed() < place;
+        let state = self.turn.wait_while(state, is_early).unwrap_or_else(PoisonError::into_inner);
+        state.printer.printed()
     }
 }
 
@@ -135,10 +147,12 @@ struct Feeder<W> {
     repeat: u64,
     announce: bool,
     read_ahead: u64,
+    /// How many lines were printed when it last looked.
+    printed: u64,
 }
 
 impl<W: Write> Feeder<W> {
-    fn feed(self, items: impl Iterator<Item = io::Result<Item>>) {
+    fn feed(mut self, items: impl Iterator<Item = io::Result<Item>>) {
         let mut place = 0;
         for item in items {
             match item {
@@ -159,21 +173,22 @@ impl<W: Write> Feeder<W> {
     }
 
     /// None when nobody wants any more.
-    fn feed_one(&self, place: u64, item: &Item) -> Option<()> {
-        let state = self.desk.state();
-        let far_ahead = |state: &mut State<W>| place - state.printer.next() >= self.read_ahead;
-        let state = self.desk.turn.wait_while(state, far_ahead);
-        let mut state = state.unwrap_or_else(PoisonError::into_inner);
+    fn feed_one(&mut self, place: u64, item: &Item) -> Option<()> {
+        if place - self.printed >= self.read_ahead {
+            self.printed = self.desk.await_turn(place - self.read_ahead / 2);
+        }
         match item {
             Item::Number(n, line) => {
-                state.lines.extend(line.map(|line| (place, line)));
-                drop(state);
+                if let Some(line) = line {
+                    self.desk.state().lines.insert(place, *line);
+                }
                 if self.announce {
                     let _ = writeln!(io::stderr(), " [x] Requesting fib({n})"); // nobody has to read it
                 }
                 self.requests.send(Request { tag: place, body: n.to_string().into() }).ok()
             }
             Item::Bad(bad) => {
+                let mut state = self.desk.state();
                 let line = Line::of_bad_line(bad.clone());
                 let printed = state.printer.put(place, line).and_then(|()| state.printer.flush());
                 state.broken = printed.err();

@@ -31,6 +31,9 @@ const SHORTEST_ROUND_TRIP: Duration = Duration::from_millis(20);
 /// The shortest wait between two attempts to connect.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
 
+/// How many replies are taken before anything else is looked at.
+const AT_ONCE: usize = 64;
+
 /// How many calls may be outstanding at once, if nothing else is said.
 const IN_FLIGHT: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 
@@ -346,8 +349,8 @@ impl Run<'_> {
         self.look_at = Instant::now() + FIRST_LOOK;
         let no_requests = never();
         while self.more_requests || !self.calls.is_empty() {
-            let has_room = self.more_requests && self.calls.len() < self.config.in_flight.get();
-            let requests = if has_room { self.requests } else { &no_requests };
+            wire.flush();
+            let requests = if self.has_room() { self.requests } else { &no_requests };
             let mut patience = self.patience();
             if patience.is_zero() {
                 self.tick(wire, channel)?; // the time does not wait for a peer that never stops sending
@@ -358,7 +361,12 @@ impl Run<'_> {
                 patience = Duration::ZERO;
             }
             select! {
-                recv(wire.replies) -> got => self.on_reply(wire.reply(got)?),
+                recv(wire.replies) -> got => {
+                    self.on_reply(wire.reply(got)?);
+                    for got in wire.replies.clone().try_iter().take(AT_ONCE) {
+                        self.on_reply(wire.reply(Ok(got))?);
+                    }
+                }
                 recv(wire.returns) -> request => {
                     if let Ok(request) = request {
                         self.on_return(&request);
@@ -369,13 +377,23 @@ impl Run<'_> {
                     Err(_) => wire.notices = never(), // why, the replies tell
                 },
                 recv(requests) -> request => match request {
-                    Ok(request) => wire.publish(channel, queue, self.begin(request))?,
+                    Ok(request) => {
+                        wire.publish(channel, queue, self.begin(request))?;
+                        while self.has_room() {
+                            let Ok(request) = self.requests.try_recv() else { break };
+                            wire.publish(channel, queue, self.begin(request))?;
+                        }
+                    }
                     Err(_) => self.more_requests = false,
                 },
                 default(patience) => self.tick(wire, channel)?,
             }
         }
         self.tell()
+    }
+
+    fn has_room(&self) -> bool {
+        self.more_requests && self.calls.len() < self.config.in_flight.get()
     }
 
     /// Does what the time asks for, and tells the outcomes that have piled up.

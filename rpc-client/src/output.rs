@@ -74,7 +74,7 @@ pub(crate) struct Printer<W> {
     unordered: bool,
     /// Lines that came before their turn.
     early: BTreeMap<u64, Line>,
-    /// The place of the line whose turn it is.
+    /// The place of the line whose turn it is; how many are printed, if they have no order.
     next: u64,
     /// The largest exit code so far.
     code: ExitCode,
@@ -97,8 +97,8 @@ impl<W: Write> Printer<W> {
         }
     }
 
-    /// How many lines are printed before the first gap.
-    pub(crate) fn next(&self) -> u64 {
+    /// How many lines are printed, or before the first gap if they have an order.
+    pub(crate) fn printed(&self) -> u64 {
         self.next
     }
 
@@ -114,6 +114,7 @@ impl<W: Write> Printer<W> {
     pub(crate) fn put(&mut self, place: u64, line: Line) -> io::Result<()> {
         self.summary.count(&line);
         if self.unordered {
+            self.next += 1;
             return self.print(&line);
         }
         self.early.insert(place, line);

@@ -9,6 +9,7 @@ use crossbeam_channel::{never, Receiver, RecvError};
 use rpc_common::broker::{self, Counts, Error, Link};
 use rpc_common::deadline::{Deadline, Phase};
 use rpc_common::message::Request;
+use rpc_common::outbox::Publisher;
 use rpc_common::target::Brokers;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
@@ -30,7 +31,9 @@ pub(crate) struct Wire {
     pub(crate) returns: Receiver<Return>,
     /// Whether the broker takes requests, each time that changes.
     pub(crate) notices: Receiver<ConnectionBlockedNotification>,
-    consumes: bool,
+    /// Once it consumes. Before, the declaration of the reply queue may still be on amiquip's way, which no
+    /// request may overtake.
+    publisher: Option<Publisher>,
     /// How long the broker took to answer.
     pub(crate) round_trip: Duration,
 }
@@ -75,8 +78,8 @@ impl Session {
         })?;
         let notices = link.notices(deadline)?;
         let replies = never();
-        let (consumes, round_trip) = (false, Duration::ZERO);
-        let wire = Wire { link, reply_queue, replies, returns, notices, consumes, round_trip };
+        let (publisher, round_trip) = (None, Duration::ZERO);
+        let wire = Wire { link, reply_queue, replies, returns, notices, publisher, round_trip };
         Ok(Session { wire, channel })
     }
 }
@@ -87,7 +90,7 @@ impl Wire {
         self.link.target().to_string()
     }
 
-    /// Sends a call's request, and counts that.
+    /// Sends a call's request, with [`Wire::flush`] at the latest, and counts that.
     pub(crate) fn publish(
         &mut self,
         channel: &Channel,
@@ -101,10 +104,22 @@ impl Wire {
             correlation_id: Some(&id),
             expiration: Some(call.deadline.remaining()),
         };
-        let published = channel.basic_publish("", request.encode(queue));
-        published.map_err(|error| self.link.explain(error))?;
+        let request = request.encode(queue);
+        if let Some(publisher) = &mut self.publisher {
+            publisher.publish(request);
+        } else {
+            let published = channel.basic_publish("", request);
+            published.map_err(|error| self.link.explain(error))?;
+        }
         call.sent(Instant::now());
         Ok(())
+    }
+
+    /// Sends the requests that have not been sent yet.
+    pub(crate) fn flush(&mut self) {
+        if let Some(publisher) = &mut self.publisher {
+            let _ = publisher.send(); // of the end of the channel the replies tell
+        }
     }
 
     /// The replies that have come and were not taken yet.
@@ -126,7 +141,7 @@ impl Wire {
         deadline: &Deadline,
         on_notice: impl FnMut(ConnectionBlockedNotification) + Send,
     ) -> Result<Option<Consumer<'a>>, Error> {
-        if self.consumes {
+        if self.publisher.is_some() {
             return Ok(None);
         }
         let options =
@@ -138,7 +153,7 @@ impl Wire {
             link.within_listening(deadline, Phase::Consume, notices, on_notice, consume)?;
         self.replies = consumer.receiver().clone();
         self.round_trip = begun.elapsed();
-        self.consumes = true;
+        self.publisher = Some(self.link.publisher(channel));
         Ok(Some(consumer))
     }
 

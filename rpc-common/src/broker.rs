@@ -6,6 +6,7 @@
 use crate::deadline::{in_background, Deadline, Expired, Phase};
 use crate::exit::{in_words, Exit, ExitCode};
 use crate::message::escape;
+use crate::outbox::{Outbox, Publisher};
 use crate::stream::{Stream, Transport, FRAME_MAX};
 use crate::target::{Brokers, Target};
 use crate::tls::TlsStream;
@@ -55,11 +56,11 @@ pub fn prepare_threads() {
 }
 
 /// A **link** is an open AMQP connection, and a handle on its socket that ends every wait on it.
-#[derive(Debug)]
 pub struct Link {
     /// None once it is closed.
     connection: Option<Connection>,
     socket: Arc<TcpStream>,
+    outbox: Arc<Outbox>,
     target: Target,
     closing: Duration,
 }
@@ -75,7 +76,7 @@ pub fn open(target: &Target, program: &str, deadline: &Deadline) -> Result<Link,
     let socket = prepare(&stream).map_err(|error| unreachable(target, &error))?;
     let transport = secure(target, stream, &socket, deadline)?;
     let stream = Stream::new(transport).map_err(|error| unreachable(target, &error))?;
-    let greeted = stream.greeted();
+    let (greeted, outbox) = (stream.greeted(), stream.outbox());
     let opening = deadline.guard(&socket, || {
         Connection::insecure_open_stream(
             stream,
@@ -86,7 +87,7 @@ pub fn open(target: &Target, program: &str, deadline: &Deadline) -> Result<Link,
     match opening {
         Ok(Ok(connection)) => {
             let (connection, socket) = (Some(connection), socket.into());
-            Ok(Link { connection, socket, target: target.clone(), closing: CLOSING })
+            Ok(Link { connection, socket, outbox, target: target.clone(), closing: CLOSING })
         }
         Ok(Err(error)) => Err(match Error::of(error, target) {
             Error::Lost { target, reason } => Error::Handshake { target, reason },
@@ -255,6 +256,12 @@ impl Link {
     /// As [`Link::within`].
     pub fn open_channel(&mut self, deadline: &Deadline) -> Result<Channel, Error> {
         self.within(deadline, Phase::Channel, |connection| connection.open_channel(None))
+    }
+
+    /// A short way to publish on a channel; see [`Publisher`] for when.
+    #[must_use]
+    pub fn publisher(&self, channel: &Channel) -> Publisher {
+        Publisher::new(self.outbox.clone(), channel.channel_id())
     }
 
     /// Looks at a queue, by a passive declaration on a channel of its own: where there is none, the

@@ -11,6 +11,7 @@ pub mod exit;
 pub mod fib;
 pub mod logging;
 pub mod message;
+pub mod outbox;
 mod stream;
 pub mod target;
 mod tls;

@@ -3,13 +3,14 @@
 //! amiquip reserves memory for whatever a frame or a body claims to hold, up to an abort of the
 //! process. So every byte read passes [`FrameCheck`] first.
 
+use crate::outbox::Outbox;
 use crate::tls::TlsStream;
 use amiquip::IoStream;
 use mio::unix::EventedFd;
 use mio::{Evented, Poll, PollOpt, Ready, Token};
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
@@ -26,7 +27,7 @@ pub(crate) enum Transport {
 }
 
 impl Transport {
-    fn socket(&self) -> &TcpStream {
+    pub(crate) fn socket(&self) -> &TcpStream {
         match self {
             Transport::Plain(socket) => socket,
             Transport::Tls(stream) => &stream.socket,
@@ -34,9 +35,32 @@ impl Transport {
     }
 }
 
+impl Read for Transport {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Transport::Plain(socket) => socket.read(buffer),
+            Transport::Tls(stream) => stream.read(buffer),
+        }
+    }
+}
+
+impl Write for Transport {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Transport::Plain(socket) => socket.write(bytes),
+            Transport::Tls(stream) => stream.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(()) // nothing is held back
+    }
+}
+
 /// A connection that amiquip's I/O loop can poll.
 pub(crate) struct Stream {
-    transport: Transport,
+    outbox: Arc<Outbox>,
+    fd: RawFd,
     check: FrameCheck,
     greeted: Arc<AtomicBool>,
 }
@@ -45,7 +69,14 @@ impl Stream {
     /// Hands a connection to the I/O loop; it becomes non-blocking.
     pub(crate) fn new(transport: Transport) -> io::Result<Self> {
         transport.socket().set_nonblocking(true)?;
-        Ok(Stream { transport, check: FrameCheck::default(), greeted: Arc::default() })
+        let fd = transport.socket().as_raw_fd();
+        let outbox = Arc::new(Outbox::new(transport));
+        Ok(Stream { outbox, fd, check: FrameCheck::default(), greeted: Arc::default() })
+    }
+
+    /// The other way to what this stream sends.
+    pub(crate) fn outbox(&self) -> Arc<Outbox> {
+        self.outbox.clone()
     }
 
     /// Whether the peer has sent a frame, which the broker does before we log in.
@@ -56,11 +87,10 @@ impl Stream {
 
 impl Read for Stream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let count = match &mut self.transport {
-            Transport::Plain(socket) => socket.read(buffer)?,
-            Transport::Tls(stream) => stream.read(buffer)?,
-        };
+        let count = self.outbox.read(buffer)?;
         self.check.see(&buffer[..count])?;
+        // Before amiquip sees it and confirms: from then on the channel's number means nothing.
+        self.check.closed.drain(..).for_each(|channel| self.outbox.close(channel));
         self.greeted.store(self.check.passed, Ordering::Relaxed);
         Ok(count)
     }
@@ -68,32 +98,27 @@ impl Read for Stream {
 
 impl Write for Stream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match &mut self.transport {
-            Transport::Plain(socket) => socket.write(bytes),
-            Transport::Tls(stream) => stream.write(bytes),
-        }
+        self.outbox.send(bytes)?;
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        match &mut self.transport {
-            Transport::Plain(socket) => socket.flush(),
-            Transport::Tls(stream) => stream.flush(),
-        }
+        Ok(())
     }
 }
 
-// The loop reads and writes until it would block, so that what TLS holds decrypted is never forgotten.
+// The loop reads until it would block, so that what TLS holds decrypted is never forgotten.
 impl Evented for Stream {
     fn register(&self, poll: &Poll, token: Token, ready: Ready, opts: PollOpt) -> io::Result<()> {
-        EventedFd(&self.transport.socket().as_raw_fd()).register(poll, token, ready, opts)
+        EventedFd(&self.fd).register(poll, token, ready, opts)
     }
 
     fn reregister(&self, poll: &Poll, token: Token, ready: Ready, opts: PollOpt) -> io::Result<()> {
-        EventedFd(&self.transport.socket().as_raw_fd()).reregister(poll, token, ready, opts)
+        EventedFd(&self.fd).reregister(poll, token, ready, opts)
     }
 
     fn deregister(&self, poll: &Poll) -> io::Result<()> {
-        EventedFd(&self.transport.socket().as_raw_fd()).deregister(poll)
+        EventedFd(&self.fd).deregister(poll)
     }
 }
 
@@ -104,10 +129,14 @@ impl IoStream for Stream {}
 /// body's size (8).
 const FRAME_HEADER: usize = 7;
 const CONTENT_HEADER: usize = FRAME_HEADER + 12;
+const TYPE_METHOD: u8 = 1;
 const TYPE_CONTENT_HEADER: u8 = 2;
+/// A method's payload starts with a class (2) and a method (2); this is channel.close.
+const METHOD_HEADER: usize = FRAME_HEADER + 4;
+const CHANNEL_CLOSE: [u8; 4] = [0, 20, 0, 40];
 /// How a TLS record with an alert begins (RFC 8446, 5.1), the answer to what is no TLS.
 const TLS_ALERT: [u8; 2] = [21, 3];
-const TYPES: [u8; 4] = [1, TYPE_CONTENT_HEADER, 3, 8];
+const TYPES: [u8; 4] = [TYPE_METHOD, TYPE_CONTENT_HEADER, 3, 8];
 
 /// Follows the frames in a stream of bytes, in whatever pieces they come.
 #[derive(Default)]
@@ -117,6 +146,8 @@ struct FrameCheck {
     seen: usize,
     /// Whether a whole frame has passed.
     passed: bool,
+    /// The channels that the peer has closed, until they are taken.
+    closed: Vec<u16>,
 }
 
 impl FrameCheck {
@@ -143,6 +174,9 @@ impl FrameCheck {
         }
         if before < FRAME_HEADER && self.seen >= FRAME_HEADER {
             self.check_frame()?;
+        }
+        if before < METHOD_HEADER && self.seen >= METHOD_HEADER {
+            self.note_close();
         }
         if before < CONTENT_HEADER && self.seen >= CONTENT_HEADER {
             self.check_body()?;
@@ -172,6 +206,13 @@ impl FrameCheck {
         match self.payload_len() {
             len if len > FRAME_MAX => invalid(format!("the peer announced a frame of {len} bytes")),
             _ => Ok(()),
+        }
+    }
+
+    fn note_close(&mut self) {
+        let is_method = self.head[0] == TYPE_METHOD;
+        if is_method && self.head[FRAME_HEADER..METHOD_HEADER] == CHANNEL_CLOSE {
+            self.closed.push(u16::from_be_bytes([self.head[1], self.head[2]]));
         }
     }
 
@@ -224,6 +265,16 @@ mod tests {
             error(&content_header(1 << 40)),
             "the peer announced a body of 1099511627776 bytes"
         );
+    }
+
+    #[test]
+    fn a_channel_that_the_peer_closes_is_noted() {
+        let mut check = FrameCheck::default();
+        let close = [&CHANNEL_CLOSE[..], &[1, 144, 0, 0, 0, 0, 0]].concat();
+        check.see(&[frame(3, &close), frame(8, &[])].concat()).unwrap();
+        assert!(check.closed.is_empty(), "a message can hold any bytes");
+        frame(1, &close).chunks(3).for_each(|piece| check.see(piece).unwrap());
+        assert_eq!(check.closed, [1]);
     }
 
     proptest! {

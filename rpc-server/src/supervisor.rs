@@ -3,9 +3,9 @@
 use crate::handler::Handler;
 use crate::queue::{self, QueueType, PRECONDITION_FAILED};
 use crate::signals::Stop;
-use crate::worker::{Because, Lease, Need, Word, Worker};
+use crate::worker::{Because, Inbox, Lease, Need, Word, Worker};
 use amiquip::ConnectionBlockedNotification;
-use crossbeam_channel::{select_biased, unbounded, Receiver, Sender};
+use crossbeam_channel::{select_biased, unbounded, Receiver};
 use rpc_common::broker::{self, Error, Link, NOT_FOUND};
 use rpc_common::deadline::{in_background, Deadline};
 use rpc_common::message::escape;
@@ -122,7 +122,7 @@ struct Supervisor<'a> {
     ready: &'a Once,
     words: Receiver<Word>,
     /// The inboxes of workers that wait for a channel.
-    waiting: Vec<Sender<Lease>>,
+    waiting: Vec<Inbox>,
     /// As configured, until the broker teaches us better.
     queue_type: QueueType,
     /// Why there is no connection, once that is said.
@@ -253,7 +253,8 @@ impl Supervisor<'_> {
         let deadline = Deadline::after(ATTEMPT);
         while let Some(inbox) = self.waiting.last() {
             let channel = link.open_channel(&deadline)?;
-            let _ = inbox.send(Lease::new(channel, link.socket())); // it may have stopped
+            let publisher = link.publisher(&channel);
+            let _ = inbox.send((Lease::new(channel, link.socket()), publisher)); // it may have stopped
             self.waiting.pop();
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! A worker: a thread that answers one request after the other on a channel of its own.
 //!
 //! The channel comes from the supervisor: a worker that has none sends a [`Need`] with an inbox, consumes
-//! on the [`Lease`] that comes back, and asks again when that has ended.
+//! on the [`Lease`] that comes back, answers by the [`Publisher`], and asks again when that has ended.
 
 use crate::care::{self, Care, Verdict};
 use crate::handler::{self, Handler};
@@ -11,6 +11,7 @@ use crossbeam_channel::{bounded, never, select_biased, Receiver, RecvTimeoutErro
 use rpc_common::broker;
 use rpc_common::deadline::Deadline;
 use rpc_common::message::{encode_reply, escape, Request};
+use rpc_common::outbox::{Closed, Publisher};
 use std::collections::VecDeque;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -48,9 +49,12 @@ pub(crate) enum Word {
     Consumes,
 }
 
+/// Where a worker waits for a channel, and the short way to publish on it.
+pub(crate) type Inbox = Sender<(Lease, Publisher)>;
+
 /// A worker **needs** a channel.
 pub(crate) struct Need {
-    pub(crate) inbox: Sender<Lease>,
+    pub(crate) inbox: Inbox,
     pub(crate) because: Because,
 }
 
@@ -113,6 +117,14 @@ impl Arrivals {
     }
 }
 
+/// What a worker answers with.
+struct Desk<'a> {
+    lease: &'a Lease,
+    channel: &'a Channel,
+    publisher: &'a mut Publisher,
+    care: &'a mut Care,
+}
+
 /// How it ends that a worker consumes.
 enum End {
     Stopped,
@@ -123,8 +135,8 @@ impl Worker<'_> {
     /// Serves until it is stopped.
     pub(crate) fn run(&self) {
         let (mut because, mut care) = (Because::Start, Care::default());
-        while let Some(lease) = self.ask_for_channel(because) {
-            because = match self.consume(&lease, &mut care) {
+        while let Some((lease, mut publisher)) = self.ask_for_channel(because) {
+            because = match self.consume(&lease, &mut publisher, &mut care) {
                 Ok(End::Stopped) => return,
                 Ok(End::Cancelled) => Because::Cancelled,
                 Err(error @ amiquip::Error::ServerClosedChannel { .. }) => {
@@ -137,7 +149,7 @@ impl Worker<'_> {
     }
 
     /// None when it is time to stop.
-    fn ask_for_channel(&self, because: Because) -> Option<Lease> {
+    fn ask_for_channel(&self, because: Because) -> Option<(Lease, Publisher)> {
         let (inbox, leases) = bounded(1);
         self.words.send(Word::Needs(Need { inbox, because })).ok()?;
         select_biased! {
@@ -146,7 +158,12 @@ impl Worker<'_> {
         }
     }
 
-    fn consume(&self, lease: &Lease, care: &mut Care) -> amiquip::Result<End> {
+    fn consume(
+        &self,
+        lease: &Lease,
+        publisher: &mut Publisher,
+        care: &mut Care,
+    ) -> amiquip::Result<End> {
         let Some(channel) = &lease.channel else { return Err(amiquip::Error::ClientClosedChannel) };
         let mut returns = channel.listen_for_returns()?;
         let consumer = lease.within(|| {
@@ -167,24 +184,23 @@ impl Worker<'_> {
                 });
             }
             let _end = end; // dropped when serving ends
-            self.serve(lease, channel, &mut returns, consumer, &arrivals, care)
+            let mut desk = Desk { lease, channel, publisher, care };
+            self.serve(&mut desk, &mut returns, consumer, &arrivals)
         })
     }
 
     fn serve(
         &self,
-        lease: &Lease,
-        channel: &Channel,
+        desk: &mut Desk,
         returns: &mut Receiver<Return>,
         consumer: Consumer,
         arrivals: &Arrivals,
-        care: &mut Care,
     ) -> amiquip::Result<End> {
         loop {
             arrivals.stamp(consumer.receiver().len());
             select_biased! {
                 recv(self.stop) -> _ => {
-                    drain(lease, &consumer)?;
+                    drain(desk.lease, &consumer)?;
                     returns.try_iter().for_each(|reply| log_return(&reply));
                     return Ok(End::Stopped);
                 }
@@ -197,7 +213,7 @@ impl Worker<'_> {
                         mem::forget(consumer); // it would cancel itself once more, and wait for that
                         return Ok(End::Cancelled);
                     };
-                    self.step(lease, channel, &consumer, delivery, arrivals.next(), care)?;
+                    self.step(desk, &consumer, delivery, arrivals.next())?;
                 }
             }
         }
@@ -207,12 +223,10 @@ impl Worker<'_> {
     /// a crash in between leaves the request in the queue or the reply delivered, or both.
     fn step(
         &self,
-        lease: &Lease,
-        channel: &Channel,
+        desk: &mut Desk,
         consumer: &Consumer,
         delivery: Delivery,
         arrived: Instant,
-        care: &mut Care,
     ) -> amiquip::Result<()> {
         let request = Request::decode(&delivery.properties, &delivery.body);
         let Some(reply_to) = request.reply_to else {
@@ -230,9 +244,10 @@ impl Worker<'_> {
             );
             return consumer.reject(delivery, false);
         }
-        let reply = match care.verdict(&request) {
+        let reply = match desk.care.verdict(&request) {
             Verdict::Answer => {
-                care.take_kept(&request).unwrap_or_else(|| handler::call(self.handler, &request))
+                let kept = desk.care.take_kept(&request);
+                kept.unwrap_or_else(|| handler::call(self.handler, &request))
             }
             Verdict::AnswerError => care::refusal(),
             Verdict::Reject => {
@@ -246,25 +261,36 @@ impl Worker<'_> {
         if let Err(failure) = &reply {
             log::warn!("answered with an error: {}", escape(failure.message.as_bytes()));
         }
-        let published =
-            channel.basic_publish("", encode_reply(&reply, reply_to, request.correlation_id));
-        if let Err(error) = published {
-            if matches!(error, amiquip::Error::ServerClosedChannel { .. }) {
-                care.keep(care::key(&request), reply);
-            }
-            return Err(error);
+        desk.publisher.publish(encode_reply(&reply, reply_to, request.correlation_id));
+        let careful = desk.care.is_needed();
+        if !careful {
+            desk.publisher.ack(delivery.delivery_tag());
         }
-        if care.is_needed() {
-            // Any round trip on this channel tells whether the broker has taken the reply.
-            let taken = lease.within(|| channel.qos(0, self.prefetch, false));
-            if let Err(error) = taken {
-                if matches!(error, amiquip::Error::ServerClosedChannel { .. }) {
-                    care.refuse(care::key(&request));
-                }
-                return Err(error);
-            }
+        let sent = self.send(desk);
+        if let Err(amiquip::Error::ServerClosedChannel { .. }) = sent {
+            desk.care.keep(care::key(&request), reply);
         }
-        consumer.ack(delivery)
+        sent?;
+        if !careful {
+            return Ok(());
+        }
+        let taken = self.make_round_trip(desk); // tells whether the broker has taken the reply
+        if let Err(amiquip::Error::ServerClosedChannel { .. }) = taken {
+            desk.care.refuse(care::key(&request));
+        }
+        taken?;
+        desk.publisher.ack(delivery.delivery_tag());
+        self.send(desk)
+    }
+
+    /// Sends what the publisher holds.
+    fn send(&self, desk: &mut Desk) -> amiquip::Result<()> {
+        desk.publisher.send().or_else(|Closed| self.make_round_trip(desk)) // amiquip knows why
+    }
+
+    /// Any round trip on this channel tells whether it is still open.
+    fn make_round_trip(&self, desk: &Desk) -> amiquip::Result<()> {
+        desk.lease.within(|| desk.channel.qos(0, self.prefetch, false))
     }
 }
 

@@ -21,7 +21,11 @@ pub(crate) fn url() -> &'static str {
         };
         let target = Target::parse(&url).expect("AMQP_URL is well formed");
         let opened = open(&target, "test", &Deadline::after(Duration::from_secs(10)));
-        assert!(opened.is_ok(), "the tests were pointed at the broker of AMQP_URL: {opened:?}");
+        assert!(
+            opened.is_ok(),
+            "the tests were pointed at the broker of AMQP_URL: {:?}",
+            opened.err()
+        );
         url
     })
 }

@@ -60,6 +60,8 @@ impl Write for Transport {
 /// A connection that amiquip's I/O loop can poll.
 pub(crate) struct Stream {
     outbox: Arc<Outbox>,
+    /// The socket, where bytes are read as they come: so reading is in no publisher's way.
+    plain: Option<TcpStream>,
     fd: RawFd,
     check: FrameCheck,
     greeted: Arc<AtomicBool>,
@@ -69,9 +71,13 @@ impl Stream {
     /// Hands a connection to the I/O loop; it becomes non-blocking.
     pub(crate) fn new(transport: Transport) -> io::Result<Self> {
         transport.socket().set_nonblocking(true)?;
+        let plain = match &transport {
+            Transport::Plain(socket) => Some(socket.try_clone()?),
+            Transport::Tls(_) => None,
+        };
         let fd = transport.socket().as_raw_fd();
         let outbox = Arc::new(Outbox::new(transport));
-        Ok(Stream { outbox, fd, check: FrameCheck::default(), greeted: Arc::default() })
+        Ok(Stream { outbox, plain, fd, check: FrameCheck::default(), greeted: Arc::default() })
     }
 
     /// The other way to what this stream sends.
@@ -87,7 +93,10 @@ impl Stream {
 
 impl Read for Stream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let count = self.outbox.read(buffer)?;
+        let count = match &mut self.plain {
+            Some(socket) => socket.read(buffer)?,
+            None => self.outbox.read(buffer)?,
+        };
         self.check.see(&buffer[..count])?;
         // Before amiquip sees it and confirms: from then on the channel's number means nothing.
         self.check.closed.drain(..).for_each(|channel| self.outbox.close(channel));

@@ -262,21 +262,27 @@ impl Run<'_> {
     fn open_session(&mut self) -> Result<Session, Error> {
         let latest = self.calls.last_deadline().unwrap_or_else(|| self.next_deadline());
         let (brokers, reply_to) = (self.brokers.clone(), self.config.reply_to);
-        let opening = in_background(move || Session::open(&brokers, reply_to, &latest));
-        let session = loop {
-            let next = self.next_deadline().instant();
-            if next >= latest.instant() {
-                break opening.recv().map_err(|_| RecvTimeoutError::Disconnected);
-            }
-            match opening.recv_deadline(next) {
-                Err(RecvTimeoutError::Timeout) => {
-                    self.expire();
-                    self.tell()?;
+        let open = move || Session::open(&brokers, reply_to, &latest);
+        let is_last = |run: &Self| run.next_deadline().instant() >= latest.instant();
+        let session = if is_last(self) {
+            open()? // a single call is spared the thread
+        } else {
+            let opening = in_background(open);
+            loop {
+                let opened = if is_last(self) {
+                    opening.recv().map_err(|_| RecvTimeoutError::Disconnected)
+                } else {
+                    opening.recv_deadline(self.next_deadline().instant())
+                };
+                match opened {
+                    Err(RecvTimeoutError::Timeout) => {
+                        self.expire();
+                        self.tell()?;
+                    }
+                    opened => break opened.expect("opening a session does not panic")?,
                 }
-                opened => break opened,
             }
         };
-        let session = session.expect("opening a session does not panic")?;
         let broker = session.wire.broker();
         log::info!("connected to {broker}");
         self.brokers.begin_with(&broker);

@@ -3,7 +3,7 @@
 //! amiquip's own `Connection::open` is not used: it sets no `TCP_NODELAY` (44 ms a call), hangs at a
 //! silent peer, and prints passwords in its errors.
 
-use crate::deadline::{in_background, Deadline, Expired, Phase};
+use crate::deadline::{in_background, Deadline, Expired, Phase, Watchdog};
 use crate::exit::{in_words, Exit, ExitCode};
 use crate::message::escape;
 use crate::outbox::{Outbox, Publisher};
@@ -14,9 +14,9 @@ use amiquip::{
     Channel, Connection, ConnectionBlockedNotification, ConnectionTuning, ConsumerMessage, Delivery,
 };
 use backon::{BackoffBuilder, ExponentialBuilder};
-use crossbeam_channel::{never, Receiver, RecvError, RecvTimeoutError};
+use crossbeam_channel::{Receiver, RecvError, RecvTimeoutError};
 use socket2::{SockRef, TcpKeepalive};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
@@ -59,7 +59,7 @@ pub fn prepare_threads() {
 pub struct Link {
     /// None once it is closed.
     connection: Option<Connection>,
-    socket: Arc<TcpStream>,
+    watchdog: Arc<Watchdog>,
     outbox: Arc<Outbox>,
     target: Target,
     closing: Duration,
@@ -73,11 +73,11 @@ pub struct Link {
 pub fn open(target: &Target, program: &str, deadline: &Deadline) -> Result<Link, Error> {
     let addresses = resolve(target, deadline)?;
     let stream = connect(target, &addresses, deadline)?;
-    let socket = prepare(&stream).map_err(|error| unreachable(target, &error))?;
-    let transport = secure(target, stream, &socket, deadline)?;
+    let watchdog = prepare(&stream).map_err(|error| unreachable(target, &error))?;
+    let transport = secure(target, stream, &watchdog, deadline)?;
     let stream = Stream::new(transport).map_err(|error| unreachable(target, &error))?;
     let (greeted, outbox) = (stream.greeted(), stream.outbox());
-    let opening = deadline.guard(&socket, || {
+    let opening = watchdog.guard(deadline, || {
         Connection::insecure_open_stream(
             stream,
             target.options().frame_max(FRAME_MAX).information(Some(information(program))),
@@ -86,8 +86,8 @@ pub fn open(target: &Target, program: &str, deadline: &Deadline) -> Result<Link,
     });
     match opening {
         Ok(Ok(connection)) => {
-            let (connection, socket) = (Some(connection), socket.into());
-            Ok(Link { connection, socket, outbox, target: target.clone(), closing: CLOSING })
+            let (connection, watchdog) = (Some(connection), watchdog.into());
+            Ok(Link { connection, watchdog, outbox, target: target.clone(), closing: CLOSING })
         }
         Ok(Err(error)) => Err(match Error::of(error, target) {
             Error::Lost { target, reason } => Error::Handshake { target, reason },
@@ -168,23 +168,23 @@ fn connect(
     Err(failure)
 }
 
-/// Sets the socket's options, and splits off the handle by which it can be shut down.
-fn prepare(stream: &TcpStream) -> io::Result<TcpStream> {
+/// Sets the socket's options, and a watchdog over it.
+fn prepare(stream: &TcpStream) -> io::Result<Watchdog> {
     stream.set_nodelay(true)?;
     SockRef::from(stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE))?;
-    stream.try_clone()
+    Watchdog::new(stream.try_clone()?)
 }
 
 /// The TLS handshake, where the URL asks for it.
 fn secure(
     target: &Target,
     stream: TcpStream,
-    socket: &TcpStream,
+    watchdog: &Watchdog,
     deadline: &Deadline,
 ) -> Result<Transport, Error> {
     let Some(files) = &target.tls else { return Ok(Transport::Plain(stream)) };
     let config = files.config()?;
-    match deadline.guard(socket, || TlsStream::handshake(config, &target.host, stream)) {
+    match watchdog.guard(deadline, || TlsStream::handshake(config, &target.host, stream)) {
         Ok(Ok(stream)) => Ok(Transport::Tls(Box::new(stream))),
         Ok(Err(error)) => Err(Error::Tls { target: target.to_string(), reason: in_words(&error) }),
         Err(Expired) => Err(Error::timed_out(Phase::Tls, target, deadline)),
@@ -208,10 +208,10 @@ impl Link {
         &self.target
     }
 
-    /// The socket, for a [`Deadline::guard`] elsewhere.
+    /// The watchdog over the socket, for whoever blocks on it elsewhere.
     #[must_use]
-    pub fn socket(&self) -> Arc<TcpStream> {
-        self.socket.clone()
+    pub fn watchdog(&self) -> Arc<Watchdog> {
+        self.watchdog.clone()
     }
 
     /// Runs a blocking call of amiquip on this connection in what is left of the deadline.
@@ -224,7 +224,10 @@ impl Link {
         phase: Phase,
         call: impl FnOnce(&mut Connection) -> amiquip::Result<T>,
     ) -> Result<T, Error> {
-        self.within_listening(deadline, phase, &never(), |()| {}, call)
+        let watchdog = self.watchdog.clone();
+        let connection = self.connection()?;
+        let result = watchdog.guard(deadline, || call(connection));
+        self.judge(result, deadline, phase)
     }
 
     /// The same, and passes on what comes meanwhile and may explain why the call takes so long.
@@ -239,11 +242,25 @@ impl Link {
         on_notice: impl FnMut(Notice) + Send,
         call: impl FnOnce(&mut Connection) -> amiquip::Result<T>,
     ) -> Result<T, Error> {
-        let Some(connection) = &mut self.connection else {
-            return Err(self.lost("it is closed"));
-        };
+        let watchdog = self.watchdog.clone();
+        let connection = self.connection()?;
         let call = || call(connection);
-        match deadline.guard_listening(&self.socket, notices, on_notice, call) {
+        let result = watchdog.guard_listening(deadline, notices, on_notice, call);
+        self.judge(result, deadline, phase)
+    }
+
+    fn connection(&mut self) -> Result<&mut Connection, Error> {
+        let closed = Error::Lost { target: self.target.to_string(), reason: "it is closed".into() };
+        self.connection.as_mut().ok_or(closed)
+    }
+
+    fn judge<T>(
+        &mut self,
+        result: Result<amiquip::Result<T>, Expired>,
+        deadline: &Deadline,
+        phase: Phase,
+    ) -> Result<T, Error> {
+        match result {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(error)) => Err(self.explain(error)),
             Err(Expired) => Err(Error::timed_out(phase, &self.target, deadline)),
@@ -328,9 +345,10 @@ impl Link {
         let Some(connection) = self.connection.take() else {
             return Ok(());
         };
-        let closed = Deadline::after(self.closing).guard(&self.socket, || connection.close());
+        let deadline = Deadline::after(self.closing);
+        let closed = self.watchdog.guard(&deadline, || connection.close());
         // However it ended: whoever still holds the socket must not keep the connection from ending.
-        let _ = self.socket.shutdown(Shutdown::Both);
+        self.watchdog.shut_down();
         match closed {
             Ok(Err(error)) => Err(Error::of(error, &self.target)),
             Ok(Ok(())) | Err(Expired) => Ok(()),

@@ -2,10 +2,12 @@
 
 use crate::duration;
 use crossbeam_channel::{bounded, never, select, Receiver};
+use std::collections::BTreeMap;
 use std::fmt::{self, Display};
 use std::net::{Shutdown, TcpStream};
-use std::thread;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+use std::{io, thread};
 
 /// As good as never, and an instant on every system.
 const FAR_AWAY: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
@@ -44,54 +46,137 @@ impl Deadline {
     pub fn remaining(&self) -> Duration {
         self.at.saturating_duration_since(Instant::now())
     }
+}
 
-    /// Runs a call that blocks on `socket`; a watchdog shuts the socket down when the deadline
-    /// passes, and whatever blocks on it returns within milliseconds.
+/// A **watchdog** ends what blocks on a socket when a deadline passes: it shuts the socket down, and
+/// whatever blocks on it returns within milliseconds.
+///
+/// amiquip's calls know no deadline, not even to time out in the end. This is why ours hold.
+pub struct Watchdog(Arc<Watch>);
+
+struct Watch {
+    socket: TcpStream,
+    state: Mutex<Guarded>,
+    changed: Condvar,
+}
+
+/// What is guarded.
+#[derive(Default)]
+struct Guarded {
+    /// The deadlines that may not pass, by number.
+    armed: BTreeMap<u64, Instant>,
+    numbers: u64,
+    /// When the watchdog looks again, unless it is told to; never, if none.
+    looks_at: Option<Instant>,
+    over: bool,
+}
+
+impl Watchdog {
+    /// A watchdog over this socket, for as long as it lives.
     ///
-    /// amiquip's calls know no deadline, not even to time out in the end. This is why ours holds.
+    /// # Errors
+    /// When the system refuses a thread.
+    pub fn new(socket: TcpStream) -> io::Result<Self> {
+        let watch = Watch { socket, state: Mutex::default(), changed: Condvar::new() };
+        let watch = Arc::new(watch);
+        let watching = watch.clone();
+        thread::Builder::new().name("watchdog".into()).spawn(move || watching.run())?;
+        Ok(Watchdog(watch))
+    }
+
+    /// Runs a call that blocks on the socket, in what is left of the deadline.
     ///
     /// # Errors
     /// [`Expired`] when the socket was shut down, whatever the call returned.
-    pub fn guard<T>(&self, socket: &TcpStream, call: impl FnOnce() -> T) -> Result<T, Expired> {
-        self.guard_listening(socket, &never(), |()| {}, call)
+    pub fn guard<T>(&self, deadline: &Deadline, call: impl FnOnce() -> T) -> Result<T, Expired> {
+        let number = self.0.arm(deadline.at);
+        let result = call();
+        match self.0.state().armed.remove(&number) {
+            Some(_) => Ok(result),
+            None => Err(Expired),
+        }
     }
 
     /// The same, and passes on what comes meanwhile and may explain why the call takes so long.
     ///
     /// # Errors
-    /// As [`Deadline::guard`].
+    /// As [`Watchdog::guard`].
     pub fn guard_listening<T, Notice: Send>(
         &self,
-        socket: &TcpStream,
+        deadline: &Deadline,
         notices: &Receiver<Notice>,
-        mut on_notice: impl FnMut(Notice) + Send,
+        on_notice: impl FnMut(Notice) + Send,
         call: impl FnOnce() -> T,
     ) -> Result<T, Expired> {
-        let (disarm, disarmed) = bounded::<()>(0);
+        let (done, is_done) = bounded::<()>(0);
         thread::scope(|scope| {
-            let watchdog = scope.spawn(move || {
-                let (mut open, closed) = (notices, never());
-                loop {
-                    select! {
-                        recv(disarmed) -> _ => return false,
-                        recv(open) -> notice => match notice {
-                            Ok(notice) => on_notice(notice),
-                            Err(_) => open = &closed,
-                        },
-                        default(self.remaining()) => {
-                            let _ = socket.shutdown(Shutdown::Both); // fails only when it is down already
-                            return true;
-                        }
-                    }
-                }
-            });
-            let result = call();
-            drop(disarm);
-            match watchdog.join() {
-                Ok(false) => Ok(result),
-                _ => Err(Expired),
-            }
+            scope.spawn(move || listen(notices, on_notice, &is_done));
+            let result = self.guard(deadline, call);
+            drop(done);
+            result
         })
+    }
+
+    /// Shuts the socket down: whatever blocks on it ends.
+    pub fn shut_down(&self) {
+        let _ = self.0.socket.shutdown(Shutdown::Both); // fails only when it is down already
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        self.0.state().over = true;
+        self.0.changed.notify_one();
+    }
+}
+
+impl Watch {
+    fn state(&self) -> MutexGuard<'_, Guarded> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn arm(&self, at: Instant) -> u64 {
+        let mut state = self.state();
+        state.numbers += 1;
+        let number = state.numbers;
+        state.armed.insert(number, at);
+        if state.looks_at.is_none_or(|looks_at| at < looks_at) {
+            self.changed.notify_one(); // else it looks in time, and one more wake-up is saved
+        }
+        number
+    }
+
+    fn run(&self) {
+        let mut state = self.state();
+        while !state.over {
+            let now = Instant::now();
+            let guarded = state.armed.len();
+            state.armed.retain(|_, at| *at > now);
+            if state.armed.len() < guarded {
+                let _ = self.socket.shutdown(Shutdown::Both);
+            }
+            state.looks_at = state.armed.values().min().copied();
+            state = match state.looks_at {
+                Some(at) => {
+                    let waited = self.changed.wait_timeout(state, at - now);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+    }
+}
+
+fn listen<T>(notices: &Receiver<T>, mut on_notice: impl FnMut(T), is_done: &Receiver<()>) {
+    let (mut open, closed) = (notices, never());
+    loop {
+        select! {
+            recv(is_done) -> _ => return,
+            recv(open) -> notice => match notice {
+                Ok(notice) => on_notice(notice),
+                Err(_) => open = &closed,
+            },
+        }
     }
 }
 
@@ -169,9 +254,9 @@ mod tests {
     #[test]
     fn a_blocked_read_returns_when_the_deadline_passes() {
         let (_peer, mut stream) = silent_peer();
-        let socket = stream.try_clone().unwrap();
+        let watchdog = Watchdog::new(stream.try_clone().unwrap()).unwrap();
         let deadline = Deadline::after(Duration::from_millis(20));
-        let result = deadline.guard(&socket, || stream.read(&mut [0]));
+        let result = watchdog.guard(&deadline, || stream.read(&mut [0]));
         assert!(matches!(result, Err(Expired)));
         assert!(deadline.remaining().is_zero());
     }
@@ -179,9 +264,26 @@ mod tests {
     #[test]
     fn a_call_that_ends_in_time_keeps_its_result_and_its_socket() {
         let (peer, stream) = silent_peer();
-        let result = Deadline::after(Duration::from_secs(60)).guard(&stream, || 42);
+        let watchdog = Watchdog::new(stream.try_clone().unwrap()).unwrap();
+        let result = watchdog.guard(&Deadline::after(Duration::from_secs(60)), || 42);
         assert_eq!(result, Ok(42));
         assert!(peer.accept().is_ok());
         assert!(stream.peer_addr().is_ok());
+    }
+
+    /// Of deadlines that are armed in any order and at once, each that passes ends its own call.
+    #[test]
+    fn the_first_deadline_of_many_holds() {
+        let (_peer, stream) = silent_peer();
+        let watchdog = Watchdog::new(stream.try_clone().unwrap()).unwrap();
+        let [soon, late] =
+            [20, 60_000].map(|millis| Deadline::after(Duration::from_millis(millis)));
+        assert_eq!(watchdog.guard(&late, || ()), Ok(()));
+        let block = || (&stream).read(&mut [0]).is_ok();
+        let results = thread::scope(|scope| {
+            let blocked = [&late, &soon].map(|at| scope.spawn(|| watchdog.guard(at, block)));
+            blocked.map(|thread| thread.join().unwrap())
+        });
+        assert_eq!(results, [Ok(true), Err(Expired)]);
     }
 }

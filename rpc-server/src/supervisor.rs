@@ -254,7 +254,7 @@ impl Supervisor<'_> {
         while let Some(inbox) = self.waiting.last() {
             let channel = link.open_channel(&deadline)?;
             let publisher = link.publisher(&channel);
-            let _ = inbox.send((Lease::new(channel, link.socket()), publisher)); // it may have stopped
+            let _ = inbox.send((Lease::new(channel, link.watchdog()), publisher)); // it may have stopped
             self.waiting.pop();
         }
         Ok(())

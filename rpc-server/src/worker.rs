@@ -9,11 +9,10 @@ use crate::signals::Stop;
 use amiquip::{Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery, Return};
 use crossbeam_channel::{bounded, never, select_biased, Receiver, RecvTimeoutError, Sender};
 use rpc_common::broker;
-use rpc_common::deadline::Deadline;
+use rpc_common::deadline::{Deadline, Watchdog};
 use rpc_common::message::{encode_reply, escape, Request};
 use rpc_common::outbox::{Closed, Publisher};
 use std::collections::VecDeque;
-use std::net::TcpStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 use std::time::{Duration, Instant};
@@ -70,21 +69,21 @@ pub(crate) enum Because {
     Disconnected,
 }
 
-/// A **lease** is a channel, and the socket below it, to end what blocks on it. It closes its channel.
+/// A **lease** is a channel, and what ends a wait on it. It closes its channel.
 pub(crate) struct Lease {
     /// None once it is closed.
     channel: Option<Channel>,
-    socket: Arc<TcpStream>,
+    watchdog: Arc<Watchdog>,
 }
 
 impl Lease {
-    pub(crate) fn new(channel: Channel, socket: Arc<TcpStream>) -> Self {
-        Lease { channel: Some(channel), socket }
+    pub(crate) fn new(channel: Channel, watchdog: Arc<Watchdog>) -> Self {
+        Lease { channel: Some(channel), watchdog }
     }
 
     /// Runs a blocking call of amiquip; a broker that does not answer it in time loses us.
     fn within<T>(&self, call: impl FnOnce() -> amiquip::Result<T>) -> amiquip::Result<T> {
-        let result = Deadline::after(ANSWERING).guard(&self.socket, call);
+        let result = self.watchdog.guard(&Deadline::after(ANSWERING), call);
         result.unwrap_or(Err(amiquip::Error::EventLoopDropped))
     }
 }

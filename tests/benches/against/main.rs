@@ -20,9 +20,11 @@ use broker::Broker;
 use clap::Parser;
 use figures::{Bench, Figure, Results};
 use peers::{Peer, Programs};
+use report::Report;
 use std::fs;
 use std::num::NonZeroU8;
 use std::path::Path;
+use std::process::ExitCode;
 
 /// Measure rpc-server and rpc-client against the tutorial on other libraries.
 #[derive(Debug, Parser)]
@@ -44,47 +46,37 @@ struct Cli {
     seconds: Option<f64>,
 }
 
-impl Cli {
-    fn rounds(&self) -> u8 {
-        self.rounds.map_or(if self.quick { 2 } else { 7 }, NonZeroU8::get)
-    }
-
-    fn seconds(&self) -> f64 {
-        self.seconds.unwrap_or(if self.quick { 0.5 } else { 1.5 })
-    }
-
-    /// How many calls the long batch is of.
-    fn many(&self) -> usize {
-        match (self.seconds, self.quick) {
-            (Some(_), _) => 10_000,
-            (None, true) => 100_000,
-            (None, false) => 1_000_000,
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("against: {error:#}");
+            ExitCode::FAILURE
         }
     }
 }
 
-fn main() -> Result<()> {
-    let cli = Cli::parse();
-    let programs = Programs::installed()?;
-    programs.check(&cli.peers)?;
+fn run(cli: &Cli) -> Result<()> {
+    let (rounds, seconds, many) = if cli.quick { (2, 0.5, 100_000) } else { (7, 1.5, 1_000_000) };
+    let rounds = cli.rounds.map_or(rounds, NonZeroU8::get);
+    let many = if cli.seconds.is_some() { 10_000 } else { many };
+    let seconds = cli.seconds.unwrap_or(seconds);
+
     let broker = Broker::start()?;
-    let bench = Bench::new(&programs, broker.url(), cli.seconds())?;
+    let programs = Programs::at(broker.url())?;
+    let bench = Bench::new(&programs, seconds)?;
 
     let (mut results, mut beyond) = (Results::default(), Beyond::default());
-    for round in 1..=cli.rounds() {
-        measure_round(&bench, round, &cli, &mut results)?;
+    for round in 1..=rounds {
+        eprintln!("round {round} of {rounds} ...");
+        measure_round(&bench, &cli.peers, round, &mut results)?;
         beyond.measure_round(&bench)?;
     }
     eprintln!("what is measured once ...");
-    beyond.measure_once(&bench, cli.many())?;
+    beyond.measure_once(&bench, many, &results)?;
 
-    let report = report::Report {
-        machine: &machine::describe(&programs),
-        rounds: cli.rounds(),
-        seconds: cli.seconds(),
-        results: &results,
-        beyond: &beyond,
-    };
+    let machine = &machine::describe(&programs);
+    let report = Report { machine, rounds, seconds, results: &results, beyond: &beyond };
     println!("{}", report.tables());
     if !cli.quick && Peer::ALL.iter().all(|peer| cli.peers.contains(peer)) {
         write_down(&report)?;
@@ -92,23 +84,21 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn measure_round(bench: &Bench, round: u8, cli: &Cli, results: &mut Results) -> Result<()> {
+fn measure_round(bench: &Bench, peers: &[Peer], round: u8, results: &mut Results) -> Result<()> {
     // Another order in each round, the same in each run: nobody always follows the same.
-    let mut peers = cli.peers.clone();
+    let mut peers = peers.to_vec();
     fastrand::Rng::with_seed(round.into()).shuffle(&mut peers);
     for figure in Figure::ALL {
-        eprintln!("round {round} of {}: {} ...", cli.rounds(), figure.title());
+        eprintln!("    {} ...", figure.title());
         for peer in &peers {
-            let sample = bench
-                .measure(figure, *peer)
-                .with_context(|| format!("{}, {}", figure.title(), peer.name()))?;
+            let sample = bench.measure(figure, *peer).with_context(|| peer.name())?;
             results.record(figure, *peer, sample);
         }
     }
     Ok(())
 }
 
-fn write_down(report: &report::Report) -> Result<()> {
+fn write_down(report: &Report) -> Result<()> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
     fs::write(folder.join("results.md"), report.page())?;
     plot::draw(report.results, &folder.join("results.svg"))?;

@@ -18,109 +18,106 @@ pub(crate) enum Peer {
     Lapin,
 }
 
+use Peer::{Go, Lapin, Node, Ours, Php, Python, C};
+
 impl Peer {
-    pub(crate) const ALL: [Peer; 7] =
-        [Peer::Ours, Peer::C, Peer::Go, Peer::Node, Peer::Php, Peer::Python, Peer::Lapin];
+    pub(crate) const ALL: [Peer; 7] = [Ours, C, Go, Node, Php, Python, Lapin];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Peer::Ours => "ours",
-            Peer::C => "C",
-            Peer::Go => "Go",
-            Peer::Node => "Node",
-            Peer::Php => "PHP",
-            Peer::Python => "Python",
-            Peer::Lapin => "lapin",
+            Ours => "ours",
+            C => "C",
+            Go => "Go",
+            Node => "Node",
+            Php => "PHP",
+            Python => "Python",
+            Lapin => "lapin",
         }
     }
 }
 
+/// As it stands in file names and on the command line.
 impl Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.name().to_lowercase())
     }
 }
 
-/// Where the programs are.
-pub(crate) struct Programs {
+/// Where the programs are, and the broker they are to use.
+pub(crate) struct Programs<'a> {
     /// The folder of our own, in which this one is, too.
     ours: PathBuf,
     /// The folder of what `tests/setup.sh` builds and installs of the peers.
     pub(crate) built: PathBuf,
     /// The folder of the peers' sources.
     pub(crate) sources: PathBuf,
+    url: &'a str,
 }
 
-impl Programs {
-    pub(crate) fn installed() -> Result<Self> {
+impl<'a> Programs<'a> {
+    /// Finds them all, before minutes go by.
+    pub(crate) fn at(url: &'a str) -> Result<Self> {
         let this = env::current_exe()?;
         let ours = this.parent().context("a program is in a folder")?.to_owned();
-        let target = ours.parent().context("profiles are below the target folder")?;
-        let built = target.join("peers");
+        let built = ours.with_file_name("peers"); // profiles are below the target folder
         let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../peers");
-        Ok(Programs { ours, built, sources })
-    }
-
-    /// Makes sure that everything is there, before minutes go by.
-    pub(crate) fn check(&self, peers: &[Peer]) -> Result<()> {
         for program in ["rpc-server", "rpc-client"] {
-            ensure!(self.ours.join(program).exists(), "no {program} is built: run 'make bench'");
+            ensure!(ours.join(program).exists(), "{program} is not built: run 'make build'");
         }
-        let tools = ["c-server", "c-client", "c-fib"].map(|name| self.built.join(name));
-        let tools = tools.into_iter().chain(["/usr/bin/time", "/usr/bin/valgrind"].map(Into::into));
-        for needed in peers.iter().filter_map(|peer| self.needed(*peer)).chain(tools) {
+        let needed = "c-server c-client c-fib go-server go-client lapin-server lapin-client \
+                      node/node_modules/amqplib python/bin/python \
+                      /usr/share/php/PhpAmqpLib/autoload.php /usr/bin/time /usr/bin/valgrind";
+        for needed in needed.split_whitespace() {
             ensure!(
-                needed.exists(),
-                "{} is missing: run 'tests/setup.sh peers bench', or 'make bench' which does",
-                needed.display()
+                built.join(needed).exists(), // an absolute path takes the place of the folder
+                "{needed} is missing: run 'tests/setup.sh peers bench', or 'make bench' which does"
             );
         }
-        Ok(())
+        Ok(Programs { ours, built, sources, url })
     }
 
-    /// What tells whether a peer is installed.
-    fn needed(&self, peer: Peer) -> Option<PathBuf> {
-        Some(match peer {
-            Peer::Ours | Peer::C => return None,
-            Peer::Go => self.built.join("go-server"),
-            Peer::Node => self.built.join("node/node_modules/amqplib"),
-            Peer::Php => "/usr/share/php/PhpAmqpLib/autoload.php".into(),
-            Peer::Python => self.built.join("python/bin/python"),
-            Peer::Lapin => self.built.join("lapin-server"),
-        })
-    }
-
-    /// A program of ours.
-    pub(crate) fn ours(&self, program: &str) -> Command {
-        let mut command = Command::new(self.ours.join(program));
-        command.env_remove("RUST_LOG");
-        command
-    }
-
-    /// The command that runs a peer's `server` or `client`.
-    pub(crate) fn program(&self, peer: Peer, half: &str) -> Command {
-        let source = |name: &str| self.sources.join(name).join(half);
-        match peer {
-            Peer::Ours => self.ours(&format!("rpc-{half}")),
-            Peer::C | Peer::Go | Peer::Lapin => {
-                Command::new(self.built.join(format!("{peer}-{half}")))
-            }
-            Peer::Node => {
-                let mut command = Command::new("node");
-                command.env("NODE_PATH", self.built.join("node/node_modules"));
-                command.arg(source("node").with_extension("js"));
-                command
-            }
-            Peer::Php => {
-                let mut command = Command::new("php");
-                command.arg(source("php").with_extension("php"));
-                command
-            }
-            Peer::Python => {
-                let mut command = Command::new(self.built.join("python/bin/python"));
-                command.arg(source("python").with_extension("py"));
-                command
-            }
+    /// The server, without a line for each request.
+    pub(crate) fn server(&self, peer: Peer, queue: &str, prefetch: u16) -> Command {
+        let mut server = self.program(peer, "server", queue);
+        let prefetch = prefetch.to_string();
+        if peer == Ours {
+            server.env("RUST_LOG", "warn").args(["--quiet", "--prefetch", &prefetch]);
+        } else {
+            server.env("RPC_PREFETCH", prefetch).env("RPC_QUIET", "1");
         }
+        server
+    }
+
+    /// The client that asks for each number of its arguments that often, and tells how long it took.
+    pub(crate) fn client(&self, peer: Peer, queue: &str, in_flight: u16, repeat: u64) -> Command {
+        let (in_flight, repeat) = (in_flight.to_string(), repeat.to_string());
+        let mut client = self.program(peer, "client", queue);
+        if peer == Ours {
+            client.args(["--quiet", "--summary=json", "-o", "raw", "-j", &in_flight]);
+            client.args(["--repeat", &repeat]);
+        } else {
+            client.env("RPC_IN_FLIGHT", in_flight).env("RPC_REPEAT", repeat);
+        }
+        client
+    }
+
+    /// The command that runs a peer's `server` or `client` on a queue.
+    pub(crate) fn program(&self, peer: Peer, half: &str, queue: &str) -> Command {
+        let source = |name: &str| self.sources.join(peer.to_string()).join(name);
+        let (program, argument) = match peer {
+            Ours => (self.ours.join(format!("rpc-{half}")), None),
+            C | Go | Lapin => (self.built.join(format!("{peer}-{half}")), None),
+            Node => ("node".into(), Some(source(&format!("{half}.js")))),
+            Php => ("php".into(), Some(source(&format!("{half}.php")))),
+            Python => (self.built.join("python/bin/python"), Some(source(&format!("{half}.py")))),
+        };
+        let mut command = Command::new(program);
+        command.args(argument).env("AMQP_URL", self.url).env_remove("RUST_LOG");
+        match peer {
+            Ours => command.args(["--queue", queue]),
+            _ => command.env("RPC_QUEUE", queue),
+        };
+        command.env("NODE_PATH", self.built.join("node/node_modules"));
+        command
     }
 }

@@ -11,7 +11,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use std::path::Path;
 
 /// In pixels. White behind all, because GitHub shows the page on black, too.
-const SIZE: (u32, u32) = (800, 620);
+const SIZE: (u32, u32) = (800, 654);
 const BARS_BEGIN: i32 = 72;
 const BARS_LENGTH: f64 = 240.0;
 const FIRST_BAR: i32 = 50;

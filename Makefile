@@ -5,12 +5,14 @@ TARGET = $(or $(CARGO_TARGET_DIR),target)
 # Where `make broker` keeps its node.
 BROKER_DIR ?= $(TARGET)/broker
 
+# Releases are measured, and found beside the program that measures them.
+BENCH = cargo run --release --locked --quiet -p rpc-benches --bin against --
 CARGO_DOC = RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build check test test-fast demo broker broker-stop install uninstall clean setup-build \
-	setup-broker setup-peers
+.PHONY: help build check test test-fast bench bench-quick demo broker broker-stop install uninstall clean \
+	setup-build setup-broker setup-peers setup-bench
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,10 +26,16 @@ check: setup-build ## formatting, lints and documentation, warnings as errors
 	$(CARGO_DOC)
 
 test: check setup-broker setup-peers ## check, then all tests on private RabbitMQ nodes (or on that of AMQP_URL)
-	cargo test --workspace --locked
+	cargo test --locked
 
 test-fast: check setup-broker ## the same without the peers in other languages, for the daily loop
-	cargo test --workspace --locked -- --skip peers::
+	cargo test --locked -- --skip peers::
+
+bench: build setup-broker setup-peers setup-bench ## measure against other libraries, ten minutes; writes table and plot
+	$(BENCH)
+
+bench-quick: build setup-broker setup-peers setup-bench ## the same in two minutes, printed only
+	$(BENCH) --quick
 
 demo: build $(if $(AMQP_URL),,setup-broker) ## start a broker and a server, ask for fib(30), show the answer, stop both
 	tests/demo.sh $(TARGET)/release
@@ -58,3 +66,6 @@ setup-broker:
 
 setup-peers:
 	@tests/setup.sh peers
+
+setup-bench:
+	@tests/setup.sh bench

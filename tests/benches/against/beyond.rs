@@ -65,6 +65,11 @@ impl Beyond {
         let four = bench.slow_calls(4, 1)?;
         let what = format!("each call takes {DELAY}, four servers");
         self.record(&what, (four, "calls/s"), (four / one, "times one server's"));
+        let client = bench.steady(Peer::Ours, QUEUE, IN_FLIGHT)?;
+        let (batch, _) = bench.batch_from_stdin(client.calls)?;
+        let what = "numbers from standard input, answers into a pipe, 64 in flight";
+        let share = batch.rate() / client.rate();
+        self.record(what, (batch.rate(), "calls/s"), (share, "of --repeat right before"));
         let (ours, gmp) = bench.largest_n()?;
         let what = format!("fib({LARGEST_N}), a whole call, p50");
         self.record(&what, (ours, "ms"), (ours / gmp, "times GMP alone"));
@@ -74,17 +79,13 @@ impl Beyond {
     pub(crate) fn measure_once(
         &mut self,
         bench: &Bench,
-        calls: u32,
+        calls: f64,
         results: &Results,
     ) -> Result<()> {
         let (load, memory) = bench.batch_from_stdin(calls)?;
-        let what =
-            format!("{} calls from standard input, answers into a pipe", number(calls.into()));
-        let ours = |figure| results.spread(figure, Peer::Ours).map_or(f64::NAN, |ours| ours.median);
-        let share = load.rate() / ours(Figure::Client);
-        self.record(&what, (load.rate(), "calls/s"), (share, "of the client's above"));
-        let times = memory / ours(Figure::Memory);
-        self.record("peak memory of that", (memory, "MiB"), (times, "times that of one call"));
+        let one = results.spread(Figure::Memory, Peer::Ours).map_or(f64::NAN, |one| one.median);
+        let what = format!("peak memory of {} of them, {:.0} s", number(load.calls), load.seconds);
+        self.record(&what, (memory, "MiB"), (memory / one, "times that of one call"));
 
         let cold = |peer| instructions(&bench.call_once(peer));
         let in_client = |peer| bench.instructions_of_client(peer);
@@ -128,11 +129,13 @@ impl Bench<'_> {
     }
 
     /// A long batch, and the peak memory in MiB of the client.
-    fn batch_from_stdin(&self, calls: u32) -> Result<(Load, f64)> {
+    fn batch_from_stdin(&self, calls: f64) -> Result<(Load, f64)> {
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // a million at most
+        let calls = calls as usize;
         let mut client = self.programs.client(Peer::Ours, QUEUE, IN_FLIGHT, 1);
         client.arg("-");
-        let (output, memory) = peak_memory(&client, &b"30\n".repeat(calls as usize))?;
-        ensure!(output.stdout.lines().count() == calls as usize, "not a line for each call");
+        let (output, memory) = peak_memory(&client, &b"30\n".repeat(calls))?;
+        ensure!(output.stdout.lines().count() == calls, "not a line for each call");
         Ok((Load::read(&output, Peer::Ours)?, memory))
     }
 

@@ -57,9 +57,10 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<()> {
-    let (rounds, seconds, many) = if cli.quick { (2, 0.5, 100_000) } else { (7, 1.5, 1_000_000) };
+    let (rounds, seconds, many) =
+        if cli.quick { (2, 0.5, 100_000.0) } else { (7, 1.5, 1_000_000.0) };
     let rounds = cli.rounds.map_or(rounds, NonZeroU8::get);
-    let many = if cli.seconds.is_some() { 10_000 } else { many };
+    let many = if cli.seconds.is_some() { 10_000.0 } else { many };
     let seconds = cli.seconds.unwrap_or(seconds);
 
     let broker = Broker::start()?;

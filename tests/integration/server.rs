@@ -194,3 +194,24 @@ fn a_reply_that_is_too_large_for_the_broker_becomes_an_error() {
     let begun = server.stop().iter().filter(|line| line.ends_with("fib(10000)")).count();
     assert_eq!(begun, 2, "once to be refused, and once to know that it was this one");
 }
+
+/// What a worker sends on a channel after the broker has closed it would cost all workers their connection.
+#[test]
+fn a_channel_that_the_broker_closes_under_load_costs_no_connection() {
+    let broker = victim();
+    let _small = broker.set("max_message_size", "1000");
+    let errors = || broker.log().matches("caused a connection exception").count();
+    let before = errors();
+    let queue = "closed_channel";
+    let server =
+        Program::start_at(broker.url(), queue, &["-q", "--prefetch", "64", "--workers", "2"]);
+    let numbers: Vec<&str> =
+        (1..=1_000).map(|i| if i % 500 == 0 { "10000" } else { "30" }).collect();
+    let answers: String =
+        numbers.iter().map(|n| if *n == "30" { "832040\n" } else { "\n" }).collect();
+    let mut call = client(queue, &["-q", "-"]);
+    call.env("AMQP_URL", broker.url()).write_stdin(numbers.join("\n"));
+    call.assert().code(1).stdout(answers);
+    assert_eq!(errors() - before, 0, "{}", broker.log());
+    server.stop();
+}

@@ -31,9 +31,10 @@ pub(crate) struct Wire {
     pub(crate) returns: Receiver<Return>,
     /// Whether the broker takes requests, each time that changes.
     pub(crate) notices: Receiver<ConnectionBlockedNotification>,
-    /// Once it consumes. Before, the declaration of the reply queue may still be on amiquip's way, which no
-    /// request may overtake.
-    publisher: Option<Publisher>,
+    consumes: bool,
+    /// Used once it consumes. Before, the declaration of the reply queue may still be on amiquip's way, which
+    /// no request may overtake.
+    publisher: Publisher,
     /// How long the broker took to answer.
     pub(crate) round_trip: Duration,
 }
@@ -64,6 +65,7 @@ impl Session {
     ) -> Result<Self, Error> {
         let mut link = broker::open_any(brokers, "rpc-client", deadline)?;
         let channel = link.open_channel(deadline)?;
+        let publisher = link.publisher(&channel);
         let reply_queue = match reply_to {
             ReplyTo::Queue => format!("rpc.reply.{}", Uuid::new_v4()),
             ReplyTo::Direct => DIRECT.into(),
@@ -77,9 +79,16 @@ impl Session {
             channel.listen_for_returns()
         })?;
         let notices = link.notices(deadline)?;
-        let replies = never();
-        let (publisher, round_trip) = (None, Duration::ZERO);
-        let wire = Wire { link, reply_queue, replies, returns, notices, publisher, round_trip };
+        let wire = Wire {
+            link,
+            reply_queue,
+            replies: never(),
+            returns,
+            notices,
+            consumes: false,
+            publisher,
+            round_trip: Duration::ZERO,
+        };
         Ok(Session { wire, channel })
     }
 }
@@ -105,8 +114,8 @@ impl Wire {
             expiration: Some(call.deadline.remaining()),
         };
         let request = request.encode(queue);
-        if let Some(publisher) = &mut self.publisher {
-            publisher.publish(request);
+        if self.consumes {
+            self.publisher.publish(request);
         } else {
             let published = channel.basic_publish("", request);
             published.map_err(|error| self.link.explain(error))?;
@@ -117,9 +126,7 @@ impl Wire {
 
     /// Sends the requests that have not been sent yet.
     pub(crate) fn flush(&mut self) {
-        if let Some(publisher) = &mut self.publisher {
-            let _ = publisher.send(); // of the end of the channel the replies tell
-        }
+        let _ = self.publisher.send(); // of the end of the channel the replies tell
     }
 
     /// The replies that have come and were not taken yet.
@@ -141,7 +148,7 @@ impl Wire {
         deadline: &Deadline,
         on_notice: impl FnMut(ConnectionBlockedNotification) + Send,
     ) -> Result<Option<Consumer<'a>>, Error> {
-        if self.publisher.is_some() {
+        if self.consumes {
             return Ok(None);
         }
         let options =
@@ -153,7 +160,7 @@ impl Wire {
             link.within_listening(deadline, Phase::Consume, notices, on_notice, consume)?;
         self.replies = consumer.receiver().clone();
         self.round_trip = begun.elapsed();
-        self.publisher = Some(self.link.publisher(channel));
+        self.consumes = true;
         Ok(Some(consumer))
     }
 

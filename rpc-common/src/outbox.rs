@@ -71,7 +71,10 @@ impl Outbox {
 
     /// Nothing is to be sent on this channel any more.
     pub(crate) fn close(&self, channel: u16) {
-        self.state().closed.push(channel);
+        let mut state = self.state();
+        if !state.closed.contains(&channel) {
+            state.closed.push(channel);
+        }
     }
 }
 
@@ -136,8 +139,8 @@ impl Transport {
 
 /// A **publisher** sends messages and acks on a channel, from any thread and without ever waiting.
 ///
-/// From its creation on nobody else may publish on that channel, nor on its making may anything be under way
-/// there: let a round trip have passed.
+/// It is made when the channel is opened. It may overtake what was given to amiquip to send there: before it is
+/// used a round trip on the channel has to pass, and from then on nobody else may publish there.
 pub struct Publisher {
     outbox: Arc<Outbox>,
     channel: u16,

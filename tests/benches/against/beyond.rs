@@ -5,7 +5,7 @@ use crate::figures::{peak_memory, Bench, Figure, Load, Results, IN_FLIGHT, QUEUE
 use crate::peers::Peer;
 use crate::process::{behind, run, Server};
 use crate::report::{number, range};
-use crate::statistics::Spread;
+use crate::statistics::{whole, Spread};
 use anyhow::{ensure, Context, Result};
 use std::process::{self, Command};
 use std::{env, fs};
@@ -70,6 +70,15 @@ impl Beyond {
         let what = "numbers from standard input, answers into a pipe, 64 in flight";
         let share = batch.rate() / client.rate();
         self.record(what, (batch.rate(), "calls/s"), (share, "of --repeat right before"));
+        let c = bench.promising(IN_FLIGHT, client.calls)?;
+        let what = "C's client, if its requests promised what ours do, 64 in flight";
+        let ratio = client.rate() / c.rate();
+        self.record(what, (c.rate(), "calls/s"), (ratio, "ours to that, right before"));
+        let client = bench.steady(Peer::Ours, QUEUE, 1)?;
+        let c = bench.promising(1, client.calls)?;
+        let what = "the same one after the other, p50";
+        let ratio = c.p50_us / client.p50_us;
+        self.record(what, (c.p50_us, "µs"), (ratio, "ours to that, right before"));
         let (ours, gmp) = bench.largest_n()?;
         let what = format!("fib({LARGEST_N}), a whole call, p50");
         self.record(&what, (ours, "ms"), (ours / gmp, "times GMP alone"));
@@ -109,8 +118,7 @@ impl Bench<'_> {
         // Whole turns of all workers, so that none idles at the end; and two turns in flight, so that a
         // request is at hand for each that gets free.
         let turn = u64::from(servers) * u64::from(workers);
-        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // hundreds at most
-        let turns = (self.seconds * IDEAL) as u64;
+        let turns = whole(self.seconds * IDEAL);
         let load = |calls| self.load(Peer::C, &queue, 2 * servers * workers, calls);
         load(turn)?; // the warm-up
         Ok(load(turn * turns.max(10))?.rate())
@@ -128,10 +136,17 @@ impl Bench<'_> {
         Ok((ours, run(gmp, b"")?.stdout.trim().parse()?))
     }
 
+    /// The load of the C client with requests that are mandatory and persistent and expire, as ours are: what
+    /// that costs, it costs the broker.
+    fn promising(&self, in_flight: u16, calls: f64) -> Result<Load> {
+        let mut client = self.calls(Peer::C, QUEUE, in_flight, whole(calls));
+        client.env("RPC_PROMISES", "1");
+        Load::of(client, Peer::C)
+    }
+
     /// A long batch, and the peak memory in MiB of the client.
     fn batch_from_stdin(&self, calls: f64) -> Result<(Load, f64)> {
-        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // a million at most
-        let calls = calls as usize;
+        let calls = usize::try_from(whole(calls))?;
         let mut client = self.programs.client(Peer::Ours, QUEUE, IN_FLIGHT, 1);
         client.arg("-");
         let (output, memory) = peak_memory(&client, &b"30\n".repeat(calls))?;

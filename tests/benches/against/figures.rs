@@ -2,7 +2,7 @@
 
 use crate::peers::{Peer, Programs};
 use crate::process::{behind, run, Output, Server};
-use crate::statistics::Spread;
+use crate::statistics::{whole, Spread};
 use anyhow::{ensure, Context, Result};
 use std::collections::BTreeMap;
 use std::process::Command;
@@ -136,9 +136,7 @@ impl<'a> Bench<'a> {
         let mut calls = 200;
         for share in [0.15, 1.0] {
             let rate = self.load(peer, queue, in_flight, calls)?.rate();
-            #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // millions at most
-            let scaled = (rate * self.seconds * share) as u64;
-            calls = scaled.max(calls);
+            calls = calls.max(whole(rate * self.seconds * share));
         }
         self.load(peer, queue, in_flight, calls)
     }

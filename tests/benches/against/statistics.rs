@@ -1,5 +1,11 @@
 //! What is said of the samples of several rounds.
 
+/// A number of calls.
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // none is negative, and millions are most
+pub(crate) fn whole(calls: f64) -> u64 {
+    calls as u64
+}
+
 /// The median of some samples, and the range they are in.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Spread {

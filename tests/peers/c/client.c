@@ -2,7 +2,8 @@
 //
 // Up to RPC_IN_FLIGHT calls are outstanding at once, 16 unless it is set. With RPC_REPEAT=K it asks for
 // each N K times, and prints how many calls that were, the seconds they took, and the median of their
-// latencies in microseconds, in the place of the answers.
+// latencies in microseconds, in the place of the answers. With RPC_PROMISES=1 a request carries what
+// rpc-client's does: it is mandatory and persistent, and expires.
 #include "rpc.h"
 #include <time.h>
 
@@ -54,6 +55,7 @@ int main(int argc, char **argv)
         die("usage", "c-client N...");
     amqp_bytes_t server = amqp_cstring_bytes(env("RPC_QUEUE", "rpc_queue"));
     size_t in_flight = env_number("RPC_IN_FLIGHT", "16", UINT32_MAX);
+    bool promises = strcmp(env("RPC_PROMISES", ""), "1") == 0;
     bool measure = *env("RPC_REPEAT", "");
     size_t numbers = argc - 1;
     size_t count = numbers * env_number("RPC_REPEAT", "1", UINT32_MAX);
@@ -74,17 +76,22 @@ int main(int argc, char **argv)
         for (; pending >= in_flight; pending--)
             take_reply(connection, calls, count);
         // The place is enough of an id: the queue is new and nobody else's.
-        char id[24];
-        snprintf(id, sizeof id, "%zu", place);
+        char id[40];
+        snprintf(id, sizeof id, promises ? "%036zu" : "%zu", place);
         amqp_basic_properties_t properties = {
             ._flags = AMQP_BASIC_CONTENT_TYPE_FLAG | AMQP_BASIC_CORRELATION_ID_FLAG | AMQP_BASIC_REPLY_TO_FLAG,
             .content_type = amqp_cstring_bytes("text/plain"),
             .correlation_id = amqp_cstring_bytes(id),
             .reply_to = replies,
         };
+        if (promises) {
+            properties._flags |= AMQP_BASIC_DELIVERY_MODE_FLAG | AMQP_BASIC_EXPIRATION_FLAG;
+            properties.delivery_mode = AMQP_DELIVERY_PERSISTENT;
+            properties.expiration = amqp_cstring_bytes("30000");
+        }
         calls[place].is_pending = true;
         calls[place].began = now();
-        check(amqp_basic_publish(connection, CHANNEL, amqp_empty_bytes, server, false, false, &properties,
+        check(amqp_basic_publish(connection, CHANNEL, amqp_empty_bytes, server, promises, false, &properties,
                   amqp_cstring_bytes(argv[1 + place % numbers])), "ask");
         pending++;
     }

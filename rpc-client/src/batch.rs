@@ -3,7 +3,7 @@
 use crate::client::{Client, Config, Error, Request};
 use crate::input::{Argument, Item, Items};
 use crate::output::{Format, Line, Printer};
-use crossbeam_channel::Sender;
+use crossbeam_channel::{bounded, unbounded, Sender};
 use rpc_common::exit::{complain, ExitCode};
 use rpc_common::message::parse_number;
 use std::collections::HashMap;
@@ -58,12 +58,17 @@ pub fn run(
         state: Mutex::new(State { printer, lines: HashMap::new(), awaited: None, broken: None }),
         turn: Condvar::new(),
     });
-    let (requests, taken) = crossbeam_channel::unbounded(); // the feeder does not run far ahead
+    let announce = batch.format == Format::Text && !batch.quiet;
+    let (requests, taken) = if announce {
+        bounded(config.in_flight.get()) // so that a request is announced not long before it is sent
+    } else {
+        unbounded() // the feeder does not run far ahead
+    };
     let feeder = Feeder {
         desk: desk.clone(),
         requests,
         repeat: batch.repeat,
-        announce: batch.format == Format::Text && !batch.quiet,
+        announce,
         read_ahead: READ_AHEAD * config.in_flight.get() as u64,
         printed: 0,
     };

@@ -4,7 +4,9 @@ use crate::calls::{Call, Calls, Returned};
 use crate::input::BadLine;
 use crate::session::{RawReply, ReplyTo, Session, Wire};
 use amiquip::{Channel, ConnectionBlockedNotification, Consumer, Return};
-use crossbeam_channel::{bounded, never, select, Receiver, RecvTimeoutError};
+use crossbeam_channel::{
+    bounded, never, select, Receiver, RecvError, RecvTimeoutError, TryRecvError,
+};
 use rpc_common::broker::{self, Counts};
 use rpc_common::deadline::{in_background, Deadline};
 use rpc_common::duration;
@@ -265,7 +267,7 @@ impl Run<'_> {
         let open = move || Session::open(&brokers, reply_to, &latest);
         let is_last = |run: &Self| run.next_deadline().instant() >= latest.instant();
         let session = if is_last(self) {
-            open()? // a single call is spared the thread
+            open()? // as for a single call, which is spared the thread
         } else {
             let opening = in_background(open);
             loop {
@@ -340,6 +342,7 @@ impl Run<'_> {
     ) -> Result<(), Error> {
         let (queue, broker) = (&self.config.queue, self.broker());
         self.known = Known::Nothing; // what kept the last session from working is over
+        self.take_replies(wire)?; // a session that was at hand may have ended meanwhile
         if wire.is_direct() {
             *consumer = wire.consume(channel, &self.next_deadline(), |_| {})?;
         }
@@ -369,9 +372,7 @@ impl Run<'_> {
             select! {
                 recv(wire.replies) -> got => {
                     self.on_reply(wire.reply(got)?);
-                    for got in wire.replies.clone().try_iter().take(AT_ONCE) {
-                        self.on_reply(wire.reply(Ok(got))?);
-                    }
+                    self.take_replies(wire)?;
                 }
                 recv(wire.returns) -> request => {
                     if let Ok(request) = request {
@@ -398,6 +399,19 @@ impl Run<'_> {
         self.tell()
     }
 
+    /// Takes the replies at hand, or learns of the session's end.
+    fn take_replies(&mut self, wire: &mut Wire) -> Result<(), Error> {
+        for _ in 0..AT_ONCE {
+            let got = match wire.replies.try_recv() {
+                Ok(got) => Ok(got),
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => Err(RecvError),
+            };
+            self.on_reply(wire.reply(got)?);
+        }
+        Ok(())
+    }
+
     fn has_room(&self) -> bool {
         self.more_requests && self.calls.len() < self.config.in_flight.get()
     }
@@ -412,6 +426,7 @@ impl Run<'_> {
         while let Some(call) = self.calls.resend_due(now) {
             wire.publish(channel, &self.config.queue, call)?;
         }
+        wire.flush();
         if !self.calls.is_empty() && now >= self.look_at {
             self.look(wire)?;
         }

@@ -99,7 +99,7 @@ impl Wire {
         self.link.target().to_string()
     }
 
-    /// Sends a call's request, with [`Wire::flush`] at the latest, and counts that.
+    /// Counts a call's request as sent, which it is by [`Wire::flush`] at the latest.
     pub(crate) fn publish(
         &mut self,
         channel: &Channel,

@@ -4,8 +4,8 @@
 //! wakes up, asks the kernel whether it may write, and writes. Measured, a server spent half of its time on
 //! that. So a [`Publisher`] writes both itself, in one piece.
 //!
-//! What keeps the two ways apart: each of them writes whole frames, one at a time; on a channel that has a
-//! publisher, only that sends content, whose frames must not be mixed; and once the broker has closed a channel
+//! What keeps the two ways apart: each of them writes whole frames, one at a time; on a channel whose publisher
+//! is in use, only that sends content, whose frames must not be mixed; and once the broker has closed a channel
 //! nothing is sent on it any more, for that would cost the whole connection.
 
 use crate::stream::Transport;
@@ -17,7 +17,7 @@ use amq_protocol::protocol::basic::{self, AMQPMethod};
 use amq_protocol::protocol::AMQPClass;
 use mio::unix::EventedFd;
 use mio::{Events, Poll, PollOpt, Ready, Token};
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
@@ -43,13 +43,16 @@ struct State {
     transport: Transport,
     /// What the socket has not taken yet. Then a thread waits for it to do so.
     backlog: VecDeque<u8>,
-    /// The channels that the broker has closed.
-    closed: Vec<u16>,
+    /// The channels with a publisher that the broker has not closed. Their numbers are used again, so each
+    /// opening has one of its own.
+    open: HashMap<u16, u64>,
+    openings: u64,
 }
 
 impl Outbox {
     pub(crate) fn new(transport: Transport) -> Self {
-        Outbox(Mutex::new(State { transport, backlog: VecDeque::new(), closed: Vec::new() }))
+        let (backlog, open) = (VecDeque::new(), HashMap::new());
+        Outbox(Mutex::new(State { transport, backlog, open, openings: 0 }))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -71,15 +74,21 @@ impl Outbox {
 
     /// Nothing is to be sent on this channel any more.
     pub(crate) fn close(&self, channel: u16) {
-        let mut state = self.state();
-        if !state.closed.contains(&channel) {
-            state.closed.push(channel);
-        }
+        self.state().open.remove(&channel);
     }
 }
 
 impl State {
+    /// What cannot be sent ends the connection, for whoever reads from it to find out.
     fn send(&mut self, outbox: &Arc<Outbox>, frames: &[u8]) -> io::Result<()> {
+        let sent = self.try_send(outbox, frames);
+        if sent.is_err() {
+            let _ = self.transport.socket().shutdown(Shutdown::Both);
+        }
+        sent
+    }
+
+    fn try_send(&mut self, outbox: &Arc<Outbox>, frames: &[u8]) -> io::Result<()> {
         if !self.backlog.is_empty() {
             self.backlog.extend(frames);
             return Ok(());
@@ -88,11 +97,7 @@ impl State {
         if sent < frames.len() {
             self.backlog.extend(&frames[sent..]);
             let outbox = outbox.clone();
-            let worker = thread::Builder::new().name("backlog".into());
-            if let Err(error) = worker.spawn(move || outbox.work_off()) {
-                let _ = self.transport.socket().shutdown(Shutdown::Both); // or it would wait for ever
-                return Err(error);
-            }
+            thread::Builder::new().name("backlog".into()).spawn(move || outbox.work_off())?;
         }
         Ok(())
     }
@@ -101,23 +106,26 @@ impl State {
 impl Outbox {
     /// Sends the backlog as the socket takes it, until it is gone, or the socket is.
     fn work_off(&self) {
-        while self.await_room().is_ok() {
+        if self.try_work_off().is_err() {
             let mut state = self.state();
-            let State { transport, backlog, .. } = &mut *state;
-            match transport.write_some(backlog.as_slices().0) {
-                Ok(sent) => drop(backlog.drain(..sent)),
-                Err(_) => backlog.clear(), // amiquip's I/O thread meets the same error
-            }
-            if backlog.is_empty() {
-                return;
-            }
+            let _ = state.transport.socket().shutdown(Shutdown::Both);
+            state.backlog.clear();
         }
     }
 
-    fn await_room(&self) -> io::Result<()> {
+    fn try_work_off(&self) -> io::Result<()> {
         let poll = Poll::new()?;
         poll.register(&EventedFd(&self.fd()), Token(0), Ready::writable(), PollOpt::level())?;
-        poll.poll(&mut Events::with_capacity(1), None).map(drop)
+        loop {
+            poll.poll(&mut Events::with_capacity(1), None)?;
+            let mut state = self.state();
+            let State { transport, backlog, .. } = &mut *state;
+            let sent = transport.write_some(backlog.as_slices().0)?;
+            backlog.drain(..sent);
+            if backlog.is_empty() {
+                return Ok(());
+            }
+        }
     }
 }
 
@@ -144,6 +152,7 @@ impl Transport {
 pub struct Publisher {
     outbox: Arc<Outbox>,
     channel: u16,
+    opening: u64,
     /// Whole frames that are to be sent.
     frames: Vec<u8>,
 }
@@ -154,8 +163,12 @@ pub struct Closed;
 
 impl Publisher {
     pub(crate) fn new(outbox: Arc<Outbox>, channel: u16) -> Self {
-        outbox.state().closed.retain(|closed| *closed != channel); // an earlier one of that number
-        Publisher { outbox, channel, frames: Vec::new() }
+        let mut state = outbox.state();
+        state.openings += 1;
+        let opening = state.openings;
+        state.open.insert(channel, opening);
+        drop(state);
+        Publisher { outbox, channel, opening, frames: Vec::new() }
     }
 
     /// Adds a message to what is sent next, by the default exchange.
@@ -215,17 +228,17 @@ impl Publisher {
             return Ok(());
         }
         let mut state = self.outbox.state();
-        let closed = state.closed.contains(&self.channel);
-        if !closed {
-            let _ = state.send(&self.outbox, &self.frames); // the I/O thread meets the same error
+        let is_open = state.open.get(&self.channel) == Some(&self.opening);
+        if is_open {
+            let _ = state.send(&self.outbox, &self.frames); // the I/O thread meets the end
         }
         drop(state);
         self.frames.clear();
         self.frames.shrink_to(MOST_KEPT);
-        if closed {
-            Err(Closed)
-        } else {
+        if is_open {
             Ok(())
+        } else {
+            Err(Closed)
         }
     }
 }
@@ -307,17 +320,17 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_sent_on_a_channel_that_is_closed_until_it_is_opened_again() {
+    fn nothing_is_sent_on_a_closed_channel_though_its_number_is_used_again() {
         let (outbox, peer) = outbox();
         let [mut closed, mut other] = [7, 8].map(|id| Publisher::new(outbox.clone(), id));
         outbox.close(7);
-        for publisher in [&mut closed, &mut other] {
+        let send = |publisher: &mut Publisher| {
             publisher.ack(1);
-        }
-        assert_eq!((closed.send(), other.send()), (Err(Closed), Ok(())));
+            publisher.send()
+        };
+        assert_eq!((send(&mut closed), send(&mut other)), (Err(Closed), Ok(())));
         let mut opened = Publisher::new(outbox, 7);
-        opened.ack(1);
-        assert_eq!(opened.send(), Ok(()));
+        assert_eq!((send(&mut closed), send(&mut opened)), (Err(Closed), Ok(())));
         drop((closed, other, opened));
         let channels: Vec<u8> = received(peer).chunks(21).map(|frame| frame[2]).collect();
         assert_eq!(channels, [8, 7]);

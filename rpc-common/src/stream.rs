@@ -1,4 +1,5 @@
-//! The stream under amiquip: checks the sizes that a peer announces before amiquip believes them.
+//! The stream under amiquip: checks the sizes that a peer announces before amiquip believes them, and sends by
+//! way of the outbox.
 //!
 //! amiquip reserves memory for whatever a frame or a body claims to hold, up to an abort of the
 //! process. So every byte read passes [`FrameCheck`] first.

@@ -48,7 +48,7 @@ pub(crate) enum Word {
     Consumes,
 }
 
-/// Where a worker waits for a channel, and the short way to publish on it.
+/// An **inbox** is where a worker gets a channel, and the publisher that answers there.
 pub(crate) type Inbox = Sender<(Lease, Publisher)>;
 
 /// A worker **needs** a channel.

@@ -6,8 +6,11 @@ use crate::support::programs::{client, expect, Program};
 use crate::support::proxy::{Proxy, Weather, CONNECTION_START_OK};
 use crate::support::{broker, eventually, PATIENCE};
 use crossbeam_channel::unbounded;
+use rpc_client::{Client, Config, Error, ReplyTo};
+use rpc_common::target::Target;
 use rustix::process::Signal;
 use std::net::TcpListener;
+use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 
 #[test]
@@ -76,6 +79,31 @@ fn a_batch_outlives_a_broker_that_is_away_between_two_calls() {
     assert_eq!(client.next_line(), "832040");
     client.end_input();
     assert_eq!(client.end(), Some(0));
+}
+
+/// A program that calls by the library keeps its client, whose connection may break between two calls: the
+/// next one is then as a first one, and knows that nothing of it was sent.
+#[test]
+fn a_connection_that_broke_between_two_calls_is_not_missed() {
+    let queue = Queue::named("between_calls");
+    let proxy = Proxy::start();
+    let server = Program::start(&queue, &[]);
+    let target = Target::parse(&proxy.url()).expect("it is well formed");
+    let mut client = Client::new(Config {
+        brokers: target.into(),
+        queue: queue.to_string(),
+        timeout: PATIENCE,
+        in_flight: NonZeroUsize::MIN,
+        reply_to: ReplyTo::Queue,
+    });
+    for (n, answer) in [("20", "6765"), ("30", "832040")] {
+        assert_eq!(client.call(n).expect("it is served"), answer.as_bytes());
+        proxy.cut();
+    }
+    server.stop();
+    Peer::connect().delete(&queue);
+    let error = client.call("30").expect_err("nobody serves");
+    assert!(matches!(error, Error::NoServer { .. }), "{error}");
 }
 
 /// A broker that shuts down in the middle of the handshake looks as if it refused the password.

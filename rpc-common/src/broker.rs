@@ -224,10 +224,9 @@ impl Link {
         phase: Phase,
         call: impl FnOnce(&mut Connection) -> amiquip::Result<T>,
     ) -> Result<T, Error> {
-        let watchdog = self.watchdog.clone();
-        let connection = self.connection()?;
-        let result = watchdog.guard(deadline, || call(connection));
-        self.judge(result, deadline, phase)
+        self.guarded(deadline, phase, |watchdog, connection| {
+            watchdog.guard(deadline, || call(connection))
+        })
     }
 
     /// The same, and passes on what comes meanwhile and may explain why the call takes so long.
@@ -242,25 +241,21 @@ impl Link {
         on_notice: impl FnMut(Notice) + Send,
         call: impl FnOnce(&mut Connection) -> amiquip::Result<T>,
     ) -> Result<T, Error> {
-        let watchdog = self.watchdog.clone();
-        let connection = self.connection()?;
-        let call = || call(connection);
-        let result = watchdog.guard_listening(deadline, notices, on_notice, call);
-        self.judge(result, deadline, phase)
+        self.guarded(deadline, phase, |watchdog, connection| {
+            watchdog.guard_listening(deadline, notices, on_notice, || call(connection))
+        })
     }
 
-    fn connection(&mut self) -> Result<&mut Connection, Error> {
-        let closed = Error::Lost { target: self.target.to_string(), reason: "it is closed".into() };
-        self.connection.as_mut().ok_or(closed)
-    }
-
-    fn judge<T>(
+    fn guarded<T>(
         &mut self,
-        result: Result<amiquip::Result<T>, Expired>,
         deadline: &Deadline,
         phase: Phase,
+        call: impl FnOnce(&Watchdog, &mut Connection) -> Result<amiquip::Result<T>, Expired>,
     ) -> Result<T, Error> {
-        match result {
+        let Some(connection) = &mut self.connection else {
+            return Err(self.lost("it is closed"));
+        };
+        match call(&self.watchdog, connection) {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(error)) => Err(self.explain(error)),
             Err(Expired) => Err(Error::timed_out(phase, &self.target, deadline)),

@@ -119,7 +119,7 @@ impl Watchdog {
 
     /// Shuts the socket down: whatever blocks on it ends.
     pub fn shut_down(&self) {
-        let _ = self.0.socket.shutdown(Shutdown::Both); // fails only when it is down already
+        self.0.shut_down();
     }
 }
 
@@ -133,6 +133,10 @@ impl Drop for Watchdog {
 impl Watch {
     fn state(&self) -> MutexGuard<'_, Guarded> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn shut_down(&self) {
+        let _ = self.socket.shutdown(Shutdown::Both); // fails only when it is down already
     }
 
     fn arm(&self, at: Instant) -> u64 {
@@ -153,7 +157,7 @@ impl Watch {
             let guarded = state.armed.len();
             state.armed.retain(|_, at| *at > now);
             if state.armed.len() < guarded {
-                let _ = self.socket.shutdown(Shutdown::Both);
+                self.shut_down();
             }
             state.looks_at = state.armed.values().min().copied();
             state = match state.looks_at {

@@ -83,9 +83,14 @@ impl State {
     fn send(&mut self, outbox: &Arc<Outbox>, frames: &[u8]) -> io::Result<()> {
         let sent = self.try_send(outbox, frames);
         if sent.is_err() {
-            let _ = self.transport.socket().shutdown(Shutdown::Both);
+            self.give_up();
         }
         sent
+    }
+
+    fn give_up(&mut self) {
+        let _ = self.transport.socket().shutdown(Shutdown::Both); // fails only when it is down already
+        self.backlog.clear();
     }
 
     fn try_send(&mut self, outbox: &Arc<Outbox>, frames: &[u8]) -> io::Result<()> {
@@ -107,9 +112,7 @@ impl Outbox {
     /// Sends the backlog as the socket takes it, until it is gone, or the socket is.
     fn work_off(&self) {
         if self.try_work_off().is_err() {
-            let mut state = self.state();
-            let _ = state.transport.socket().shutdown(Shutdown::Both);
-            state.backlog.clear();
+            self.state().give_up();
         }
     }
 

@@ -11,7 +11,6 @@ use mio::unix::EventedFd;
 use mio::{Evented, Poll, PollOpt, Ready, Token};
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
-use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
@@ -63,7 +62,6 @@ pub(crate) struct Stream {
     outbox: Arc<Outbox>,
     /// The socket, where bytes are read as they come: so reading is in no publisher's way.
     plain: Option<TcpStream>,
-    fd: RawFd,
     check: FrameCheck,
     greeted: Arc<AtomicBool>,
 }
@@ -76,9 +74,8 @@ impl Stream {
             Transport::Plain(socket) => Some(socket.try_clone()?),
             Transport::Tls(_) => None,
         };
-        let fd = transport.socket().as_raw_fd();
         let outbox = Arc::new(Outbox::new(transport));
-        Ok(Stream { outbox, plain, fd, check: FrameCheck::default(), greeted: Arc::default() })
+        Ok(Stream { outbox, plain, check: FrameCheck::default(), greeted: Arc::default() })
     }
 
     /// The other way to what this stream sends.
@@ -120,15 +117,15 @@ impl Write for Stream {
 // The loop reads until it would block, so that what TLS holds decrypted is never forgotten.
 impl Evented for Stream {
     fn register(&self, poll: &Poll, token: Token, ready: Ready, opts: PollOpt) -> io::Result<()> {
-        EventedFd(&self.fd).register(poll, token, ready, opts)
+        EventedFd(&self.outbox.fd()).register(poll, token, ready, opts)
     }
 
     fn reregister(&self, poll: &Poll, token: Token, ready: Ready, opts: PollOpt) -> io::Result<()> {
-        EventedFd(&self.fd).reregister(poll, token, ready, opts)
+        EventedFd(&self.outbox.fd()).reregister(poll, token, ready, opts)
     }
 
     fn deregister(&self, poll: &Poll) -> io::Result<()> {
-        EventedFd(&self.fd).deregister(poll)
+        EventedFd(&self.outbox.fd()).deregister(poll)
     }
 }
 

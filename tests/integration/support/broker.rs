@@ -1,5 +1,6 @@
 //! The broker of the tests: that of `AMQP_URL`, or a private node; and nodes to be tampered with.
 
+use procfs::process::all_processes;
 use rpc_common::broker::open;
 use rpc_common::deadline::Deadline;
 use rpc_common::target::Target;
@@ -161,8 +162,22 @@ impl Node {
         let group = pids.split_whitespace().next().and_then(|pid| pid.parse().ok());
         let group = group.and_then(Pid::from_raw).expect("the node's process comes first");
         let signal = move |signal| kill_process_group(group, signal).expect("the node is running");
-        (move || signal(Signal::STOP), Undo(move || signal(Signal::CONT)))
+        let stop = move || {
+            signal(Signal::STOP);
+            // A thread that is running goes on until it sees the signal.
+            super::eventually("the stop of the node", || has_stopped(group).then_some(()));
+        };
+        (stop, Undo(move || signal(Signal::CONT)))
     }
+}
+
+/// Whether no thread of a process group runs any more.
+fn has_stopped(group: Pid) -> bool {
+    let group = group.as_raw_pid();
+    let processes = all_processes().expect("/proc is mounted").flatten();
+    let members = processes.filter(|process| process.stat().is_ok_and(|stat| stat.pgrp == group));
+    let mut threads = members.filter_map(|process| process.tasks().ok()).flatten().flatten();
+    threads.all(|thread| thread.stat().is_ok_and(|stat| matches!(stat.state, 'T' | 'Z')))
 }
 
 struct Undo<F: FnMut()>(F);

@@ -4,6 +4,7 @@ use super::{broker, PATIENCE};
 use assert_cmd::assert::Assert;
 use assert_cmd::Command;
 use crossbeam_channel::{unbounded, Receiver, Sender};
+use procfs::process::Process;
 use rustix::process::{kill_process, Pid, Signal};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
@@ -169,10 +170,9 @@ impl Program {
 
     /// Its resident memory, in KiB; 0 when it has ended.
     pub(crate) fn memory(&self) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()));
-        let status = status.unwrap_or_default();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or_default()
+        let pid = Pid::from_child(&self.child).as_raw_pid();
+        let status = Process::new(pid).and_then(|process| process.status());
+        status.ok().and_then(|status| status.vmrss).unwrap_or_default()
     }
 
     /// Waits for its end.

@@ -1,6 +1,7 @@
 //! `rpc-client` as a terminal and a shell script see it.
 
 use crate::support::broker::victim;
+use crate::support::eventually;
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{bash, client, command, expect, Program};
 use crate::support::proxy::Proxy;
@@ -128,18 +129,20 @@ fn a_cold_call_takes_seven_round_trips() {
 #[test]
 fn direct_reply_to_makes_no_queue() {
     let broker = victim();
-    let server = Program::start_at(broker.url(), "direct", &["--delay", "2s"]);
+    let server = Peer::connect_to(broker.url());
+    server.declare("direct", false, None);
     for (kind, queues) in [("queue", 1), ("direct", 0)] {
-        let args = ["--queue", "direct", "-q", "--reply-to", kind, "20", "30"];
+        let args = ["--queue", "direct", "-q", "--reply-to", kind, "30"];
         let client = Program::spawn_at(broker.url(), "rpc-client", &args);
-        assert_eq!(server.next_line(), " [.] fib(20)");
-        let names = broker.ctl(&["list_queues", "--no-table-headers", "name"]);
-        assert_eq!(names.matches("rpc.reply.").count(), queues, "{names}");
-        assert_eq!([client.next_line(), client.next_line()], ["6765", "832040"]);
-        assert_eq!(server.next_line(), " [.] fib(30)");
+        let request = server.take("direct");
+        eventually(&format!("{queues} reply queues, --reply-to {kind}"), || {
+            let names = broker.ctl(&["list_queues", "--no-table-headers", "name"]);
+            (names.matches("rpc.reply.").count() == queues).then_some(())
+        });
+        server.answer(&request, b"832040");
+        assert_eq!(client.next_line(), "832040");
         assert_eq!(client.end(), Some(0));
     }
-    server.stop();
 }
 
 #[test]
@@ -151,14 +154,13 @@ fn replies_to_no_call_in_hand_are_discarded() {
             let peer = Peer::connect();
             for answer in ["5", "8"] {
                 let request = peer.take(&queue);
-                let reply_to = request.properties.reply_to().clone().expect("ours set it");
-                let id = request.properties.correlation_id().clone().expect("ours set it");
+                let reply_to = request.properties.reply_to().as_deref().expect("ours set it");
                 let with_id = |id: String| AmqpProperties::default().with_correlation_id(id);
-                peer.publish(&reply_to, b"1", with_id("no such call".into()));
-                peer.publish(&reply_to, b"2", with_id(uuid::Uuid::new_v4().to_string()));
-                peer.publish(&reply_to, b"3", AmqpProperties::default());
-                peer.publish(&reply_to, answer.as_bytes(), with_id(id.clone()));
-                peer.publish(&reply_to, b"4", with_id(id));
+                peer.publish(reply_to, b"1", with_id("no such call".into()));
+                peer.publish(reply_to, b"2", with_id(uuid::Uuid::new_v4().to_string()));
+                peer.publish(reply_to, b"3", AmqpProperties::default());
+                peer.answer(&request, answer.as_bytes());
+                peer.answer(&request, b"4");
             }
         }
     });

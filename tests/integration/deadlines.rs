@@ -194,14 +194,14 @@ fn a_server_that_takes_too_long_for_the_broker_goes_on() {
 fn a_reply_queue_that_is_deleted_is_set_up_anew() {
     let broker = victim();
     let queue = "deleted";
-    let server = Program::start_at(broker.url(), queue, &["--delay", "2s"]);
+    let server = Peer::connect_to(broker.url());
+    server.declare(queue, false, None);
     let waits = Program::spawn_at(broker.url(), "rpc-client", &["--queue", queue, "-v", "30"]);
-    assert_eq!(server.next_line(), " [.] fib(30)");
-    let queues = broker.ctl(&["list_queues", "--no-table-headers", "name"]);
-    let reply_queue = queues.lines().find(|name| name.starts_with("rpc.reply."));
-    broker.ctl(&["delete_queue", reply_queue.expect("the client waits for its reply")]);
+    let request = server.take(queue);
+    let reply_queue = request.properties.reply_to().as_deref().expect("ours set it");
+    broker.ctl(&["delete_queue", reply_queue]);
     waits.await_log("the reply queue was deleted");
+    server.answer(&server.take(queue), b"832040");
     assert_eq!(waits.next_line(), "832040");
     assert_eq!(waits.end(), Some(0));
-    server.stop();
 }

@@ -77,6 +77,13 @@ impl Peer {
             .delivery
     }
 
+    /// Answers a request that was taken.
+    pub(crate) fn answer(&self, request: &Delivery, body: &[u8]) {
+        let reply_to = request.properties.reply_to().as_deref().expect("ours set it");
+        let id = request.properties.correlation_id().clone().expect("ours set it");
+        self.publish(reply_to, body, AmqpProperties::default().with_correlation_id(id));
+    }
+
     /// Whether there is no message in the queue that is ready to be taken.
     pub(crate) fn finds_nothing(&self, queue: &str) -> bool {
         self.channel.basic_get(queue, true).expect("the queue exists").is_none()

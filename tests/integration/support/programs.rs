@@ -10,7 +10,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ExitStatus, Stdio};
 use std::sync::OnceLock;
-use std::{env, fs, io, process, thread};
+use std::{env, io, process, thread};
 
 /// The folder of the programs, after making sure that they are built from this source: cargo does
 /// not do so for the tests of another package.

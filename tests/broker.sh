@@ -17,12 +17,18 @@ boot_deadline=120                            # seconds
 
 is_open() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
-# The first of three free ports in a row, below the ephemeral ones, so that no client's end of a
-# connection takes one meanwhile.
+# The first of eight free ports in a row, for the node and what a test has it listen on. They are below the
+# ephemeral ones, so that no client's end of a connection takes one meanwhile.
 free_ports() {
-    local port
-    while port=$((20000 + RANDOM % 12000)); is_open "$port" || is_open $((port + 1)) || is_open $((port + 2)); do :; done
-    echo "$port"
+    local first port
+    while :; do
+        first=$((20000 + RANDOM % 1500 * 8))
+        for port in $(seq "$first" $((first + 7))); do
+            is_open "$port" && continue 2
+        done
+        echo "$first"
+        return
+    done
 }
 
 # Whether AMQP is spoken there: a broker answers the protocol header with a method frame, type 1.

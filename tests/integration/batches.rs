@@ -1,7 +1,8 @@
 //! Batches, as shell scripts use them: numbers from standard input, JSON, a summary.
 
-use crate::support::peer::Queue;
+use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{bash, client, expect, Program};
+use std::thread;
 
 #[test]
 fn standard_input_is_a_number_per_line() {
@@ -73,17 +74,22 @@ fn json_is_an_object_for_each_call_and_bad_line() {
     assert!(stdout.contains(r#""error":{"code":"no-server","message":"no queue"#), "{stdout}");
 }
 
-/// Two workers: the slow call is asked for first, and answered last.
+/// What is asked for first is answered last.
 #[test]
 fn unordered_answers_come_as_they_are_ready() {
-    let queue = Queue::named("unordered");
-    let _server = Program::start(&queue, &["--workers", "2"]);
-    let mut call = client(&queue, &["-o", "json", "--unordered", "1000000", "7", "8"]);
-    let output = call.assert().code(0).stderr("").get_output().clone();
+    let queue = Queue::transient("unordered");
+    let mut call = client(&queue, &["-q", "-o", "json", "--unordered", "30", "7", "8"]);
+    let caller = thread::spawn(move || call.assert().code(0).stderr("").get_output().clone());
+    let server = Peer::connect();
+    let [first, second, third] = [(); 3].map(|()| server.take(&queue));
+    for (request, answer) in [(second, "13"), (third, "21"), (first, "832040")] {
+        server.answer(&request, answer.as_bytes());
+    }
+    let output = caller.join().expect("the caller got its answers");
     let stdout = String::from_utf8(output.stdout).expect("JSON is text");
     let order: Vec<&str> =
         stdout.lines().map(|line| line.split([':', ',']).nth(1).unwrap_or_default()).collect();
-    assert_eq!(order, ["7", "8", "1000000"]);
+    assert_eq!(order, ["7", "8", "30"]);
     let stderr = "rpc-client: --unordered needs --output json, or answers cannot be told apart: try --help\n";
     expect(&mut client(&queue, &["--unordered", "7"]), 2, "", stderr);
 }

@@ -128,7 +128,8 @@ fn a_batch_outlives_a_handshake_that_breaks() {
     assert_eq!(client.end(), Some(0));
 }
 
-/// The application is stopped and started, which closes all connections and forgets what is transient.
+/// The application is stopped and started, which closes all connections and forgets what is transient. All
+/// calls are sent before that: a new one would find no queue while the server has not declared it again.
 #[test]
 fn a_broker_may_be_restarted_under_load() {
     let broker = victim();
@@ -136,7 +137,7 @@ fn a_broker_may_be_restarted_under_load() {
         let queue = format!("restart.{queue_type}");
         let args = ["--queue-type", queue_type, "--delay", "5ms", "-q"];
         let server = Program::start_at(broker.url(), &queue, &args);
-        let args = ["--queue", &queue, "-q", "-t", "60s", "--repeat", "300", "30"];
+        let args = ["--queue", &queue, "-q", "-t", "1h", "-j", "300", "--repeat", "300", "30"];
         let client = Program::spawn_at(broker.url(), "rpc-client", &args);
         assert_eq!(client.next_line(), "832040");
         broker.ctl(&["stop_app"]);
@@ -155,9 +156,9 @@ fn a_broker_may_be_restarted_under_load() {
 fn a_call_that_ends_takes_no_other_with_it() {
     let queue = Queue::named("far_away");
     let proxy = Proxy::start();
-    let server = Program::start(&queue, &["--workers", "2", "--delay", "2s"]);
+    let server = Program::start(&queue, &["--workers", "2", "--delay", "5s"]);
     proxy.set(Weather::Delayed(Duration::from_millis(50)));
-    let args = ["--queue", &queue, "-q", "-t", "3500ms", "-"];
+    let args = ["--queue", &queue, "-q", "-t", "8s", "-"];
     let mut client = Program::spawn_at(&proxy.url(), "rpc-client", &args);
     for n in ["11", "12", "13"] {
         client.say(n);
@@ -203,18 +204,19 @@ fn several_brokers_are_tried_in_turn() {
         server.await_log(&format!("connected to {}", broker::authority()));
     }
     expect(&mut client(&queue, &[&urls[..], &["-q", "30"]].concat()), 0, "832040\n", "");
-    let urls = ["--url", &silent, "--url", somebody, "-t", "4s"];
+    let urls = ["--url", &silent, "--url", somebody, "-t", "10s"];
     expect(&mut client(&queue, &[&urls[..], &["-q", "30"]].concat()), 0, "832040\n", "");
     let urls = ["--url", &silent, "--url", nobody, "-t", "2s"];
     let error = "rpc-client: cannot reach 127.0.0.1:1: connection refused: is RabbitMQ running there, or AMQP_URL to be set?\n";
     expect(&mut client(&queue, &[&urls[..], &["30"]].concat()), 3, "\n", error);
     // That one is away hides nothing that another one has against us.
-    let wrong = broker::url_with(Some("nobody"), None, None);
+    let wrong = broker::url_with(None, None, Some("/nowhere"));
     let error = format!(
-        "rpc-client: {} refused user 'nobody': is the password right?\n",
+        "rpc-client: {} refused: NOT_ALLOWED - vhost nowhere not found: \
+         is the vhost in the URL right, and open to this user?\n",
         broker::authority()
     );
-    let urls = ["--url", &wrong, "--url", nobody, "30"];
+    let urls = ["--url", &wrong, "--url", nobody, "-q", "30"];
     expect(&mut client(&queue, &urls), 3, "\n", &error);
 }
 
@@ -235,8 +237,8 @@ fn a_server_may_start_before_its_broker() {
 #[test]
 fn a_request_may_take_longer_than_the_heartbeats() {
     let queue = Queue::named("heartbeats");
-    let server = Program::start(&queue, &["--heartbeat", "1", "--delay", "5s"]);
-    let mut call = client(&queue, &["-q", "--heartbeat", "1", "30"]);
+    let server = Program::start(&queue, &["--heartbeat", "3", "--delay", "10s"]);
+    let mut call = client(&queue, &["-q", "--heartbeat", "3", "30"]);
     expect(&mut call, 0, "832040\n", "");
     assert_eq!(server.stop(), [" [.] fib(30)"]);
 }

@@ -6,7 +6,6 @@ use crate::support::broker::victim;
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{client, command, expect, Program};
 use crate::support::{broker, eventually};
-use amiquip::AmqpProperties;
 use rpc_common::exit;
 use std::net::TcpListener;
 use std::path::Path;
@@ -123,12 +122,12 @@ fn no_queue_is_exit_code_4() {
 fn no_answer_in_time_is_exit_code_5_and_leaves_nothing_behind() {
     let queue = Queue::transient("no_answer");
     let error = format!(
-        "rpc-client: fib(30): no answer from '{}' on {} within 2s: \
+        "rpc-client: fib(30): no answer from '{}' on {} within 5s: \
          the queue had 0 consumers and 1 message waiting\n",
         &*queue,
         broker::authority()
     );
-    expect(&mut client(&queue, &["-q", "-t", "2s", "30"]), 5, "\n", &error);
+    expect(&mut client(&queue, &["-q", "-t", "5s", "30"]), 5, "\n", &error);
     let mut peer = Peer::connect();
     eventually("the request's expiration", || (peer.depth(&queue) == Some(0)).then_some(()));
 }
@@ -166,13 +165,7 @@ fn a_reply_that_is_no_number_is_exit_code_1() {
             let peer = Peer::connect();
             for reply in nonsense {
                 let request = peer.take(&queue);
-                let id = request.properties.correlation_id().clone().expect("ours set it");
-                let reply_to = request.properties.reply_to().clone().expect("ours set it");
-                peer.publish(
-                    &reply_to,
-                    reply.as_bytes(),
-                    AmqpProperties::default().with_correlation_id(id),
-                );
+                peer.answer(&request, reply.as_bytes());
             }
         }
     });
@@ -182,7 +175,7 @@ fn a_reply_that_is_no_number_is_exit_code_1() {
             reply.escape_debug(),
             if reply.len() == 8 { "longer than the answer can be" } else { "no number" }
         );
-        expect(&mut client(&queue, &["30"]), 1, "\n", &error);
+        expect(&mut client(&queue, &["-q", "30"]), 1, "\n", &error);
     }
     server.join().expect("the peer was served");
 }
@@ -191,16 +184,16 @@ fn a_reply_that_is_no_number_is_exit_code_1() {
 fn a_server_that_drops_the_request_is_exit_code_5() {
     let queue = Queue::transient("drops");
     let server = thread::spawn({
-        let queue = queue.to_owned();
-        move || Peer::connect().take(&queue)
+        let (peer, queue) = (Peer::connect(), queue.to_owned());
+        move || peer.take(&queue)
     });
     let error = format!(
-        "rpc-client: fib(30): no answer from '{}' on {} within 3s: \
+        "rpc-client: fib(30): no answer from '{}' on {} within 5s: \
          the queue had 0 consumers and 0 messages waiting\n",
         &*queue,
         broker::authority()
     );
-    expect(&mut client(&queue, &["-q", "-t", "3s", "30"]), 5, "\n", &error);
+    expect(&mut client(&queue, &["-q", "-t", "5s", "30"]), 5, "\n", &error);
     server.join().expect("it took the request");
 }
 

@@ -4,7 +4,6 @@ use crate::support::broker::{node, Node};
 use crate::support::peer::Peer;
 use crate::support::programs::{bash, Program};
 use crate::tls::listeners;
-use amiquip::AmqpProperties;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
@@ -81,14 +80,8 @@ impl Scene {
         let foreign = Peer::connect_to(node.url());
         foreign.declare("page.idle", false, None);
         foreign.declare("page.nonsense", false, None);
-        thread::spawn(move || loop {
-            let request = foreign.take("page.nonsense");
-            let id = request.properties.correlation_id().clone().expect("ours set it");
-            let reply_to = request.properties.reply_to().clone().expect("ours set it");
-            let properties = AmqpProperties::default().with_correlation_id(id);
-            let reply = if request.body == b"30" { "NaN" } else { "12345678901" };
-            foreign.publish(&reply_to, reply.as_bytes(), properties);
-        });
+        let nonsense = |request: &[u8]| if request == b"30" { "NaN" } else { "12345678901" };
+        thread::spawn(move || foreign.serve("page.nonsense", nonsense));
         let broker = node.authority().to_owned();
         let nobody = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
         let nobody = nobody.expect("there are ports").to_string();

@@ -91,7 +91,7 @@ fn a_killed_servers_request_is_answered_by_the_next_one_once() {
 fn three_servers_share_the_calls_fairly() {
     let queue = Queue::named("three");
     let servers: Vec<Program> =
-        (0..3).map(|_| Program::start(&queue, &["--delay", "200ms"])).collect();
+        (0..3).map(|_| Program::start(&queue, &["--delay", "1s"])).collect();
     expect(&mut client(&queue, &["--repeat", "30", "10"]), 0, &"55\n".repeat(30), "");
     let shares: Vec<usize> = servers.into_iter().map(|server| server.stop().len()).collect();
     assert_eq!(shares.iter().sum::<usize>(), 30);
@@ -118,8 +118,8 @@ fn workers_work_at_the_same_time() {
 #[test]
 fn it_drops_what_has_expired_in_its_hands() {
     let queue = Queue::named("expired");
-    let server = Program::start(&queue, &["--prefetch", "2", "--delay", "3s"]);
-    client(&queue, &["-q", "-t", "1s", "1", "2"]).assert().code(5);
+    let server = Program::start(&queue, &["--prefetch", "2", "--delay", "6s"]);
+    client(&queue, &["-q", "-t", "3s", "1", "2"]).assert().code(5);
     server.await_log("dropped a request that expired in our hands, 1 in all");
     assert_eq!(server.stop(), [" [.] fib(1)"]);
     assert_eq!(Peer::connect().depth(&queue), Some(0));
@@ -172,10 +172,12 @@ fn several_servers_may_start_at_once() {
 fn a_deleted_queue_is_declared_anew() {
     let queue = Queue::named("deleted");
     let server = Program::start(&queue, &["--workers", "2"]);
-    Peer::connect().delete(&queue);
+    let mut peer = Peer::connect();
+    eventually("both workers", || (peer.consumers(&queue) == Some(2)).then_some(()));
+    peer.delete(&queue);
     server.await_log("was deleted");
     server.await_log("declared queue");
-    expect(&mut client(&queue, &["30"]), 0, "832040\n", "");
+    expect(&mut client(&queue, &["-q", "30"]), 0, "832040\n", "");
     server.stop();
 }
 

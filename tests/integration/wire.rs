@@ -11,7 +11,7 @@ use uuid::Uuid;
 fn a_request_is_what_the_wire_table_says() {
     let queue = Queue::transient("request");
     let caller = thread::spawn({
-        let mut call = client(&queue, &["-t", "20s", "30"]);
+        let mut call = client(&queue, &["-q", "-t", "20s", "30"]);
         move || expect(&mut call, 0, "832040\n", "")
     });
     let mut peer = Peer::connect();

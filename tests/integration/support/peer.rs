@@ -2,8 +2,8 @@
 
 use super::{broker, eventually, PATIENCE};
 use amiquip::{
-    AmqpProperties, AmqpValue, Channel, Delivery, FieldTable, Publish, QueueDeclareOptions,
-    QueueDeleteOptions,
+    AmqpProperties, AmqpValue, Channel, ConsumerMessage, ConsumerOptions, Delivery, FieldTable,
+    Publish, QueueDeclareOptions, QueueDeleteOptions,
 };
 use rpc_common::broker::{open, Counts, Link};
 use rpc_common::deadline::Deadline;
@@ -82,6 +82,16 @@ impl Peer {
         let reply_to = request.properties.reply_to().as_deref().expect("ours set it");
         let id = request.properties.correlation_id().clone().expect("ours set it");
         self.publish(reply_to, body, AmqpProperties::default().with_correlation_id(id));
+    }
+
+    /// Answers whatever comes to the queue, for as long as the connection lasts.
+    pub(crate) fn serve(&self, queue: &str, answer: impl Fn(&[u8]) -> &'static str) {
+        let options = ConsumerOptions { no_ack: true, ..ConsumerOptions::default() };
+        let consumer = self.channel.basic_consume(queue, options).expect("the queue exists");
+        for got in consumer.receiver() {
+            let ConsumerMessage::Delivery(request) = got else { return };
+            self.answer(&request, answer(&request.body).as_bytes());
+        }
     }
 
     /// Whether there is no message in the queue that is ready to be taken.

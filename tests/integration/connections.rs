@@ -4,7 +4,7 @@ use crate::support::broker::victim;
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{client, expect, Program};
 use crate::support::proxy::{Proxy, Weather, CONNECTION_START_OK};
-use crate::support::{broker, eventually, PATIENCE};
+use crate::support::{broker, PATIENCE};
 use crossbeam_channel::unbounded;
 use rpc_client::{Client, Config, Error, ReplyTo};
 use rpc_common::target::Target;
@@ -22,8 +22,7 @@ fn an_idle_server_connects_again_and_serves_with_all_its_workers() {
         proxy.cut();
         server.await_log("lost the connection");
         server.await_log("connected to");
-        let mut peer = Peer::connect();
-        eventually("both consumers", || (peer.consumers(&queue) == Some(2)).then_some(()));
+        Peer::connect().await_consumers(&queue, 2);
     }
     expect(&mut client(&queue, &["10", "20", "30"]), 0, "55\n6765\n832040\n", "");
     server.stop();
@@ -179,7 +178,7 @@ fn a_request_that_was_sent_before_is_not_given_up_because_its_queue_is_gone() {
     let proxy = Proxy::start();
     let client = Program::spawn_at(&proxy.url(), "rpc-client", &["--queue", &queue, "-v", "30"]);
     let mut peer = Peer::connect();
-    eventually("the request", || (peer.depth(&queue) == Some(1)).then_some(()));
+    peer.await_depth(&queue, 1);
     proxy.refuse(true);
     proxy.cut();
     peer.delete(&queue);
@@ -272,7 +271,7 @@ fn a_frozen_broker_does_not_keep_a_call_beyond_its_deadline() {
     let args = ["--queue", &queue, "-t", "5s", "--heartbeat", "600", "30"];
     let client = Program::spawn_at(&proxy.url(), "rpc-client", &args);
     let begun = Instant::now();
-    eventually("the request", || (peer.depth(&queue) == Some(1)).then_some(()));
+    peer.await_depth(&queue, 1);
     proxy.set(Weather::Frozen);
     assert_eq!(client.end(), Some(5));
     assert!(begun.elapsed() < Duration::from_secs(30), "it took {:?}", begun.elapsed());

@@ -60,7 +60,7 @@ fn a_server_that_dies_after_its_ack_takes_nothing_with_it() {
     expect(&mut client(&queue, &["20"]), 0, "6765\n", "");
     let mut peer = Peer::connect();
     first.signal(Signal::KILL);
-    eventually("its consumer's end", || (peer.consumers(&queue) == Some(0)).then_some(()));
+    peer.await_consumers(&queue, 0);
     assert_eq!(peer.depth(&queue), Some(0));
     let second = Program::start(&queue, &[]);
     expect(&mut client(&queue, &["30"]), 0, "832040\n", "");
@@ -150,7 +150,7 @@ fn a_request_that_kills_every_server_is_dropped_by_a_delivery_limit() {
     }
     let survivor = Program::start_at(node.url(), &queue, &["--delay", "100ms"]);
     let mut peer = Peer::connect_to(node.url());
-    eventually("the end of the request", || (peer.depth(&queue) == Some(0)).then_some(()));
+    peer.await_depth(&queue, 0);
     assert_eq!(survivor.stop(), [""; 0], "it never gets there");
     assert_eq!(client.end(), Some(5));
     peer.delete(&queue);

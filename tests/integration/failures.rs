@@ -2,10 +2,9 @@
 //! command alone can provoke stand on the page of messages.
 
 use crate::messages::assert_on_page;
-use crate::support::broker::victim;
+use crate::support::broker::{self, victim};
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{client, command, expect, Program};
-use crate::support::{broker, eventually};
 use rpc_common::exit;
 use std::net::TcpListener;
 use std::path::Path;
@@ -128,8 +127,7 @@ fn no_answer_in_time_is_exit_code_5_and_leaves_nothing_behind() {
         broker::authority()
     );
     expect(&mut client(&queue, &["-q", "-t", "5s", "30"]), 5, "\n", &error);
-    let mut peer = Peer::connect();
-    eventually("the request's expiration", || (peer.depth(&queue) == Some(0)).then_some(()));
+    Peer::connect().await_depth(&queue, 0);
 }
 
 #[test]

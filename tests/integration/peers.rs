@@ -298,8 +298,7 @@ fn guest(language: Language, block: &str, extension: &str) {
     }
     Peer::connect().delete(&queue); // it declares it itself
     let _server = Program::spawn_command(&programs.next().expect("a block that serves"));
-    let mut peer = Peer::connect();
-    eventually("its consumer", || (peer.consumers(&queue) == Some(1)).then_some(()));
+    Peer::connect().await_consumers(&queue, 1);
     expect(&mut client(&queue, &["30"]), 0, "832040\n", "");
 }
 

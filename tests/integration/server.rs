@@ -1,7 +1,6 @@
 //! `rpc-server` as an operator sees it: how it serves, shares, stops and survives.
 
 use crate::support::broker::victim;
-use crate::support::eventually;
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{client, expect, Program};
 use amiquip::AmqpProperties;
@@ -110,7 +109,7 @@ fn workers_work_at_the_same_time() {
     for _ in 0..4 {
         assert_eq!(server.next_line(), " [.] fib(30)");
     }
-    eventually("four requests left", || (peer.depth(&queue) == Some(4)).then_some(()));
+    peer.await_depth(&queue, 4);
     assert_eq!(server.lines_at_hand(), [""; 0]);
 }
 
@@ -173,7 +172,7 @@ fn a_deleted_queue_is_declared_anew() {
     let queue = Queue::named("deleted");
     let server = Program::start(&queue, &["--workers", "2"]);
     let mut peer = Peer::connect();
-    eventually("both workers", || (peer.consumers(&queue) == Some(2)).then_some(()));
+    peer.await_consumers(&queue, 2);
     peer.delete(&queue);
     server.await_log("was deleted");
     server.await_log("declared queue");

@@ -22,6 +22,9 @@ use std::{env, thread};
 /// The limit of the client that does not outlast every fault.
 const IMPATIENT: &str = "4s";
 
+/// Of three servers with two workers each.
+const CONSUMERS: u32 = 6;
+
 /// Above this, fib(n) would be the load.
 const LARGEST: u64 = 300;
 
@@ -226,8 +229,7 @@ fn whatever_strikes_every_call_ends_right_or_with_exit_code_5() {
     // The third one is never replaced.
     let stations = ["1", "64", "8"].map(|prefetch| Mutex::new(Station::new(&queue, prefetch)));
     let mut peer = Peer::connect_to(node().url());
-    let mut all_consume = || (peer.consumers(&queue) == Some(6)).then_some(()); // two workers each
-    eventually("all consumers", &mut all_consume);
+    peer.await_consumers(&queue, CONSUMERS);
     let ways = [Proxy::before(node().authority()), Proxy::before(node().authority())];
     let (stop, faults) = (AtomicBool::new(false), Mutex::new(BTreeMap::<_, u64>::new()));
     let strikes = |name| *faults.lock().expect("no panic").entry(name).or_default() += 1;
@@ -275,7 +277,7 @@ fn whatever_strikes_every_call_ends_right_or_with_exit_code_5() {
         println!("{tally:?}");
         assert!(tally.wrong.is_empty() && tally.right > 0);
     }
-    eventually("all consumers, whatever has struck", all_consume);
+    peer.await_consumers(&queue, CONSUMERS); // whatever has struck, they come back
     eventually("a queue of which nothing is left", || {
         let columns = ["name", "messages_ready", "messages_unacknowledged"];
         let table = node().ctl(&[&["list_queues", "--no-table-headers"][..], &columns].concat());

@@ -26,13 +26,13 @@ fn a_request_is_what_the_wire_table_says() {
     let expiration: u64 =
         properties.expiration().as_ref().expect("set").parse().expect("milliseconds");
     assert!((1..=20_000).contains(&expiration), "{expiration}");
-    let id = properties.correlation_id().clone().expect("set");
-    assert_eq!(Uuid::try_parse(&id).expect("a UUID").get_version_num(), 4);
+    let id = properties.correlation_id().as_deref().expect("set");
+    assert_eq!(Uuid::try_parse(id).expect("a UUID").get_version_num(), 4);
     let reply_to = properties.reply_to().clone().expect("set");
     let name = reply_to.strip_prefix("rpc.reply.").expect("its name says what it is");
     assert_eq!(Uuid::try_parse(name).expect("a UUID").get_version_num(), 4);
     // A foreign server sends a body and the id, and nothing else.
-    peer.publish(&reply_to, b"832040", AmqpProperties::default().with_correlation_id(id));
+    peer.answer(&request, b"832040");
     caller.join().expect("the caller got its answer");
     eventually("the end of the reply queue", || peer.depth(&reply_to).is_none().then_some(()));
 }

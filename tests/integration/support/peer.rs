@@ -66,6 +66,22 @@ impl Peer {
         self.counts(queue).map(|counts| counts.consumers)
     }
 
+    /// Waits until so many messages wait in the queue.
+    #[track_caller]
+    pub(crate) fn await_depth(&mut self, queue: &str, messages: u32) {
+        eventually(&format!("{messages} messages"), || {
+            (self.depth(queue) == Some(messages)).then_some(())
+        });
+    }
+
+    /// Waits until the queue has so many consumers.
+    #[track_caller]
+    pub(crate) fn await_consumers(&mut self, queue: &str, consumers: u32) {
+        eventually(&format!("{consumers} consumers"), || {
+            (self.consumers(queue) == Some(consumers)).then_some(())
+        });
+    }
+
     fn counts(&mut self, queue: &str) -> Option<Counts> {
         self.link.look(queue, &Deadline::after(PATIENCE)).ok()
     }

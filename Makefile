@@ -2,8 +2,10 @@
 
 PREFIX ?= /usr/local
 TARGET = $(or $(CARGO_TARGET_DIR),target)
-# Where `make broker` keeps its node.
+# Where `make broker` and `make cluster` keep their nodes. NODE_ROOT=target/brokers/sid has them run another RabbitMQ
+# than this system's, of those that `make test-brokers` installs.
 BROKER_DIR ?= $(TARGET)/broker
+CLUSTER_DIR ?= $(TARGET)/cluster
 
 # Releases are measured, and found beside the program that measures them.
 BENCH = cargo run --release --locked --quiet -p rpc-benches --bin against --
@@ -11,11 +13,11 @@ CARGO_DOC = RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build check test test-fast bench bench-quick demo broker broker-stop install uninstall clean \
-	setup-build setup-broker setup-peers setup-bench
+.PHONY: help build check test test-fast test-brokers test-cluster bench bench-quick demo broker broker-stop \
+	cluster cluster-stop install uninstall clean setup-build setup-broker setup-brokers setup-peers setup-bench
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: setup-build ## build both programs, optimised, into target/release
 	cargo build --release --locked -p rpc-server -p rpc-client
@@ -30,6 +32,12 @@ test: check setup-broker setup-peers ## check, then all tests on private RabbitM
 
 test-fast: check setup-broker ## the same without the peers in other languages, for the daily loop
 	cargo test --locked -- --skip peers::
+
+test-brokers: setup-build setup-brokers setup-peers ## the integration tests on RabbitMQ 4.0 and 4.3 (root, 20 minutes)
+	tests/test-brokers.sh
+
+test-cluster: setup-build setup-broker ## the tests on a cluster of three nodes
+	cargo test --locked -p rpc-tests -- cluster::
 
 bench: build setup-broker setup-peers setup-bench ## measure against other libraries, ten minutes; writes table and plot
 	$(BENCH)
@@ -46,6 +54,13 @@ broker: setup-broker ## start a private RabbitMQ to play with, and print its URL
 broker-stop: ## stop that RabbitMQ
 	@tests/broker.sh stop "$(BROKER_DIR)"
 
+cluster: setup-broker ## start a private cluster of three nodes, and print their URLs
+	@urls=$$(tests/broker.sh cluster start "$(CLUSTER_DIR)") && set -- $$urls && \
+		echo "export AMQP_URL=$$1; # node 1; all nodes: --url $$1 --url $$2 --url $$3"
+
+cluster-stop: ## stop that cluster
+	@tests/broker.sh cluster stop "$(CLUSTER_DIR)"
+
 install: ## install both programs into PREFIX/bin (PREFIX=/usr/local)
 	@# by sudo, what `make build` has built is installed: root may have no cargo, or another
 	@if [ -z "$$SUDO_UID" ] && command -v cargo >/dev/null; then $(MAKE) build; fi
@@ -55,7 +70,7 @@ install: ## install both programs into PREFIX/bin (PREFIX=/usr/local)
 uninstall: ## remove what install installed
 	rm -f "$(DESTDIR)$(PREFIX)/bin/rpc-server" "$(DESTDIR)$(PREFIX)/bin/rpc-client"
 
-clean: broker-stop ## remove all that was built
+clean: broker-stop cluster-stop ## remove all that was built
 	cargo clean
 
 setup-build:
@@ -63,6 +78,9 @@ setup-build:
 
 setup-broker:
 	@tests/setup.sh broker
+
+setup-brokers:
+	@tests/setup.sh brokers
 
 setup-peers:
 	@tests/setup.sh peers

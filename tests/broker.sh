@@ -1,10 +1,18 @@
 #!/bin/bash
-# A private RabbitMQ node: own name, ports, folders, Erlang cookie and epmd, all below DIR.
-#   tests/broker.sh run DIR [PORT]     prints its URL when it is ready; runs until standard input ends
+# Private RabbitMQ nodes: own names, ports, folders, Erlang cookie and epmd, all below DIR.
+#   tests/broker.sh run DIR [PORT]     prints the URL of a node when it is ready; runs until standard input ends
 #   tests/broker.sh start DIR [PORT]   the same in the background, until `stop`
 #   tests/broker.sh stop DIR
+#   tests/broker.sh freeze|thaw DIR    stops all of the node's processes by SIGSTOP, and lets them go on
 #   tests/broker.sh ctl DIR ARGUMENT...   rabbitmqctl on that node
-# NODE_PLUGINS are the plugins to enable, with commas between them.
+# The same for a cluster of three nodes; it prints a URL for each:
+#   tests/broker.sh cluster run|start|stop DIR
+#   tests/broker.sh cluster kill|freeze|thaw|stop|start DIR N   one node by its number; kill is SIGKILL, stop is graceful
+#   tests/broker.sh cluster ctl DIR N ARGUMENT...
+#
+# NODE_ROOT is the folder of another installation than this system's, such as `tests/setup.sh brokers` makes (as root).
+# NODE_PLUGINS are the plugins to enable, with commas between them. NODE_CONFIG is added to rabbitmq.conf.
+#
 # Whoever runs a node holds the other end of its standard input: when that process ends, however it
 # ends, the node is stopped and DIR removed. Started in the background it runs until it is stopped.
 set -euo pipefail
@@ -13,17 +21,18 @@ die() { echo "broker.sh: $*" >&2; exit 1; }
 
 server=/usr/lib/rabbitmq/bin/rabbitmq-server # not the wrappers on the PATH, which change user
 rabbitmqctl=/usr/lib/rabbitmq/bin/rabbitmqctl
-boot_deadline=120                            # seconds
+boot_timeout=120                             # seconds
 
 is_open() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
-# The first of eight free ports in a row, for the node and what a test has it listen on. They are below the
-# ephemeral ones, so that no client's end of a connection takes one meanwhile.
+# The first of 16 free ports in a row: 0 to 2 for AMQP, 3 to 7 for what a test has a node listen on, 8 to 10 for the
+# nodes' connections with each other, 15 for epmd. They are below the ephemeral ones, so that no client's end of a
+# connection takes one meanwhile.
 free_ports() {
     local first port
     while :; do
-        first=$((20000 + RANDOM % 1500 * 8))
-        for port in $(seq "$first" $((first + 7))); do
+        first=$((20000 + RANDOM % 750 * 16))
+        for port in $(seq "$first" $((first + 15))); do
             is_open "$port" && continue 2
         done
         echo "$first"
@@ -41,17 +50,104 @@ speaks_amqp() {
     [ "${type:-}" = $'\x01' ]
 } 2>/dev/null
 
+# How a program of another installation is run: in its folder, where only this program and its children see our /proc,
+# /dev and DIR.
+use_root() {
+    root=$1
+    enter=()
+    [ -n "$root" ] || return 0
+    [ "$(id -u)" = 0 ] || die "only root can run the RabbitMQ in $root: it is run by chroot"
+    # shellcheck disable=SC2016 # for the other shell
+    enter=(unshare --mount bash -c '
+        root=$1 dir=$2
+        shift 2
+        mkdir -p "$root$dir"
+        for folder in /proc /dev "$dir"; do mount --rbind "$folder" "$root$folder"; done
+        exec chroot "$root" "$@"' - "$root" "$dir")
+}
+
+# Writes the folder of node $1. Erlang finds its cookie below HOME and its epmd by the port; the rest is RabbitMQ's.
+configure() {
+    local node=$dir/$1 port=$(($2 + $1 - 1)) dist_port=$(($2 + $1 + 7)) epmd_port=$3 number
+    mkdir "$node"
+    echo "[${NODE_PLUGINS:-}]." >"$node/enabled_plugins"
+    cat >"$node/rabbitmq.conf" <<-END
+	listeners.tcp.1 = 127.0.0.1:$port
+	listeners.tcp.2 = ::1:$port
+	log.file.level = info
+	${NODE_CONFIG:-}
+	END
+    [ -e /proc/net/if_inet6 ] || sed -i '/::1/d' "$node/rabbitmq.conf"
+    [ "$nodes" = 1 ] || for number in $(seq "$nodes"); do
+        echo "cluster_formation.classic_config.nodes.$number = rpc-$(($2 + number - 1))@localhost"
+    done >>"$node/rabbitmq.conf"
+    printf '%s\n' "HOME=$dir" "ERL_EPMD_PORT=$epmd_port" ERL_EPMD_ADDRESS=127.0.0.1 \
+        "RABBITMQ_NODENAME=rpc-$port@localhost" "RABBITMQ_DIST_PORT=$dist_port" \
+        "RABBITMQ_CONFIG_FILE=$node/rabbitmq.conf" "RABBITMQ_ADVANCED_CONFIG_FILE=$node/none" \
+        "RABBITMQ_CONF_ENV_FILE=$node/none" "RABBITMQ_ENABLED_PLUGINS_FILE=$node/enabled_plugins" \
+        "RABBITMQ_MNESIA_BASE=$node/data" "RABBITMQ_LOG_BASE=$node/log" \
+        "RABBITMQ_GENERATED_CONFIG_DIR=$node/config" "RABBITMQ_PID_FILE=$node/rabbitmq.pid" \
+        "ERL_CRASH_DUMP=$node/erl_crash.dump" \
+        'RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS=-kernel inet_dist_use_interface {127,0,0,1}' >"$node/env"
+    echo "$port" >"$node/port"
+}
+
+# Runs a program of the installation in the environment of node $1.
+run_at() {
+    local environment
+    mapfile -t environment <"$dir/$1/env"
+    shift
+    unset RABBITMQ_NODE_PORT RABBITMQ_NODE_IP_ADDRESS RABBITMQ_LOGS
+    exec env "${environment[@]}" "$@"
+}
+
+# Starts node $1 as a process group of its own.
+launch() {
+    run_at "$1" setsid "${enter[@]}" "$server" </dev/null >"$dir/$1/out" 2>&1 3<&- &
+    echo $! >"$dir/$1/pid"
+    [ -z "$cluster" ] || disown # else bash reports each that is killed
+}
+
+# Waits until node $1 takes connections.
+await() {
+    local pid
+    pid=$(cat "$dir/$1/pid")
+    until speaks_amqp "$(cat "$dir/$1/port")"; do
+        kill -0 "$pid" 2>/dev/null || { cat "$dir/$1/out" >&2; die "node $1 did not start"; }
+        [ "$SECONDS" -lt "$boot_timeout" ] || { cat "$dir/$1/out" >&2; die "node $1 was not up in $boot_timeout s"; }
+        sleep 0.1
+    done
+}
+
+# A process id may be somebody else's by now: ours has DIR as its HOME.
+is_ours() { grep -qszxF -- "HOME=$dir" "/proc/$1/environ"; }
+
+# Ends whatever was started for the nodes. They have nothing to save, so they are not asked politely.
+kill_all() {
+    local pid
+    for pid in $(cat "$dir"/*/pid 2>/dev/null); do
+        if is_ours "$pid"; then kill -9 -- "-$pid" 2>/dev/null || true; fi
+    done
+}
+
 clean_up() {
     trap - EXIT INT TERM
-    # The node has nothing to save, so it is not asked politely. Only what we started is ended.
-    # The node is a script that waits for the Erlang machine: a process group of its own.
-    kill -9 ${node_pid:+-"$node_pid"} ${epmd_pid:-} ${stdin_pid:-} 2>/dev/null || true
-    wait 2>/dev/null || true
-    rm -rf "$dir"
+    exec 2>/dev/null # where bash would report what is killed
+    kill_all
+    [ -z "${stdin_pid:-}" ] || kill "$stdin_pid" || true
+    wait || true
+    remove
+}
+
+remove() {
+    [ -z "$root" ] || rmdir "$root$dir" 2>/dev/null || true
+    until rm -rf "$dir" 2>/dev/null; do sleep 0.1; done # a node that is ending may still write
 }
 
 run() {
-    [ -x "$server" ] || die "no $server: run 'tests/setup.sh broker' first"
+    local ports first epmd_port n
+    use_root "${NODE_ROOT:+$(cd "$NODE_ROOT" && pwd)}"
+    [ -x "$root$server" ] || die "no $root$server: run 'tests/setup.sh broker' first"
     mkdir -p "$dir"
     [ -z "$(ls -A "$dir")" ] || die "$dir is not empty: is another node running there? stop that first"
     exec 3<&0
@@ -59,59 +155,66 @@ run() {
     trap 'exit 130' INT
     trap 'exit 143' TERM
     echo $$ >"$dir/pid"
+    echo "$root" >"$dir/root"
 
-    local ports port epmd_port dist_port
     [[ ${1:-5672} =~ ^[0-9]{1,5}$ && ${1:-5672} -ge 1 && ${1:-5672} -le 65535 ]] || die "'$1' is no port"
-    ports=$(free_ports)
-    port=${1:-$ports} epmd_port=$((ports + 1)) dist_port=$((ports + 2))
-    is_open "$port" && die "port $port is in use"
-    echo "[${NODE_PLUGINS:-}]." >"$dir/enabled_plugins"
-    cat >"$dir/rabbitmq.conf" <<-EOF
-	listeners.tcp.1 = 127.0.0.1:$port
-	listeners.tcp.2 = ::1:$port
-	log.file.level = info
-	EOF
-    [ -e /proc/net/if_inet6 ] || sed -i '/::1/d' "$dir/rabbitmq.conf"
-
-    # Erlang finds its cookie below HOME and its epmd by the port; the rest is RabbitMQ's.
-    printf '%s\n' "HOME=$dir" "ERL_EPMD_PORT=$epmd_port" "RABBITMQ_NODENAME=rpc-$port@localhost" \
-        RABBITMQ_CONF_ENV_FILE=/dev/null >"$dir/ctl.env"
-    export HOME=$dir ERL_EPMD_PORT=$epmd_port ERL_EPMD_ADDRESS=127.0.0.1 \
-        RABBITMQ_NODENAME="rpc-$port@localhost" RABBITMQ_DIST_PORT=$dist_port \
-        RABBITMQ_CONFIG_FILE=$dir/rabbitmq.conf RABBITMQ_ADVANCED_CONFIG_FILE=$dir/none \
-        RABBITMQ_CONF_ENV_FILE=$dir/none RABBITMQ_ENABLED_PLUGINS_FILE=$dir/enabled_plugins \
-        RABBITMQ_MNESIA_BASE=$dir/data RABBITMQ_LOG_BASE=$dir/log RABBITMQ_GENERATED_CONFIG_DIR=$dir/config \
-        RABBITMQ_PID_FILE=$dir/node.pid ERL_CRASH_DUMP=$dir/erl_crash.dump \
-        RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS='-kernel inet_dist_use_interface {127,0,0,1}'
-    unset RABBITMQ_NODE_PORT RABBITMQ_NODE_IP_ADDRESS RABBITMQ_LOGS
-
-    epmd -port "$epmd_port" </dev/null >"$dir/epmd.out" 2>&1 3<&- &
-    epmd_pid=$!
-    setsid "$server" </dev/null >"$dir/node.out" 2>&1 3<&- &
-    node_pid=$!
-    echo "$node_pid $epmd_pid" >"$dir/pids"
-
-    until speaks_amqp "$port"; do
-        kill -0 "$node_pid" 2>/dev/null || { cat "$dir/node.out" >&2; die "the node did not start"; }
-        [ "$SECONDS" -lt "$boot_deadline" ] || { cat "$dir/node.out" >&2; die "the node was not up in $boot_deadline s"; }
-        sleep 0.1
-    done
-    echo "amqp://localhost:$port"
+    ports=$(free_ports) epmd_port=$((ports + 15)) first=${1:-$ports}
+    is_open "$first" && die "port $first is in use"
+    for n in $(seq "$nodes"); do configure "$n" "$first" "$epmd_port"; done
+    mkdir "$dir/epmd"
+    run_at 1 setsid "${enter[@]}" epmd -port "$epmd_port" </dev/null >"$dir/epmd/out" 2>&1 3<&- &
+    echo $! >"$dir/epmd/pid"
+    for n in $(seq "$nodes"); do launch "$n"; done
+    for n in $(seq "$nodes"); do await "$n"; done
+    [ "$nodes" = 1 ] || ctl 1 await_online_nodes "$nodes" >&2
+    for n in $(seq "$nodes"); do echo "amqp://localhost:$(cat "$dir/$n/port")"; done
 
     cat <&3 >/dev/null &
     stdin_pid=$!
-    echo "$stdin_pid" >>"$dir/pids"
-    wait -n "$node_pid" "$stdin_pid" || true
-    if ! kill -0 "$node_pid" 2>/dev/null; then
-        tail -n 30 "$dir/node.out" >&2
-        die "the node ended by itself: see above"
+    if [ "$nodes" = 1 ]; then
+        wait -n "$stdin_pid" "$(cat "$dir/1/pid")" || true
+        if kill -0 "$stdin_pid" 2>/dev/null; then
+            tail -n 30 "$dir/1/out" >&2
+            die "the node ended by itself: see above"
+        fi
     fi
+    wait "$stdin_pid" || true # nodes of a cluster end and start
 }
 
 ctl() {
-    [ -s "$dir/ctl.env" ] || die "no node runs in $dir"
-    mapfile -t environment <"$dir/ctl.env"
-    env "${environment[@]}" "$rabbitmqctl" --quiet "$@"
+    local n=$1
+    shift
+    (run_at "$n" "${enter[@]}" "$rabbitmqctl" --quiet "$@")
+}
+
+# Whether group $1 has a thread in another state than these, as proc(5) abbreviates them.
+has_state_beside() {
+    { cat /proc/[0-9]*/task/[0-9]*/stat 2>/dev/null || true; } |
+        awk -v group="$1" -v states="$2" '{ sub(/.*\) /, "") } $3 == group && !index(states, $1) { found = 1 } END { exit !found }'
+}
+
+kill_node() { kill -9 -- "-$(cat "$dir/$1/pid")"; }
+
+freeze_node() {
+    local group
+    group=$(cat "$dir/$1/pid")
+    kill -STOP -- "-$group"
+    while has_state_beside "$group" TZX; do :; done # a thread that is running goes on until it sees the signal
+}
+
+thaw_node() { kill -CONT -- "-$(cat "$dir/$1/pid")"; }
+
+stop_node() {
+    local group
+    group=$(cat "$dir/$1/pid")
+    kill "$group" # RabbitMQ's script, which has the Erlang machine stop
+    while has_state_beside "$group" ZX; do sleep 0.1; done
+}
+
+start_node() {
+    if is_ours "$(cat "$dir/$1/pid")"; then die "node $1 is running"; fi
+    launch "$1"
+    await "$1"
 }
 
 # A process id may be somebody else's by now: ours has the folder among its arguments.
@@ -121,10 +224,11 @@ start() {
     if ! is_running; then
         stop # removes what a killed one has left
         mkfifo "$dir.stdin"
+        : >"$dir.url"
         trap stop INT TERM
-        # Opened for reading and writing, the pipe never ends: this node runs until `stop`.
-        setsid "$0" run "$dir" "$@" 0<>"$dir.stdin" >"$dir.url" 2>"$dir.err" &
-        until [ -s "$dir.url" ]; do
+        # Opened for reading and writing, the pipe never ends: the nodes run until `stop`.
+        setsid "$0" ${cluster:+cluster} run "$dir" "$@" 0<>"$dir.stdin" >"$dir.url" 2>"$dir.err" &
+        until [ "$(wc -l <"$dir.url")" = "$nodes" ]; do
             kill -0 $! 2>/dev/null || { cat "$dir.err" >&2; stop; exit 1; }
             sleep 0.1
         done
@@ -142,19 +246,43 @@ stop() {
         kill "$pid" 2>/dev/null || true
         while is_running; do sleep 0.1; done
     fi
-    # Should it have been killed, what it started is still there, and known by its folder.
-    for pid in $(cat "$dir/pids" 2>/dev/null); do
-        if grep -qszxF -- "HOME=$dir" "/proc/$pid/environ"; then kill -9 -- "-$pid" "$pid" 2>/dev/null || true; fi
-    done
-    rm -rf "$dir" "$dir".{stdin,url,err}
+    kill_all # should it have been killed, what it started is still there
+    remove
+    rm -rf "$dir".{stdin,url,err}
 }
 
-[ $# -ge 2 ] || die "usage: broker.sh run|start|stop|ctl DIR [PORT or ARGUMENT...]"
+usage() { die "usage: broker.sh [cluster] COMMAND DIR [ARGUMENT...]: see the top of $0"; }
+
+# Does command $1 to node $2.
+on_node() {
+    local command=$1 n=$2
+    shift 2
+    [ -e "$dir/$n/env" ] || die "no node runs in $dir"
+    case $command in
+        kill | freeze | thaw | stop | start) "${command}_node" "$n" ;;
+        ctl) ctl "$n" "$@" ;;
+        *) usage ;;
+    esac
+}
+
+nodes=1 cluster=
+if [ "${1:-}" = cluster ]; then
+    nodes=3 cluster=yes
+    shift
+fi
+[ $# -ge 2 ] || usage
 command=$1
 mkdir -p "$(dirname "$2")"
 dir=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")
 shift 2
-case $command in
-    run | start | stop | ctl) "$command" "$@" ;;
-    *) die "unknown command '$command'" ;;
-esac
+use_root "$(cat "$dir/root" 2>/dev/null || true)"
+if [ -n "$cluster" ] && [ $# -gt 0 ]; then
+    [[ $1 =~ ^[1-3]$ ]] || die "'$1' is not the number of a node: 1, 2 or 3"
+    on_node "$command" "$@"
+else
+    case $command in
+        run | start | stop) "$command" "$@" ;;
+        freeze | thaw | ctl) [ -z "$cluster" ] || usage; on_node "$command" 1 "$@" ;;
+        *) usage ;;
+    esac
+fi

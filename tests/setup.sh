@@ -2,6 +2,7 @@
 # Installs what is missing, from the distribution's packages; says what and why; starts no service.
 #   tests/setup.sh build     what the compiler needs
 #   tests/setup.sh broker    RabbitMQ, for private nodes
+#   tests/setup.sh brokers   RabbitMQ as newer Debian releases have it, for private nodes: in target/brokers, a folder each
 #   tests/setup.sh peers     the tutorial's other languages, and in target/peers their AMQP libraries
 #   tests/setup.sh bench     what else is measured: in target/peers the tutorial in C and on lapin, and the instruments
 set -eu
@@ -11,7 +12,8 @@ set -eu
 policy=/usr/sbin/policy-rc.d
 mark='# of tests/setup.sh, while it installs'
 here=$(cd "$(dirname "$0")" && pwd)
-built=${CARGO_TARGET_DIR:-$here/../target}/peers
+target=${CARGO_TARGET_DIR:-$here/../target}
+built=$target/peers
 
 say() { echo "setup: $*" >&2; }
 die() { say "$*"; exit 1; }
@@ -69,6 +71,26 @@ broker() {
     if command -v systemctl >/dev/null; then
         as_root systemctl --quiet disable rabbitmq-server.service epmd.service epmd.socket 2>/dev/null || true
     fi
+}
+
+# In folders of their own, which tests/broker.sh runs by chroot. To get a newer one, remove its folder.
+brokers() {
+    for release in trixie sid; do
+        folder=$target/brokers/$release
+        [ ! -e "$folder" ] || continue
+        [ "$(id -u)" = 0 ] || die "debootstrap and chroot, for RabbitMQ of Debian's $release, need root: run as root"
+        command -v debootstrap >/dev/null ||
+            apt_install "it installs newer brokers into folders of their own" debootstrap debian-archive-keyring
+        say "installing RabbitMQ of Debian's $release into target/brokers/$release, a minute: a newer broker to test on"
+        rm -rf "$folder.new"
+        mkdir -p "$target/brokers"
+        log=$(mktemp)
+        debootstrap --variant=minbase --include=rabbitmq-server "$release" "$folder.new" >"$log" 2>&1 ||
+            { tail -n 20 "$log" >&2; rm -f "$log"; die "debootstrap failed, see above"; }
+        rm -f "$log" "$folder.new"/var/cache/apt/archives/*.deb
+        echo '127.0.0.1 localhost' >"$folder.new/etc/hosts" # sid has none, and a node's name is resolved
+        mv "$folder.new" "$folder"
+    done
 }
 
 peers() {
@@ -136,7 +158,7 @@ bench() {
 
 for part in "$@"; do
     case $part in
-        build | broker | peers | bench) "$part" ;;
+        build | broker | brokers | peers | bench) "$part" ;;
         *) die "unknown part '$part'" ;;
     esac
 done

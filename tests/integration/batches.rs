@@ -77,7 +77,7 @@ fn json_is_an_object_for_each_call_and_bad_line() {
 /// What is asked for first is answered last.
 #[test]
 fn unordered_answers_come_as_they_are_ready() {
-    let queue = Queue::transient("unordered");
+    let queue = Queue::declared("unordered");
     let mut call = client(&queue, &["-q", "-o", "json", "--unordered", "30", "7", "8"]);
     let caller = thread::spawn(move || call.assert().code(0).stderr("").get_output().clone());
     let server = Peer::connect();

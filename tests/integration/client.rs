@@ -104,7 +104,7 @@ fn a_full_disk_is_an_error_of_its_own() {
 
 #[test]
 fn sigint_and_sigterm_end_it_at_once() {
-    let queue = Queue::transient("client_signals");
+    let queue = Queue::declared("client_signals");
     for signal in [Signal::INT, Signal::TERM] {
         let mut call = Program::spawn("rpc-client", &["--queue", &queue, "30"]);
         call.await_log("no server is consuming");
@@ -135,7 +135,7 @@ fn a_cold_call_takes_seven_round_trips() {
 fn direct_reply_to_makes_no_queue() {
     let broker = victim();
     let server = Peer::connect_to(broker.url());
-    server.declare("direct", false, None);
+    server.declare_default("direct");
     for (kind, queues) in [("queue", 1), ("direct", 0)] {
         let args = ["--queue", "direct", "-q", "-t", "1h", "--reply-to", kind, "30"];
         let client = Program::spawn_at(broker.url(), "rpc-client", &args);
@@ -152,7 +152,7 @@ fn direct_reply_to_makes_no_queue() {
 
 #[test]
 fn replies_to_no_call_in_hand_are_discarded() {
-    let queue = Queue::transient("unknown_ids");
+    let queue = Queue::declared("unknown_ids");
     let server = std::thread::spawn({
         let queue = queue.to_owned();
         move || {

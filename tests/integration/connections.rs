@@ -1,5 +1,6 @@
 //! Connections that break under the programs.
 
+use crate::support::applies::queue_types;
 use crate::support::broker::victim;
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{client, expect, Program};
@@ -132,7 +133,7 @@ fn a_batch_outlives_a_handshake_that_breaks() {
 #[test]
 fn a_broker_may_be_restarted_under_load() {
     let broker = victim();
-    for queue_type in ["transient", "classic", "quorum"] {
+    for queue_type in queue_types() {
         let queue = format!("restart.{queue_type}");
         let args = ["--queue-type", queue_type, "--delay", "5ms", "-q"];
         let server = Program::start_at(broker.url(), &queue, &args);
@@ -174,7 +175,7 @@ fn a_call_that_ends_takes_no_other_with_it() {
 /// The queue went with the broker; the call waits until a server declares it again.
 #[test]
 fn a_request_that_was_sent_before_is_not_given_up_because_its_queue_is_gone() {
-    let queue = Queue::transient("queue_gone");
+    let queue = Queue::declared("queue_gone");
     let proxy = Proxy::start();
     let client = Program::spawn_at(&proxy.url(), "rpc-client", &["--queue", &queue, "-v", "30"]);
     let mut peer = Peer::connect();
@@ -265,7 +266,7 @@ fn a_frozen_broker_does_not_keep_a_server_from_stopping_before_it_has_begun() {
 
 #[test]
 fn a_frozen_broker_does_not_keep_a_call_beyond_its_deadline() {
-    let queue = Queue::transient("frozen_call");
+    let queue = Queue::declared("frozen_call");
     let mut peer = Peer::connect();
     let proxy = Proxy::start();
     let args = ["--queue", &queue, "-t", "5s", "--heartbeat", "600", "30"];

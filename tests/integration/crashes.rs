@@ -101,7 +101,7 @@ fn every_call_says_farewell() {
     let unclean = unclean_closes(&broker);
     let queue = "farewell";
     let server = Program::start_at(broker.url(), queue, &["--max-n", "50"]);
-    Peer::connect_to(broker.url()).declare("farewell.idle", false, None);
+    Peer::connect_to(broker.url()).declare_default("farewell.idle");
     for (queue, args, code) in [
         (queue, &["30"][..], 0),
         (queue, &["60"], 1),

@@ -121,7 +121,7 @@ fn a_peer_that_drips() {
 fn a_broker_that_freezes_in_each_phase() {
     let broker = victim();
     let queue = "frozen";
-    Peer::connect_to(broker.url()).declare(queue, false, None);
+    Peer::connect_to(broker.url()).declare_default(queue);
     for (scheme, phase) in [("amqp", "AMQP"), ("amqps", "TLS")] {
         let (freeze, _thaw) = broker.freezer();
         freeze();
@@ -201,7 +201,7 @@ fn a_reply_queue_that_is_deleted_is_set_up_anew() {
     let broker = victim();
     let queue = "deleted";
     let server = Peer::connect_to(broker.url());
-    server.declare(queue, false, None);
+    server.declare_default(queue);
     let args = ["--queue", queue, "-v", "-t", "1h", "30"];
     let waits = Program::spawn_at(broker.url(), "rpc-client", &args);
     let request = server.take(queue);

@@ -37,7 +37,7 @@ fn help_lists_the_exit_codes_and_hides_the_environment() {
 
 #[test]
 fn what_is_no_number_never_leaves_the_client() {
-    let queue = Queue::transient("no_number");
+    let queue = Queue::declared("no_number");
     for wrong in ["", "+5", "1.5", " 1", "1e3", "0x10", "123456789012345678901"] {
         client(&queue, &["1", "--", wrong]).assert().code(2).stdout("");
     }
@@ -119,7 +119,7 @@ fn no_queue_is_exit_code_4() {
 
 #[test]
 fn no_answer_in_time_is_exit_code_5_and_leaves_nothing_behind() {
-    let queue = Queue::transient("no_answer");
+    let queue = Queue::declared("no_answer");
     let error = format!(
         "rpc-client: fib(30): no answer from '{}' on {} within 5s: \
          the queue had 0 consumers and 1 message waiting\n",
@@ -132,7 +132,7 @@ fn no_answer_in_time_is_exit_code_5_and_leaves_nothing_behind() {
 
 #[test]
 fn a_queue_without_consumers_draws_a_warning_and_is_waited_for() {
-    let queue = Queue::transient("no_consumers");
+    let queue = Queue::declared("no_consumers");
     let call = Program::spawn("rpc-client", &["--queue", &queue, "30"]);
     let warning = call.await_log("no server is consuming");
     let expected =
@@ -155,7 +155,7 @@ fn a_remote_error_is_exit_code_1_and_stops_nothing() {
 
 #[test]
 fn a_reply_that_is_no_number_is_exit_code_1() {
-    let queue = Queue::transient("bad_reply");
+    let queue = Queue::declared("bad_reply");
     let nonsense = ["", "NaN", "abc", "-1", "1\n", "12345678"];
     let server = thread::spawn({
         let queue = queue.to_owned();
@@ -180,7 +180,7 @@ fn a_reply_that_is_no_number_is_exit_code_1() {
 
 #[test]
 fn a_server_that_drops_the_request_is_exit_code_5() {
-    let queue = Queue::transient("drops");
+    let queue = Queue::declared("drops");
     let server = thread::spawn({
         let (peer, queue) = (Peer::connect(), queue.to_owned());
         move || peer.take(&queue)

@@ -5,6 +5,7 @@
 
 mod batches;
 mod client;
+mod cluster;
 mod connections;
 mod crashes;
 mod deadlines;

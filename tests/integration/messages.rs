@@ -78,8 +78,8 @@ impl Scene {
         }
         node.ctl(&["add_user", "no-vhost", "page"]);
         let foreign = Peer::connect_to(node.url());
-        foreign.declare("page.idle", false, None);
-        foreign.declare("page.nonsense", false, None);
+        foreign.declare_default("page.idle");
+        foreign.declare_default("page.nonsense");
         let nonsense = |request: &[u8]| if request == b"30" { "NaN" } else { "12345678901" };
         thread::spawn(move || foreign.serve("page.nonsense", nonsense));
         let broker = node.authority().to_owned();
@@ -87,7 +87,7 @@ impl Scene {
         let nobody = nobody.expect("there are ports").to_string();
         let (silent, web) = (peer(b""), peer(b"HTTP/1.1 400 Bad Request\r\n\r\n"));
         let (silent, web) = (silent.to_string(), web.to_string());
-        let folder = env!("CARGO_TARGET_TMPDIR").to_owned();
+        let folder = node.folder().to_str().expect("the temporary folder is UTF-8").to_owned();
         let at = |port| format!("localhost:{port}");
         let (good, expired) = (at(tls.good), at(tls.expired));
         let (wrong_host, mutual, mutual_12) =

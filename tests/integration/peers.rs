@@ -1,6 +1,7 @@
 //! The RPC tutorial on the libraries of other languages (`tests/peers`): each is a drop-in half.
 
-use crate::support::peer::{Peer, Queue};
+use crate::support::applies::{does_not_apply, queue_types};
+use crate::support::peer::{default_queue_type, permits_transient_queues, Peer, Queue};
 use crate::support::programs::{client, expect, folder, Program};
 use crate::support::{broker, eventually, PATIENCE};
 use assert_cmd::Command;
@@ -156,10 +157,15 @@ fn rows(queue_type: &str) -> Vec<Row> {
     rows
 }
 
+/// The types of queue that the tutorial declares in one form or another, and the broker permits.
+fn tutorial_queue_types() -> impl Iterator<Item = &'static str> {
+    queue_types().into_iter().filter(|&queue_type| queue_type != "classic")
+}
+
 /// The tutorial as it was, and its form of today: a durable quorum queue, and direct reply-to.
 #[test]
 fn the_matrix() {
-    let rows: Vec<Row> = ["transient", "quorum"].into_iter().flat_map(rows).collect();
+    let rows: Vec<Row> = tutorial_queue_types().flat_map(rows).collect();
     let header =
         "| caller         | server                | n = 0  | n = 1  | n = 7  | n = 30 | n = 78 | n = 90 | 300/16 |";
     let rule = header.replace(|char| char != '|', "-");
@@ -175,7 +181,7 @@ fn the_matrix() {
 /// On one queue, started in either order, of either type: nobody is refused, the calls are shared out.
 #[track_caller]
 fn shares_a_queue(language: Language) {
-    for queue_type in ["transient", "quorum"] {
+    for queue_type in tutorial_queue_types() {
         for ours_first in [true, false] {
             let queue = Queue::named(&format!("shared_{queue_type}_{language:?}_{ours_first}"));
             let start_ours = || Program::start(&queue, &["--queue-type", queue_type]);
@@ -239,7 +245,7 @@ fn a_peers_bad_request_is_answered_with_a_sentence() {
 fn a_peer_servers_sentence_is_a_bad_reply() {
     for language in LANGUAGES {
         let queue = Queue::named(&format!("sentence_{language:?}"));
-        let _server = language.start_server(&queue, "transient");
+        let _server = language.start_server(&queue, default_queue_type(broker::url()));
         let call = client(&queue, &["7", "18446744073709551615", "8"])
             .assert()
             .code(1)
@@ -295,6 +301,12 @@ fn guest(language: Language, block: &str, extension: &str) {
         let _server = Program::start(&queue, &[]);
         let call = programs.next().expect("a block that calls");
         expect(Command::from_std(call).timeout(PATIENCE), 0, "832040\n", "");
+    }
+    if !permits_transient_queues(broker::url()) {
+        return does_not_apply(
+            "the guest's server",
+            "it declares a transient queue, as in the tutorial",
+        );
     }
     Peer::connect().delete(&queue); // it declares it itself
     let _server = Program::spawn_command(&programs.next().expect("a block that serves"));

@@ -1,8 +1,9 @@
 //! `rpc-server` as an operator sees it: how it serves, shares, stops and survives.
 
-use crate::support::broker::victim;
-use crate::support::peer::{Peer, Queue};
-use crate::support::programs::{client, expect, Program};
+use crate::support::applies::{does_not_apply, queue_types};
+use crate::support::broker::{self, victim};
+use crate::support::peer::{default_queue_type, permits_transient_queues, Peer, Queue};
+use crate::support::programs::{client, command, expect, Program};
 use amiquip::AmqpProperties;
 use rustix::process::Signal;
 use std::os::unix::process::ExitStatusExt;
@@ -126,11 +127,9 @@ fn it_drops_what_has_expired_in_its_hands() {
 
 #[test]
 fn it_adopts_a_queue_of_any_type_as_it_is() {
-    for (name, durable, queue_type) in
-        [("transient", false, None), ("classic", true, None), ("quorum", true, Some("quorum"))]
-    {
-        let queue = Queue::named(&format!("adopt_{name}"));
-        Peer::connect().declare(&queue, durable, queue_type);
+    for queue_type in queue_types() {
+        let queue = Queue::named(&format!("adopt_{queue_type}"));
+        Peer::connect().declare(&queue, queue_type);
         for asked in ["auto", "transient", "classic", "quorum"] {
             let server = Program::start(&queue, &["--queue-type", asked]);
             server.await_log(&format!("adopted queue '{}' as it is", &*queue));
@@ -143,17 +142,28 @@ fn it_adopts_a_queue_of_any_type_as_it_is() {
 /// Declared again with the same arguments a queue is left alone, with others it is a 406.
 #[test]
 fn it_declares_a_missing_queue_as_it_is_told() {
-    for (asked, durable, queue_type) in [
-        ("auto", false, None),
-        ("transient", false, None),
-        ("classic", true, None),
-        ("quorum", true, Some("quorum")),
-    ] {
+    let auto = ("auto", default_queue_type(broker::url()));
+    let explicit = queue_types().into_iter().map(|queue_type| (queue_type, queue_type));
+    for (asked, declared) in explicit.chain([auto]) {
         let queue = Queue::named(&format!("declare_{asked}"));
         let server = Program::start(&queue, &["--queue-type", asked]);
-        Peer::connect().declare(&queue, durable, queue_type);
+        Peer::connect().declare(&queue, declared);
         server.stop();
     }
+}
+
+/// From RabbitMQ 4.3 on it may be configured not to permit them, and then closes the connection.
+#[test]
+fn a_transient_queue_that_the_broker_does_not_permit_is_exit_code_3() {
+    if permits_transient_queues(broker::url()) {
+        return does_not_apply("", "the broker permits transient queues");
+    }
+    let queue = Queue::named("not_permitted");
+    let mut server = command("rpc-server");
+    server.args(["--queue", &queue, "--queue-type", "transient"]);
+    let output = server.assert().code(3).stdout("").get_output().clone();
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(log.contains("transient_nonexcl_queues"), "{log}");
 }
 
 #[test]
@@ -161,7 +171,7 @@ fn several_servers_may_start_at_once() {
     let queue = Queue::named("race");
     let queue = &*queue;
     thread::scope(|scope| {
-        for queue_type in ["transient", "classic", "quorum", "auto"] {
+        for queue_type in queue_types().into_iter().chain(["auto"]) {
             scope.spawn(move || Program::start(queue, &["--queue-type", queue_type]).stop());
         }
     });

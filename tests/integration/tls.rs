@@ -30,11 +30,12 @@ pub(crate) struct Listeners {
 pub(crate) fn listeners() -> &'static Listeners {
     static LISTENERS: OnceLock<Listeners> = OnceLock::new();
     LISTENERS.get_or_init(|| {
-        let (authority, other) = (Authority::new("ca"), Authority::new("other-ca"));
+        let node = node();
+        // The node reads them, too, wherever it runs.
+        let [authority, other] = ["ca", "other-ca"].map(|name| Authority::new(node.folder(), name));
         let ca = authority.certificate();
         let here = ["localhost", "127.0.0.1", "::1"];
         let good = authority.sign("good", &here);
-        let node = node();
         let user = "rpc-test-client";
         node.ctl(&["add_user", user, "never used"]);
         node.ctl(&["set_permissions", user, ".*", ".*", ".*"]);

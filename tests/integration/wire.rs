@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 #[test]
 fn a_request_is_what_the_wire_table_says() {
-    let queue = Queue::transient("request");
+    let queue = Queue::declared("request");
     let caller = thread::spawn({
         let mut call = client(&queue, &["-q", "-t", "20s", "30"]);
         move || expect(&mut call, 0, "832040\n", "")
@@ -39,7 +39,7 @@ fn a_request_is_what_the_wire_table_says() {
 
 /// Sends a request as a foreign client may, and returns the reply.
 fn ask(queue: &str, body: &[u8], properties: AmqpProperties) -> amiquip::Delivery {
-    let replies = Queue::transient(&format!("replies.{}", Uuid::new_v4()));
+    let replies = Queue::declared(&format!("replies.{}", Uuid::new_v4()));
     let peer = Peer::connect();
     peer.publish(queue, body, properties.with_reply_to(replies.to_owned()));
     peer.take(&replies)
@@ -113,7 +113,7 @@ fn a_request_that_cannot_be_answered_is_rejected_and_not_requeued() {
 
 #[test]
 fn a_dead_letter_exchange_catches_what_cannot_be_answered() {
-    let dead_letters = Queue::transient("dead_letters");
+    let dead_letters = Queue::declared("dead_letters");
     let queue = Queue::named("with_dead_letters");
     let peer = Peer::connect();
     peer.declare_with_dead_letters(&queue, &dead_letters);

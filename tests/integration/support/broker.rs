@@ -1,13 +1,11 @@
 //! The broker of the tests: that of `AMQP_URL`, or a private node; and nodes to be tampered with.
 
-use procfs::process::all_processes;
 use rpc_common::broker::open;
 use rpc_common::deadline::Deadline;
 use rpc_common::target::Target;
-use rustix::process::{kill_process_group, Pid, Signal};
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -18,7 +16,7 @@ pub(crate) fn url() -> &'static str {
     static URL: OnceLock<String> = OnceLock::new();
     URL.get_or_init(|| {
         let Some(url) = env::var("AMQP_URL").ok().filter(|url| !url.is_empty()) else {
-            return node().url.clone();
+            return node().url().to_owned();
         };
         let target = Target::parse(&url).expect("AMQP_URL is well formed");
         let opened = open(&target, "test", &Deadline::after(Duration::from_secs(10)));
@@ -62,16 +60,50 @@ pub(crate) fn url_with(
     }
 }
 
-/// A private node.
-pub(crate) struct Node {
-    url: String,
+const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/broker.sh");
+
+/// Nodes that `broker.sh` runs below a folder, until its standard input ends, and that ends with this process,
+/// however this process ends.
+struct Script {
     folder: PathBuf,
-    /// The node runs until its standard input ends, and that ends with this process, however this
-    /// process ends.
-    _script: Child,
+    urls: Vec<String>,
+    _process: Child,
 }
 
-const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/broker.sh");
+impl Script {
+    /// Starts a node, or as many as the `mode` of the script is for.
+    fn run(mode: &[&str], nodes: usize, name: &str) -> Self {
+        let folder = env::temp_dir().join(format!("rpc-tests-{name}-{}", process::id()));
+        let mut process = Command::new(SCRIPT)
+            .args(mode)
+            .arg("run")
+            .arg(&folder)
+            .env("NODE_PLUGINS", "rabbitmq_auth_mechanism_ssl")
+            .process_group(0) // so that Ctrl-C ends us first, and the node then
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("bash runs broker.sh");
+        let urls = BufReader::new(process.stdout.take().expect("piped")).lines();
+        let urls: Vec<String> = urls.take(nodes).map_while(Result::ok).collect();
+        assert_eq!(urls.len(), nodes, "no private RabbitMQ: what broker.sh says above is missing");
+        Script { folder, urls, _process: process }
+    }
+}
+
+/// Runs a command of the script on the nodes of a folder, and returns what it prints.
+#[track_caller]
+fn command(folder: &Path, mode: &[&str], command: &str, args: &[&str]) -> String {
+    let mut script = Command::new(SCRIPT);
+    let output = script.args(mode).arg(command).arg(folder).args(args).output();
+    let output = output.expect("bash runs broker.sh");
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success(), "broker.sh {command} {args:?}: {text}");
+    text
+}
+
+/// A private node.
+pub(crate) struct Node(Script);
 
 /// A node of ours, to which tests may add users and listeners; the plain tests' broker, too, unless
 /// `AMQP_URL` names another.
@@ -90,50 +122,40 @@ pub(crate) fn victim() -> MutexGuard<'static, Node> {
 
 impl Node {
     fn start(name: &str) -> Self {
-        let folder = env::temp_dir().join(format!("rpc-tests-{name}-{}", process::id()));
-        let mut script = Command::new(SCRIPT)
-            .arg("run")
-            .arg(&folder)
-            .env("NODE_PLUGINS", "rabbitmq_auth_mechanism_ssl")
-            .process_group(0) // so that Ctrl-C ends us first, and the node then
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("bash runs broker.sh");
-        let mut url = String::new();
-        BufReader::new(script.stdout.take().expect("piped"))
-            .read_line(&mut url)
-            .expect("its output is text");
-        assert!(url.ends_with('\n'), "no private RabbitMQ: what broker.sh says above is missing");
-        Node { url: url.trim().into(), folder, _script: script }
+        Node(Script::run(&[], 1, name))
     }
 
     pub(crate) fn url(&self) -> &str {
-        &self.url
+        &self.0.urls[0]
     }
 
     /// Host and port, as messages name it.
     pub(crate) fn authority(&self) -> &str {
-        self.url.trim_start_matches("amqp://")
+        self.url().trim_start_matches("amqp://")
     }
 
     pub(crate) fn port(&self) -> u16 {
-        self.url.rsplit(':').next().and_then(|port| port.parse().ok()).expect("the URL has a port")
+        self.url()
+            .rsplit(':')
+            .next()
+            .and_then(|port| port.parse().ok())
+            .expect("the URL has a port")
+    }
+
+    /// A folder that the node can read, and that goes with it.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.0.folder
     }
 
     /// Runs `rabbitmqctl` on this node, and returns what it prints.
     #[track_caller]
     pub(crate) fn ctl(&self, args: &[&str]) -> String {
-        let output = Command::new(SCRIPT).arg("ctl").arg(&self.folder).args(args).output();
-        let output = output.expect("bash runs broker.sh");
-        let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-        assert!(output.status.success(), "rabbitmqctl {args:?}: {text}");
-        text
+        command(self.folder(), &[], "ctl", args)
     }
 
     /// What the node has logged.
     pub(crate) fn log(&self) -> String {
-        let files = fs::read_dir(self.folder.join("log")).expect("it logs there");
+        let files = fs::read_dir(self.folder().join("1/log")).expect("it logs there");
         let text = |file: io::Result<fs::DirEntry>| fs::read(file.ok()?.path()).ok();
         String::from_utf8_lossy(&files.filter_map(text).collect::<Vec<_>>().concat()).into_owned()
     }
@@ -156,28 +178,38 @@ impl Node {
         Undo(move || set(&variable, &old))
     }
 
-    /// What stops the broker's process by SIGSTOP, and the guard that lets it go on when it is dropped.
+    /// What stops the node's processes by SIGSTOP, and the guard that lets them go on when it is dropped.
     pub(crate) fn freezer(&self) -> (impl FnOnce() + Send + 'static, impl Drop) {
-        let pids = fs::read_to_string(self.folder.join("pids")).expect("broker.sh wrote it");
-        let group = pids.split_whitespace().next().and_then(|pid| pid.parse().ok());
-        let group = group.and_then(Pid::from_raw).expect("the node's process comes first");
-        let signal = move |signal| kill_process_group(group, signal).expect("the node is running");
-        let stop = move || {
-            signal(Signal::STOP);
-            // A thread that is running goes on until it sees the signal.
-            super::eventually("the stop of the node", || has_stopped(group).then_some(()));
-        };
-        (stop, Undo(move || signal(Signal::CONT)))
+        let [freeze, thaw] = ["freeze", "thaw"].map(|name| {
+            let folder = self.folder().to_owned();
+            move || drop(command(&folder, &[], name, &[]))
+        });
+        (freeze, Undo(thaw))
     }
 }
 
-/// Whether no thread of a process group runs any more.
-fn has_stopped(group: Pid) -> bool {
-    let group = group.as_raw_pid();
-    let processes = all_processes().expect("/proc is mounted").flatten();
-    let members = processes.filter(|process| process.stat().is_ok_and(|stat| stat.pgrp == group));
-    let mut threads = members.filter_map(|process| process.tasks().ok()).flatten().flatten();
-    threads.all(|thread| thread.stat().is_ok_and(|stat| matches!(stat.state, 'T' | 'Z')))
+/// The mode of the script, and the nodes, of a cluster.
+const CLUSTER: (&[&str], usize) = (&["cluster"], 3);
+
+/// A cluster of three private nodes, which are known by their numbers, 1 to 3.
+pub(crate) struct Cluster(Script);
+
+impl Cluster {
+    pub(crate) fn start(name: &str) -> Self {
+        let (mode, nodes) = CLUSTER;
+        Cluster(Script::run(mode, nodes, name))
+    }
+
+    /// The URLs of its nodes, the first one first.
+    pub(crate) fn urls(&self) -> &[String] {
+        &self.0.urls
+    }
+
+    /// Has the script do something to a node, and returns what that prints.
+    #[track_caller]
+    pub(crate) fn node(&self, number: usize, command: &str, args: &[&str]) -> String {
+        self::command(&self.0.folder, CLUSTER.0, command, &[&[&*number.to_string()], args].concat())
+    }
 }
 
 struct Undo<F: FnMut()>(F);

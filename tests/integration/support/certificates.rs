@@ -14,8 +14,9 @@ pub(crate) struct Authority {
 }
 
 impl Authority {
-    pub(crate) fn new(name: &str) -> Self {
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    /// An authority whose files are below this folder.
+    pub(crate) fn new(folder: &Path, name: &str) -> Self {
+        let folder = folder.join(name);
         fs::create_dir_all(&folder).expect("there is room for it");
         let mut params = params(name, &[]);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -53,7 +54,7 @@ impl Authority {
     }
 
     fn file(&self, name: &str) -> String {
-        self.folder.join(name).to_str().expect("the target folder is UTF-8").into()
+        self.folder.join(name).to_str().expect("the temporary folder is UTF-8").into()
     }
 }
 

@@ -1,5 +1,6 @@
 //! What the tests stand on: a broker, the programs, and a foreign peer that speaks plain AMQP.
 
+pub(crate) mod applies;
 pub(crate) mod broker;
 pub(crate) mod certificates;
 pub(crate) mod peer;

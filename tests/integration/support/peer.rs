@@ -6,12 +6,16 @@ use amiquip::{
     Publish, QueueDeclareOptions, QueueDeleteOptions,
 };
 use rpc_common::broker::{open, Counts, Link};
-use rpc_common::deadline::Deadline;
+use rpc_common::deadline::{Deadline, Phase};
 use rpc_common::target::Target;
+use std::collections::BTreeMap;
 use std::ops::Deref;
+use std::sync::{Mutex, PoisonError};
+use uuid::Uuid;
 
 /// A connection of the test's own.
 pub(crate) struct Peer {
+    url: String,
     link: Link,
     channel: Channel,
 }
@@ -26,25 +30,45 @@ impl Peer {
         let deadline = Deadline::after(PATIENCE);
         let mut link = open(&target, "test", &deadline).expect("the broker is there");
         let channel = link.open_channel(&deadline).expect("there are channels");
-        Peer { link, channel }
+        Peer { url: url.into(), link, channel }
     }
 
-    pub(crate) fn declare(&self, queue: &str, durable: bool, queue_type: Option<&str>) {
-        let queue_type = queue_type.map(|name| ("x-queue-type", name));
-        self.declare_with(queue, durable, queue_type.as_slice());
+    /// The version of RabbitMQ at the other end.
+    pub(crate) fn broker_version(&mut self) -> String {
+        let deadline = Deadline::after(PATIENCE);
+        let version = self.link.within(&deadline, Phase::Look, |connection| {
+            Ok(connection.server_properties().get("version").cloned())
+        });
+        match version {
+            Ok(Some(AmqpValue::LongString(version))) => version,
+            other => panic!("no version of the broker: {other:?}"),
+        }
+    }
+
+    /// Declares a queue as `rpc-server` does by default.
+    pub(crate) fn declare_default(&self, queue: &str) {
+        self.declare(queue, default_queue_type(&self.url));
+    }
+
+    /// Declares a queue as `rpc-server --queue-type` does.
+    pub(crate) fn declare(&self, queue: &str, queue_type: &str) {
+        self.declare_with(queue, queue_type, &[]);
     }
 
     /// What is rejected from the queue goes to another one.
     pub(crate) fn declare_with_dead_letters(&self, queue: &str, dead_letters: &str) {
         let to = [("x-dead-letter-exchange", ""), ("x-dead-letter-routing-key", dead_letters)];
-        self.declare_with(queue, false, &to);
+        self.declare_with(queue, default_queue_type(&self.url), &to);
     }
 
-    fn declare_with(&self, queue: &str, durable: bool, arguments: &[(&str, &str)]) {
+    fn declare_with(&self, queue: &str, queue_type: &str, arguments: &[(&str, &str)]) {
+        let is_quorum = queue_type == "quorum";
+        let queue_type_argument = is_quorum.then_some(("x-queue-type", "quorum"));
         let mut table = FieldTable::new();
-        for (name, value) in arguments {
+        for (name, value) in arguments.iter().chain(&queue_type_argument) {
             table.insert((*name).into(), AmqpValue::LongString((*value).into()));
         }
+        let durable = queue_type != "transient";
         let options =
             QueueDeclareOptions { durable, arguments: table, ..QueueDeclareOptions::default() };
         self.channel.queue_declare(queue, options).expect("the queue can be declared");
@@ -120,6 +144,29 @@ impl Peer {
     }
 }
 
+/// The type of queue that `rpc-server` declares by default at this broker.
+pub(crate) fn default_queue_type(url: &str) -> &'static str {
+    if permits_transient_queues(url) {
+        "transient"
+    } else {
+        "quorum"
+    }
+}
+
+/// Whether a broker permits transient queues; from RabbitMQ 4.3 on it may be configured not to. Then it closes the
+/// connection that declares one.
+pub(crate) fn permits_transient_queues(url: &str) -> bool {
+    static KNOWN: Mutex<BTreeMap<String, bool>> = Mutex::new(BTreeMap::new());
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    *known.entry(url.into()).or_insert_with(|| {
+        let (peer, queue) = (Peer::connect_to(url), format!("test.permitted.{}", Uuid::new_v4()));
+        let declared = peer.channel.queue_declare(&*queue, QueueDeclareOptions::default());
+        let permitted = declared.is_ok();
+        peer.delete(&queue);
+        permitted
+    })
+}
+
 /// A queue name that no other test has; what is there under it is deleted in the end.
 pub(crate) struct Queue(String);
 
@@ -129,10 +176,10 @@ impl Queue {
         Queue(format!("test.{test}.{}", std::process::id()))
     }
 
-    /// The name for the queue of one test, declared as the tutorial does.
-    pub(crate) fn transient(test: &str) -> Self {
+    /// The name for the queue of one test, declared as `rpc-server` does by default.
+    pub(crate) fn declared(test: &str) -> Self {
         let queue = Queue::named(test);
-        Peer::connect().declare(&queue, false, None);
+        Peer::connect().declare_default(&queue);
         queue
     }
 }

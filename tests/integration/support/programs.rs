@@ -104,6 +104,8 @@ impl Program {
         let mut setpriv = process::Command::new("setpriv");
         setpriv
             .args(["--pdeathsig", "KILL"])
+            // What a script starts in the background ignores SIGINT, and so would its children.
+            .args(["env", "--default-signal=INT"])
             .arg(command.get_program())
             .args(command.get_args())
             .envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))))

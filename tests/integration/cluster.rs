@@ -1,0 +1,48 @@
+//! A cluster of three nodes that fail under load.
+
+use crate::support::broker::Cluster;
+use crate::support::peer::Peer;
+use crate::support::programs::Program;
+
+const CALLS: usize = 600;
+
+/// Each server has a node of its own; the client is on a node that lives on. (RabbitMQ 3.10 loses what is published on
+/// a new connection while the queue elects a leader.)
+#[test]
+fn every_call_is_answered_when_the_queues_leader_is_killed() {
+    let cluster = Cluster::start("cluster");
+    let queue = "survives";
+    let args = ["--queue-type", "quorum", "--delay", "20ms", "-q"];
+    let servers: Vec<Program> =
+        cluster.urls().iter().map(|url| Program::start_at(url, queue, &args)).collect();
+    let leader = leader(&cluster, queue);
+    let survivor = &cluster.urls()[leader % cluster.urls().len()];
+    let calls = CALLS.to_string();
+    let args = ["--queue", queue, "-q", "-t", "1h", "-j", "64", "--repeat", &calls, "30"];
+    let client = Program::spawn_at(survivor, "rpc-client", &args);
+    assert_eq!(client.next_line(), "832040");
+
+    cluster.node(leader, "kill", &[]);
+    let before = 1 + client.lines_at_hand().len();
+    assert!(before + 64 < CALLS, "{before} calls were answered before the leader was killed");
+    for _ in before..CALLS {
+        assert_eq!(client.next_line(), "832040");
+    }
+    assert_eq!(client.rest(), (vec![], vec![]));
+    assert_eq!(client.end(), Some(0));
+
+    cluster.node(leader, "start", &[]);
+    Peer::connect_to(survivor).await_consumers(queue, 3);
+    for server in servers {
+        server.stop();
+    }
+}
+
+/// The number of the node on which the queue's leader is.
+fn leader(cluster: &Cluster, queue: &str) -> usize {
+    let table = cluster.node(1, "ctl", &["list_queues", "--no-table-headers", "name", "leader"]);
+    let node = table.lines().find_map(|line| line.strip_prefix(queue)).expect("it is listed");
+    let port = node.trim().trim_start_matches("rpc-").trim_end_matches("@localhost");
+    let position = cluster.urls().iter().position(|url| url.ends_with(port));
+    position.expect("the leader is a node of the cluster") + 1
+}

@@ -119,6 +119,10 @@ impl Scene {
             names: vec![
                 // What the resolver says of it where there is no name server.
                 ("temporary failure in name resolution".into(), "name or service not known"),
+                // RabbitMQ says which access from 4.0 on.
+                ("configure access to".into(), "access to"),
+                ("write access to".into(), "access to"),
+                ("read access to".into(), "access to"),
                 (broker, "rabbit:5672"),
                 (nobody, "nobody:5672"),
                 (silent, "silent:5672"),

@@ -190,19 +190,21 @@ fn a_deleted_queue_is_declared_anew() {
     server.stop();
 }
 
+/// fib of this is larger than the `max_message_size` of [`victim`].
+const TOO_LARGE: &str = "1000000";
+
 /// The broker closes the channel for such a reply and delivers the request again; it is not computed for
 /// ever, and others are served.
 #[test]
 fn a_reply_that_is_too_large_for_the_broker_becomes_an_error() {
     let broker = victim();
-    let _small = broker.set("max_message_size", "1000");
     let queue = "too_large";
     let server = Program::start_at(broker.url(), queue, &[]);
-    let mut call = client(queue, &["-q", "20", "10000", "30"]);
-    let error = "rpc-client: fib(10000): internal error: \
+    let mut call = client(queue, &["-q", "20", TOO_LARGE, "30"]);
+    let error = "rpc-client: fib(1000000): internal error: \
                  the broker refused the answer, perhaps for its size\n";
     expect(call.env("AMQP_URL", broker.url()), 1, "6765\n\n832040\n", error);
-    let begun = server.stop().iter().filter(|line| line.ends_with("fib(10000)")).count();
+    let begun = server.stop().iter().filter(|line| line.ends_with("fib(1000000)")).count();
     assert_eq!(begun, 2, "once to be refused, and once to know that it was this one");
 }
 
@@ -210,14 +212,13 @@ fn a_reply_that_is_too_large_for_the_broker_becomes_an_error() {
 #[test]
 fn a_channel_that_the_broker_closes_under_load_costs_no_connection() {
     let broker = victim();
-    let _small = broker.set("max_message_size", "1000");
     let errors = || broker.log().matches("caused a connection exception").count();
     let before = errors();
     let queue = "closed_channel";
     let server =
         Program::start_at(broker.url(), queue, &["-q", "--prefetch", "64", "--workers", "2"]);
     let numbers: Vec<&str> =
-        (1..=1_000).map(|i| if i % 500 == 0 { "10000" } else { "30" }).collect();
+        (1..=1_000).map(|i| if i % 500 == 0 { TOO_LARGE } else { "30" }).collect();
     let answers: String =
         numbers.iter().map(|n| if *n == "30" { "832040\n" } else { "\n" }).collect();
     let mut call = client(queue, &["-q", "-"]);

@@ -1,9 +1,10 @@
 //! What goes over the wire, seen by a foreign peer at the other end.
 
-use crate::support::eventually;
+use crate::support::applies::version;
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{client, expect, Program};
-use amiquip::{AmqpProperties, AmqpValue};
+use crate::support::{eventually, PATIENCE};
+use amiquip::{AmqpProperties, AmqpValue, ConsumerMessage};
 use std::thread;
 use uuid::Uuid;
 
@@ -136,4 +137,17 @@ fn a_caller_that_is_gone_is_logged_and_its_request_is_done() {
     );
     server.stop();
     assert_eq!(Peer::connect().depth(&queue), Some(0));
+}
+
+/// Why a reply to a direct reply-to is not mandatory: up to RabbitMQ 4.1 it would be returned though it arrives.
+#[test]
+fn a_mandatory_reply_to_a_direct_reply_to_arrives_and_is_returned_before_rabbitmq_4_2() {
+    let queue = Queue::declared("mandatory_direct");
+    let (caller, server) = (Peer::connect(), Peer::connect());
+    let replies = caller.call_directly(&queue);
+    let request = server.take(&queue);
+    let reply_to = request.properties.reply_to().as_deref().expect("set");
+    assert_eq!(server.is_returned(reply_to, b"832040"), version() < (4, 2));
+    let reply = replies.receiver().recv_timeout(PATIENCE).expect("it arrives");
+    assert!(matches!(reply, ConsumerMessage::Delivery(reply) if reply.body == b"832040"));
 }

@@ -9,12 +9,15 @@ use std::thread;
 /// The version of RabbitMQ at the broker of the tests: major and minor.
 pub(crate) fn version() -> (u32, u32) {
     static VERSION: OnceLock<(u32, u32)> = OnceLock::new();
-    *VERSION.get_or_init(|| {
-        let version = Peer::connect().broker_version();
-        let mut numbers = version.split('.').map(|number| number.parse().ok());
-        let mut number = || numbers.next().flatten().expect("it begins with two numbers");
-        (number(), number())
-    })
+    *VERSION.get_or_init(|| version_at(broker::url()))
+}
+
+/// The same of another broker.
+pub(crate) fn version_at(url: &str) -> (u32, u32) {
+    let version = Peer::connect_to(url).broker_version();
+    let mut numbers = version.split('.').map(|number| number.parse().ok());
+    let mut number = || numbers.next().flatten().expect("it begins with two numbers");
+    (number(), number())
 }
 
 /// Says that a part of this test, or with an empty one the whole test, does not apply to the broker, and why.

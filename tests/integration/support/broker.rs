@@ -71,14 +71,16 @@ struct Script {
 }
 
 impl Script {
-    /// Starts a node, or as many as the `mode` of the script is for.
-    fn run(mode: &[&str], nodes: usize, name: &str) -> Self {
+    /// Starts a node, or as many as the `mode` of the script is for, with lines of `rabbitmq.conf`.
+    fn run(mode: &[&str], nodes: usize, name: &str, config: &str) -> Self {
+        let configured = env::var("NODE_CONFIG").unwrap_or_default();
         let folder = env::temp_dir().join(format!("rpc-tests-{name}-{}", process::id()));
         let mut process = Command::new(SCRIPT)
             .args(mode)
             .arg("run")
             .arg(&folder)
             .env("NODE_PLUGINS", "rabbitmq_auth_mechanism_ssl")
+            .env("NODE_CONFIG", format!("{configured}\n{config}"))
             .process_group(0) // so that Ctrl-C ends us first, and the node then
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -109,20 +111,21 @@ pub(crate) struct Node(Script);
 /// `AMQP_URL` names another.
 pub(crate) fn node() -> &'static Node {
     static NODE: OnceLock<Node> = OnceLock::new();
-    NODE.get_or_init(|| Node::start("shared"))
+    NODE.get_or_init(|| Node::start("shared", ""))
 }
 
-/// A node for one test at a time, which may do to it what would disturb others.
+/// A node for one test at a time, which may do to it what would disturb others. It takes messages of 100,000 bytes
+/// at the most.
 pub(crate) fn victim() -> MutexGuard<'static, Node> {
     static NODE: OnceLock<Mutex<Node>> = OnceLock::new();
-    let node = NODE.get_or_init(|| Mutex::new(Node::start("victim")));
+    let node = NODE.get_or_init(|| Mutex::new(Node::start("victim", "max_message_size = 100000")));
     // A test that failed has undone what it did: all of that is undone by drops.
     node.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Node {
-    fn start(name: &str) -> Self {
-        Node(Script::run(&[], 1, name))
+    fn start(name: &str, config: &str) -> Self {
+        Node(Script::run(&[], 1, name, config))
     }
 
     pub(crate) fn url(&self) -> &str {
@@ -197,7 +200,7 @@ pub(crate) struct Cluster(Script);
 impl Cluster {
     pub(crate) fn start(name: &str) -> Self {
         let (mode, nodes) = CLUSTER;
-        Cluster(Script::run(mode, nodes, name))
+        Cluster(Script::run(mode, nodes, name, ""))
     }
 
     /// The URLs of its nodes, the first one first.

@@ -2,8 +2,8 @@
 
 use super::{broker, eventually, PATIENCE};
 use amiquip::{
-    AmqpProperties, AmqpValue, Channel, ConsumerMessage, ConsumerOptions, Delivery, FieldTable,
-    Publish, QueueDeclareOptions, QueueDeleteOptions,
+    AmqpProperties, AmqpValue, Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery,
+    FieldTable, Publish, QueueDeclareOptions, QueueDeleteOptions,
 };
 use rpc_common::broker::{open, Counts, Link};
 use rpc_common::deadline::{Deadline, Phase};
@@ -78,6 +78,24 @@ impl Peer {
         self.channel
             .basic_publish("", Publish::with_properties(body, queue, properties))
             .expect("the broker takes messages");
+    }
+
+    /// Publishes a message that the broker is to return if it reaches no queue; whether it did.
+    pub(crate) fn is_returned(&self, queue: &str, body: &[u8]) -> bool {
+        let returns = self.channel.listen_for_returns().expect("the channel is open");
+        let message = Publish { mandatory: true, ..Publish::new(body, queue) };
+        self.channel.basic_publish("", message).expect("the broker takes messages");
+        self.channel.qos(0, 0, false).expect("it answers in order");
+        returns.try_recv().is_ok()
+    }
+
+    /// Sends a request as a caller that takes its reply by direct reply-to, and returns what gets that.
+    pub(crate) fn call_directly(&self, queue: &str) -> Consumer<'_> {
+        const DIRECT: &str = "amq.rabbitmq.reply-to";
+        let options = ConsumerOptions { no_ack: true, ..ConsumerOptions::default() };
+        let replies = self.channel.basic_consume(DIRECT, options).expect("it is always there");
+        self.publish(queue, b"30", AmqpProperties::default().with_reply_to(DIRECT.into()));
+        replies
     }
 
     /// How many messages wait in the queue; None if it does not exist.

@@ -12,6 +12,7 @@ pub mod fib;
 pub mod logging;
 pub mod message;
 pub mod outbox;
+pub mod sanitize;
 mod stream;
 pub mod target;
 mod tls;

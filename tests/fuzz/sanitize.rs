@@ -1,0 +1,9 @@
+//! Feeds `rpc_common::sanitize` with what libFuzzer makes up.
+
+#![no_main]
+
+mod check;
+
+use rpc_common::sanitize::{correlation_id_range, sanitize, Changes, MAX_DEPTH};
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| check::check(bytes));

@@ -7,14 +7,17 @@ TARGET = $(or $(CARGO_TARGET_DIR),target)
 BROKER_DIR ?= $(TARGET)/broker
 CLUSTER_DIR ?= $(TARGET)/cluster
 
+# How long `make fuzz` runs.
+FUZZ_SECONDS ?= 600
+
 # Releases are measured, and found beside the program that measures them.
 BENCH = cargo run --release --locked --quiet -p rpc-benches --bin against --
 CARGO_DOC = RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build check test test-fast test-brokers test-cluster bench bench-quick demo broker broker-stop \
-	cluster cluster-stop install uninstall clean setup-build setup-broker setup-brokers setup-peers setup-bench
+.PHONY: help build check test test-fast test-brokers test-cluster fuzz bench bench-quick demo broker broker-stop \
+	cluster cluster-stop install uninstall clean setup-build setup-broker setup-brokers setup-peers setup-fuzz setup-bench
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +41,12 @@ test-brokers: setup-build setup-brokers setup-peers ## the integration tests on 
 
 test-cluster: setup-build setup-broker ## the tests on a cluster of three nodes
 	cargo test --locked -p rpc-tests -- cluster::
+
+fuzz: setup-fuzz ## feed made-up frames to what makes frames harmless, for FUZZ_SECONDS (600)
+	@# without a sanitizer, which needs a nightly compiler and finds nothing in code without `unsafe`
+	@mkdir -p "$(TARGET)/fuzz/sanitize"
+	cargo fuzz run --fuzz-dir tests/fuzz --target-dir "$(TARGET)" --sanitizer none sanitize \
+		"$(TARGET)/fuzz/sanitize" tests/fuzz/corpus/sanitize -- -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1
 
 bench: build setup-broker setup-peers setup-bench ## measure against other libraries, ten minutes; writes table and plot
 	$(BENCH)
@@ -87,3 +96,6 @@ setup-peers:
 
 setup-bench:
 	@tests/setup.sh bench
+
+setup-fuzz:
+	@tests/setup.sh fuzz

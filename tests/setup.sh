@@ -4,6 +4,7 @@
 #   tests/setup.sh broker    RabbitMQ, for private nodes
 #   tests/setup.sh brokers   RabbitMQ as newer Debian releases have it, for private nodes: in target/brokers, a folder each
 #   tests/setup.sh peers     the tutorial's other languages, and in target/peers their AMQP libraries
+#   tests/setup.sh fuzz      cargo-fuzz, from crates.io, and the C++ compiler that it needs
 #   tests/setup.sh bench     what else is measured: in target/peers the tutorial in C and on lapin, and the instruments
 set -eu
 
@@ -129,6 +130,15 @@ peers() {
     done
 }
 
+fuzz() {
+    build
+    command -v c++ >/dev/null || apt_install "the fuzzer, libFuzzer, is in C++" g++
+    cargo fuzz --version >/dev/null 2>&1 || {
+        say "installing cargo-fuzz from crates.io, with cargo"
+        cargo install --quiet --locked cargo-fuzz
+    }
+}
+
 has_header() { echo "#include <$1>" | cc -E -x c - >/dev/null 2>&1; }
 
 bench() {
@@ -158,7 +168,7 @@ bench() {
 
 for part in "$@"; do
     case $part in
-        build | broker | brokers | peers | bench) "$part" ;;
+        build | broker | brokers | peers | fuzz | bench) "$part" ;;
         *) die "unknown part '$part'" ;;
     esac
 done

@@ -654,6 +654,10 @@ mod tests {
         assert!(corpus.len() > 30, "the corpus has only {} files", corpus.len());
         for bytes in corpus {
             check(&bytes);
+            // And with the payload cut short anywhere.
+            if let [kind, _, _, _, _, _, _, payload @ .., _] = &bytes[..] {
+                (0..payload.len()).for_each(|len| check(&frame(*kind, &payload[..len])));
+            }
         }
     }
 

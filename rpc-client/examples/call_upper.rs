@@ -4,11 +4,9 @@
 //!     cargo run -p rpc-client --example call_upper -- "hello"
 
 use rpc_client::{Client, Config};
-use rpc_common::broker;
 use std::io::Write;
 
 fn main() -> anyhow::Result<()> {
-    broker::prepare_threads();
     let mut client = Client::new(Config::new("upper_queue")?);
     for text in std::env::args().skip(1) {
         let answer = client.call(&text)?;

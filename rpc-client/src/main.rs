@@ -3,12 +3,11 @@
 use rpc_client::cli::Cli;
 use rpc_client::{batch, Error};
 use rpc_common::exit::{self, Exit, ExitCode};
-use rpc_common::{broker, logging};
+use rpc_common::logging;
 use std::io::{self, BufReader, BufWriter};
 use std::process;
 
 fn main() -> process::ExitCode {
-    broker::prepare_threads();
     let cli: Cli = match exit::parse_args() {
         Ok(cli) => cli,
         Err(code) => return code.into(),

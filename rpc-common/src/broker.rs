@@ -20,7 +20,7 @@ use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
-use std::{env, fs, io, process};
+use std::{fs, io, process};
 
 /// How long closing may take before the socket is shut down instead; and when time is up already.
 const CLOSING: Duration = Duration::from_secs(1);
@@ -32,10 +32,6 @@ const KEEPALIVE: Duration = Duration::from_secs(30);
 /// How long a broker is tried while there are others.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// amiquip's I/O thread parses nested headers by recursion; this holds the deepest nesting that one
-/// frame can carry, measured.
-const STACK: &str = "33554432";
-
 /// The pauses between one attempt to connect and the next: exponential, with jitter, for ever.
 pub fn pauses() -> impl Iterator<Item = Duration> {
     ExponentialBuilder::new()
@@ -44,15 +40,6 @@ pub fn pauses() -> impl Iterator<Item = Duration> {
         .with_jitter()
         .without_max_times()
         .build()
-}
-
-/// Gives every thread that is started after this a stack on which a hostile message can be parsed.
-///
-/// To be called at the top of `main`, before there is a second thread: it sets `RUST_MIN_STACK`, the
-/// only way to the stack of amiquip's I/O thread. Without it a 36 KiB header of nested tables
-/// overflows that stack and aborts the process; a user of the library who forgets it is as open.
-pub fn prepare_threads() {
-    env::set_var("RUST_MIN_STACK", STACK);
 }
 
 /// A **link** is an open AMQP connection, and a handle on its socket that ends every wait on it.
@@ -90,7 +77,9 @@ pub fn open(target: &Target, program: &str, deadline: &Deadline) -> Result<Link,
             Ok(Link { connection, watchdog, outbox, target: target.clone(), closing: CLOSING })
         }
         Ok(Err(error)) => Err(match Error::of(error, target) {
-            Error::Lost { target, reason } => Error::Handshake { target, reason },
+            Error::Lost { target, reason } | Error::ConnectionClosed { target, reason, .. } => {
+                Error::Handshake { target, reason }
+            }
             error => error,
         }),
         Err(Expired) => {
@@ -387,6 +376,9 @@ pub struct Counts {
     pub consumers: u32,
 }
 
+/// Reply code of AMQP 0-9-1: an operator closes the connection, or the broker stops.
+const CONNECTION_FORCED: u16 = 320;
+
 /// Reply code of AMQP 0-9-1: there is no such queue.
 pub const NOT_FOUND: u16 = 404;
 
@@ -474,6 +466,16 @@ pub enum Error {
         /// What the broker said.
         reason: String,
     },
+    /// The broker closed the connection, and said why.
+    #[error("lost the connection to {target}: {reason}")]
+    ConnectionClosed {
+        /// Host and port.
+        target: String,
+        /// The AMQP reply code, such as 320 or 541.
+        code: u16,
+        /// What the broker said.
+        reason: String,
+    },
     /// The connection broke.
     #[error("lost the connection to {target}: {reason}")]
     Lost {
@@ -542,9 +544,11 @@ impl Error {
                 code,
                 reason: escape(message.as_bytes()).to_string(),
             },
-            amiquip::Error::ServerClosedConnection { message, .. } => {
-                Error::Lost { target, reason: escape(message.as_bytes()).to_string() }
-            }
+            amiquip::Error::ServerClosedConnection { code, message } => Error::ConnectionClosed {
+                target,
+                code,
+                reason: escape(message.as_bytes()).to_string(),
+            },
             amiquip::Error::UnexpectedSocketClose => {
                 Error::Lost { target, reason: "the broker closed it".into() }
             }
@@ -556,6 +560,17 @@ impl Error {
             other => {
                 Error::Lost { target, reason: escape(other.to_string().as_bytes()).to_string() }
             }
+        }
+    }
+
+    /// Whether the broker closed the channel or the connection for what was done there, and not because an operator or
+    /// its own end wanted it closed.
+    #[must_use]
+    pub fn is_close_by_broker(&self) -> bool {
+        match self {
+            Error::Refused { .. } | Error::ChannelClosed { .. } => true,
+            Error::ConnectionClosed { code, .. } => *code != CONNECTION_FORCED,
+            _ => false,
         }
     }
 

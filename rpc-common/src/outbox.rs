@@ -8,6 +8,7 @@
 //! is in use, only that sends content, whose frames must not be mixed; and once the broker has closed a channel
 //! nothing is sent on it any more, for that would cost the whole connection.
 
+use crate::sanitize::{correlation_id_range, Changes};
 use crate::stream::Transport;
 use amiquip::Publish;
 use amq_protocol::frame::generation::{
@@ -17,7 +18,7 @@ use amq_protocol::protocol::basic::{self, AMQPMethod};
 use amq_protocol::protocol::AMQPClass;
 use mio::unix::EventedFd;
 use mio::{Events, Poll, PollOpt, Ready, Token};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
@@ -37,7 +38,14 @@ const USUAL: usize = 512;
 const MOST_KEPT: usize = 64 << 10;
 
 /// The **outbox** is shared by amiquip's I/O thread and all publishers of a connection.
-pub(crate) struct Outbox(Mutex<State>);
+pub(crate) struct Outbox {
+    state: Mutex<State>,
+    /// What was changed in deliveries, by channel and delivery tag; the latest [`MOST_REMEMBERED`] of them.
+    changes: Mutex<BTreeMap<(u16, u64), Changes>>,
+}
+
+/// As many as a channel can have unacknowledged deliveries (`basic.qos`).
+const MOST_REMEMBERED: usize = 65_535;
 
 struct State {
     transport: Transport,
@@ -52,11 +60,16 @@ struct State {
 impl Outbox {
     pub(crate) fn new(transport: Transport) -> Self {
         let (backlog, open) = (VecDeque::new(), HashMap::new());
-        Outbox(Mutex::new(State { transport, backlog, open, openings: 0 }))
+        let state = Mutex::new(State { transport, backlog, open, openings: 0 });
+        Outbox { state, changes: Mutex::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn changes(&self) -> MutexGuard<'_, BTreeMap<(u16, u64), Changes>> {
+        self.changes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn fd(&self) -> RawFd {
@@ -75,6 +88,16 @@ impl Outbox {
     /// Nothing is to be sent on this channel any more.
     pub(crate) fn close(&self, channel: u16) {
         self.state().open.remove(&channel);
+        self.changes().retain(|(of, _), _| *of != channel);
+    }
+
+    /// Keeps what was changed in a delivery, until a publisher of the channel asks for it.
+    pub(crate) fn remember(&self, channel: u16, delivery_tag: u64, changes: Changes) {
+        let mut remembered = self.changes();
+        remembered.insert((channel, delivery_tag), changes);
+        if remembered.len() > MOST_REMEMBERED {
+            remembered.pop_first();
+        }
     }
 }
 
@@ -174,8 +197,19 @@ impl Publisher {
         Publisher { outbox, channel, opening, frames: Vec::new() }
     }
 
+    /// What was changed in this delivery so that it could be read; nothing when it is asked again.
+    #[must_use]
+    pub fn take_changes(&self, delivery_tag: u64) -> Changes {
+        self.outbox.changes().remove(&(self.channel, delivery_tag)).unwrap_or_default()
+    }
+
     /// Adds a message to what is sent next, by the default exchange.
     pub fn publish(&mut self, message: Publish) {
+        self.publish_with_id(message, None);
+    }
+
+    /// The same, with these bytes in the place of the message's correlation id, which has the same length.
+    pub fn publish_with_id(&mut self, message: Publish, correlation_id: Option<&[u8]>) {
         let channel = self.channel;
         self.add_method(AMQPMethod::Publish(basic::Publish {
             ticket: 0,
@@ -185,10 +219,17 @@ impl Publisher {
             immediate: message.immediate,
         }));
         let (size, properties) = (message.body.len() as u64, &message.properties);
+        let begin = self.frames.len();
         self.add(USUAL, |space| {
             let header = gen_content_header_frame(space, channel, CLASS_BASIC, size, properties);
             header.ok().map(|(_, end)| end)
         });
+        let header = &mut self.frames[begin..];
+        if let (Some(id), Some(range)) = (correlation_id, correlation_id_range(header)) {
+            if range.len() == id.len() {
+                header[range].copy_from_slice(id);
+            }
+        }
         for part in message.body.chunks(PAYLOAD) {
             self.add(part.len() + OVERHEAD, |space| {
                 gen_content_body_frame(space, channel, part).ok().map(|(_, end)| end)

@@ -25,6 +25,14 @@ pub struct Changes {
     pub reply_to: bool,
 }
 
+impl Changes {
+    /// Whether anything was changed that a reply depends on.
+    #[must_use]
+    pub fn concern_a_reply(&self) -> bool {
+        *self != Changes::default()
+    }
+}
+
 /// A **malformed** frame has fields that do not fit in it, or whose type is unknown. RabbitMQ does not send one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[error("the peer sent a frame whose fields cannot be read")]

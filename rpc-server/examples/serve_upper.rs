@@ -3,12 +3,10 @@
 //!     cargo run -p rpc-server --example serve_upper
 //!     cargo run -p rpc-client --example call_upper -- "hello"
 
-use rpc_common::broker;
 use rpc_common::message::Request;
 use rpc_server::{serve, signals, Config};
 
 fn main() -> anyhow::Result<()> {
-    broker::prepare_threads();
     let config = Config::new("upper_queue")?;
     let stop = signals::stop()?;
     let upper = |request: &Request| Ok(request.text()?.to_uppercase());

@@ -4,9 +4,10 @@
 //! [`handler::fib_handler`]. Read in this order: [`handler`] is the function, `supervisor` keeps the
 //! connection and gives channels to workers, `worker` takes one request after the other to the handler.
 
-mod care;
 pub mod cli;
 pub mod handler;
+mod isolated;
+mod kept;
 mod queue;
 pub mod signals;
 mod supervisor;

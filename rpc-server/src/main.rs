@@ -10,7 +10,6 @@ use std::io::{self, Write};
 use std::process;
 
 fn main() -> process::ExitCode {
-    broker::prepare_threads();
     let cli: Cli = match exit::parse_args() {
         Ok(cli) => cli,
         Err(code) => return code.into(),

@@ -60,7 +60,7 @@ pub(crate) fn ensure(
 /// Whether the error means that this broker permits no transient queues (RabbitMQ 4.3 and later
 /// close the connection with 541 and this name).
 pub(crate) fn forbids_transient(error: &Error) -> bool {
-    matches!(error, Error::Lost { reason, .. } if reason.contains("transient_nonexcl_queues"))
+    matches!(error, Error::ConnectionClosed { reason, .. } if reason.contains("transient_nonexcl_queues"))
 }
 
 fn declare(

@@ -1,6 +1,7 @@
 //! The supervisor: keeps the connection, the request queue and the workers' channels alive.
 
 use crate::handler::Handler;
+use crate::isolated::{IsolatedReplies, IDLE_LIMIT};
 use crate::queue::{self, QueueType, PRECONDITION_FAILED};
 use crate::signals::Stop;
 use crate::worker::{Because, Inbox, Lease, Need, Word, Worker};
@@ -59,9 +60,6 @@ const ATTEMPT: Duration = Duration::from_secs(10);
 /// How long after the end of a channel the next one is opened, should that end at once as well.
 const MENDING: Duration = Duration::from_millis(500);
 
-/// A worker's stack; whatever is deep is on the heap, and `RUST_MIN_STACK` is for amiquip's thread.
-const WORKER_STACK: usize = 2 << 20;
-
 /// Serves until `stop` ends: connects, takes requests, has `handler` answer them, and connects again
 /// when the connection breaks. Calls `on_ready` once, before the first request is begun.
 ///
@@ -81,6 +79,7 @@ pub fn serve(
 ) -> Result<(), Error> {
     let (word, words) = unbounded();
     let (ready, dropped) = (&Once::new(), &AtomicU64::new(0));
+    let isolated = &IsolatedReplies::new(config.brokers.clone());
     let link = thread::scope(|scope| {
         for number in 1..=config.workers.get() {
             let worker = Worker {
@@ -91,11 +90,11 @@ pub fn serve(
                 on_ready,
                 ready,
                 dropped,
+                isolated,
                 words: word.clone(),
             };
             thread::Builder::new()
                 .name(format!("worker-{number}"))
-                .stack_size(WORKER_STACK)
                 .spawn_scoped(scope, move || worker.run())
                 .expect("the system has threads to spare");
         }
@@ -103,7 +102,19 @@ pub fn serve(
         let queue_type = config.queue_type;
         let brokers = config.brokers.clone();
         let (waiting, last, settled) = (Vec::new(), None, false);
-        Supervisor { config, brokers, stop, ready, words, waiting, queue_type, last, settled }.run()
+        Supervisor {
+            config,
+            brokers,
+            stop,
+            ready,
+            isolated,
+            words,
+            waiting,
+            queue_type,
+            last,
+            settled,
+        }
+        .run()
         // The scope waits for the workers; they are gone before the connection is.
     })?;
     if let Some(Err(error)) = link.map(|mut link| link.close()) {
@@ -120,6 +131,7 @@ struct Supervisor<'a> {
     stop: &'a Stop,
     /// Done when a worker has consumed.
     ready: &'a Once,
+    isolated: &'a IsolatedReplies,
     words: Receiver<Word>,
     /// The inboxes of workers that wait for a channel.
     waiting: Vec<Inbox>,
@@ -210,6 +222,7 @@ impl Supervisor<'_> {
                     }
                     Err(_) => return Ok(Some(link)), // the workers have seen the stop before us
                 },
+                default(IDLE_LIMIT) => self.isolated.close_idle(),
             }
         }
     }

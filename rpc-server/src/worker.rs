@@ -3,14 +3,15 @@
 //! The channel comes from the supervisor: a worker that has none sends a [`Need`] with an inbox, consumes
 //! on the [`Lease`] that comes back, answers by the [`Publisher`], and asks again when that has ended.
 
-use crate::care::{self, Care, Verdict};
 use crate::handler::{self, Handler};
+use crate::isolated::{IsolatedReplies, Published};
+use crate::kept::KeptReply;
 use crate::signals::Stop;
-use amiquip::{Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery, Return};
+use amiquip::{Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery, Publish, Return};
 use crossbeam_channel::{bounded, never, select_biased, Receiver, RecvTimeoutError, Sender};
 use rpc_common::broker;
 use rpc_common::deadline::{Deadline, Watchdog};
-use rpc_common::message::{encode_reply, escape, Request};
+use rpc_common::message::{encode_reply, escape, ErrorCode, Failure, Reply, Request};
 use rpc_common::outbox::{Closed, Publisher};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,8 +19,8 @@ use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 use std::time::{Duration, Instant};
 use std::{mem, thread};
 
-/// How long a broker that is blocked or frozen may hold us up with what it has to answer.
-const ANSWERING: Duration = Duration::from_secs(5);
+/// Timeout of a worker's synchronous broker calls.
+pub(crate) const BROKER_CALL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How often a worker that prefetches looks what has come while it works.
 const STAMPING: Duration = Duration::from_millis(100);
@@ -37,6 +38,8 @@ pub(crate) struct Worker<'a> {
     pub(crate) ready: &'a Once,
     /// How many requests have expired in the hands of all workers.
     pub(crate) dropped: &'a AtomicU64,
+    /// For the replies to requests that were delivered before.
+    pub(crate) isolated: &'a IsolatedReplies,
     pub(crate) words: Sender<Word>,
 }
 
@@ -83,7 +86,7 @@ impl Lease {
 
     /// Runs a blocking call of amiquip; a broker that does not answer it in time loses us.
     fn within<T>(&self, call: impl FnOnce() -> amiquip::Result<T>) -> amiquip::Result<T> {
-        let result = self.watchdog.guard(&Deadline::after(ANSWERING), call);
+        let result = self.watchdog.guard(&Deadline::after(BROKER_CALL_TIMEOUT), call);
         result.unwrap_or(Err(amiquip::Error::EventLoopDropped))
     }
 }
@@ -121,7 +124,21 @@ struct Desk<'a> {
     lease: &'a Lease,
     channel: &'a Channel,
     publisher: &'a mut Publisher,
-    care: &'a mut Care,
+    kept: &'a mut KeptReply,
+}
+
+/// Where the reply to a request goes.
+struct Caller<'a> {
+    reply_to: &'a str,
+    correlation_id: Option<&'a str>,
+    /// The bytes of the correlation id, if it is not UTF-8 and was changed to be read.
+    original_id: Option<&'a [u8]>,
+}
+
+impl Caller<'_> {
+    fn message<'a>(&self, reply: &'a Reply) -> Publish<'a> {
+        encode_reply(reply, self.reply_to, self.correlation_id)
+    }
 }
 
 /// How it ends that a worker consumes.
@@ -133,13 +150,12 @@ enum End {
 impl Worker<'_> {
     /// Serves until it is stopped.
     pub(crate) fn run(&self) {
-        let (mut because, mut care) = (Because::Start, Care::default());
+        let (mut because, mut kept) = (Because::Start, KeptReply::default());
         while let Some((lease, mut publisher)) = self.ask_for_channel(because) {
-            because = match self.consume(&lease, &mut publisher, &mut care) {
+            because = match self.consume(&lease, &mut publisher, &mut kept) {
                 Ok(End::Stopped) => return,
                 Ok(End::Cancelled) => Because::Cancelled,
                 Err(error @ amiquip::Error::ServerClosedChannel { .. }) => {
-                    care.begin();
                     Because::ChannelClosed(error)
                 }
                 Err(_) => Because::Disconnected,
@@ -161,7 +177,7 @@ impl Worker<'_> {
         &self,
         lease: &Lease,
         publisher: &mut Publisher,
-        care: &mut Care,
+        kept: &mut KeptReply,
     ) -> amiquip::Result<End> {
         let Some(channel) = &lease.channel else { return Err(amiquip::Error::ClientClosedChannel) };
         let mut returns = channel.listen_for_returns()?;
@@ -183,7 +199,7 @@ impl Worker<'_> {
                 });
             }
             let _end = end; // dropped when serving ends
-            let mut desk = Desk { lease, channel, publisher, care };
+            let mut desk = Desk { lease, channel, publisher, kept };
             self.serve(&mut desk, &mut returns, consumer, &arrivals)
         })
     }
@@ -227,59 +243,76 @@ impl Worker<'_> {
         delivery: Delivery,
         arrived: Instant,
     ) -> amiquip::Result<()> {
+        let changes = desk.publisher.take_changes(delivery.delivery_tag());
         let request = Request::decode(&delivery.properties, &delivery.body);
-        let Some(reply_to) = request.reply_to else {
-            log::warn!(
-                "rejected a request that cannot be answered, without a reply_to: '{}'",
-                escape(request.body)
-            );
-            return consumer.reject(delivery, false);
-        };
-        if request.expiration.is_some_and(|expiration| arrived.elapsed() >= expiration) {
-            let count = self.dropped.fetch_add(1, Ordering::Relaxed) + 1;
-            log::warn!(
-                "dropped a request that expired in our hands, {count} in all (correlation id: {})",
-                escape(request.correlation_id.unwrap_or("none").as_bytes())
-            );
-            return consumer.reject(delivery, false);
-        }
-        let reply = match desk.care.verdict(&request) {
-            Verdict::Answer => {
-                let kept = desk.care.take_kept(&request);
-                kept.unwrap_or_else(|| handler::call(self.handler, &request))
-            }
-            Verdict::AnswerError => care::refusal(),
-            Verdict::Reject => {
+        let reply_to = match request.reply_to {
+            Some(reply_to) if !changes.reply_to => reply_to,
+            reply_to => {
+                let is_changed = reply_to.is_some();
+                let reason =
+                    if is_changed { "its reply_to is not UTF-8" } else { "without a reply_to" };
                 log::warn!(
-                    "rejected a request whose replies the broker refuses: '{}'",
+                    "rejected a request that cannot be answered, {reason}: '{}'",
                     escape(request.body)
                 );
                 return consumer.reject(delivery, false);
             }
         };
+        if request.expiration.is_some_and(|expiration| arrived.elapsed() >= expiration) {
+            self.log_expired(&request);
+            return consumer.reject(delivery, false);
+        }
+        let kept = desk.kept.take(&request);
+        let reply = kept.unwrap_or_else(|| handler::call(self.handler, &request));
         if let Err(failure) = &reply {
             log::warn!("answered with an error: {}", escape(failure.message.as_bytes()));
         }
-        desk.publisher.publish(encode_reply(&reply, reply_to, request.correlation_id));
-        let careful = desk.care.is_needed();
-        if !careful {
-            desk.publisher.ack(delivery.delivery_tag());
+        let caller = Caller {
+            reply_to,
+            correlation_id: request.correlation_id,
+            original_id: changes.correlation_id.as_deref(),
+        };
+        if delivery.redelivered {
+            match self.publish_isolated(&caller, &reply) {
+                Published::Taken => {
+                    desk.publisher.ack(delivery.delivery_tag());
+                    return self.send(desk);
+                }
+                Published::Refused(error) => {
+                    log::warn!("rejected a request whose replies the broker refuses: {error}");
+                    return consumer.reject(delivery, false);
+                }
+                Published::Unknown(error) => log::info!("{error}; answering without a check"),
+            }
         }
+        desk.publisher.publish_with_id(caller.message(&reply), caller.original_id);
+        desk.publisher.ack(delivery.delivery_tag());
         let sent = self.send(desk);
         if let Err(amiquip::Error::ServerClosedChannel { .. }) = sent {
-            desk.care.keep(care::key(&request), reply);
+            desk.kept.keep(&request, reply);
         }
-        sent?;
-        if !careful {
-            return Ok(());
+        sent
+    }
+
+    fn log_expired(&self, request: &Request) {
+        let count = self.dropped.fetch_add(1, Ordering::Relaxed) + 1;
+        log::warn!(
+            "dropped a request that expired in our hands, {count} in all (correlation id: {})",
+            escape(request.correlation_id.unwrap_or("none").as_bytes())
+        );
+    }
+
+    /// Publishes a reply where what the broker closes can have no other cause; if it refuses that, an error.
+    fn publish_isolated(&self, caller: &Caller, reply: &Reply) -> Published {
+        let error = match self.isolated.publish(caller.message(reply), caller.original_id) {
+            Published::Refused(error) => error,
+            published => return published,
+        };
+        log::warn!("the broker refused a reply, answering with an error: {error}");
+        match self.isolated.publish(caller.message(&refusal()), caller.original_id) {
+            Published::Unknown(_) => Published::Refused(error),
+            published => published,
         }
-        let taken = self.make_round_trip(desk); // tells whether the broker has taken the reply
-        if let Err(amiquip::Error::ServerClosedChannel { .. }) = taken {
-            desk.care.refuse(care::key(&request));
-        }
-        taken?;
-        desk.publisher.ack(delivery.delivery_tag());
-        self.send(desk)
     }
 
     /// Sends what the publisher holds.
@@ -304,7 +337,13 @@ fn drain(lease: &Lease, consumer: &Consumer) -> amiquip::Result<()> {
     Ok(())
 }
 
-fn log_return(reply: &Return) {
+/// The reply in the place of one that the broker refused.
+fn refusal() -> Reply {
+    let message = "internal error: the broker refused the answer, perhaps for its size".into();
+    Err(Failure { code: ErrorCode::Internal, message })
+}
+
+pub(crate) fn log_return(reply: &Return) {
     let id = reply.properties.correlation_id().as_deref().unwrap_or("none");
     log::warn!(
         "the caller is gone: its queue '{}' does not exist any more (correlation id: {})",

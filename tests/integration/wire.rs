@@ -117,7 +117,7 @@ fn a_dead_letter_exchange_catches_what_cannot_be_answered() {
     let dead_letters = Queue::declared("dead_letters");
     let queue = Queue::named("with_dead_letters");
     let peer = Peer::connect();
-    peer.declare_with_dead_letters(&queue, &dead_letters);
+    peer.declare_with_dead_letters(&queue, "classic", &dead_letters);
     let _server = Program::start(&queue, &[]);
     peer.publish(&queue, b"30", AmqpProperties::default());
     assert_eq!(peer.take(&dead_letters).body, b"30");

@@ -6,6 +6,7 @@ pub(crate) mod certificates;
 pub(crate) mod peer;
 pub(crate) mod programs;
 pub(crate) mod proxy;
+pub(crate) mod raw;
 
 use std::thread;
 use std::time::{Duration, Instant};

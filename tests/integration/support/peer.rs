@@ -3,7 +3,8 @@
 use super::{broker, eventually, PATIENCE};
 use amiquip::{
     AmqpProperties, AmqpValue, Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery,
-    FieldTable, Publish, QueueDeclareOptions, QueueDeleteOptions,
+    ExchangeDeclareOptions, ExchangeType, FieldTable, Publish, QueueDeclareOptions,
+    QueueDeleteOptions,
 };
 use rpc_common::broker::{open, Counts, Link};
 use rpc_common::deadline::{Deadline, Phase};
@@ -55,10 +56,26 @@ impl Peer {
         self.declare_with(queue, queue_type, &[]);
     }
 
-    /// What is rejected from the queue goes to another one.
-    pub(crate) fn declare_with_dead_letters(&self, queue: &str, dead_letters: &str) {
+    /// The same; what is rejected from the queue, or expires there, goes to another one.
+    pub(crate) fn declare_with_dead_letters(
+        &self,
+        queue: &str,
+        queue_type: &str,
+        dead_letters: &str,
+    ) {
         let to = [("x-dead-letter-exchange", ""), ("x-dead-letter-routing-key", dead_letters)];
-        self.declare_with(queue, default_queue_type(&self.url), &to);
+        self.declare_with(queue, queue_type, &to);
+    }
+
+    /// Makes an exchange that sends everything to the queue, and returns its name. It goes with the queue.
+    pub(crate) fn fan_out_to(&self, queue: &str) -> String {
+        let exchange = format!("{queue}.exchange");
+        let options = ExchangeDeclareOptions { auto_delete: true, ..Default::default() };
+        let declared = self.channel.exchange_declare(ExchangeType::Fanout, &*exchange, options);
+        declared.expect("the exchange can be declared");
+        let bound = self.channel.queue_bind(queue, &*exchange, "", FieldTable::new());
+        bound.expect("the queue can be bound");
+        exchange
     }
 
     fn declare_with(&self, queue: &str, queue_type: &str, arguments: &[(&str, &str)]) {

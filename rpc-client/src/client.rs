@@ -7,7 +7,7 @@ use amiquip::{Channel, ConnectionBlockedNotification, Consumer, Return};
 use crossbeam_channel::{
     bounded, never, select, Receiver, RecvError, RecvTimeoutError, TryRecvError,
 };
-use rpc_common::broker::{self, Counts};
+use rpc_common::broker::{self, Backoff, Counts};
 use rpc_common::deadline::{in_background, Deadline};
 use rpc_common::duration;
 use rpc_common::exit::{in_words, Exit, ExitCode};
@@ -154,11 +154,10 @@ impl Client {
             look_at: Instant::now() + FIRST_LOOK,
             known: Known::Nothing,
             warned: false,
-            answered: false,
             discarded: 0,
             on_outcomes,
         };
-        let mut pauses = broker::pauses();
+        let mut backoff = Backoff::new();
         while run.await_call() {
             let opens = session.is_none();
             let (error, unheard) = match run.attempt(session) {
@@ -178,13 +177,9 @@ impl Client {
                 return Err(wrap(error));
             }
             log::info!("{error}: connecting again");
-            if mem::take(&mut run.answered) {
-                pauses = broker::pauses();
-            }
             if !run.calls.is_empty() {
                 // Half of the time that is left, so that the other half is there to connect in.
-                let pause =
-                    pauses.next().unwrap_or_default().min(until(run.next_deadline().instant()) / 2);
+                let pause = backoff.next_pause().min(until(run.next_deadline().instant()) / 2);
                 thread::sleep(pause.max(SHORTEST_PAUSE));
             }
             if run.calls.any_sent() {
@@ -217,8 +212,6 @@ struct Run<'a> {
     known: Known,
     /// Whether it was said that nobody serves.
     warned: bool,
-    /// Whether an answer has come since the last break.
-    answered: bool,
     /// How many replies came late, or twice.
     discarded: u64,
     on_outcomes: &'a mut OnOutcomes<'a>,
@@ -341,6 +334,7 @@ impl Run<'_> {
         consumer: &mut Option<Consumer<'a>>,
     ) -> Result<(), Error> {
         let (queue, broker) = (&self.config.queue, self.broker());
+        wire.close_by(&self.next_deadline());
         self.known = Known::Nothing; // what kept the last session from working is over
         self.take_replies(wire)?; // a session that was at hand may have ended meanwhile
         if wire.is_direct() {
@@ -359,6 +353,9 @@ impl Run<'_> {
         let no_requests = never();
         while self.more_requests || !self.calls.is_empty() {
             wire.flush();
+            if let Some(deadline) = self.calls.next_deadline() {
+                wire.close_by(&deadline); // should the session end now, a silent broker delays no call
+            }
             let requests = if self.has_room() { self.requests } else { &no_requests };
             let mut patience = self.patience();
             if patience.is_zero() {
@@ -418,9 +415,7 @@ impl Run<'_> {
 
     /// Does what the time asks for, and tells the outcomes that have piled up.
     fn tick(&mut self, wire: &mut Wire, channel: &Channel) -> Result<(), Error> {
-        if self.expire() {
-            wire.hurry();
-        }
+        self.expire();
         self.tell()?;
         let now = Instant::now();
         while let Some(call) = self.calls.resend_due(now) {
@@ -457,7 +452,6 @@ impl Run<'_> {
 
     fn on_reply(&mut self, (properties, body): RawReply) {
         self.look_at = Instant::now() + FIRST_LOOK;
-        self.answered = true;
         if let Some(call) = self.calls.on_reply(properties.correlation_id().as_deref()) {
             self.end(call, decode_reply(&properties, body).map_err(Error::Remote));
         } else {
@@ -483,10 +477,9 @@ impl Run<'_> {
         self.calls.next_event().map_or(Duration::MAX, look)
     }
 
-    /// Ends the calls that have run out of time, and says whether there were any.
-    fn expire(&mut self) -> bool {
+    /// Ends the calls that have run out of time.
+    fn expire(&mut self) {
         let now = Instant::now();
-        let before = self.calls.len();
         while let Some(call) = self.calls.expire(now) {
             let (queue, target) = (self.config.queue.clone(), self.broker());
             let limit = call.deadline.to_string();
@@ -495,7 +488,6 @@ impl Run<'_> {
                 Err(Error::NoAnswer { queue, target, limit, known: self.known.clone() }),
             );
         }
-        self.calls.len() < before
     }
 
     fn end(&mut self, call: Call, result: Result<Vec<u8>, Error>) {
@@ -632,11 +624,16 @@ pub enum Error {
     Output(io::Error),
 }
 
+/// The codes of calls that no server answered.
+const OWN_CODES: [&str; 6] =
+    ["unreachable", "no-server", "timeout", "bad-reply", "usage", "output"];
+
 impl Error {
-    /// The error's code for programs: the server's, or one of ours.
+    /// The error's code for programs: the server's, or one of ours. A server that uses one of ours gets `internal`.
     #[must_use]
     pub fn code(&self) -> &str {
         match self {
+            Error::Remote(failure) if OWN_CODES.contains(&failure.code.as_str()) => "internal",
             Error::Broker(_) | Error::Unheard(_) => "unreachable",
             Error::NoServer { .. } => "no-server",
             Error::NoAnswer { .. } => "timeout",

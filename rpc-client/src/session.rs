@@ -174,9 +174,9 @@ impl Wire {
         let _ = self.link.close(); // why it ends is known
     }
 
-    /// The end is near, and the broker may be out of reach: closing shall not wait for it.
-    pub(crate) fn hurry(&mut self) {
-        self.link.hurry();
+    /// The end is near, and the broker may be out of reach: closing does not wait for it beyond this deadline.
+    pub(crate) fn close_by(&mut self, deadline: &Deadline) {
+        self.link.close_by(deadline);
     }
 
     /// Whether it was the consumer that was refused. The requests came between the reply queue and its

@@ -19,10 +19,10 @@ use socket2::{SockRef, TcpKeepalive};
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{fs, io, process};
 
-/// How long closing may take before the socket is shut down instead; and when time is up already.
+/// How long closing may take before the socket is shut down instead; and at least, when time is up already.
 const CLOSING: Duration = Duration::from_secs(1);
 const HURRIED: Duration = Duration::from_millis(10);
 
@@ -32,11 +32,48 @@ const KEEPALIVE: Duration = Duration::from_secs(30);
 /// How long a broker is tried while there are others.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The pauses between one attempt to connect and the next: exponential, with jitter, for ever.
-pub fn pauses() -> impl Iterator<Item = Duration> {
+/// After a pause and this, what was begun anew is taken to work.
+const STABLE: Duration = Duration::from_secs(1);
+
+/// The pauses before something that ended is begun anew: exponential, with jitter, for ever. They are short again when it
+/// has worked for a while, so that what ends as soon as it begins is not begun in a loop without pauses.
+pub struct Backoff {
+    pauses: BackonPauses,
+    /// When the latest pause ends.
+    paused_until: Instant,
+}
+
+type BackonPauses = <ExponentialBuilder as BackoffBuilder>::Backoff;
+
+impl Backoff {
+    /// The first pause is a short one.
+    #[must_use]
+    #[allow(clippy::new_without_default)] // there is nothing to be default about
+    pub fn new() -> Self {
+        Backoff { pauses: pauses(), paused_until: Instant::now() }
+    }
+
+    /// How long to wait now: 100 ms to 2.5 s, and up to as much again.
+    pub fn next_pause(&mut self) -> Duration {
+        self.next_pause_at(Instant::now())
+    }
+
+    fn next_pause_at(&mut self, now: Instant) -> Duration {
+        if now.saturating_duration_since(self.paused_until) >= STABLE {
+            self.pauses = pauses();
+        }
+        let pause = self.pauses.next().unwrap_or(LONGEST_PAUSE); // there is always a next one
+        self.paused_until = now + pause;
+        pause
+    }
+}
+
+const LONGEST_PAUSE: Duration = Duration::from_millis(2_500);
+
+fn pauses() -> BackonPauses {
     ExponentialBuilder::new()
         .with_min_delay(Duration::from_millis(100))
-        .with_max_delay(Duration::from_millis(2_500)) // and up to as much again, for jitter
+        .with_max_delay(LONGEST_PAUSE)
         .with_jitter()
         .without_max_times()
         .build()
@@ -49,7 +86,8 @@ pub struct Link {
     watchdog: Arc<Watchdog>,
     outbox: Arc<Outbox>,
     target: Target,
-    closing: Duration,
+    /// When to have closed the connection, if somebody waits for that.
+    close_by: Option<Instant>,
 }
 
 /// Opens a connection as `program` says it is: resolve, connect, TLS if the URL asks for it, handshake,
@@ -74,7 +112,7 @@ pub fn open(target: &Target, program: &str, deadline: &Deadline) -> Result<Link,
     match opening {
         Ok(Ok(connection)) => {
             let (connection, watchdog) = (Some(connection), watchdog.into());
-            Ok(Link { connection, watchdog, outbox, target: target.clone(), closing: CLOSING })
+            Ok(Link { connection, watchdog, outbox, target: target.clone(), close_by: None })
         }
         Ok(Err(error)) => Err(match Error::of(error, target) {
             Error::Lost { target, reason } | Error::ConnectionClosed { target, reason, .. } => {
@@ -315,13 +353,14 @@ impl Link {
         Error::Lost { target: self.target.to_string(), reason: reason.into() }
     }
 
-    /// Has [`Link::close`] cut the connection if its round trip takes more than 10 ms: for whoever has
-    /// run out of time. What was sent before is delivered all the same.
-    pub fn hurry(&mut self) {
-        self.closing = HURRIED;
+    /// Has [`Link::close`] cut the connection if its round trip takes longer than until this deadline, but no less than
+    /// 10 ms: for whoever runs out of time. What was sent before is delivered all the same.
+    pub fn close_by(&mut self, deadline: &Deadline) {
+        self.close_by = Some(deadline.instant());
     }
 
-    /// Closes the connection, in one round trip, or cuts it if that takes more than a second.
+    /// Closes the connection, in one round trip, or cuts it if that takes more than a second, or longer than
+    /// [`Link::close_by`].
     ///
     /// # Errors
     /// What the broker said in the place of a farewell.
@@ -329,7 +368,8 @@ impl Link {
         let Some(connection) = self.connection.take() else {
             return Ok(());
         };
-        let deadline = Deadline::after(self.closing);
+        let left = self.close_by.map(|at| at.saturating_duration_since(Instant::now()));
+        let deadline = Deadline::after(left.map_or(CLOSING, |left| left.clamp(HURRIED, CLOSING)));
         let closed = self.watchdog.guard(&deadline, || connection.close());
         // However it ended: whoever still holds the socket must not keep the connection from ending.
         self.watchdog.shut_down();
@@ -600,5 +640,24 @@ impl Exit for Error {
             Error::Url { .. } | Error::File { .. } => ExitCode::Usage,
             _ => ExitCode::Unreachable,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_while_nothing_works_and_are_short_again_when_it_did() {
+        let (mut backoff, begin) = (Backoff::new(), Instant::now());
+        let mut now = begin;
+        let pauses = [(); 8].map(|()| {
+            let pause = backoff.next_pause_at(now);
+            now += pause; // and it ends at once
+            pause
+        });
+        assert!(pauses[0] >= Duration::from_millis(100) && pauses[0] <= Duration::from_millis(200));
+        assert!(pauses[7] >= LONGEST_PAUSE && pauses[7] <= 2 * LONGEST_PAUSE, "{pauses:?}");
+        assert!(backoff.next_pause_at(now + STABLE) <= Duration::from_millis(200));
     }
 }

@@ -1,8 +1,12 @@
-//! The log of both programs: to standard error, without secrets.
+//! The log of both programs: to standard error, without secrets, and without floods.
 
+use crate::message::escape;
 use env_logger::Builder;
-use log::{Level, LevelFilter};
+use log::{Level, LevelFilter, Log, Metadata, Record};
+use std::collections::HashMap;
 use std::io::Write;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 use std::{panic, thread};
 
 /// Sends panics to the log. amiquip's thread may panic when both ends close at once; that is no news,
@@ -28,17 +32,15 @@ pub struct LogOptions {
 impl LogOptions {
     /// Starts a log for an operator: with the time and the level of each line.
     pub fn start_for_operator(&self, level: LevelFilter) {
-        self.builder(level).format_target(false).format_timestamp_millis().init();
+        start(self.builder(level).format_target(false).format_timestamp_millis());
     }
 
     /// Starts a log for somebody at a prompt: lines of the same form as the errors of `program`.
     pub fn start_for_prompt(&self, program: &'static str, level: LevelFilter) {
-        self.builder(level)
-            .format(move |line, record| match record.level() {
-                Level::Warn => writeln!(line, "{program}: warning: {}", record.args()),
-                _ => writeln!(line, "{program}: {}", record.args()),
-            })
-            .init();
+        start(self.builder(level).format(move |line, record| match record.level() {
+            Level::Warn => writeln!(line, "{program}: warning: {}", record.args()),
+            _ => writeln!(line, "{program}: {}", record.args()),
+        }));
     }
 
     fn builder(&self, level: LevelFilter) -> Builder {
@@ -53,5 +55,135 @@ impl LogOptions {
             // At debug its handshake logs the password, so that no RUST_LOG may have it.
             .filter_module("amiquip::io_loop::handshake_state", LevelFilter::Info);
         builder
+    }
+}
+
+fn start(builder: &mut Builder) {
+    let log = builder.build();
+    log::set_max_level(log.filter());
+    let log = LimitedLog { log, limiter: Mutex::default() };
+    log::set_boxed_logger(Box::new(log)).expect("a program starts its log once");
+}
+
+/// How many lines from one place in the source are logged in each period, and then only counted. This is for lines of an
+/// INFO level and above; who asks for more gets all of it.
+const MOST_LINES: u64 = 5;
+const PERIOD: Duration = Duration::from_secs(60);
+
+/// A log that no peer can flood.
+struct LimitedLog<L> {
+    log: L,
+    limiter: Mutex<Limiter>,
+}
+
+impl<L: Log> LimitedLog<L> {
+    fn limiter(&self) -> MutexGuard<'_, Limiter> {
+        self.limiter.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Logs how many lines were not logged in periods that are over.
+    fn log_counts(&self) {
+        let counts = self.limiter().take_counts(Instant::now());
+        for Lines { level, count, latest, .. } in counts {
+            let args = format_args!("{count} more like this were not logged: {latest}");
+            self.log.log(&Record::builder().level(level).target(module_path!()).args(args).build());
+        }
+    }
+}
+
+impl<L: Log> Log for LimitedLog<L> {
+    fn enabled(&self, metadata: &Metadata) -> bool {
+        self.log.enabled(metadata)
+    }
+
+    fn log(&self, record: &Record) {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
+        self.log_counts();
+        if record.level() <= Level::Info && !self.limiter().admit(record, Instant::now()) {
+            return;
+        }
+        if record.target().starts_with("rpc_") {
+            return self.log.log(record);
+        }
+        // amiquip logs what came from the wire as it is.
+        let escaped = escape(record.args().to_string().as_bytes()).to_string();
+        let metadata = record.metadata().clone();
+        self.log.log(&Record::builder().metadata(metadata).args(format_args!("{escaped}")).build());
+    }
+
+    fn flush(&self) {
+        self.log_counts();
+        self.log.flush();
+    }
+}
+
+/// A place in the source: a module and a line.
+type Place = (String, Option<u32>);
+
+/// Counts the lines of each place.
+#[derive(Default)]
+struct Limiter(HashMap<Place, Lines>);
+
+/// The lines of a place in its current period.
+struct Lines {
+    level: Level,
+    since: Instant,
+    /// How many there were; when it is taken, how many were not logged.
+    count: u64,
+    /// The latest of those that were not logged.
+    latest: String,
+}
+
+impl Limiter {
+    /// Whether one more line is to be logged.
+    fn admit(&mut self, line: &Record, now: Instant) -> bool {
+        let place = (line.module_path().unwrap_or_default().to_owned(), line.line());
+        let new = Lines { level: line.level(), since: now, count: 0, latest: String::new() };
+        let lines = self.0.entry(place).or_insert(new);
+        if lines.count <= MOST_LINES && now.duration_since(lines.since) >= PERIOD {
+            (lines.since, lines.count) = (now, 0);
+        }
+        lines.count += 1;
+        if lines.count > MOST_LINES {
+            lines.latest = line.args().to_string();
+        }
+        lines.count <= MOST_LINES
+    }
+
+    /// Takes the counts of the lines that were not logged in periods that are over.
+    fn take_counts(&mut self, now: Instant) -> Vec<Lines> {
+        let is_over =
+            |lines: &Lines| lines.count > MOST_LINES && now.duration_since(lines.since) >= PERIOD;
+        let over = self.0.extract_if(|_, lines| is_over(lines));
+        over.map(|(_, lines)| Lines { count: lines.count - MOST_LINES, ..lines }).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn five_lines_a_minute_from_a_place_are_logged_and_the_rest_is_counted() {
+        let (mut limiter, begin) = (Limiter::default(), Instant::now());
+        let at = |seconds| begin + Duration::from_secs(seconds);
+        let mut admit = |place, text: &str, now| {
+            let args = format_args!("{text}");
+            let record = Record::builder().line(Some(place)).args(args).build();
+            limiter.admit(&record, now)
+        };
+        assert_eq!((0..100).filter(|_| admit(1, "lost", at(0))).count(), 5);
+        assert!(admit(2, "another place", at(1)));
+        assert!(limiter.take_counts(at(59)).is_empty(), "the period is not over");
+        let counts = limiter.take_counts(at(60));
+        assert_eq!(
+            counts.iter().map(|lines| (lines.count, &*lines.latest)).collect::<Vec<_>>(),
+            [(95, "lost")]
+        );
+        let mut admit = |now| limiter.admit(&Record::builder().line(Some(1)).build(), now);
+        assert!(admit(at(61)), "a new period");
+        assert!(limiter.take_counts(at(200)).is_empty());
     }
 }

@@ -94,7 +94,7 @@ pub enum ErrorCode {
     OutOfRange,
     /// The function broke.
     Internal,
-    /// A code of somebody else's.
+    /// A code that is not one of these, fit to be printed: escaped, and cut at 64 characters.
     Other(String),
 }
 
@@ -111,12 +111,18 @@ impl ErrorCode {
     }
 }
 
+/// How many characters of an unknown code are shown.
+const MOST_CODE_CHARS: usize = 64;
+
 impl From<&str> for ErrorCode {
     fn from(code: &str) -> Self {
         [ErrorCode::InvalidArgument, ErrorCode::OutOfRange, ErrorCode::Internal]
             .into_iter()
             .find(|known| known.as_str() == code)
-            .unwrap_or_else(|| ErrorCode::Other(code.into()))
+            .unwrap_or_else(|| {
+                let shown = escape(code.as_bytes()).to_string();
+                ErrorCode::Other(shown.chars().take(MOST_CODE_CHARS).collect())
+            })
     }
 }
 
@@ -275,6 +281,14 @@ mod tests {
             assert_eq!(parse_number(text.as_bytes()), Err(NumberError::Malformed), "{text:?}");
         }
         assert_eq!(parse_number(&[b'0'; 21]), Err(NumberError::Malformed));
+    }
+
+    #[test]
+    fn an_unknown_code_is_escaped_and_cut() {
+        let code = |code: &str| ErrorCode::from(code).as_str().to_owned();
+        assert_eq!(code("quota"), "quota");
+        assert_eq!(code("\u{7f}\u{9b}\u{2028}\u{202e}"), r"\u{7f}\u{9b}\u{2028}\u{202e}");
+        assert_eq!(code(&"x".repeat(100_000)), "x".repeat(64));
     }
 
     #[test]

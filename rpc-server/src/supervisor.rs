@@ -7,7 +7,7 @@ use crate::signals::Stop;
 use crate::worker::{Because, Inbox, Lease, Need, Word, Worker};
 use amiquip::ConnectionBlockedNotification;
 use crossbeam_channel::{select_biased, unbounded, Receiver};
-use rpc_common::broker::{self, Error, Link, NOT_FOUND};
+use rpc_common::broker::{self, Backoff, Error, Link, NOT_FOUND};
 use rpc_common::deadline::{in_background, Deadline};
 use rpc_common::message::escape;
 use rpc_common::target::Brokers;
@@ -56,9 +56,6 @@ type Connected = (Link, Receiver<ConnectionBlockedNotification>, String);
 
 /// How long an attempt to connect and to have the queue may take, or one to open channels.
 const ATTEMPT: Duration = Duration::from_secs(10);
-
-/// How long after the end of a channel the next one is opened, should that end at once as well.
-const MENDING: Duration = Duration::from_millis(500);
 
 /// Serves until `stop` ends: connects, takes requests, has `handler` answer them, and connects again
 /// when the connection breaks. Calls `on_ready` once, before the first request is begun.
@@ -146,7 +143,7 @@ struct Supervisor<'a> {
 impl Supervisor<'_> {
     /// Keeps connecting. Returns the link when it is time to stop, if there is one.
     fn run(&mut self) -> Result<Option<Link>, Error> {
-        let mut pauses = broker::pauses();
+        let mut backoff = Backoff::new();
         loop {
             let error = match self.supervise() {
                 Ok(link) => return Ok(link),
@@ -157,9 +154,7 @@ impl Supervisor<'_> {
                 self.queue_type = QueueType::Quorum;
                 continue;
             }
-            if mem::take(&mut self.settled) {
-                pauses = broker::pauses();
-            }
+            self.settled = false;
             if self.is_final(&error) {
                 return Err(error);
             }
@@ -167,7 +162,7 @@ impl Supervisor<'_> {
                 log::warn!("{error}; trying again");
             }
             self.last = Some(error);
-            if self.stopped_within(pauses.next().unwrap_or(ATTEMPT)) {
+            if self.stopped_within(backoff.next_pause()) {
                 return Ok(None);
             }
         }
@@ -222,7 +217,10 @@ impl Supervisor<'_> {
                     }
                     Err(_) => return Ok(Some(link)), // the workers have seen the stop before us
                 },
-                default(IDLE_LIMIT) => self.isolated.close_idle(),
+                default(IDLE_LIMIT) => {
+                    self.isolated.close_idle();
+                    log::logger().flush(); // counts of lines that were not logged
+                }
             }
         }
     }
@@ -236,9 +234,6 @@ impl Supervisor<'_> {
             Because::ChannelClosed(error) => match Error::of(error, link.target()) {
                 error @ Error::ChannelClosed { code: NOT_FOUND | PRECONDITION_FAILED, .. } => {
                     log::warn!("{error}");
-                    if self.stopped_within(MENDING) {
-                        return Ok(());
-                    }
                 }
                 error => return Err(error),
             },

@@ -9,7 +9,7 @@ use crate::kept::KeptReply;
 use crate::signals::Stop;
 use amiquip::{Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery, Publish, Return};
 use crossbeam_channel::{bounded, never, select_biased, Receiver, RecvTimeoutError, Sender};
-use rpc_common::broker;
+use rpc_common::broker::{self, Backoff};
 use rpc_common::deadline::{Deadline, Watchdog};
 use rpc_common::message::{encode_reply, escape, ErrorCode, Failure, Reply, Request};
 use rpc_common::outbox::{Closed, Publisher};
@@ -151,6 +151,7 @@ impl Worker<'_> {
     /// Serves until it is stopped.
     pub(crate) fn run(&self) {
         let (mut because, mut kept) = (Because::Start, KeptReply::default());
+        let mut backoff = Backoff::new();
         while let Some((lease, mut publisher)) = self.ask_for_channel(because) {
             because = match self.consume(&lease, &mut publisher, &mut kept) {
                 Ok(End::Stopped) => return,
@@ -159,6 +160,9 @@ impl Worker<'_> {
                     Because::ChannelClosed(error)
                 }
                 Err(_) => Because::Disconnected,
+            };
+            if self.stop.recv_timeout(backoff.next_pause()).is_err_and(|end| !end.is_timeout()) {
+                return;
             }
         }
     }

@@ -257,7 +257,8 @@ impl Run<'_> {
     fn open_session(&mut self) -> Result<Session, Error> {
         let latest = self.calls.last_deadline().unwrap_or_else(|| self.next_deadline());
         let (brokers, reply_to) = (self.brokers.clone(), self.config.reply_to);
-        let open = move || Session::open(&brokers, reply_to, &latest);
+        let in_flight = self.config.in_flight.get();
+        let open = move || Session::open(&brokers, reply_to, in_flight, &latest);
         let is_last = |run: &Self| run.next_deadline().instant() >= latest.instant();
         let session = if is_last(self) {
             open()? // as for a single call, which is spared the thread
@@ -373,6 +374,7 @@ impl Run<'_> {
                 }
                 recv(wire.returns) -> request => {
                     if let Ok(request) = request {
+                        wire.take_return();
                         self.on_return(&request);
                     }
                 }

@@ -3,7 +3,7 @@
 use crate::calls::Call;
 use amiquip::{
     AmqpProperties, Channel, Connection, ConnectionBlockedNotification, Consumer, ConsumerMessage,
-    ConsumerOptions, QueueDeclareOptions, Return,
+    ConsumerOptions, Delivery, QueueDeclareOptions, Return,
 };
 use crossbeam_channel::{never, Receiver, RecvError};
 use rpc_common::broker::{self, Counts, Error, Link};
@@ -53,6 +53,11 @@ pub enum ReplyTo {
     Direct,
 }
 
+/// How many replies and returns may wait: some for each call, which may be sent and answered more than once, and some
+/// more that are nobody's.
+const MOST_WAITING_PER_CALL: usize = 8;
+const MOST_WAITING: usize = 1_000;
+
 /// The name that stands for direct reply-to.
 const DIRECT: &str = "amq.rabbitmq.reply-to";
 
@@ -61,11 +66,14 @@ impl Session {
     pub(crate) fn open(
         brokers: &Brokers,
         reply_to: ReplyTo,
+        in_flight: usize,
         deadline: &Deadline,
     ) -> Result<Self, Error> {
         let mut link = broker::open_any(brokers, "rpc-client", deadline)?;
         let channel = link.open_channel(deadline)?;
         let publisher = link.publisher(&channel);
+        let most = in_flight.saturating_mul(MOST_WAITING_PER_CALL).saturating_add(MOST_WAITING);
+        publisher.limit_waiting(most, most);
         let reply_queue = match reply_to {
             ReplyTo::Queue => format!("rpc.reply.{}", Uuid::new_v4()),
             ReplyTo::Direct => DIRECT.into(),
@@ -132,7 +140,7 @@ impl Wire {
     /// The replies that have come and were not taken yet.
     pub(crate) fn replies_at_hand(&self) -> impl Iterator<Item = RawReply> + '_ {
         self.replies.try_iter().filter_map(|got| match got {
-            ConsumerMessage::Delivery(delivery) => Some((delivery.properties, delivery.body)),
+            ConsumerMessage::Delivery(delivery) => Some(self.take(delivery)),
             _ => None,
         })
     }
@@ -205,13 +213,23 @@ impl Wire {
         }
     }
 
+    fn take(&self, delivery: Delivery) -> RawReply {
+        let _ = self.publisher.take_delivery(delivery.delivery_tag()); // a changed id is of no call
+        (delivery.properties, delivery.body)
+    }
+
+    /// A returned request was taken.
+    pub(crate) fn take_return(&self) {
+        self.publisher.take_return();
+    }
+
     /// What the reply queue's consumer got: a reply, or the end of the session.
     pub(crate) fn reply(
         &mut self,
         got: Result<ConsumerMessage, RecvError>,
     ) -> Result<RawReply, Error> {
         match broker::delivery(got) {
-            Ok(Some(delivery)) => Ok((delivery.properties, delivery.body)),
+            Ok(Some(delivery)) => Ok(self.take(delivery)),
             Ok(None) => Err(self.link.lost("the reply queue was deleted")),
             Err(error) => Err(self.link.explain(error)),
         }

@@ -40,12 +40,42 @@ const MOST_KEPT: usize = 64 << 10;
 /// The **outbox** is shared by amiquip's I/O thread and all publishers of a connection.
 pub(crate) struct Outbox {
     state: Mutex<State>,
-    /// What was changed in deliveries, by channel and delivery tag; the latest [`MOST_REMEMBERED`] of them.
-    changes: Mutex<BTreeMap<(u16, u64), Changes>>,
+    /// What has come on the channels that have a publisher.
+    inbound: Mutex<HashMap<u16, Inbound>>,
 }
 
-/// As many as a channel can have unacknowledged deliveries (`basic.qos`).
-const MOST_REMEMBERED: usize = 65_535;
+/// What the broker has sent on a channel and the program has not taken yet.
+struct Inbound {
+    deliveries: Waiting,
+    returns: Waiting,
+    /// What was changed in deliveries, by delivery tag.
+    changes: BTreeMap<u64, Changes>,
+}
+
+/// Messages that wait to be taken, and how many may.
+struct Waiting {
+    count: usize,
+    most: usize,
+}
+
+impl Waiting {
+    fn add(&mut self, what: &str) -> io::Result<()> {
+        self.count += 1;
+        if self.count <= self.most {
+            return Ok(());
+        }
+        let reason =
+            format!("the broker sent more than {} {what} that were not asked for", self.most);
+        Err(io::Error::new(ErrorKind::InvalidData, reason))
+    }
+
+    fn take(&mut self) {
+        self.count = self.count.saturating_sub(1);
+    }
+}
+
+/// How many deliveries and returns may wait on a channel whose program does not say.
+const MOST_WAITING: usize = 65_535;
 
 struct State {
     transport: Transport,
@@ -61,15 +91,17 @@ impl Outbox {
     pub(crate) fn new(transport: Transport) -> Self {
         let (backlog, open) = (VecDeque::new(), HashMap::new());
         let state = Mutex::new(State { transport, backlog, open, openings: 0 });
-        Outbox { state, changes: Mutex::default() }
+        Outbox { state, inbound: Mutex::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn changes(&self) -> MutexGuard<'_, BTreeMap<(u16, u64), Changes>> {
-        self.changes.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Does something with what has come on a channel; nothing where that has no publisher.
+    fn with_inbound<T>(&self, channel: u16, act: impl FnOnce(&mut Inbound) -> T) -> Option<T> {
+        let mut inbound = self.inbound.lock().unwrap_or_else(PoisonError::into_inner);
+        inbound.get_mut(&channel).map(act)
     }
 
     pub(crate) fn fd(&self) -> RawFd {
@@ -88,16 +120,30 @@ impl Outbox {
     /// Nothing is to be sent on this channel any more.
     pub(crate) fn close(&self, channel: u16) {
         self.state().open.remove(&channel);
-        self.changes().retain(|(of, _), _| *of != channel);
+        self.inbound.lock().unwrap_or_else(PoisonError::into_inner).remove(&channel);
     }
 
-    /// Keeps what was changed in a delivery, until a publisher of the channel asks for it.
+    /// A delivery comes on this channel.
+    ///
+    /// # Errors
+    /// When more wait there than the program has asked for: the broker floods it.
+    pub(crate) fn count_delivery(&self, channel: u16) -> io::Result<()> {
+        let counted = self.with_inbound(channel, |inbound| inbound.deliveries.add("messages"));
+        counted.unwrap_or(Ok(()))
+    }
+
+    /// A returned message comes on this channel.
+    ///
+    /// # Errors
+    /// As [`Outbox::count_delivery`].
+    pub(crate) fn count_return(&self, channel: u16) -> io::Result<()> {
+        let counted = self.with_inbound(channel, |inbound| inbound.returns.add("returns"));
+        counted.unwrap_or(Ok(()))
+    }
+
+    /// Keeps what was changed in a delivery, until a publisher of the channel takes that.
     pub(crate) fn remember(&self, channel: u16, delivery_tag: u64, changes: Changes) {
-        let mut remembered = self.changes();
-        remembered.insert((channel, delivery_tag), changes);
-        if remembered.len() > MOST_REMEMBERED {
-            remembered.pop_first();
-        }
+        self.with_inbound(channel, |inbound| inbound.changes.insert(delivery_tag, changes));
     }
 }
 
@@ -194,13 +240,33 @@ impl Publisher {
         let opening = state.openings;
         state.open.insert(channel, opening);
         drop(state);
+        let waiting = || Waiting { count: 0, most: MOST_WAITING };
+        let (deliveries, returns, changes) = (waiting(), waiting(), BTreeMap::new());
+        let inbound = Inbound { deliveries, returns, changes };
+        outbox.inbound.lock().unwrap_or_else(PoisonError::into_inner).insert(channel, inbound);
         Publisher { outbox, channel, opening, frames: Vec::new() }
     }
 
-    /// What was changed in this delivery so that it could be read; nothing when it is asked again.
+    /// Has the connection end when more deliveries, or more returns, than these wait on the channel.
+    pub fn limit_waiting(&self, deliveries: usize, returns: usize) {
+        self.outbox.with_inbound(self.channel, |inbound| {
+            (inbound.deliveries.most, inbound.returns.most) = (deliveries, returns);
+        });
+    }
+
+    /// A delivery was taken. Says what was changed in it so that it could be read.
     #[must_use]
-    pub fn take_changes(&self, delivery_tag: u64) -> Changes {
-        self.outbox.changes().remove(&(self.channel, delivery_tag)).unwrap_or_default()
+    pub fn take_delivery(&self, delivery_tag: u64) -> Changes {
+        let changes = self.outbox.with_inbound(self.channel, |inbound| {
+            inbound.deliveries.take();
+            inbound.changes.remove(&delivery_tag)
+        });
+        changes.flatten().unwrap_or_default()
+    }
+
+    /// A returned message was taken.
+    pub fn take_return(&self) {
+        self.outbox.with_inbound(self.channel, |inbound| inbound.returns.take());
     }
 
     /// Adds a message to what is sent next, by the default exchange.

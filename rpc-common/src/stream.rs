@@ -16,6 +16,7 @@ use std::net::TcpStream;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// The largest frame that we negotiate, in bytes; RabbitMQ's default.
 pub(crate) const FRAME_MAX: u32 = 131_072;
@@ -153,14 +154,22 @@ const FRAME_HEADER: usize = 7;
 const BODY_SIZE: Range<usize> = FRAME_HEADER + 4..FRAME_HEADER + 12;
 const TYPE_METHOD: u8 = 1;
 const TYPE_CONTENT_HEADER: u8 = 2;
-/// A method's payload starts with a class (2) and a method (2). These are channel.close and basic.deliver, whose
-/// arguments start with a consumer tag (a length of 1 byte, then that many) and a delivery tag (8).
+/// A method's payload starts with a class (2) and a method (2). These are channel.close, basic.deliver, whose
+/// arguments start with a consumer tag (a length of 1 byte, then that many) and a delivery tag (8), basic.return,
+/// connection.blocked and connection.unblocked.
 const METHOD: Range<usize> = FRAME_HEADER..FRAME_HEADER + 4;
 const CHANNEL_CLOSE: [u8; 4] = [0, 20, 0, 40];
 const BASIC_DELIVER: [u8; 4] = [0, 60, 0, 60];
+const BASIC_RETURN: [u8; 4] = [0, 60, 0, 50];
+const BLOCKED: [u8; 4] = [0, 10, 0, 60];
+const UNBLOCKED: [u8; 4] = [0, 10, 0, 61];
 /// How a TLS record with an alert begins (RFC 8446, 5.1), the answer to what is no TLS.
 const TLS_ALERT: [u8; 2] = [21, 3];
 const TYPES: [u8; 4] = [TYPE_METHOD, TYPE_CONTENT_HEADER, 3, 8];
+
+/// How many notices that it blocks publishers, or does no longer, a broker may send in each period.
+const MOST_NOTICES: u32 = 100;
+const NOTICES_PERIOD: Duration = Duration::from_secs(60);
 
 /// How many bytes are read at once: at first, and when there is more.
 const FIRST_READ: usize = 4 << 10;
@@ -177,6 +186,8 @@ struct FrameReader {
     saw_frame: bool,
     /// The latest delivery of each channel, by its tag: the content header that follows belongs to it.
     delivery_tags: HashMap<u16, u64>,
+    /// How many notices there were since when.
+    notices: (u32, Instant),
 }
 
 impl FrameReader {
@@ -188,6 +199,7 @@ impl FrameReader {
             filled: 0,
             saw_frame: false,
             delivery_tags: HashMap::new(),
+            notices: (0, Instant::now()),
         }
     }
 
@@ -245,12 +257,20 @@ impl FrameReader {
         let changes = sanitize(frame).map_err(|error| invalid(error.to_string()))?;
         let (kind, channel) = (frame[0], u16::from_be_bytes([frame[1], frame[2]]));
         match (kind, frame.get(METHOD)) {
-            // Before amiquip sees it and confirms: from then on the channel's number means nothing.
-            (TYPE_METHOD, Some(method)) if method == CHANNEL_CLOSE => outbox.close(channel),
-            (TYPE_METHOD, Some(method)) if method == BASIC_DELIVER => {
-                let consumer_tag_len = usize::from(frame[METHOD.end]);
-                let tag = METHOD.end + 1 + consumer_tag_len;
-                self.delivery_tags.insert(channel, number(&frame[tag..tag + 8]));
+            (TYPE_METHOD, Some(method)) => {
+                let method = [method[0], method[1], method[2], method[3]];
+                match method {
+                    // Before amiquip sees it and confirms: from then on the channel's number means nothing.
+                    CHANNEL_CLOSE => outbox.close(channel),
+                    BASIC_DELIVER => {
+                        let tag = METHOD.end + 1 + usize::from(frame[METHOD.end]);
+                        self.delivery_tags.insert(channel, number(&frame[tag..tag + 8]));
+                        outbox.count_delivery(channel)?;
+                    }
+                    BASIC_RETURN => outbox.count_return(channel)?,
+                    BLOCKED | UNBLOCKED => self.count_notice()?,
+                    _ => {}
+                }
             }
             (TYPE_CONTENT_HEADER, _) => {
                 let size = frame.get(BODY_SIZE).map_or(0, number);
@@ -263,6 +283,20 @@ impl FrameReader {
                 }
             }
             _ => {}
+        }
+        Ok(())
+    }
+
+    fn count_notice(&mut self) -> io::Result<()> {
+        let (count, since) = &mut self.notices;
+        if since.elapsed() >= NOTICES_PERIOD {
+            (*count, *since) = (0, Instant::now());
+        }
+        *count += 1;
+        if *count > MOST_NOTICES {
+            return Err(invalid(format!(
+                "the broker sent more than {MOST_NOTICES} notices a minute"
+            )));
         }
         Ok(())
     }

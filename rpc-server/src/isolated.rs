@@ -101,7 +101,10 @@ impl Connection {
         let deadline = Deadline::after(BROKER_CALL_TIMEOUT);
         let Connection { link, channel, .. } = &mut self;
         link.within(&deadline, Phase::Channel, |_| channel.qos(0, 0, false))?;
-        self.returns.try_iter().for_each(|reply| log_return(&reply));
+        for reply in self.returns.try_iter() {
+            self.publisher.take_return();
+            log_return(&reply);
+        }
         self.used_at = Instant::now();
         Ok(self)
     }

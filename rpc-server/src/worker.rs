@@ -25,6 +25,9 @@ pub(crate) const BROKER_CALL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often a worker that prefetches looks what has come while it works.
 const STAMPING: Duration = Duration::from_millis(100);
 
+/// How many replies may come back at once, beside one for each request that is prefetched.
+const MOST_RETURNS: usize = 64;
+
 /// A **worker** takes requests from the queue for as long as it gets channels to do so.
 ///
 /// It owns no connection; so one that computes is never waited for, and comes back when it is done.
@@ -185,6 +188,10 @@ impl Worker<'_> {
     ) -> amiquip::Result<End> {
         let Some(channel) = &lease.channel else { return Err(amiquip::Error::ClientClosedChannel) };
         let mut returns = channel.listen_for_returns()?;
+        if self.prefetch != 0 {
+            let prefetch = self.prefetch.into();
+            publisher.limit_waiting(prefetch, prefetch + MOST_RETURNS);
+        }
         let consumer = lease.within(|| {
             channel.qos(0, self.prefetch, false)?; // per consumer: brokers of 4.3 refuse a global one
             channel.basic_consume(self.queue, ConsumerOptions::default())
@@ -224,7 +231,10 @@ impl Worker<'_> {
                     return Ok(End::Stopped);
                 }
                 recv(returns) -> reply => match reply {
-                    Ok(reply) => log_return(&reply),
+                    Ok(reply) => {
+                        desk.publisher.take_return();
+                        log_return(&reply);
+                    }
                     Err(_) => *returns = never(), // the channel has ended: the consumer says how
                 },
                 recv(consumer.receiver()) -> got => {
@@ -247,7 +257,7 @@ impl Worker<'_> {
         delivery: Delivery,
         arrived: Instant,
     ) -> amiquip::Result<()> {
-        let changes = desk.publisher.take_changes(delivery.delivery_tag());
+        let changes = desk.publisher.take_delivery(delivery.delivery_tag());
         let request = Request::decode(&delivery.properties, &delivery.body);
         let reply_to = match request.reply_to {
             Some(reply_to) if !changes.reply_to => reply_to,

@@ -74,6 +74,32 @@ impl Scene {
     }
 }
 
+/// How many kinds of message [`publish`] knows.
+pub(crate) const KINDS: usize = 7;
+
+/// Publishes a message of some kind to a queue, or to an exchange that is bound to it.
+pub(crate) fn publish(
+    attacker: &mut RawPeer,
+    kind: usize,
+    queue: &str,
+    exchange: &str,
+    replies: &str,
+) {
+    let (queue, reply_to) = (("", queue.as_bytes()), &short_str(replies.as_bytes())[..]);
+    match kind {
+        0 => attacker.publish(queue, HEADERS | REPLY_TO, &[&nested_tables(130_000), reply_to]),
+        1 => attacker.publish(queue, HEADERS, &[&nested_arrays(130_000)]),
+        2 => attacker.publish(queue, REPLY_TO, &[&short_str(b"amq.rabbitmq.reply-to.%%%.%%%")]),
+        3 => {
+            let headers = large_table(NEARLY_A_FRAME);
+            attacker.publish(queue, HEADERS | REPLY_TO, &[&headers, reply_to]);
+        }
+        4 => attacker.publish((exchange, b"\xff\xfe"), REPLY_TO, &[reply_to]),
+        5 => attacker.publish(queue, CORRELATION_ID | REPLY_TO, &[b"\x02\xff\xfe", reply_to]),
+        _ => attacker.publish(queue, REPLY_TO, &[b"\x02\xff\xfe"]),
+    }
+}
+
 /// Without harm to the stack of amiquip's thread, which parses them, and of the worker, which drops them.
 #[test]
 fn deeply_nested_headers_are_answered() {

@@ -3,6 +3,7 @@
 //! All tests share one private node, which the first of them starts, and run in parallel, each on
 //! queues of its own. `AMQP_URL` points them at another broker.
 
+mod bad_brokers;
 mod bad_messages;
 mod batches;
 mod client;

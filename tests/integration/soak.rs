@@ -3,11 +3,13 @@
 //!
 //! `SOAK_SECONDS` is how long (60), `SOAK_SEED` repeats a run. With `--nocapture` it reports.
 
+use crate::bad_messages;
 use crate::support::broker::node;
 use crate::support::eventually;
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::Program;
 use crate::support::proxy::{Proxy, Weather};
+use crate::support::raw::RawPeer;
 use fastrand::Rng;
 use rpc_common::fib::fib;
 use rustix::process::Signal;
@@ -230,12 +232,16 @@ fn whatever_strikes_every_call_ends_right_or_with_exit_code_5() {
     let stations = ["1", "64", "8"].map(|prefetch| Mutex::new(Station::new(&queue, prefetch)));
     let mut peer = Peer::connect_to(node().url());
     peer.await_consumers(&queue, CONSUMERS);
+    let (exchange, replies) = (peer.fan_out_to(&queue), Queue::named("soak.replies"));
+    peer.declare(&replies, "classic");
+    let mut attacker = RawPeer::connect(node().url());
     let ways = [Proxy::before(node().authority()), Proxy::before(node().authority())];
     let (stop, faults) = (AtomicBool::new(false), Mutex::new(BTreeMap::<_, u64>::new()));
     let strikes = |name| *faults.lock().expect("no panic").entry(name).or_default() += 1;
     let begun = Instant::now();
     let tallies = thread::scope(|scope| {
         let (stop, queue, strikes) = (&stop, &*queue, &strikes);
+        let (exchange, replies) = (&*exchange, &*replies);
         for (station, is_replaced) in stations.iter().zip([true, true, false]) {
             let mut rng = rng.fork();
             scope.spawn(move || {
@@ -250,6 +256,15 @@ fn whatever_strikes_every_call_ends_right_or_with_exit_code_5() {
                 }
             });
         }
+        let mut kinds = (0..bad_messages::KINDS).cycle();
+        scope.spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                thread::sleep(Duration::from_secs(1));
+                let kind = kinds.next().expect("it has no end");
+                bad_messages::publish(&mut attacker, kind, queue, exchange, replies);
+                strikes("bad message");
+            }
+        });
         let ways = [(&ways[0], "10s"), (&ways[1], IMPATIENT)];
         let callers = ways.map(|(proxy, timeout)| {
             let (mut faults_rng, mut calls_rng) = (rng.fork(), rng.fork());
@@ -288,4 +303,5 @@ fn whatever_strikes_every_call_ends_right_or_with_exit_code_5() {
         station.into_inner().expect("no panic").server.expect("it runs").stop();
     }
     peer.delete(&queue);
+    peer.delete(&replies);
 }

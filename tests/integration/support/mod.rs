@@ -7,6 +7,7 @@ pub(crate) mod peer;
 pub(crate) mod programs;
 pub(crate) mod proxy;
 pub(crate) mod raw;
+pub(crate) mod scripted;
 
 use std::thread;
 use std::time::{Duration, Instant};

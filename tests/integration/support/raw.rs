@@ -93,7 +93,7 @@ pub(crate) fn short_str(text: &[u8]) -> Vec<u8> {
     [&[u8::try_from(text.len()).expect("it is short")], text].concat()
 }
 
-fn long_str(bytes: &[u8]) -> Vec<u8> {
+pub(crate) fn long_str(bytes: &[u8]) -> Vec<u8> {
     let len = u32::try_from(bytes.len()).expect("it is not that long");
     [&len.to_be_bytes()[..], bytes].concat()
 }

@@ -662,3 +662,18 @@ impl Exit for Error {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_cannot_use_the_clients_own_codes() {
+        let code = |code: &str| {
+            let failure = Failure { code: code.into(), message: "no".into() };
+            Error::Remote(failure).code().to_owned()
+        };
+        assert_eq!([code("quota"), code("out-of-range")], ["quota", "out-of-range"]);
+        assert_eq!([code("unreachable"), code("timeout")], ["internal", "internal"]);
+    }
+}

@@ -165,6 +165,37 @@ impl Limiter {
 mod tests {
     use super::*;
 
+    /// Keeps the lines that it gets.
+    #[derive(Default)]
+    struct Kept(Mutex<Vec<String>>);
+
+    impl Log for Kept {
+        fn enabled(&self, _: &Metadata) -> bool {
+            true
+        }
+
+        fn log(&self, record: &Record) {
+            self.0.lock().unwrap().push(record.args().to_string());
+        }
+
+        fn flush(&self) {}
+    }
+
+    #[test]
+    fn what_amiquip_logs_is_escaped_and_floods_end() {
+        let log = LimitedLog { log: Kept::default(), limiter: Mutex::default() };
+        let say = |target, level| {
+            let args = format_args!("\x1b[2J");
+            log.log(&Record::builder().target(target).level(level).args(args).build());
+        };
+        say("amiquip::io_loop", Level::Debug);
+        (0..9).for_each(|_| say("rpc_common::broker", Level::Warn));
+        (0..9).for_each(|_| say("rpc_common::broker", Level::Debug));
+        let kept = log.log.0.lock().unwrap();
+        assert_eq!(kept[0], r"\u{1b}[2J");
+        assert_eq!(kept.len(), 1 + 5 + 9);
+    }
+
     #[test]
     fn five_lines_a_minute_from_a_place_are_logged_and_the_rest_is_counted() {
         let (mut limiter, begin) = (Limiter::default(), Instant::now());

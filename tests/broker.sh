@@ -141,12 +141,19 @@ clean_up() {
 
 remove() {
     [ -z "$root" ] || rmdir "$root$dir" 2>/dev/null || true
-    until rm -rf "$dir" 2>/dev/null; do sleep 0.1; done # a node that is ending may still write
+    local tries
+    for tries in $(seq 50); do # a node that is ending may still write
+        ! rm -rf "$dir" 2>/dev/null || return 0
+        sleep 0.1
+    done
+    die "cannot remove $dir (tried $tries times)"
 }
 
 run() {
     local ports first epmd_port n
-    use_root "${NODE_ROOT:+$(cd "$NODE_ROOT" && pwd)}"
+    root=${NODE_ROOT:-}
+    [ -z "$root" ] || root=$(cd "$root" && pwd) || die "NODE_ROOT: no folder '$NODE_ROOT'"
+    use_root "$root"
     [ -x "$root$server" ] || die "no $root$server: run 'tests/setup.sh broker' first"
     mkdir -p "$dir"
     [ -z "$(ls -A "$dir")" ] || die "$dir is not empty: is another node running there? stop that first"
@@ -161,6 +168,8 @@ run() {
     ports=$(free_ports) epmd_port=$((ports + 15)) first=${1:-$ports}
     is_open "$first" && die "port $first is in use"
     for n in $(seq "$nodes"); do configure "$n" "$first" "$epmd_port"; done
+    # Nodes that start at once would each make one.
+    (umask 377 && od -An -N10 -tx1 /dev/urandom | tr -d ' \n' >"$dir/.erlang.cookie")
     mkdir "$dir/epmd"
     run_at 1 setsid "${enter[@]}" epmd -port "$epmd_port" </dev/null >"$dir/epmd/out" 2>&1 3<&- &
     echo $! >"$dir/epmd/pid"
@@ -193,20 +202,37 @@ has_state_beside() {
         awk -v group="$1" -v states="$2" '{ sub(/.*\) /, "") } $3 == group && !index(states, $1) { found = 1 } END { exit !found }'
 }
 
-kill_node() { kill -9 -- "-$(cat "$dir/$1/pid")"; }
+# The process group of node $1.
+group_of() {
+    local group
+    group=$(cat "$dir/$1/pid")
+    is_ours "$group" || die "node $1 is not running"
+    echo "$group"
+}
+
+kill_node() {
+    local group
+    group=$(group_of "$1")
+    kill -9 -- "-$group"
+    while has_state_beside "$group" ZX; do sleep 0.01; done
+}
 
 freeze_node() {
     local group
-    group=$(cat "$dir/$1/pid")
+    group=$(group_of "$1")
     kill -STOP -- "-$group"
     while has_state_beside "$group" TZX; do :; done # a thread that is running goes on until it sees the signal
 }
 
-thaw_node() { kill -CONT -- "-$(cat "$dir/$1/pid")"; }
+thaw_node() {
+    local group
+    group=$(group_of "$1")
+    kill -CONT -- "-$group"
+}
 
 stop_node() {
     local group
-    group=$(cat "$dir/$1/pid")
+    group=$(group_of "$1")
     kill "$group" # RabbitMQ's script, which has the Erlang machine stop
     while has_state_beside "$group" ZX; do sleep 0.1; done
 }

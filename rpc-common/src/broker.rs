@@ -603,12 +603,12 @@ impl Error {
         }
     }
 
-    /// Whether the broker closed the channel or the connection for what was done there, and not because an operator or
-    /// its own end wanted it closed.
+    /// Whether the broker closed the channel or the connection for a message that was sent there: not for a permission
+    /// that the user lacks, and not because an operator or its own end wanted it closed.
     #[must_use]
-    pub fn is_close_by_broker(&self) -> bool {
+    pub fn is_about_message(&self) -> bool {
         match self {
-            Error::Refused { .. } | Error::ChannelClosed { .. } => true,
+            Error::ChannelClosed { .. } => true,
             Error::ConnectionClosed { code, .. } => *code != CONNECTION_FORCED,
             _ => false,
         }

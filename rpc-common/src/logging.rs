@@ -81,12 +81,18 @@ impl<L: Log> LimitedLog<L> {
         self.limiter.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn log_limited(&self, record: &Record) {
+        if record.level() > Level::Info || self.limiter().admit(record, Instant::now()) {
+            self.log.log(record);
+        }
+    }
+
     /// Logs how many lines were not logged in periods that are over.
     fn log_counts(&self) {
         let counts = self.limiter().take_counts(Instant::now());
-        for Lines { level, count, latest, .. } in counts {
+        for Lines { level, target, count, latest, .. } in counts {
             let args = format_args!("{count} more like this were not logged: {latest}");
-            self.log.log(&Record::builder().level(level).target(module_path!()).args(args).build());
+            self.log.log(&Record::builder().level(level).target(&target).args(args).build());
         }
     }
 }
@@ -101,16 +107,15 @@ impl<L: Log> Log for LimitedLog<L> {
             return;
         }
         self.log_counts();
-        if record.level() <= Level::Info && !self.limiter().admit(record, Instant::now()) {
-            return;
-        }
         if record.target().starts_with("rpc_") {
-            return self.log.log(record);
+            return self.log_limited(record);
         }
         // amiquip logs what came from the wire as it is.
         let escaped = escape(record.args().to_string().as_bytes()).to_string();
-        let metadata = record.metadata().clone();
-        self.log.log(&Record::builder().metadata(metadata).args(format_args!("{escaped}")).build());
+        let mut copy = Record::builder();
+        copy.metadata(record.metadata().clone()).line(record.line());
+        copy.module_path(record.module_path());
+        self.log_limited(&copy.args(format_args!("{escaped}")).build());
     }
 
     fn flush(&self) {
@@ -129,6 +134,7 @@ struct Limiter(HashMap<Place, Lines>);
 /// The lines of a place in its current period.
 struct Lines {
     level: Level,
+    target: String,
     since: Instant,
     /// How many there were; when it is taken, how many were not logged.
     count: u64,
@@ -140,8 +146,13 @@ impl Limiter {
     /// Whether one more line is to be logged.
     fn admit(&mut self, line: &Record, now: Instant) -> bool {
         let place = (line.module_path().unwrap_or_default().to_owned(), line.line());
-        let new = Lines { level: line.level(), since: now, count: 0, latest: String::new() };
-        let lines = self.0.entry(place).or_insert(new);
+        let lines = self.0.entry(place).or_insert_with(|| Lines {
+            level: line.level(),
+            target: line.target().to_owned(),
+            since: now,
+            count: 0,
+            latest: String::new(),
+        });
         if lines.count <= MOST_LINES && now.duration_since(lines.since) >= PERIOD {
             (lines.since, lines.count) = (now, 0);
         }

@@ -46,6 +46,8 @@ pub(crate) struct Outbox {
 
 /// What the broker has sent on a channel and the program has not taken yet.
 struct Inbound {
+    /// The opening of the channel, as in [`State`].
+    opening: u64,
     deliveries: Waiting,
     returns: Waiting,
     /// What was changed in deliveries, by delivery tag.
@@ -120,7 +122,6 @@ impl Outbox {
     /// Nothing is to be sent on this channel any more.
     pub(crate) fn close(&self, channel: u16) {
         self.state().open.remove(&channel);
-        self.inbound.lock().unwrap_or_else(PoisonError::into_inner).remove(&channel);
     }
 
     /// A delivery comes on this channel.
@@ -242,14 +243,14 @@ impl Publisher {
         drop(state);
         let waiting = || Waiting { count: 0, most: MOST_WAITING };
         let (deliveries, returns, changes) = (waiting(), waiting(), BTreeMap::new());
-        let inbound = Inbound { deliveries, returns, changes };
+        let inbound = Inbound { opening, deliveries, returns, changes };
         outbox.inbound.lock().unwrap_or_else(PoisonError::into_inner).insert(channel, inbound);
         Publisher { outbox, channel, opening, frames: Vec::new() }
     }
 
     /// Has the connection end when more deliveries, or more returns, than these wait on the channel.
     pub fn limit_waiting(&self, deliveries: usize, returns: usize) {
-        self.outbox.with_inbound(self.channel, |inbound| {
+        self.with_inbound(|inbound| {
             (inbound.deliveries.most, inbound.returns.most) = (deliveries, returns);
         });
     }
@@ -257,7 +258,7 @@ impl Publisher {
     /// A delivery was taken. Says what was changed in it so that it could be read.
     #[must_use]
     pub fn take_delivery(&self, delivery_tag: u64) -> Changes {
-        let changes = self.outbox.with_inbound(self.channel, |inbound| {
+        let changes = self.with_inbound(|inbound| {
             inbound.deliveries.take();
             inbound.changes.remove(&delivery_tag)
         });
@@ -266,7 +267,14 @@ impl Publisher {
 
     /// A returned message was taken.
     pub fn take_return(&self) {
-        self.outbox.with_inbound(self.channel, |inbound| inbound.returns.take());
+        self.with_inbound(|inbound| inbound.returns.take());
+    }
+
+    /// Does something with what has come on this opening of the channel; nothing when there is a later one.
+    fn with_inbound<T>(&self, act: impl FnOnce(&mut Inbound) -> T) -> Option<T> {
+        let is_ours =
+            |inbound: &mut Inbound| (inbound.opening == self.opening).then(|| act(inbound));
+        self.outbox.with_inbound(self.channel, is_ours).flatten()
     }
 
     /// Adds a message to what is sent next, by the default exchange.

@@ -193,6 +193,7 @@ impl Supervisor<'_> {
         };
         let broker = link.target().to_string();
         self.brokers.begin_with(&broker);
+        self.isolated.use_broker(link.target());
         loop {
             self.give_channels(&mut link)?;
             select_biased! {

@@ -25,8 +25,9 @@ pub(crate) const BROKER_CALL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often a worker that prefetches looks what has come while it works.
 const STAMPING: Duration = Duration::from_millis(100);
 
-/// How many replies may come back at once, beside one for each request that is prefetched.
-const MOST_RETURNS: usize = 64;
+/// How many deliveries, and returned replies, may wait beside twice the prefetch: a quorum queue delivers anew what was
+/// prefetched when it loses and finds the node that we are connected to.
+const MOST_WAITING: usize = 64;
 
 /// A **worker** takes requests from the queue for as long as it gets channels to do so.
 ///
@@ -188,10 +189,11 @@ impl Worker<'_> {
     ) -> amiquip::Result<End> {
         let Some(channel) = &lease.channel else { return Err(amiquip::Error::ClientClosedChannel) };
         let mut returns = channel.listen_for_returns()?;
-        if self.prefetch != 0 {
-            let prefetch = self.prefetch.into();
-            publisher.limit_waiting(prefetch, prefetch + MOST_RETURNS);
-        }
+        let most = match self.prefetch {
+            0 => usize::MAX, // no limit was asked for
+            prefetch => 2 * usize::from(prefetch) + MOST_WAITING,
+        };
+        publisher.limit_waiting(most, most);
         let consumer = lease.within(|| {
             channel.qos(0, self.prefetch, false)?; // per consumer: brokers of 4.3 refuse a global one
             channel.basic_consume(self.queue, ConsumerOptions::default())
@@ -277,7 +279,7 @@ impl Worker<'_> {
             return consumer.reject(delivery, false);
         }
         let kept = desk.kept.take(&request);
-        let reply = kept.unwrap_or_else(|| handler::call(self.handler, &request));
+        let mut reply = kept.unwrap_or_else(|| handler::call(self.handler, &request));
         if let Err(failure) = &reply {
             log::warn!("answered with an error: {}", escape(failure.message.as_bytes()));
         }
@@ -286,12 +288,10 @@ impl Worker<'_> {
             correlation_id: request.correlation_id,
             original_id: changes.correlation_id.as_deref(),
         };
+        let mut is_published = false;
         if delivery.redelivered {
-            match self.publish_isolated(&caller, &reply) {
-                Published::Taken => {
-                    desk.publisher.ack(delivery.delivery_tag());
-                    return self.send(desk);
-                }
+            match self.publish_isolated(&caller, &mut reply) {
+                Published::Taken => is_published = true,
                 Published::Refused(error) => {
                     log::warn!("rejected a request whose replies the broker refuses: {error}");
                     return consumer.reject(delivery, false);
@@ -299,7 +299,9 @@ impl Worker<'_> {
                 Published::Unknown(error) => log::info!("{error}; answering without a check"),
             }
         }
-        desk.publisher.publish_with_id(caller.message(&reply), caller.original_id);
+        if !is_published {
+            desk.publisher.publish_with_id(caller.message(&reply), caller.original_id);
+        }
         desk.publisher.ack(delivery.delivery_tag());
         let sent = self.send(desk);
         if let Err(amiquip::Error::ServerClosedChannel { .. }) = sent {
@@ -316,17 +318,16 @@ impl Worker<'_> {
         );
     }
 
-    /// Publishes a reply where what the broker closes can have no other cause; if it refuses that, an error.
-    fn publish_isolated(&self, caller: &Caller, reply: &Reply) -> Published {
+    /// Publishes a reply where what the broker closes can have no other cause. If it refuses that, an error takes its
+    /// place.
+    fn publish_isolated(&self, caller: &Caller, reply: &mut Reply) -> Published {
         let error = match self.isolated.publish(caller.message(reply), caller.original_id) {
             Published::Refused(error) => error,
             published => return published,
         };
         log::warn!("the broker refused a reply, answering with an error: {error}");
-        match self.isolated.publish(caller.message(&refusal()), caller.original_id) {
-            Published::Unknown(_) => Published::Refused(error),
-            published => published,
-        }
+        *reply = refusal();
+        self.isolated.publish(caller.message(reply), caller.original_id)
     }
 
     /// Sends what the publisher holds.

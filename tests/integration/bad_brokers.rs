@@ -33,8 +33,8 @@ fn a_server_backs_off_from_a_broker_that_does_not_let_it_consume() {
 #[test]
 fn a_server_ends_the_connection_to_a_broker_that_floods_it() {
     for (flood, line) in [
-        (Flood::Deliveries, "the broker sent more than 1 messages that were not asked for"),
-        (Flood::Returns, "the broker sent more than 65 returns that were not asked for"),
+        (Flood::Deliveries, "the broker sent more than 66 messages that were not asked for"),
+        (Flood::Returns, "the broker sent more than 66 returns that were not asked for"),
         (Flood::Notices, "the broker sent more than 100 notices a minute"),
     ] {
         let broker = ScriptedBroker::start(CONSUME, Act::Flood(flood));

@@ -253,10 +253,18 @@ impl Cable {
                 thread::sleep(pause);
                 to.write_all(bytes).is_ok()
             }
-            Weather::Dripping => bytes.chunks(1).all(|byte| {
-                thread::sleep(Duration::from_millis(1));
-                to.write_all(byte).is_ok()
-            }),
+            Weather::Dripping => {
+                let mut left = bytes;
+                // What is left when it is over passes at once: byte by byte a large piece takes minutes.
+                while self.state().weather == Weather::Dripping && left.len() > 1 {
+                    thread::sleep(Duration::from_millis(1));
+                    if to.write_all(&left[..1]).is_err() {
+                        return false;
+                    }
+                    left = &left[1..];
+                }
+                to.write_all(left).is_ok()
+            }
         }
     }
 }

@@ -1,31 +1,31 @@
 //! Brokers as no real one is, by a scripted one.
 
 use crate::support::programs::{client, Program};
-use crate::support::scripted::{Act, Flood, Method, ScriptedBroker, CONSUME, QOS};
-use crate::support::PATIENCE;
+use crate::support::scripted_broker::{Action, Flood, Method, ScriptedBroker, CONSUME, QOS};
+use crate::support::TEST_TIMEOUT;
 use std::time::{Duration, Instant};
 
-/// What a server has in memory at the most, in KiB: some times what it has when it idles.
-const MOST_MEMORY: u64 = 64 << 10;
+/// The limit of a server's resident memory: several times that of an idle server.
+const MAX_MEMORY_KIB: u64 = 64 << 10;
 
 /// What ends as soon as it begins is not begun again without a pause, nor without end in the log.
 #[test]
 fn a_server_backs_off_from_a_broker_that_does_not_let_it_consume() {
-    let wrong_answers: [(Method, Act); 3] = [
-        (CONSUME, Act::Cancel),
-        (QOS, Act::AnswerWith((60, 21))),
-        (CONSUME, Act::AnswerWith((60, 11))),
+    let wrong_answers: [(Method, Action); 3] = [
+        (CONSUME, Action::Cancel),
+        (QOS, Action::AnswerWith((60, 21))),
+        (CONSUME, Action::AnswerWith((60, 11))),
     ];
     for (method, act) in wrong_answers {
         let broker = ScriptedBroker::start(method, act);
         let server = Program::spawn_at(&broker.url, "rpc-server", &["--queue", "q", "-q"]);
-        let round = || broker.acted.recv_timeout(PATIENCE).expect("it tries again");
+        let round = || broker.received.recv_timeout(TEST_TIMEOUT).expect("it tries again");
         let first = round();
         let eighth = [(); 7].map(|()| round())[6];
         // Pauses of at least 100, 200, 400, 800, 1,600, 2,500 and 2,500 ms, but those that are short again after one
         // that lasted: never eight in less than a second.
         assert!(eighth - first > Duration::from_secs(1), "eight rounds in {:?}", eighth - first);
-        let log = server.log();
+        let log = server.new_log();
         assert!(log.len() < 40, "{log:#?}");
     }
 }
@@ -35,14 +35,14 @@ fn a_server_ends_the_connection_to_a_broker_that_floods_it() {
     for (flood, line) in [
         (Flood::Deliveries, "the broker sent more than 66 messages that were not asked for"),
         (Flood::Returns, "the broker sent more than 66 returns that were not asked for"),
-        (Flood::Notices, "the broker sent more than 100 notices a minute"),
+        (Flood::Blocked, "the broker sent more than 100 notices a minute"),
     ] {
-        let broker = ScriptedBroker::start(CONSUME, Act::Flood(flood));
+        let broker = ScriptedBroker::start(CONSUME, Action::Flood(flood));
         let server = Program::spawn_at(&broker.url, "rpc-server", &["--queue", "q", "-q"]);
-        broker.flooded.recv_timeout(PATIENCE).expect("the server ends the connection");
-        server.await_log(line);
-        let memory = server.memory();
-        assert!(memory < MOST_MEMORY, "{memory} KiB");
+        broker.flood_ended.recv_timeout(TEST_TIMEOUT).expect("the server ends the connection");
+        server.wait_for_log(line);
+        let memory = server.memory_kib().expect("the server is running");
+        assert!(memory < MAX_MEMORY_KIB, "{memory} KiB");
     }
 }
 
@@ -50,7 +50,7 @@ fn a_server_ends_the_connection_to_a_broker_that_floods_it() {
 /// call.
 #[test]
 fn a_silent_broker_does_not_hold_a_client_at_the_end_of_its_session() {
-    let broker = ScriptedBroker::start(CONSUME, Act::CancelAndFallSilent);
+    let broker = ScriptedBroker::start(CONSUME, Action::CancelThenSilence);
     let mut call = client("q", &["-q", "-t", "500ms", "30"]);
     let begun = Instant::now();
     call.env("AMQP_URL", &broker.url).assert().code(5).stdout("\n");

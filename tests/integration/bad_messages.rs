@@ -1,11 +1,11 @@
 //! Messages that anybody may publish who may publish to the queue, made to stop its servers: none of them does, none
 //! stays in the queue, and the next call is answered.
 
-use crate::support::broker::node;
+use crate::support::broker::private_node;
 use crate::support::eventually;
 use crate::support::peer::{Peer, Queue};
-use crate::support::programs::{client, expect, Program};
-use crate::support::raw::{
+use crate::support::programs::{assert_output, client, Program};
+use crate::support::raw_peer::{
     large_table, nested_arrays, nested_tables, short_str, RawPeer, CORRELATION_ID, EXPIRATION,
     HEADERS, REPLY_TO,
 };
@@ -27,12 +27,17 @@ struct Scene {
 impl Scene {
     fn new(name: &str, queue_type: &str, servers: usize) -> Self {
         let queue = Queue::named(&format!("bad_{name}_{queue_type}"));
-        let replies = Queue::declared(&format!("bad_{name}_{queue_type}.replies"));
-        let dead_letters = Queue::declared(&format!("bad_{name}_{queue_type}.dead_letters"));
-        Peer::connect_to(node().url()).declare_with_dead_letters(&queue, queue_type, &dead_letters);
-        let start = || Program::start_at(node().url(), &queue, &["--heartbeat", "60"]);
+        let replies = Queue::declare(&format!("bad_{name}_{queue_type}.replies"));
+        let dead_letters = Queue::declare(&format!("bad_{name}_{queue_type}.dead_letters"));
+        Peer::connect_to(private_node().url()).declare_with_dead_letters(
+            &queue,
+            queue_type,
+            &dead_letters,
+        );
+        let start =
+            || Program::start_server_at(private_node().url(), &queue, &["--heartbeat", "60"]);
         let servers = (0..servers).map(|_| start()).collect();
-        let attacker = RawPeer::connect(node().url());
+        let attacker = RawPeer::connect(private_node().url());
         Scene { queue, replies, dead_letters, servers, attacker }
     }
 
@@ -62,12 +67,12 @@ impl Scene {
     fn ends_well(self) {
         eventually("a queue of which nothing is left", || {
             let columns = ["name", "messages_ready", "messages_unacknowledged"];
-            let table =
-                node().ctl(&[&["list_queues", "--no-table-headers"][..], &columns].concat());
+            let table = private_node()
+                .rabbitmqctl(&[&["list_queues", "--no-table-headers"][..], &columns].concat());
             table.lines().any(|line| line == format!("{}\t0\t0", &*self.queue)).then_some(())
         });
         let mut call = client(&self.queue, &["-q", "-t", "10s", "20"]);
-        expect(call.env("AMQP_URL", node().url()), 0, "6765\n", "");
+        assert_output(call.env("AMQP_URL", private_node().url()), 0, "6765\n", "");
         for server in self.servers {
             server.stop();
         }
@@ -132,7 +137,7 @@ fn a_direct_reply_to_that_cannot_be_is_given_up() {
 fn headers_that_outgrow_a_frame_in_a_dead_letter_exchange_are_answered() {
     for mut scene in Scene::both("x_death") {
         let waiting = Queue::named(&format!("{}.waiting", &*scene.queue));
-        let peer = Peer::connect_to(node().url());
+        let peer = Peer::connect_to(private_node().url());
         peer.declare_with_dead_letters(&waiting, "classic", &scene.queue);
         let reply_to = short_str(scene.replies.as_bytes());
         let properties = [&large_table(NEARLY_A_FRAME)[..], &reply_to, &short_str(b"1")];
@@ -147,12 +152,12 @@ fn headers_that_outgrow_a_frame_in_a_dead_letter_exchange_are_answered() {
 #[test]
 fn headers_that_outgrow_a_frame_when_they_are_redelivered_are_answered() {
     let mut scene = Scene::new("redelivered", "quorum", 0);
-    let busy = Program::start_at(node().url(), &scene.queue, &["--delay", "365d"]);
+    let busy = Program::start_server_at(private_node().url(), &scene.queue, &["--delay", "365d"]);
     let reply_to = short_str(scene.replies.as_bytes());
     scene.strike(HEADERS | REPLY_TO, &[&large_table(NEARLY_A_FRAME), &reply_to]);
     assert_eq!(busy.next_line(), " [.] fib(30)");
-    busy.signal(Signal::KILL);
-    scene.servers.push(Program::start_at(node().url(), &scene.queue, &[]));
+    busy.send_signal(Signal::KILL);
+    scene.servers.push(Program::start_server_at(private_node().url(), &scene.queue, &[]));
     scene.reply();
     scene.ends_well();
 }
@@ -160,7 +165,7 @@ fn headers_that_outgrow_a_frame_when_they_are_redelivered_are_answered() {
 #[test]
 fn a_routing_key_that_is_not_utf8_is_answered() {
     for mut scene in Scene::both("routing_key") {
-        let exchange = Peer::connect_to(node().url()).fan_out_to(&scene.queue);
+        let exchange = Peer::connect_to(private_node().url()).declare_fanout_exchange(&scene.queue);
         let reply_to = short_str(scene.replies.as_bytes());
         scene.attacker.publish((&exchange, b"\xff\xfe"), REPLY_TO, &[&reply_to]);
         scene.reply();
@@ -186,7 +191,7 @@ fn a_correlation_id_that_is_not_utf8_is_copied_byte_for_byte() {
 fn a_reply_to_that_is_not_utf8_is_rejected_with_that_reason() {
     let mut scene = Scene::new("reply_to", "classic", 1);
     scene.strike(REPLY_TO, &[&short_str(b"re\xffply")]);
-    scene.servers[0].await_log("its reply_to is not UTF-8: '30'");
+    scene.servers[0].wait_for_log("its reply_to is not UTF-8: '30'");
     scene.expect_dead_letter();
     scene.ends_well();
 }
@@ -195,10 +200,11 @@ fn a_reply_to_that_is_not_utf8_is_rejected_with_that_reason() {
 #[test]
 fn a_client_survives_a_bad_reply() {
     let queue = Queue::named("bad_reply_headers");
-    let server = Peer::connect_to(node().url());
+    let server = Peer::connect_to(private_node().url());
     server.declare_default(&queue);
-    let mut attacker = RawPeer::connect(node().url());
-    let client = Program::spawn_at(node().url(), "rpc-client", &["--queue", &queue, "-q", "30"]);
+    let mut attacker = RawPeer::connect(private_node().url());
+    let client =
+        Program::spawn_at(private_node().url(), "rpc-client", &["--queue", &queue, "-q", "30"]);
     let request = server.take(&queue);
     let reply_to = request.properties.reply_to().as_deref().expect("ours set it");
     let id = request.properties.correlation_id().as_deref().expect("ours set it");
@@ -208,6 +214,6 @@ fn a_client_survives_a_bad_reply() {
         attacker.publish(("", reply_to.as_bytes()), HEADERS | CORRELATION_ID, &properties);
     }
     assert_eq!(client.next_line(), "30");
-    assert_eq!(client.end(), Some(0));
-    server.delete(&queue);
+    assert_eq!(client.wait_for_exit_code(), Some(0));
+    server.delete_queue(&queue);
 }

@@ -1,7 +1,7 @@
 //! A cluster of three nodes that fail under load.
 
-use crate::support::applies::version_at;
 use crate::support::broker::Cluster;
+use crate::support::broker_features::broker_version_at;
 use crate::support::peer::Peer;
 use crate::support::programs::Program;
 
@@ -15,11 +15,11 @@ fn every_call_is_answered_when_the_queues_leader_is_killed() {
     let queue = "survives";
     let args = ["--queue-type", "quorum", "--delay", "20ms", "-q"];
     let servers: Vec<Program> =
-        cluster.urls().iter().map(|url| Program::start_at(url, queue, &args)).collect();
+        cluster.urls().iter().map(|url| Program::start_server_at(url, queue, &args)).collect();
     // From RabbitMQ 4.3 on a quorum queue keeps what a consumer on a dead node has in hand for it, for a minute by default.
-    if version_at(&cluster.urls()[0]) >= (4, 3) {
+    if broker_version_at(&cluster.urls()[0]) >= (4, 3) {
         let policy = r#"{"consumer-disconnected-timeout":1000}"#;
-        cluster.node(1, "ctl", &["set_policy", "return", "^survives$", policy]);
+        cluster.run_on_node(1, "ctl", &["set_policy", "return", "^survives$", policy]);
     }
     let leader = leader(&cluster, queue);
     let survivor = &cluster.urls()[leader % cluster.urls().len()];
@@ -28,17 +28,17 @@ fn every_call_is_answered_when_the_queues_leader_is_killed() {
     let client = Program::spawn_at(survivor, "rpc-client", &args);
     assert_eq!(client.next_line(), "832040");
 
-    cluster.node(leader, "kill", &[]);
-    let before = 1 + client.lines_at_hand().len();
+    cluster.run_on_node(leader, "kill", &[]);
+    let before = 1 + client.new_lines().len();
     assert!(before + 64 < CALLS, "{before} calls were answered before the leader was killed");
     for _ in before..CALLS {
         assert_eq!(client.next_line(), "832040");
     }
-    assert_eq!(client.rest(), (vec![], vec![]));
-    assert_eq!(client.end(), Some(0));
+    assert_eq!(client.remaining_output(), (vec![], vec![]));
+    assert_eq!(client.wait_for_exit_code(), Some(0));
 
-    cluster.node(leader, "start", &[]);
-    Peer::connect_to(survivor).await_consumers(queue, 3);
+    cluster.run_on_node(leader, "start", &[]);
+    Peer::connect_to(survivor).wait_for_consumers(queue, 3);
     for server in servers {
         server.stop();
     }
@@ -46,7 +46,8 @@ fn every_call_is_answered_when_the_queues_leader_is_killed() {
 
 /// The number of the node on which the queue's leader is.
 fn leader(cluster: &Cluster, queue: &str) -> usize {
-    let table = cluster.node(1, "ctl", &["list_queues", "--no-table-headers", "name", "leader"]);
+    let table =
+        cluster.run_on_node(1, "ctl", &["list_queues", "--no-table-headers", "name", "leader"]);
     let node = table.lines().find_map(|line| line.strip_prefix(queue)).expect("it is listed");
     let port = node.trim().trim_start_matches("rpc-").trim_end_matches("@localhost");
     let position = cluster.urls().iter().position(|url| url.ends_with(port));

@@ -1,9 +1,9 @@
 //! Programs that end in the middle of their work, by a signal or by their requests.
 
-use crate::support::broker::{node, victim, Node};
+use crate::support::broker::{exclusive_node, private_node, Node};
 use crate::support::eventually;
 use crate::support::peer::{Peer, Queue};
-use crate::support::programs::{client, expect, Program};
+use crate::support::programs::{assert_output, client, Program};
 use crate::support::proxy::{Proxy, BASIC_ACK, BASIC_PUBLISH};
 use rpc_common::fib::fib;
 use rustix::process::Signal;
@@ -13,7 +13,7 @@ use std::thread;
 /// request to the second one.
 fn a_server_dies_before(queue: &Queue, method: [u8; 4]) -> (Program, Program) {
     let proxy = Proxy::start();
-    let mut first = Program::start_at(&proxy.url(), queue, &["--heartbeat", "600"]);
+    let mut first = Program::start_server_at(&proxy.url(), queue, &["--heartbeat", "600"]);
     proxy.freeze_before(method);
     let client =
         Program::spawn("rpc-client", &["--queue", queue, "-v", "-j", "1", "20", "30", "40"]);
@@ -21,10 +21,10 @@ fn a_server_dies_before(queue: &Queue, method: [u8; 4]) -> (Program, Program) {
     if method == BASIC_ACK {
         assert_eq!(client.next_line(), "6765");
     }
-    first.signal(Signal::KILL);
+    first.send_signal(Signal::KILL);
     first.wait();
     drop(proxy);
-    (client, Program::start(queue, &[]))
+    (client, Program::start_server(queue, &[]))
 }
 
 #[test]
@@ -34,9 +34,9 @@ fn a_server_that_dies_before_its_reply_is_replaced() {
     for answer in ["6765", "832040", "102334155"] {
         assert_eq!(client.next_line(), answer);
     }
-    assert_eq!(client.end(), Some(0));
+    assert_eq!(client.wait_for_exit_code(), Some(0));
     assert_eq!(second.stop(), [" [.] fib(20)", " [.] fib(30)", " [.] fib(40)"]);
-    assert_eq!(Peer::connect().depth(&queue), Some(0));
+    assert_eq!(Peer::connect().message_count(&queue), Some(0));
 }
 
 /// The answer is there, and the broker has the request computed once more: that reply is discarded.
@@ -44,26 +44,26 @@ fn a_server_that_dies_before_its_reply_is_replaced() {
 fn a_server_that_dies_between_reply_and_ack_is_replaced_and_the_second_reply_discarded() {
     let queue = Queue::named("dies_before_ack");
     let (client, second) = a_server_dies_before(&queue, BASIC_ACK);
-    client.await_log("discarded a reply to no call in hand, 1 in all");
+    client.wait_for_log("discarded a reply to no call in hand, 1 in all");
     for answer in ["832040", "102334155"] {
         assert_eq!(client.next_line(), answer);
     }
-    assert_eq!(client.end(), Some(0));
+    assert_eq!(client.wait_for_exit_code(), Some(0));
     assert_eq!(second.stop().len(), 3);
-    assert_eq!(Peer::connect().depth(&queue), Some(0));
+    assert_eq!(Peer::connect().message_count(&queue), Some(0));
 }
 
 #[test]
 fn a_server_that_dies_after_its_ack_takes_nothing_with_it() {
     let queue = Queue::named("dies_after_ack");
-    let first = Program::start(&queue, &[]);
-    expect(&mut client(&queue, &["20"]), 0, "6765\n", "");
+    let first = Program::start_server(&queue, &[]);
+    assert_output(&mut client(&queue, &["20"]), 0, "6765\n", "");
     let mut peer = Peer::connect();
-    first.signal(Signal::KILL);
-    peer.await_consumers(&queue, 0);
-    assert_eq!(peer.depth(&queue), Some(0));
-    let second = Program::start(&queue, &[]);
-    expect(&mut client(&queue, &["30"]), 0, "832040\n", "");
+    first.send_signal(Signal::KILL);
+    peer.wait_for_consumers(&queue, 0);
+    assert_eq!(peer.message_count(&queue), Some(0));
+    let second = Program::start_server(&queue, &[]);
+    assert_output(&mut client(&queue, &["30"]), 0, "832040\n", "");
     assert_eq!(second.stop(), [" [.] fib(30)"]);
 }
 
@@ -71,19 +71,23 @@ fn a_server_that_dies_after_its_ack_takes_nothing_with_it() {
 /// The broker sees every connection closed as it should be.
 #[test]
 fn a_server_is_stopped_under_full_load() {
-    let broker = victim();
+    let broker = exclusive_node();
     let unclean = unclean_closes(&broker);
     for prefetch in ["1", "64"] {
         let queue = format!("drain.{prefetch}");
         let servers = [(); 3].map(|()| {
-            Program::start_at(broker.url(), &queue, &["--prefetch", prefetch, "--workers", "2"])
+            Program::start_server_at(
+                broker.url(),
+                &queue,
+                &["--prefetch", prefetch, "--workers", "2"],
+            )
         });
         let numbers = (0..3000).map(|n| n % 90).collect::<Vec<u64>>();
         let stdin = numbers.iter().map(|n| format!("{n}\n")).collect::<String>();
         let answers = numbers.iter().map(|&n| format!("{}\n", fib(n))).collect::<String>();
         let mut call = client(&queue, &["-j", "256", "-"]);
         call.env("AMQP_URL", broker.url()).write_stdin(stdin);
-        let caller = thread::spawn(move || expect(&mut call, 0, &answers, ""));
+        let caller = thread::spawn(move || assert_output(&mut call, 0, &answers, ""));
         let [first, others @ ..] = servers;
         let mut begun = (0..50).map(|_| first.next_line()).collect::<Vec<_>>();
         begun.extend(first.stop());
@@ -97,10 +101,10 @@ fn a_server_is_stopped_under_full_load() {
 /// Connections are closed as AMQP has it, however a call ends.
 #[test]
 fn every_call_says_farewell() {
-    let broker = victim();
+    let broker = exclusive_node();
     let unclean = unclean_closes(&broker);
     let queue = "farewell";
-    let server = Program::start_at(broker.url(), queue, &["--max-n", "50"]);
+    let server = Program::start_server_at(broker.url(), queue, &["--max-n", "50"]);
     Peer::connect_to(broker.url()).declare_default("farewell.idle");
     for (queue, args, code) in [
         (queue, &["30"][..], 0),
@@ -126,7 +130,7 @@ fn every_call_says_farewell() {
 /// How many connections that broker has seen end without a farewell, when there are none any more.
 fn unclean_closes(broker: &Node) -> usize {
     eventually("the end of all connections", || {
-        let connections = broker.ctl(&["list_connections", "--no-table-headers", "name"]);
+        let connections = broker.rabbitmqctl(&["list_connections", "--no-table-headers", "name"]);
         connections.trim().is_empty().then_some(())
     });
     broker.log().matches("client unexpectedly closed TCP connection").count()
@@ -135,23 +139,24 @@ fn unclean_closes(broker: &Node) -> usize {
 /// A quorum queue counts deliveries, and its policy says how many a request is worth.
 #[test]
 fn a_request_that_kills_every_server_is_dropped_by_a_delivery_limit() {
-    let node = node();
+    let node = private_node();
     let queue = Queue::named("poison");
-    node.ctl(&["set_policy", "poison", "^test\\.poison", r#"{"delivery-limit":2}"#]);
+    node.rabbitmqctl(&["set_policy", "poison", "^test\\.poison", r#"{"delivery-limit":2}"#]);
     let args = ["--queue-type", "quorum", "--delay", "365d"];
-    let server = Program::start_at(node.url(), &queue, &args);
+    let server = Program::start_server_at(node.url(), &queue, &args);
     let client =
         Program::spawn_at(node.url(), "rpc-client", &["--queue", &queue, "-q", "-t", "20s", "30"]);
     let mut kill = Some(server);
     for _ in 0..3 {
-        let server = kill.take().unwrap_or_else(|| Program::start_at(node.url(), &queue, &args));
+        let server =
+            kill.take().unwrap_or_else(|| Program::start_server_at(node.url(), &queue, &args));
         assert_eq!(server.next_line(), " [.] fib(30)");
-        server.signal(Signal::KILL);
+        server.send_signal(Signal::KILL);
     }
-    let survivor = Program::start_at(node.url(), &queue, &["--delay", "100ms"]);
+    let survivor = Program::start_server_at(node.url(), &queue, &["--delay", "100ms"]);
     let mut peer = Peer::connect_to(node.url());
-    peer.await_depth(&queue, 0);
+    peer.wait_for_messages(&queue, 0);
     assert_eq!(survivor.stop(), [""; 0], "it never gets there");
-    assert_eq!(client.end(), Some(5));
-    peer.delete(&queue);
+    assert_eq!(client.wait_for_exit_code(), Some(5));
+    peer.delete_queue(&queue);
 }

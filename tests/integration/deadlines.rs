@@ -3,10 +3,10 @@
 //! `cargo test -p rpc-tests -- deadlines --nocapture` prints what each took.
 
 use crate::messages::assert_on_page;
-use crate::support::applies::version_at;
-use crate::support::broker::victim;
+use crate::support::broker::exclusive_node;
+use crate::support::broker_features::broker_version_at;
 use crate::support::peer::Peer;
-use crate::support::programs::{client, expect, Program};
+use crate::support::programs::{assert_output, client, Program};
 use crate::support::proxy::{
     Proxy, BASIC_CONSUME, CHANNEL_OPEN, CONNECTION_START_OK, QUEUE_DECLARE,
 };
@@ -29,7 +29,7 @@ const UNHURRIED: u64 = 4;
 fn ends(seconds: u64, situation: &str, call: &mut assert_cmd::Command, code: i32, message: &str) {
     let (limit, message) = (format!("{seconds}s"), format!("rpc-client: {message}"));
     let begun = Instant::now();
-    expect(call.args(["-q", "-t", &limit, "30"]), code, "\n", &format!("{message}\n"));
+    assert_output(call.args(["-q", "-t", &limit, "30"]), code, "\n", &format!("{message}\n"));
     let took = begun.elapsed();
     assert_on_page(&message.replace(&format!("within {limit}:"), "within 1s:"));
     eprintln!("| {situation} | {seconds} s | {:.3} s | {code} | {message} |", took.as_secs_f64());
@@ -120,7 +120,7 @@ fn a_peer_that_drips() {
 /// The broker's process is stopped by SIGSTOP, just before it would see what it is asked.
 #[test]
 fn a_broker_that_freezes_in_each_phase() {
-    let broker = victim();
+    let broker = exclusive_node();
     let queue = "frozen";
     Peer::connect_to(broker.url()).declare_default(queue);
     for (scheme, phase) in [("amqp", "AMQP"), ("amqps", "TLS")] {
@@ -140,8 +140,8 @@ fn a_broker_that_freezes_in_each_phase() {
         (CHANNEL_OPEN, 2, "looking at a queue", 5),
     ] {
         let (freeze, _thaw) = broker.freezer();
-        let proxy = Proxy::before(broker.authority());
-        proxy.before_passing(method, times, freeze);
+        let proxy = Proxy::start_to(broker.authority());
+        proxy.before_forwarding(method, times, freeze);
         let target = proxy.authority();
         let message = match code {
             3 => format!("{target} was not ready within {UNHURRIED}s: timed out in {phase}"),
@@ -157,9 +157,9 @@ fn a_broker_that_freezes_in_each_phase() {
 
 #[test]
 fn a_broker_that_blocks_publishers() {
-    let broker = victim();
+    let broker = exclusive_node();
     let queue = "blocked";
-    let _server = Program::start_at(broker.url(), queue, &[]);
+    let _server = Program::start_server_at(broker.url(), queue, &[]);
     let blocked = broker.block_publishers();
     let mut call = client(queue, &[]);
     let message = format!(
@@ -170,7 +170,7 @@ fn a_broker_that_blocks_publishers() {
 
     let waits =
         Program::spawn_at(broker.url(), "rpc-client", &["--queue", queue, "-t", "1h", "30"]);
-    let warning = waits.await_log("takes no requests");
+    let warning = waits.wait_for_log("takes no requests");
     let expected = format!(
         "rpc-client: warning: {} takes no requests: low on memory; waiting",
         broker.authority()
@@ -178,7 +178,7 @@ fn a_broker_that_blocks_publishers() {
     assert_eq!(warning, expected);
     drop(blocked);
     assert_eq!(waits.next_line(), "832040");
-    assert_eq!(waits.end(), Some(0));
+    assert_eq!(waits.wait_for_exit_code(), Some(0));
 }
 
 /// RabbitMQ waits no longer than its `consumer_timeout` for an acknowledgement, and delivers the request again. Up to 4.2
@@ -186,23 +186,23 @@ fn a_broker_that_blocks_publishers() {
 /// quorum queue, which the server takes for a deleted queue; a classic queue waits for ever.
 #[test]
 fn a_server_that_takes_too_long_for_the_broker_goes_on() {
-    let broker = victim();
-    let _ticks = broker.set("channel_tick_interval", "500");
-    let _patience = broker.set("consumer_timeout", "500");
-    let closes_channel = version_at(broker.url()) < (4, 3);
+    let broker = exclusive_node();
+    let _ticks = broker.set_variable("channel_tick_interval", "500");
+    let _patience = broker.set_variable("consumer_timeout", "500");
+    let closes_channel = broker_version_at(broker.url()) < (4, 3);
     for queue_type in ["classic", "quorum"] {
         let queue = format!("too_long.{queue_type}");
         let args = ["--queue-type", queue_type, "--delay", "5s"];
-        let server = Program::start_at(broker.url(), &queue, &args);
+        let server = Program::start_server_at(broker.url(), &queue, &args);
         let waits = Program::spawn_at(broker.url(), "rpc-client", &["--queue", &queue, "-q", "30"]);
         let cancels = !closes_channel && queue_type == "quorum";
         if closes_channel {
-            server.await_log("PRECONDITION_FAILED - delivery acknowledgement on channel");
+            server.wait_for_log("PRECONDITION_FAILED - delivery acknowledgement on channel");
         } else if cancels {
-            server.await_log(&format!("queue '{queue}' was deleted"));
+            server.wait_for_log(&format!("queue '{queue}' was deleted"));
         }
         assert_eq!(waits.next_line(), "832040");
-        assert_eq!(waits.end(), Some(0));
+        assert_eq!(waits.wait_for_exit_code(), Some(0));
         if !cancels {
             assert_eq!(server.stop(), [" [.] fib(30)"], "it was computed once");
         }
@@ -211,7 +211,7 @@ fn a_server_that_takes_too_long_for_the_broker_goes_on() {
 
 #[test]
 fn a_reply_queue_that_is_deleted_is_set_up_anew() {
-    let broker = victim();
+    let broker = exclusive_node();
     let queue = "deleted";
     let server = Peer::connect_to(broker.url());
     server.declare_default(queue);
@@ -219,9 +219,9 @@ fn a_reply_queue_that_is_deleted_is_set_up_anew() {
     let waits = Program::spawn_at(broker.url(), "rpc-client", &args);
     let request = server.take(queue);
     let reply_queue = request.properties.reply_to().as_deref().expect("ours set it");
-    broker.ctl(&["delete_queue", reply_queue]);
-    waits.await_log("the reply queue was deleted");
-    server.answer(&server.take(queue), b"832040");
+    broker.rabbitmqctl(&["delete_queue", reply_queue]);
+    waits.wait_for_log("the reply queue was deleted");
+    server.reply(&server.take(queue), b"832040");
     assert_eq!(waits.next_line(), "832040");
-    assert_eq!(waits.end(), Some(0));
+    assert_eq!(waits.wait_for_exit_code(), Some(0));
 }

@@ -2,9 +2,9 @@
 //! command alone can provoke stand on the page of messages.
 
 use crate::messages::assert_on_page;
-use crate::support::broker::{self, victim};
+use crate::support::broker::{self, exclusive_node};
 use crate::support::peer::{Peer, Queue};
-use crate::support::programs::{client, command, expect, Program};
+use crate::support::programs::{assert_output, client, command, Program};
 use rpc_common::exit;
 use std::net::TcpListener;
 use std::path::Path;
@@ -37,46 +37,46 @@ fn help_lists_the_exit_codes_and_hides_the_environment() {
 
 #[test]
 fn what_is_no_number_never_leaves_the_client() {
-    let queue = Queue::declared("no_number");
+    let queue = Queue::declare("no_number");
     for wrong in ["", "+5", "1.5", " 1", "1e3", "0x10", "123456789012345678901"] {
         client(&queue, &["1", "--", wrong]).assert().code(2).stdout("");
     }
-    assert!(Peer::connect().finds_nothing(&queue));
+    assert!(Peer::connect().try_take(&queue).is_none());
 }
 
 #[test]
 fn a_password_in_an_argument_draws_a_warning() {
     let queue = Queue::named("password_warning");
-    let _server = Program::start(&queue, &[]);
-    let url = broker::url_with(None, None, None);
+    let _server = Program::start_server(&queue, &[]);
+    let url = broker::url_with_credentials(broker::credentials());
     let warning =
         "rpc-client: warning: ps shows everybody the password in --url: put the URL into AMQP_URL\n";
-    expect(&mut client(&queue, &["--url", &url, "30"]), 0, "832040\n", warning);
-    expect(&mut client(&queue, &["--url", &url, "30", "-q"]), 0, "832040\n", "");
-    expect(client(&queue, &["30"]).env("AMQP_URL", &url), 0, "832040\n", "");
+    assert_output(&mut client(&queue, &["--url", &url, "30"]), 0, "832040\n", warning);
+    assert_output(&mut client(&queue, &["--url", &url, "30", "-q"]), 0, "832040\n", "");
+    assert_output(client(&queue, &["30"]).env("AMQP_URL", &url), 0, "832040\n", "");
 }
 
 #[test]
 fn a_password_file_stands_in_for_the_password_of_the_url() {
     let queue = Queue::named("password_file");
-    let (user, password) = broker::user_info().split_once(':').expect("both are in the URL");
-    let url = broker::url_with(Some(user), None, None);
+    let (user, password) = broker::credentials().split_once(':').expect("both are in the URL");
+    let url = broker::url_with_credentials(user);
     let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("password");
     let name = file.to_str().expect("the target folder is UTF-8");
     fs::write(&file, format!("{password}\n")).expect("there is room for it");
-    let _server = Program::start_at(&url, &queue, &["--password-file", name]);
+    let _server = Program::start_server_at(&url, &queue, &["--password-file", name]);
     let mut call = client(&queue, &["--password-file", name, "30"]);
-    expect(call.env("AMQP_URL", &url), 0, "832040\n", "");
+    assert_output(call.env("AMQP_URL", &url), 0, "832040\n", "");
 }
 
 #[test]
 fn no_log_shows_a_password() {
     let queue = Queue::named("secrets");
-    let _server = Program::start(&queue, &[]);
+    let _server = Program::start_server(&queue, &[]);
     // The user's name spelt otherwise in the URL than on the wire tells where a log has it from.
-    let (user, password) = broker::user_info().split_once(':').expect("both are in the URL");
+    let (user, password) = broker::credentials().split_once(':').expect("both are in the URL");
     let encoded = password.bytes().map(|byte| format!("%{byte:02x}")).collect::<String>();
-    let secret = broker::url_with(Some(&format!("{user}:{encoded}")), None, None);
+    let secret = broker::url_with_credentials(&format!("{user}:{encoded}"));
     let output = client(&queue, &["30"])
         .env("AMQP_URL", secret)
         .env("RUST_LOG", "trace,amiquip=trace,amiquip::io_loop::handshake_state=trace")
@@ -101,8 +101,13 @@ fn no_broker_is_exit_code_3() {
         "rpc-client: cannot reach {free}: connection refused: is RabbitMQ running there, or AMQP_URL to be set?\n"
     );
     let nobody = format!("amqp://{free}");
-    expect(client("any", &["1", "2"]).env("AMQP_URL", &nobody), 3, "\n", &stderr);
-    expect(client("any", &["1", "-o", "text", "-q"]).env("AMQP_URL", &nobody), 3, "", &stderr);
+    assert_output(client("any", &["1", "2"]).env("AMQP_URL", &nobody), 3, "\n", &stderr);
+    assert_output(
+        client("any", &["1", "-o", "text", "-q"]).env("AMQP_URL", &nobody),
+        3,
+        "",
+        &stderr,
+    );
 }
 
 #[test]
@@ -113,49 +118,49 @@ fn no_queue_is_exit_code_4() {
         &*queue,
         broker::authority()
     );
-    expect(&mut client(&queue, &["30"]), 4, "\n", &error);
-    expect(&mut client(&queue, &["-o", "text", "-q", "30"]), 4, "", &error);
+    assert_output(&mut client(&queue, &["30"]), 4, "\n", &error);
+    assert_output(&mut client(&queue, &["-o", "text", "-q", "30"]), 4, "", &error);
 }
 
 #[test]
 fn no_answer_in_time_is_exit_code_5_and_leaves_nothing_behind() {
-    let queue = Queue::declared("no_answer");
+    let queue = Queue::declare("no_answer");
     let error = format!(
         "rpc-client: fib(30): no answer from '{}' on {} within 5s: \
          the queue had 0 consumers and 1 message waiting\n",
         &*queue,
         broker::authority()
     );
-    expect(&mut client(&queue, &["-q", "-t", "5s", "30"]), 5, "\n", &error);
-    Peer::connect().await_depth(&queue, 0);
+    assert_output(&mut client(&queue, &["-q", "-t", "5s", "30"]), 5, "\n", &error);
+    Peer::connect().wait_for_messages(&queue, 0);
 }
 
 #[test]
 fn a_queue_without_consumers_draws_a_warning_and_is_waited_for() {
-    let queue = Queue::declared("no_consumers");
+    let queue = Queue::declare("no_consumers");
     let call = Program::spawn("rpc-client", &["--queue", &queue, "30"]);
-    let warning = call.await_log("no server is consuming");
+    let warning = call.wait_for_log("no server is consuming");
     let expected =
         format!("rpc-client: warning: no server is consuming '{}'; waiting up to 30s", &*queue);
     assert_eq!(warning, expected);
-    let _server = Program::start(&queue, &[]);
+    let _server = Program::start_server(&queue, &[]);
     assert_eq!(call.next_line(), "832040");
-    assert_eq!(call.end(), Some(0));
+    assert_eq!(call.wait_for_exit_code(), Some(0));
 }
 
 #[test]
 fn a_remote_error_is_exit_code_1_and_stops_nothing() {
     let queue = Queue::named("remote_error");
-    let server = Program::start(&queue, &["--max-n", "100"]);
+    let server = Program::start_server(&queue, &["--max-n", "100"]);
     let error =
         "rpc-client: fib(101): out of range: 101 is larger than 100, the largest n served here\n";
-    expect(&mut client(&queue, &["7", "101", "8"]), 1, "13\n\n21\n", error);
+    assert_output(&mut client(&queue, &["7", "101", "8"]), 1, "13\n\n21\n", error);
     assert_eq!(server.stop(), [" [.] fib(7)", " [.] fib(8)"]);
 }
 
 #[test]
 fn a_reply_that_is_no_number_is_exit_code_1() {
-    let queue = Queue::declared("bad_reply");
+    let queue = Queue::declare("bad_reply");
     let nonsense = ["", "NaN", "abc", "-1", "1\n", "12345678"];
     let server = thread::spawn({
         let queue = queue.to_owned();
@@ -163,7 +168,7 @@ fn a_reply_that_is_no_number_is_exit_code_1() {
             let peer = Peer::connect();
             for reply in nonsense {
                 let request = peer.take(&queue);
-                peer.answer(&request, reply.as_bytes());
+                peer.reply(&request, reply.as_bytes());
             }
         }
     });
@@ -173,14 +178,14 @@ fn a_reply_that_is_no_number_is_exit_code_1() {
             reply.escape_debug(),
             if reply.len() == 8 { "longer than the answer can be" } else { "no number" }
         );
-        expect(&mut client(&queue, &["-q", "30"]), 1, "\n", &error);
+        assert_output(&mut client(&queue, &["-q", "30"]), 1, "\n", &error);
     }
     server.join().expect("the peer was served");
 }
 
 #[test]
 fn a_server_that_drops_the_request_is_exit_code_5() {
-    let queue = Queue::declared("drops");
+    let queue = Queue::declare("drops");
     let server = thread::spawn({
         let (peer, queue) = (Peer::connect(), queue.to_owned());
         move || peer.take(&queue)
@@ -191,7 +196,7 @@ fn a_server_that_drops_the_request_is_exit_code_5() {
         &*queue,
         broker::authority()
     );
-    expect(&mut client(&queue, &["-q", "-t", "5s", "30"]), 5, "\n", &error);
+    assert_output(&mut client(&queue, &["-q", "-t", "5s", "30"]), 5, "\n", &error);
     server.join().expect("it took the request");
 }
 
@@ -208,8 +213,8 @@ fn the_readme_lists_the_exit_codes() {
 
 #[test]
 fn too_many_workers_for_the_broker_are_exit_code_3() {
-    let broker = victim();
-    let _few = broker.set("channel_max", "3");
+    let broker = exclusive_node();
+    let _few = broker.set_variable("channel_max", "3");
     let mut server = command("rpc-server");
     server.args(["--queue", "few_channels", "--workers", "8"]).env("AMQP_URL", broker.url());
     let output = server.assert().code(3).get_output().clone();

@@ -1,6 +1,6 @@
 //! Every error message of both programs, on one page: `messages.txt`, to be read as a user.
 
-use crate::support::broker::{node, Node};
+use crate::support::broker::{private_node, Node};
 use crate::support::peer::Peer;
 use crate::support::programs::{bash, Program};
 use crate::tls::listeners;
@@ -16,7 +16,7 @@ const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/integration/messages.tx
 #[test]
 fn the_page_of_messages_is_what_both_programs_say() {
     let page = fs::read_to_string(PAGE).expect("it is there");
-    let scene = Scene::set(node());
+    let scene = Scene::set(private_node());
     let (mut seen, mut continues) = (String::new(), false);
     for line in page.lines() {
         let is_comment = line.starts_with("# ");
@@ -73,10 +73,10 @@ impl Scene {
             ("no-write", [".*", "^$", ".*"]),
             ("no-read", [".*", ".*", "^$"]),
         ] {
-            node.ctl(&["add_user", user, "page"]);
-            node.ctl(&[&["set_permissions", user][..], &permissions].concat());
+            node.rabbitmqctl(&["add_user", user, "page"]);
+            node.rabbitmqctl(&[&["set_permissions", user][..], &permissions].concat());
         }
-        node.ctl(&["add_user", "no-vhost", "page"]);
+        node.rabbitmqctl(&["add_user", "no-vhost", "page"]);
         let foreign = Peer::connect_to(node.url());
         foreign.declare_default("page.idle");
         foreign.declare_default("page.nonsense");
@@ -135,7 +135,7 @@ impl Scene {
                 (mutual_12, "mutual:5671"),
                 (folder, "/tmp"),
             ],
-            _server: Program::start_at(node.url(), "page", &["--max-n", "100"]),
+            _server: Program::start_server_at(node.url(), "page", &["--max-n", "100"]),
         }
     }
 

@@ -1,9 +1,9 @@
 //! The RPC tutorial on the libraries of other languages (`tests/peers`): each is a drop-in half.
 
-use crate::support::applies::{does_not_apply, queue_types};
+use crate::support::broker_features::{permitted_queue_types, report_not_applicable};
 use crate::support::peer::{default_queue_type, permits_transient_queues, Peer, Queue};
-use crate::support::programs::{client, expect, folder, Program};
-use crate::support::{broker, eventually, PATIENCE};
+use crate::support::programs::{assert_output, client, program_folder, Program};
+use crate::support::{broker, eventually, TEST_TIMEOUT};
 use assert_cmd::Command;
 use rpc_common::fib::fib;
 use std::io::Write;
@@ -73,7 +73,8 @@ impl Language {
 
 /// The folder of what `tests/setup.sh peers` installs.
 fn installed() -> PathBuf {
-    let installed = folder().parent().expect("profiles are below the target folder").join("peers");
+    let installed =
+        program_folder().parent().expect("profiles are below the target folder").join("peers");
     assert!(
         installed.join("go-client").exists(),
         "the peers are not installed: run 'tests/setup.sh peers', or 'make test' which does"
@@ -130,7 +131,7 @@ impl fmt::Display for Row {
 /// with the peers' servers.
 fn rows(queue_type: &str) -> Vec<Row> {
     let queue = Queue::named(&format!("matrix_{queue_type}"));
-    let ours = Program::start(&queue, &["--queue-type", queue_type]);
+    let ours = Program::start_server(&queue, &["--queue-type", queue_type]);
     let peers =
         LANGUAGES.map(|language| (language, "queue")).into_iter().chain([(Python, "direct")]);
     let mut rows: Vec<Row> = peers
@@ -159,7 +160,7 @@ fn rows(queue_type: &str) -> Vec<Row> {
 
 /// The types of queue that the tutorial declares in one form or another, and the broker permits.
 fn tutorial_queue_types() -> impl Iterator<Item = &'static str> {
-    queue_types().into_iter().filter(|&queue_type| queue_type != "classic")
+    permitted_queue_types().into_iter().filter(|&queue_type| queue_type != "classic")
 }
 
 /// The tutorial as it was, and its form of today: a durable quorum queue, and direct reply-to.
@@ -184,7 +185,7 @@ fn shares_a_queue(language: Language) {
     for queue_type in tutorial_queue_types() {
         for ours_first in [true, false] {
             let queue = Queue::named(&format!("shared_{queue_type}_{language:?}_{ours_first}"));
-            let start_ours = || Program::start(&queue, &["--queue-type", queue_type]);
+            let start_ours = || Program::start_server(&queue, &["--queue-type", queue_type]);
             let (ours, theirs) = if ours_first {
                 let ours = start_ours();
                 (ours, language.start_server(&queue, queue_type))
@@ -195,9 +196,9 @@ fn shares_a_queue(language: Language) {
             let (mut of_ours, mut of_theirs) = (0, 0);
             eventually("both take their share", || {
                 let mut call = client(&queue, &["-j", "16", "--repeat", "100", "10"]);
-                expect(&mut call, 0, &"55\n".repeat(100), "");
-                of_ours += ours.lines_at_hand().len();
-                of_theirs += theirs.lines_at_hand().len();
+                assert_output(&mut call, 0, &"55\n".repeat(100), "");
+                of_ours += ours.new_lines().len();
+                of_theirs += theirs.new_lines().len();
                 (of_ours >= 10 && of_theirs >= 10).then_some(())
             });
             ours.stop();
@@ -229,14 +230,14 @@ fn rpc_server_shares_a_queue_with_node() {
 #[test]
 fn a_peers_bad_request_is_answered_with_a_sentence() {
     let queue = Queue::named("peers_bad_request");
-    let _server = Program::start(&queue, &[]);
+    let _server = Program::start_server(&queue, &[]);
     let answers = "invalid argument: 'abc' is not a natural number in decimal digits, 20 at most\n\
                    out of range: 2000000 is larger than 1000000, the largest n served here\n\
                    832040\n";
     for language in LANGUAGES {
         let mut call = with_environment(language.program("client"), &[("RPC_QUEUE", &queue)]);
         call.args(["abc", "2000000", "30"]);
-        expect(Command::from_std(call).timeout(LIMIT), 0, answers, "");
+        assert_output(Command::from_std(call).timeout(LIMIT), 0, answers, "");
     }
 }
 
@@ -260,18 +261,18 @@ fn a_peer_servers_sentence_is_a_bad_reply() {
 #[test]
 fn direct_reply_to_gets_one_answer() {
     let queue = Queue::named("direct");
-    let server = Program::start(&queue, &[]);
+    let server = Program::start_server(&queue, &[]);
     let mut call = with_environment(
         Python.program("client"),
         &[("RPC_QUEUE", &queue), ("RPC_REPLY_TO", "direct")],
     );
     call.args(std::iter::repeat_n("7", 100));
     // It says on standard error when a second answer comes.
-    expect(Command::from_std(call).timeout(LIMIT), 0, &"13\n".repeat(100), "");
-    let log = server.log();
+    assert_output(Command::from_std(call).timeout(LIMIT), 0, &"13\n".repeat(100), "");
+    let log = server.new_log();
     assert!(!log.iter().any(|line| line.contains("WARN")), "{log:#?}");
     assert_eq!(server.stop().len(), 100);
-    assert_eq!(Peer::connect().depth(&queue), Some(0), "all are acknowledged");
+    assert_eq!(Peer::connect().message_count(&queue), Some(0), "all are acknowledged");
 }
 
 /// The README's blocks of a language: the first calls rpc-server, the second serves rpc-client.
@@ -282,7 +283,7 @@ fn guest(language: Language, block: &str, extension: &str) {
     let queue = Queue::named(&format!("guest_{language:?}"));
     let authority = broker::authority();
     let (host, port) = authority.rsplit_once(':').expect("the port is named");
-    let (user, password) = broker::user_info().split_once(':').expect("both are in the URL");
+    let (user, password) = broker::credentials().split_once(':').expect("both are in the URL");
     let fence = format!("```{block}\n");
     let mut programs = readme.split(&fence).skip(1).enumerate().map(|(place, rest)| {
         let source = rest.split("```").next().expect("a block ends");
@@ -298,20 +299,20 @@ fn guest(language: Language, block: &str, extension: &str) {
         language.run(&file)
     });
     {
-        let _server = Program::start(&queue, &[]);
+        let _server = Program::start_server(&queue, &[]);
         let call = programs.next().expect("a block that calls");
-        expect(Command::from_std(call).timeout(PATIENCE), 0, "832040\n", "");
+        assert_output(Command::from_std(call).timeout(TEST_TIMEOUT), 0, "832040\n", "");
     }
     if !permits_transient_queues(broker::url()) {
-        return does_not_apply(
+        return report_not_applicable(
             "the guest's server",
             "it declares a transient queue, as in the tutorial",
         );
     }
-    Peer::connect().delete(&queue); // it declares it itself
+    Peer::connect().delete_queue(&queue); // it declares it itself
     let _server = Program::spawn_command(&programs.next().expect("a block that serves"));
-    Peer::connect().await_consumers(&queue, 1);
-    expect(&mut client(&queue, &["30"]), 0, "832040\n", "");
+    Peer::connect().wait_for_consumers(&queue, 1);
+    assert_output(&mut client(&queue, &["30"]), 0, "832040\n", "");
 }
 
 #[test]

@@ -11,7 +11,7 @@ fn the_readmes_examples_print_what_it_says() {
     let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md"))
         .expect("it is there");
     let queue = Queue::named("readme");
-    let _server = Program::start(&queue, &[]);
+    let _server = Program::start_server(&queue, &[]);
     // On a queue of its own, because others may serve the one that everybody uses.
     let on_queue = format!("rpc-client() {{ command rpc-client --queue {} \"$@\"; }}", &*queue);
     let mut examples = 0;

@@ -4,12 +4,12 @@
 //! `SOAK_SECONDS` is how long (60), `SOAK_SEED` repeats a run. With `--nocapture` it reports.
 
 use crate::bad_messages;
-use crate::support::broker::node;
+use crate::support::broker::private_node;
 use crate::support::eventually;
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::Program;
-use crate::support::proxy::{Proxy, Weather};
-use crate::support::raw::RawPeer;
+use crate::support::proxy::{Proxy, Traffic};
+use crate::support::raw_peer::RawPeer;
 use fastrand::Rng;
 use rpc_common::fib::fib;
 use rustix::process::Signal;
@@ -45,7 +45,8 @@ impl Station {
         let args = ["--queue", queue, "--queue-type", "classic", "--prefetch", prefetch];
         let args = [&args[..], &["--workers", "2", "--heartbeat", "2", "-q"]].concat();
         let args = args.into_iter().map(str::to_owned).collect();
-        let mut station = Station { proxy: Proxy::before(node().authority()), server: None, args };
+        let mut station =
+            Station { proxy: Proxy::start_to(private_node().authority()), server: None, args };
         station.start();
         station
     }
@@ -62,9 +63,9 @@ impl Station {
     /// Ends the server as a crash or an operator does, and starts another one.
     fn replace(&mut self, signal: Signal) -> &'static str {
         let mut server = self.server.take().expect("it runs");
-        server.signal(signal);
+        server.send_signal(signal);
         let status = server.wait();
-        let (_, log) = server.rest();
+        let (_, log) = server.remaining_output();
         // Before it handles signals, they end it; and two connections in a row that break in its first login
         // look as if the broker refused its password.
         let is_graceful = status.code() == Some(0) || status.signal() == Some(signal.as_raw());
@@ -86,32 +87,32 @@ fn strike(rng: &mut Rng, proxy: &Proxy) -> &'static str {
         thread::sleep(Duration::from_millis(rng.u64(50..most)));
     };
     let spell = |rng: &mut Rng, weather, most| {
-        proxy.set(weather);
+        proxy.set_traffic(weather);
         lasting(rng, most);
-        proxy.set(Weather::Fair);
+        proxy.set_traffic(Traffic::Normal);
     };
     match rng.u8(0..7) {
         0 => {
-            proxy.cut();
+            proxy.close_connections();
             "cut"
         }
         1 => {
-            spell(rng, Weather::Frozen, 5_000);
+            spell(rng, Traffic::Frozen, 5_000);
             "black hole"
         }
         2 => {
             let pause = Duration::from_millis(rng.u64(1..100));
-            spell(rng, Weather::Delayed(pause), 2_000);
+            spell(rng, Traffic::Delayed(pause), 2_000);
             "delay"
         }
         3 => {
-            spell(rng, Weather::Dripping, 2_000);
+            spell(rng, Traffic::ByteByByte, 2_000);
             "drip"
         }
         4 => {
-            proxy.half_open();
+            proxy.close_client_side();
             lasting(rng, 5_000);
-            proxy.cut();
+            proxy.close_connections();
             "half open"
         }
         5 => {
@@ -121,7 +122,7 @@ fn strike(rng: &mut Rng, proxy: &Proxy) -> &'static str {
         }
         _ => {
             proxy.refuse(true);
-            proxy.cut();
+            proxy.close_connections();
             lasting(rng, 2_000);
             proxy.refuse(false);
             "refusal"
@@ -194,21 +195,25 @@ fn call_with_one_client(
     while !stop.load(Ordering::Relaxed) {
         if asked - (tally.ended() - before) < 500 {
             asked += 1;
-            if !client.say(&rng.u64(0..=LARGEST).to_string()) {
+            if !client.write_line(&rng.u64(0..=LARGEST).to_string()) {
                 break; // it has ended: the exit code will tell
             }
         } else {
             thread::sleep(Duration::from_millis(1));
         }
-        tally.take(&client.lines_at_hand(), &client.log());
+        tally.take(&client.new_lines(), &client.new_log());
         if Instant::now() > report_at {
             report_at += REPORTING;
-            println!("rpc-client -t {timeout}: {} KiB, {} right", client.memory(), tally.right);
+            println!(
+                "rpc-client -t {timeout}: {} KiB, {} right",
+                client.memory_kib().unwrap_or_default(),
+                tally.right
+            );
         }
     }
-    client.end_input();
+    client.close_stdin();
     let code = client.wait().code();
-    let (answers, log) = client.rest();
+    let (answers, log) = client.remaining_output();
     tally.take(&answers, &log);
     // A run that ends because the broker is away for longer than a call may take leaves its input unread:
     // that is to happen to the impatient one only, and to one that was struck before it ever was connected.
@@ -230,12 +235,13 @@ fn whatever_strikes_every_call_ends_right_or_with_exit_code_5() {
     let queue = Queue::named("soak");
     // The third one is never replaced.
     let stations = ["1", "64", "8"].map(|prefetch| Mutex::new(Station::new(&queue, prefetch)));
-    let mut peer = Peer::connect_to(node().url());
-    peer.await_consumers(&queue, CONSUMERS);
-    let (exchange, replies) = (peer.fan_out_to(&queue), Queue::named("soak.replies"));
+    let mut peer = Peer::connect_to(private_node().url());
+    peer.wait_for_consumers(&queue, CONSUMERS);
+    let (exchange, replies) = (peer.declare_fanout_exchange(&queue), Queue::named("soak.replies"));
     peer.declare(&replies, "classic");
-    let mut attacker = RawPeer::connect(node().url());
-    let ways = [Proxy::before(node().authority()), Proxy::before(node().authority())];
+    let mut attacker = RawPeer::connect(private_node().url());
+    let ways =
+        [Proxy::start_to(private_node().authority()), Proxy::start_to(private_node().authority())];
     let (stop, faults) = (AtomicBool::new(false), Mutex::new(BTreeMap::<_, u64>::new()));
     let strikes = |name| *faults.lock().expect("no panic").entry(name).or_default() += 1;
     let begun = Instant::now();
@@ -280,7 +286,7 @@ fn whatever_strikes_every_call_ends_right_or_with_exit_code_5() {
             thread::sleep(REPORTING.min(time.saturating_sub(begun.elapsed())));
             for station in &stations {
                 let station = station.lock().expect("no panic");
-                let memory = station.server.as_ref().map(Program::memory);
+                let memory = station.server.as_ref().and_then(Program::memory_kib);
                 println!("rpc-server: {} KiB", memory.unwrap_or_default());
             }
         }
@@ -292,16 +298,17 @@ fn whatever_strikes_every_call_ends_right_or_with_exit_code_5() {
         println!("{tally:?}");
         assert!(tally.wrong.is_empty() && tally.right > 0);
     }
-    peer.await_consumers(&queue, CONSUMERS); // whatever has struck, they come back
+    peer.wait_for_consumers(&queue, CONSUMERS); // whatever has struck, they come back
     eventually("a queue of which nothing is left", || {
         let columns = ["name", "messages_ready", "messages_unacknowledged"];
-        let table = node().ctl(&[&["list_queues", "--no-table-headers"][..], &columns].concat());
+        let table = private_node()
+            .rabbitmqctl(&[&["list_queues", "--no-table-headers"][..], &columns].concat());
         let line = format!("{}\t0\t0", &*queue);
         table.lines().any(|queue| queue == line).then_some(())
     });
     for station in stations {
         station.into_inner().expect("no panic").server.expect("it runs").stop();
     }
-    peer.delete(&queue);
-    peer.delete(&replies);
+    peer.delete_queue(&queue);
+    peer.delete_queue(&replies);
 }

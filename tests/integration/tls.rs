@@ -1,10 +1,10 @@
 //! TLS: listeners of a private node, with certificates made for the tests. What goes wrong with them
 //! stands on the page of messages.
 
-use crate::support::broker::{node, Node};
+use crate::support::broker::{private_node, Node};
 use crate::support::certificates::Authority;
 use crate::support::peer::Queue;
-use crate::support::programs::{client, expect, Program};
+use crate::support::programs::{assert_output, client, Program};
 use std::fs;
 use std::path::Path;
 use std::sync::OnceLock;
@@ -30,22 +30,28 @@ pub(crate) struct Listeners {
 pub(crate) fn listeners() -> &'static Listeners {
     static LISTENERS: OnceLock<Listeners> = OnceLock::new();
     LISTENERS.get_or_init(|| {
-        let node = node();
+        let node = private_node();
         // The node reads them, too, wherever it runs.
         let [authority, other] = ["ca", "other-ca"].map(|name| Authority::new(node.folder(), name));
         let ca = authority.certificate();
         let here = ["localhost", "127.0.0.1", "::1"];
         let good = authority.sign("good", &here);
         let user = "rpc-test-client";
-        node.ctl(&["add_user", user, "never used"]);
-        node.ctl(&["set_permissions", user, ".*", ".*", ".*"]);
-        node.ctl(&["eval", "application:set_env(rabbit, ssl_cert_login_from, common_name)."]);
+        node.rabbitmqctl(&["add_user", user, "never used"]);
+        node.rabbitmqctl(&["set_permissions", user, ".*", ".*", ".*"]);
+        node.rabbitmqctl(&[
+            "eval",
+            "application:set_env(rabbit, ssl_cert_login_from, common_name).",
+        ]);
         let external =
             "application:set_env(rabbit, auth_mechanisms, ['PLAIN', 'AMQPLAIN', 'EXTERNAL']).";
-        node.ctl(&["eval", external]);
+        node.rabbitmqctl(&["eval", external]);
         // EXTERNAL looks here, too, before it trusts a listener.
         let options = "[{verify, verify_peer}, {fail_if_no_peer_cert, true}]";
-        node.ctl(&["eval", &format!("application:set_env(rabbit, ssl_options, {options}).")]);
+        node.rabbitmqctl(&[
+            "eval",
+            &format!("application:set_env(rabbit, ssl_options, {options})."),
+        ]);
         let mutual = ", {verify, verify_peer}, {fail_if_no_peer_cert, true}";
         Listeners {
             good: listen(node, &ca, &good, 3, ""),
@@ -65,7 +71,7 @@ pub(crate) fn listeners() -> &'static Listeners {
 /// Has the node listen on a port of its range.
 fn listen(node: &Node, ca: &str, (cert, key): &(String, String), nth: u16, options: &str) -> u16 {
     let port = node.port() + nth;
-    node.ctl(&[
+    node.rabbitmqctl(&[
         "eval",
         &format!(
             "[rabbit_networking:start_ssl_listener({{Address, {port}}}, [{{cacertfile, {ca:?}}}, \
@@ -82,7 +88,7 @@ fn a_call_over_tls_is_answered_over_tls() {
     let queue = Queue::named("tls");
     for host in ["localhost", "127.0.0.1", "[::1]"] {
         let url = format!("amqps://{host}:{good}");
-        let server = Program::start_at(&url, &queue, &["--ca-file", ca]);
+        let server = Program::start_server_at(&url, &queue, &["--ca-file", ca]);
         // More than one TLS record, and more than one frame, in both directions.
         let mut call = client(&queue, &["--ca-file", ca, "--repeat", "20", "30", "1000000"]);
         let output = call.env("AMQP_URL", &url).assert().code(0).stderr("").get_output().clone();
@@ -97,9 +103,9 @@ fn the_systems_trust_is_enough() {
     let Listeners { ca, good, .. } = listeners();
     let queue = Queue::named("tls_system");
     let url = format!("amqps://localhost:{good}");
-    let _server = Program::start_at(&url, &queue, &["--ca-file", ca]);
+    let _server = Program::start_server_at(&url, &queue, &["--ca-file", ca]);
     let mut call = client(&queue, &["30"]);
-    expect(call.env("AMQP_URL", &url).env("SSL_CERT_FILE", ca), 0, "832040\n", "");
+    assert_output(call.env("AMQP_URL", &url).env("SSL_CERT_FILE", ca), 0, "832040\n", "");
 }
 
 #[test]
@@ -109,9 +115,9 @@ fn a_broker_that_wants_a_certificate_gets_it() {
     let with = ["--ca-file", ca, "--cert-file", cert, "--key-file", key];
     for parameter in ["", "?auth_mechanism=external"] {
         let url = format!("amqps://localhost:{mutual}{parameter}");
-        let server = Program::start_at(&url, &queue, &with);
+        let server = Program::start_server_at(&url, &queue, &with);
         let mut call = client(&queue, &with);
-        expect(call.arg("30").env("AMQP_URL", &url), 0, "832040\n", "");
+        assert_output(call.arg("30").env("AMQP_URL", &url), 0, "832040\n", "");
         server.stop();
     }
 }
@@ -126,7 +132,7 @@ fn the_files_are_read_again_for_every_connection() {
     let queue = Queue::named("tls_renewed");
     let url = format!("amqps://localhost:{good}");
     let server = Program::spawn_at(&url, "rpc-server", &["--queue", &queue, "--ca-file", name]);
-    server.await_log("signed by an unknown CA");
+    server.wait_for_log("signed by an unknown CA");
     fs::copy(ca, &file).expect("there is room for it");
     assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
     server.stop();

@@ -1,5 +1,6 @@
-//! The broker of the tests: that of `AMQP_URL`, or a private node; and nodes to be tampered with.
+//! The broker of the tests: the one of `AMQP_URL`, or a private node; and nodes whose state a test changes.
 
+use super::eventually;
 use rpc_common::broker::open;
 use rpc_common::deadline::Deadline;
 use rpc_common::target::Target;
@@ -11,91 +12,90 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use std::{env, fs, io, process};
 
-/// The URL of the broker, which is started with the first call.
+/// The URL of the broker. The first call starts the private node, unless `AMQP_URL` names a broker.
 pub(crate) fn url() -> &'static str {
     static URL: OnceLock<String> = OnceLock::new();
     URL.get_or_init(|| {
         let Some(url) = env::var("AMQP_URL").ok().filter(|url| !url.is_empty()) else {
-            return node().url().to_owned();
+            return private_node().url().to_owned();
         };
         let target = Target::parse(&url).expect("AMQP_URL is well formed");
         let opened = open(&target, "test", &Deadline::after(Duration::from_secs(10)));
-        assert!(
-            opened.is_ok(),
-            "the tests were pointed at the broker of AMQP_URL: {:?}",
-            opened.err()
-        );
+        assert!(opened.is_ok(), "cannot use the broker of AMQP_URL: {:?}", opened.err());
         url
     })
 }
 
-/// Host and port of the broker, as messages name it.
+/// Host and port of the broker, as messages show them.
 pub(crate) fn authority() -> String {
     Target::parse(url()).expect("the broker's URL is well formed").to_string()
 }
 
-/// The broker's URL in parts: the user and password before the `@`, and the path behind the port.
-fn parts() -> (&'static str, &'static str) {
+/// The credentials (`user:password`) and the path of the broker's URL, still percent-encoded.
+fn url_parts() -> (&'static str, &'static str) {
     let rest = url().trim_start_matches("amqp://");
-    let (user_info, rest) = rest.rsplit_once('@').unwrap_or(("guest:guest", rest));
-    (user_info, rest.find('/').map_or("", |path| &rest[path..]))
+    let (credentials, rest) = rest.rsplit_once('@').unwrap_or(("guest:guest", rest));
+    (credentials, rest.find('/').map_or("", |path| &rest[path..]))
 }
 
-/// The user and the password of the broker's URL, as they stand there.
-pub(crate) fn user_info() -> &'static str {
-    parts().0
+/// User and password of the broker's URL, still percent-encoded.
+pub(crate) fn credentials() -> &'static str {
+    url_parts().0
 }
 
-/// The broker's URL with another host and port, or another user or path.
-pub(crate) fn url_with(
-    user_info: Option<&str>,
-    authority: Option<&str>,
-    path: Option<&str>,
-) -> String {
-    let user_info = user_info.unwrap_or_else(|| parts().0);
-    let path = path.unwrap_or_else(|| parts().1);
-    match authority {
-        Some(authority) => format!("amqp://{user_info}@{authority}{path}"),
-        None => format!("amqp://{user_info}@{}{path}", self::authority()),
-    }
+/// The broker's URL with another host and port.
+pub(crate) fn url_at(authority: &str) -> String {
+    let (credentials, path) = url_parts();
+    format!("amqp://{credentials}@{authority}{path}")
+}
+
+/// The broker's URL with other credentials.
+pub(crate) fn url_with_credentials(credentials: &str) -> String {
+    format!("amqp://{credentials}@{}{}", authority(), url_parts().1)
+}
+
+/// The broker's URL with another vhost.
+pub(crate) fn url_with_vhost(vhost: &str) -> String {
+    format!("amqp://{}@{}/{vhost}", credentials(), authority())
 }
 
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/broker.sh");
 
-/// Nodes that `broker.sh` runs below a folder, until its standard input ends, and that ends with this process,
-/// however this process ends.
-struct Script {
+/// A running `broker.sh` with its nodes. They stop when the standard input of the script ends, so at the latest when
+/// this process ends, for whatever reason.
+struct RunningScript {
     folder: PathBuf,
     urls: Vec<String>,
     _process: Child,
 }
 
-impl Script {
-    /// Starts a node, or as many as the `mode` of the script is for, with lines of `rabbitmq.conf`.
-    fn run(mode: &[&str], nodes: usize, name: &str, config: &str) -> Self {
-        let configured = env::var("NODE_CONFIG").unwrap_or_default();
+impl RunningScript {
+    /// Starts nodes with `config` added to `rabbitmq.conf`, and waits until they are ready. `mode` is `cluster` or
+    /// nothing, and `nodes` is how many nodes the script starts in that mode.
+    fn start(mode: &[&str], nodes: usize, name: &str, config: &str) -> Self {
+        let common_config = env::var("NODE_CONFIG").unwrap_or_default();
         let folder = env::temp_dir().join(format!("rpc-tests-{name}-{}", process::id()));
         let mut process = Command::new(SCRIPT)
             .args(mode)
             .arg("run")
             .arg(&folder)
             .env("NODE_PLUGINS", "rabbitmq_auth_mechanism_ssl")
-            .env("NODE_CONFIG", format!("{configured}\n{config}"))
-            .process_group(0) // so that Ctrl-C ends us first, and the node then
+            .env("NODE_CONFIG", format!("{common_config}\n{config}"))
+            .process_group(0) // Ctrl-C stops only the tests; their end stops the node
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .expect("bash runs broker.sh");
         let urls = BufReader::new(process.stdout.take().expect("piped")).lines();
         let urls: Vec<String> = urls.take(nodes).map_while(Result::ok).collect();
-        assert_eq!(urls.len(), nodes, "no private RabbitMQ: what broker.sh says above is missing");
-        Script { folder, urls, _process: process }
+        assert_eq!(urls.len(), nodes, "no private RabbitMQ: see the error of broker.sh above");
+        RunningScript { folder, urls, _process: process }
     }
 }
 
-/// Runs a command of the script on the nodes of a folder, and returns what it prints.
+/// Runs a command of the script on the nodes below `folder`, and returns its output.
 #[track_caller]
-fn command(folder: &Path, mode: &[&str], command: &str, args: &[&str]) -> String {
+fn run_script(folder: &Path, mode: &[&str], command: &str, args: &[&str]) -> String {
     let mut script = Command::new(SCRIPT);
     let output = script.args(mode).arg(command).arg(folder).args(args).output();
     let output = output.expect("bash runs broker.sh");
@@ -104,35 +104,36 @@ fn command(folder: &Path, mode: &[&str], command: &str, args: &[&str]) -> String
     text
 }
 
-/// A private node.
-pub(crate) struct Node(Script);
+/// A RabbitMQ node that the tests started.
+pub(crate) struct Node(RunningScript);
 
-/// A node of ours, to which tests may add users and listeners; the plain tests' broker, too, unless
-/// `AMQP_URL` names another.
-pub(crate) fn node() -> &'static Node {
+/// The node that all tests share, to which they may add users, policies and listeners. It is also the tests' broker,
+/// unless `AMQP_URL` names another one.
+pub(crate) fn private_node() -> &'static Node {
     static NODE: OnceLock<Node> = OnceLock::new();
     NODE.get_or_init(|| Node::start("shared", ""))
 }
 
-/// A node for one test at a time, which may do to it what would disturb others. It takes messages of 100,000 bytes
-/// at the most.
-pub(crate) fn victim() -> MutexGuard<'static, Node> {
+/// A node that only one test at a time uses, for what would disturb other tests. Its largest message is 100,000
+/// bytes.
+pub(crate) fn exclusive_node() -> MutexGuard<'static, Node> {
     static NODE: OnceLock<Mutex<Node>> = OnceLock::new();
-    let node = NODE.get_or_init(|| Mutex::new(Node::start("victim", "max_message_size = 100000")));
-    // A test that failed has undone what it did: all of that is undone by drops.
+    let node =
+        NODE.get_or_init(|| Mutex::new(Node::start("exclusive", "max_message_size = 100000")));
+    // The state of the node is sound after a failed test: guards restore it when they are dropped.
     node.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Node {
     fn start(name: &str, config: &str) -> Self {
-        Node(Script::run(&[], 1, name, config))
+        Node(RunningScript::start(&[], 1, name, config))
     }
 
     pub(crate) fn url(&self) -> &str {
         &self.0.urls[0]
     }
 
-    /// Host and port, as messages name it.
+    /// Host and port, as messages show them.
     pub(crate) fn authority(&self) -> &str {
         self.url().trim_start_matches("amqp://")
     }
@@ -145,79 +146,103 @@ impl Node {
             .expect("the URL has a port")
     }
 
-    /// A folder that the node can read, and that goes with it.
+    /// The node's folder. The node can read it, and removes it when it stops.
     pub(crate) fn folder(&self) -> &Path {
         &self.0.folder
     }
 
-    /// Runs `rabbitmqctl` on this node, and returns what it prints.
+    /// Runs `rabbitmqctl` on this node, and returns its output.
     #[track_caller]
-    pub(crate) fn ctl(&self, args: &[&str]) -> String {
-        command(self.folder(), &[], "ctl", args)
+    pub(crate) fn rabbitmqctl(&self, args: &[&str]) -> String {
+        run_script(self.folder(), &[], "ctl", args)
     }
 
-    /// What the node has logged.
+    /// The whole log of the node.
     pub(crate) fn log(&self) -> String {
-        let files = fs::read_dir(self.folder().join("1/log")).expect("it logs there");
+        let files = fs::read_dir(self.folder().join("1/log")).expect("the node logs there");
         let text = |file: io::Result<fs::DirEntry>| fs::read(file.ok()?.path()).ok();
         String::from_utf8_lossy(&files.filter_map(text).collect::<Vec<_>>().concat()).into_owned()
     }
 
-    /// Blocks publishers, as the broker does when memory is short, until the guard is dropped.
-    pub(crate) fn block_publishers(&self) -> impl Drop + '_ {
-        self.ctl(&["set_vm_memory_high_watermark", "0"]);
-        Undo(|| drop(self.ctl(&["set_vm_memory_high_watermark", "0.4"])))
+    /// Waits until all connections are closed, and returns how many, since the node started, were closed without the
+    /// AMQP close handshake.
+    pub(crate) fn unclean_closes(&self) -> usize {
+        eventually("the end of all connections", || {
+            let connections = self.rabbitmqctl(&["list_connections", "--no-table-headers", "name"]);
+            connections.trim().is_empty().then_some(())
+        });
+        self.log().matches("client unexpectedly closed TCP connection").count()
     }
 
-    /// Sets a variable of the broker's, until the guard is dropped.
-    pub(crate) fn set(&self, variable: &str, value: &str) -> impl Drop + '_ {
-        let old = self.ctl(&["eval", &format!("application:get_env(rabbit, {variable}).")]);
+    /// Waits until a queue has neither ready nor unacknowledged messages.
+    #[track_caller]
+    pub(crate) fn wait_until_empty(&self, queue: &str) {
+        eventually("an empty queue", || {
+            let columns = ["name", "messages_ready", "messages_unacknowledged"];
+            let args = [&["list_queues", "--no-table-headers"][..], &columns].concat();
+            let table = self.rabbitmqctl(&args);
+            let empty = format!("{queue}\t0\t0");
+            table.lines().any(|line| line == empty).then_some(())
+        });
+    }
+
+    /// Blocks publishers by a memory alarm, until the guard is dropped.
+    pub(crate) fn block_publishers(&self) -> impl Drop + '_ {
+        self.rabbitmqctl(&["set_vm_memory_high_watermark", "0"]);
+        RunOnDrop(|| drop(self.rabbitmqctl(&["set_vm_memory_high_watermark", "0.4"])))
+    }
+
+    /// Sets a variable of the application `rabbit`, until the guard is dropped.
+    pub(crate) fn set_variable(&self, variable: &str, value: &str) -> impl Drop + '_ {
+        let old = self.rabbitmqctl(&["eval", &format!("application:get_env(rabbit, {variable}).")]);
         let old = old.trim().trim_start_matches("{ok,").trim_end_matches('}').to_owned();
         let set = move |variable: &str, value: &str| {
-            self.ctl(&["eval", &format!("application:set_env(rabbit, {variable}, {value}).")]);
+            let expression = format!("application:set_env(rabbit, {variable}, {value}).");
+            self.rabbitmqctl(&["eval", &expression]);
         };
         set(variable, value);
         let variable = variable.to_owned();
-        Undo(move || set(&variable, &old))
+        RunOnDrop(move || set(&variable, &old))
     }
 
-    /// What stops the node's processes by SIGSTOP, and the guard that lets them go on when it is dropped.
+    /// A function that stops the node's processes by SIGSTOP, and a guard that continues them when it is dropped.
     pub(crate) fn freezer(&self) -> (impl FnOnce() + Send + 'static, impl Drop) {
         let [freeze, thaw] = ["freeze", "thaw"].map(|name| {
             let folder = self.folder().to_owned();
-            move || drop(command(&folder, &[], name, &[]))
+            move || drop(run_script(&folder, &[], name, &[]))
         });
-        (freeze, Undo(thaw))
+        (freeze, RunOnDrop(thaw))
     }
 }
 
-/// The mode of the script, and the nodes, of a cluster.
-const CLUSTER: (&[&str], usize) = (&["cluster"], 3);
+const CLUSTER_MODE: &[&str] = &["cluster"];
+const CLUSTER_NODES: usize = 3;
 
-/// A cluster of three private nodes, which are known by their numbers, 1 to 3.
-pub(crate) struct Cluster(Script);
+/// A cluster of three private nodes, numbered 1 to 3.
+pub(crate) struct Cluster(RunningScript);
 
 impl Cluster {
     pub(crate) fn start(name: &str) -> Self {
-        let (mode, nodes) = CLUSTER;
-        Cluster(Script::run(mode, nodes, name, ""))
+        Cluster(RunningScript::start(CLUSTER_MODE, CLUSTER_NODES, name, ""))
     }
 
-    /// The URLs of its nodes, the first one first.
+    /// The URLs of the nodes 1, 2 and 3.
     pub(crate) fn urls(&self) -> &[String] {
         &self.0.urls
     }
 
-    /// Has the script do something to a node, and returns what that prints.
+    /// Runs a command of the script on the node with this number, and returns its output.
     #[track_caller]
-    pub(crate) fn node(&self, number: usize, command: &str, args: &[&str]) -> String {
-        self::command(&self.0.folder, CLUSTER.0, command, &[&[&*number.to_string()], args].concat())
+    pub(crate) fn run_on_node(&self, number: usize, command: &str, args: &[&str]) -> String {
+        let number = number.to_string();
+        let args = [&[&*number], args].concat();
+        run_script(&self.0.folder, CLUSTER_MODE, command, &args)
     }
 }
 
-struct Undo<F: FnMut()>(F);
+struct RunOnDrop<F: FnMut()>(F);
 
-impl<F: FnMut()> Drop for Undo<F> {
+impl<F: FnMut()> Drop for RunOnDrop<F> {
     fn drop(&mut self) {
         (self.0)();
     }

@@ -1,4 +1,4 @@
-//! Certificates made for the tests: a CA, and what it signs.
+//! Certificates for the tests: a CA of their own, and the certificates that it signs.
 
 use rcgen::{
     date_time_ymd, BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair,
@@ -7,37 +7,37 @@ use rcgen::{
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// A certificate authority of the test's own.
+/// A **certificate authority** (CA) that exists only for the tests.
 pub(crate) struct Authority {
     folder: PathBuf,
     issuer: Issuer<'static, KeyPair>,
 }
 
 impl Authority {
-    /// An authority whose files are below this folder.
+    /// Creates an authority that keeps its files in `folder/name`.
     pub(crate) fn new(folder: &Path, name: &str) -> Self {
         let folder = folder.join(name);
-        fs::create_dir_all(&folder).expect("there is room for it");
+        fs::create_dir_all(&folder).expect("the folder is writable");
         let mut params = params(name, &[]);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-        let key = KeyPair::generate().expect("there is randomness");
+        let key = KeyPair::generate().expect("the system has random numbers");
         let root = params.self_signed(&key).expect("the key signs");
-        fs::write(folder.join("ca.pem"), root.pem()).expect("there is room for it");
+        fs::write(folder.join("ca.pem"), root.pem()).expect("the folder is writable");
         Authority { folder, issuer: Issuer::new(params, key) }
     }
 
-    /// The file of its own certificate.
+    /// The file with the certificate of the authority.
     pub(crate) fn certificate(&self) -> String {
         self.file("ca.pem")
     }
 
-    /// Signs a certificate for `name`, valid for these hosts; the files of it and of its key.
+    /// Signs a certificate for `name` that is valid for these hosts. Returns the files of the certificate and of its key.
     pub(crate) fn sign(&self, name: &str, hosts: &[&str]) -> (String, String) {
         self.sign_with(&params(name, hosts), name)
     }
 
-    /// The same, of a certificate that expired long ago.
+    /// Like [`Authority::sign`], but the certificate expired long ago.
     pub(crate) fn sign_expired(&self, name: &str, hosts: &[&str]) -> (String, String) {
         let mut params = params(name, hosts);
         params.not_after = date_time_ymd(2001, 1, 1);
@@ -45,11 +45,11 @@ impl Authority {
     }
 
     fn sign_with(&self, params: &CertificateParams, name: &str) -> (String, String) {
-        let key = KeyPair::generate().expect("there is randomness");
+        let key = KeyPair::generate().expect("the system has random numbers");
         let certificate = params.signed_by(&key, &self.issuer).expect("the authority signs");
         let files = (format!("{name}.pem"), format!("{name}.key"));
-        fs::write(self.folder.join(&files.0), certificate.pem()).expect("there is room for it");
-        fs::write(self.folder.join(&files.1), key.serialize_pem()).expect("there is room for it");
+        fs::write(self.folder.join(&files.0), certificate.pem()).expect("the folder is writable");
+        fs::write(self.folder.join(&files.1), key.serialize_pem()).expect("the folder is writable");
         (self.file(&files.0), self.file(&files.1))
     }
 

@@ -1,29 +1,29 @@
-//! What the tests stand on: a broker, the programs, and a foreign peer that speaks plain AMQP.
+//! What the tests use: a broker, the programs, a proxy, and peers that speak plain AMQP.
 
-pub(crate) mod applies;
 pub(crate) mod broker;
+pub(crate) mod broker_features;
 pub(crate) mod certificates;
 pub(crate) mod peer;
 pub(crate) mod programs;
 pub(crate) mod proxy;
-pub(crate) mod raw;
-pub(crate) mod scripted;
+pub(crate) mod raw_peer;
+pub(crate) mod scripted_broker;
 
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long anything may take that is expected to happen. Reached only when it does not.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+/// The limit of every wait for something that is expected to happen. Only a failing test reaches it.
+pub(crate) const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Looks again and again until there is something to see, and fails after [`PATIENCE`].
+/// Calls `poll` until it returns a value, and fails after [`TEST_TIMEOUT`].
 #[track_caller]
-pub(crate) fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn eventually<T>(what: &str, mut poll: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
     loop {
-        if let Some(seen) = look() {
-            return seen;
+        if let Some(value) = poll() {
+            return value;
         }
-        assert!(start.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain: {what}");
+        assert!(start.elapsed() < TEST_TIMEOUT, "timed out after {TEST_TIMEOUT:?}: {what}");
         thread::sleep(Duration::from_millis(5));
     }
 }

@@ -1,6 +1,6 @@
-//! A foreign peer: plain AMQP, bound to no convention of ours, and a queue that a test owns.
+//! A peer that uses plain AMQP without the conventions of rpc-common, and queues that tests own.
 
-use super::{broker, eventually, PATIENCE};
+use super::{broker, eventually, TEST_TIMEOUT};
 use amiquip::{
     AmqpProperties, AmqpValue, Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery,
     ExchangeDeclareOptions, ExchangeType, FieldTable, Publish, QueueDeclareOptions,
@@ -14,30 +14,31 @@ use std::ops::Deref;
 use std::sync::{Mutex, PoisonError};
 use uuid::Uuid;
 
-/// A connection of the test's own.
+/// A connection with one channel, for what a test does at the other end.
 pub(crate) struct Peer {
     url: String,
-    link: Link,
+    connection: Link,
     channel: Channel,
 }
 
 impl Peer {
+    /// Connects to the broker of the tests.
     pub(crate) fn connect() -> Self {
         Peer::connect_to(broker::url())
     }
 
     pub(crate) fn connect_to(url: &str) -> Self {
         let target = Target::parse(url).expect("the broker's URL is well formed");
-        let deadline = Deadline::after(PATIENCE);
-        let mut link = open(&target, "test", &deadline).expect("the broker is there");
-        let channel = link.open_channel(&deadline).expect("there are channels");
-        Peer { url: url.into(), link, channel }
+        let deadline = Deadline::after(TEST_TIMEOUT);
+        let mut connection = open(&target, "test", &deadline).expect("the broker is running");
+        let channel = connection.open_channel(&deadline).expect("the broker opens a channel");
+        Peer { url: url.into(), connection, channel }
     }
 
-    /// The version of RabbitMQ at the other end.
+    /// The RabbitMQ version of the broker.
     pub(crate) fn broker_version(&mut self) -> String {
-        let deadline = Deadline::after(PATIENCE);
-        let version = self.link.within(&deadline, Phase::Look, |connection| {
+        let deadline = Deadline::after(TEST_TIMEOUT);
+        let version = self.connection.within(&deadline, Phase::Look, |connection| {
             Ok(connection.server_properties().get("version").cloned())
         });
         match version {
@@ -53,32 +54,22 @@ impl Peer {
 
     /// Declares a queue as `rpc-server --queue-type` does.
     pub(crate) fn declare(&self, queue: &str, queue_type: &str) {
-        self.declare_with(queue, queue_type, &[]);
+        self.declare_with_arguments(queue, queue_type, &[]);
     }
 
-    /// The same; what is rejected from the queue, or expires there, goes to another one.
+    /// Declares a queue whose rejected and expired messages go to the queue `dead_letters`.
     pub(crate) fn declare_with_dead_letters(
         &self,
         queue: &str,
         queue_type: &str,
         dead_letters: &str,
     ) {
-        let to = [("x-dead-letter-exchange", ""), ("x-dead-letter-routing-key", dead_letters)];
-        self.declare_with(queue, queue_type, &to);
+        let arguments =
+            [("x-dead-letter-exchange", ""), ("x-dead-letter-routing-key", dead_letters)];
+        self.declare_with_arguments(queue, queue_type, &arguments);
     }
 
-    /// Makes an exchange that sends everything to the queue, and returns its name. It goes with the queue.
-    pub(crate) fn fan_out_to(&self, queue: &str) -> String {
-        let exchange = format!("{queue}.exchange");
-        let options = ExchangeDeclareOptions { auto_delete: true, ..Default::default() };
-        let declared = self.channel.exchange_declare(ExchangeType::Fanout, &*exchange, options);
-        declared.expect("the exchange can be declared");
-        let bound = self.channel.queue_bind(queue, &*exchange, "", FieldTable::new());
-        bound.expect("the queue can be bound");
-        exchange
-    }
-
-    fn declare_with(&self, queue: &str, queue_type: &str, arguments: &[(&str, &str)]) {
+    fn declare_with_arguments(&self, queue: &str, queue_type: &str, arguments: &[(&str, &str)]) {
         let is_quorum = queue_type == "quorum";
         let queue_type_argument = is_quorum.then_some(("x-queue-type", "quorum"));
         let mut table = FieldTable::new();
@@ -91,91 +82,103 @@ impl Peer {
         self.channel.queue_declare(queue, options).expect("the queue can be declared");
     }
 
+    /// Declares a fanout exchange that is bound to the queue, and returns its name. The broker deletes it with the
+    /// queue.
+    pub(crate) fn declare_fanout_exchange(&self, queue: &str) -> String {
+        let exchange = format!("{queue}.exchange");
+        let options = ExchangeDeclareOptions { auto_delete: true, ..Default::default() };
+        let declared = self.channel.exchange_declare(ExchangeType::Fanout, &*exchange, options);
+        declared.expect("the exchange can be declared");
+        let bound = self.channel.queue_bind(queue, &*exchange, "", FieldTable::new());
+        bound.expect("the queue can be bound");
+        exchange
+    }
+
+    pub(crate) fn delete_queue(&self, queue: &str) {
+        let _ = self.channel.queue_delete(queue, QueueDeleteOptions::default());
+    }
+
     pub(crate) fn publish(&self, queue: &str, body: &[u8], properties: AmqpProperties) {
         self.channel
             .basic_publish("", Publish::with_properties(body, queue, properties))
-            .expect("the broker takes messages");
+            .expect("the connection is open");
     }
 
-    /// Publishes a message that the broker is to return if it reaches no queue; whether it did.
-    pub(crate) fn is_returned(&self, queue: &str, body: &[u8]) -> bool {
+    /// Publishes a mandatory message, and returns whether the broker returned it.
+    pub(crate) fn publish_mandatory(&self, queue: &str, body: &[u8]) -> bool {
         let returns = self.channel.listen_for_returns().expect("the channel is open");
         let message = Publish { mandatory: true, ..Publish::new(body, queue) };
-        self.channel.basic_publish("", message).expect("the broker takes messages");
-        self.channel.qos(0, 0, false).expect("it answers in order");
+        self.channel.basic_publish("", message).expect("the connection is open");
+        self.channel.qos(0, 0, false).expect("the broker answers in order, so after a return");
         returns.try_recv().is_ok()
     }
 
-    /// Sends a request as a caller that takes its reply by direct reply-to, and returns what gets that.
-    pub(crate) fn call_directly(&self, queue: &str) -> Consumer<'_> {
+    /// Sends a request whose reply comes by direct reply-to, and returns the consumer of the reply.
+    pub(crate) fn call_with_direct_reply_to(&self, queue: &str) -> Consumer<'_> {
         const DIRECT: &str = "amq.rabbitmq.reply-to";
         let options = ConsumerOptions { no_ack: true, ..ConsumerOptions::default() };
-        let replies = self.channel.basic_consume(DIRECT, options).expect("it is always there");
+        let replies = self.channel.basic_consume(DIRECT, options).expect("it always exists");
         self.publish(queue, b"30", AmqpProperties::default().with_reply_to(DIRECT.into()));
         replies
     }
 
-    /// How many messages wait in the queue; None if it does not exist.
-    pub(crate) fn depth(&mut self, queue: &str) -> Option<u32> {
-        self.counts(queue).map(|counts| counts.messages)
+    /// How many messages are ready in the queue; None if the queue does not exist.
+    pub(crate) fn message_count(&mut self, queue: &str) -> Option<u32> {
+        self.queue_stats(queue).map(|stats| stats.messages)
     }
 
-    /// How many consumers the queue has; None if it does not exist.
-    pub(crate) fn consumers(&mut self, queue: &str) -> Option<u32> {
-        self.counts(queue).map(|counts| counts.consumers)
+    /// How many consumers the queue has; None if the queue does not exist.
+    pub(crate) fn consumer_count(&mut self, queue: &str) -> Option<u32> {
+        self.queue_stats(queue).map(|stats| stats.consumers)
     }
 
-    /// Waits until so many messages wait in the queue.
+    /// Waits until exactly `messages` messages are ready in the queue.
     #[track_caller]
-    pub(crate) fn await_depth(&mut self, queue: &str, messages: u32) {
+    pub(crate) fn wait_for_messages(&mut self, queue: &str, messages: u32) {
         eventually(&format!("{messages} messages"), || {
-            (self.depth(queue) == Some(messages)).then_some(())
+            (self.message_count(queue) == Some(messages)).then_some(())
         });
     }
 
-    /// Waits until the queue has so many consumers.
+    /// Waits until the queue has exactly `consumers` consumers.
     #[track_caller]
-    pub(crate) fn await_consumers(&mut self, queue: &str, consumers: u32) {
+    pub(crate) fn wait_for_consumers(&mut self, queue: &str, consumers: u32) {
         eventually(&format!("{consumers} consumers"), || {
-            (self.consumers(queue) == Some(consumers)).then_some(())
+            (self.consumer_count(queue) == Some(consumers)).then_some(())
         });
     }
 
-    fn counts(&mut self, queue: &str) -> Option<Counts> {
-        self.link.look(queue, &Deadline::after(PATIENCE)).ok()
+    fn queue_stats(&mut self, queue: &str) -> Option<Counts> {
+        self.connection.look(queue, &Deadline::after(TEST_TIMEOUT)).ok()
     }
 
-    /// Waits for a message, and acknowledges it.
+    /// Waits for a message in the queue, and acknowledges it.
     #[track_caller]
     pub(crate) fn take(&self, queue: &str) -> Delivery {
-        eventually("a message", || self.channel.basic_get(queue, true).expect("the queue exists"))
-            .delivery
+        eventually("a message", || self.try_take(queue))
     }
 
-    /// Answers a request that was taken.
-    pub(crate) fn answer(&self, request: &Delivery, body: &[u8]) {
-        let reply_to = request.properties.reply_to().as_deref().expect("ours set it");
-        let id = request.properties.correlation_id().clone().expect("ours set it");
+    /// Takes a message from the queue and acknowledges it; None if no message is ready.
+    pub(crate) fn try_take(&self, queue: &str) -> Option<Delivery> {
+        let message = self.channel.basic_get(queue, true).expect("the queue exists");
+        message.map(|message| message.delivery)
+    }
+
+    /// Publishes the reply to a request of rpc-client.
+    pub(crate) fn reply(&self, request: &Delivery, body: &[u8]) {
+        let reply_to = request.properties.reply_to().as_deref().expect("rpc-client sets it");
+        let id = request.properties.correlation_id().clone().expect("rpc-client sets it");
         self.publish(reply_to, body, AmqpProperties::default().with_correlation_id(id));
     }
 
-    /// Answers whatever comes to the queue, for as long as the connection lasts.
+    /// Replies to every request in the queue, until the connection ends.
     pub(crate) fn serve(&self, queue: &str, answer: impl Fn(&[u8]) -> &'static str) {
         let options = ConsumerOptions { no_ack: true, ..ConsumerOptions::default() };
         let consumer = self.channel.basic_consume(queue, options).expect("the queue exists");
-        for got in consumer.receiver() {
-            let ConsumerMessage::Delivery(request) = got else { return };
-            self.answer(&request, answer(&request.body).as_bytes());
+        for message in consumer.receiver() {
+            let ConsumerMessage::Delivery(request) = message else { return };
+            self.reply(&request, answer(&request.body).as_bytes());
         }
-    }
-
-    /// Whether there is no message in the queue that is ready to be taken.
-    pub(crate) fn finds_nothing(&self, queue: &str) -> bool {
-        self.channel.basic_get(queue, true).expect("the queue exists").is_none()
-    }
-
-    pub(crate) fn delete(&self, queue: &str) {
-        let _ = self.channel.queue_delete(queue, QueueDeleteOptions::default());
     }
 }
 
@@ -188,31 +191,31 @@ pub(crate) fn default_queue_type(url: &str) -> &'static str {
     }
 }
 
-/// Whether a broker permits transient queues; from RabbitMQ 4.3 on it may be configured not to. Then it closes the
-/// connection that declares one.
+/// Whether a broker permits transient queues. RabbitMQ 4.3 can be configured not to; it then closes the connection
+/// that declares one.
 pub(crate) fn permits_transient_queues(url: &str) -> bool {
-    static KNOWN: Mutex<BTreeMap<String, bool>> = Mutex::new(BTreeMap::new());
-    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-    *known.entry(url.into()).or_insert_with(|| {
+    static BY_URL: Mutex<BTreeMap<String, bool>> = Mutex::new(BTreeMap::new());
+    let mut by_url = BY_URL.lock().unwrap_or_else(PoisonError::into_inner);
+    *by_url.entry(url.into()).or_insert_with(|| {
         let (peer, queue) = (Peer::connect_to(url), format!("test.permitted.{}", Uuid::new_v4()));
         let declared = peer.channel.queue_declare(&*queue, QueueDeclareOptions::default());
         let permitted = declared.is_ok();
-        peer.delete(&queue);
+        peer.delete_queue(&queue);
         permitted
     })
 }
 
-/// A queue name that no other test has; what is there under it is deleted in the end.
+/// The name of a queue that only one test uses. The queue is deleted when this is dropped.
 pub(crate) struct Queue(String);
 
 impl Queue {
-    /// A name for the queue of one test.
+    /// A name for the queue of one test. The queue is not declared.
     pub(crate) fn named(test: &str) -> Self {
         Queue(format!("test.{test}.{}", std::process::id()))
     }
 
-    /// The name for the queue of one test, declared as `rpc-server` does by default.
-    pub(crate) fn declared(test: &str) -> Self {
+    /// The queue of one test, declared as `rpc-server` does by default.
+    pub(crate) fn declare(test: &str) -> Self {
         let queue = Queue::named(test);
         Peer::connect().declare_default(&queue);
         queue
@@ -231,7 +234,7 @@ impl Drop for Queue {
     fn drop(&mut self) {
         // A second panic would hide the first.
         if !std::thread::panicking() {
-            Peer::connect().delete(&self.0);
+            Peer::connect().delete_queue(&self.0);
         }
     }
 }

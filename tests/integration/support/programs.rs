@@ -1,20 +1,21 @@
-//! The programs under test: built fresh, run with a limit, stopped whatever happens.
+//! The programs under test: built before they run, with a time limit, and never left running.
 
-use super::{broker, PATIENCE};
+use super::{broker, TEST_TIMEOUT};
 use assert_cmd::assert::Assert;
 use assert_cmd::Command;
 use crossbeam_channel::{unbounded, Receiver, Sender};
 use procfs::process::Process;
 use rustix::process::{kill_process, Pid, Signal};
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::{env, io, process, thread};
 
-/// The folder of the programs, after making sure that they are built from this source: cargo does
-/// not do so for the tests of another package.
-pub(crate) fn folder() -> &'static PathBuf {
+/// The folder of the programs. The first call builds them from this source, because cargo does not build the binaries
+/// of other packages for a test.
+pub(crate) fn program_folder() -> &'static PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
         let test = env::current_exe().expect("a test has a path");
@@ -31,11 +32,22 @@ pub(crate) fn folder() -> &'static PathBuf {
     })
 }
 
-/// A program of ours, or anything else that is run to its end, in the tests' environment.
-pub(crate) fn command(program: &str) -> Command {
-    let mut command = Command::new(folder().join(program));
-    command.env("AMQP_URL", broker::url()).env_remove("RUST_LOG").timeout(PATIENCE);
+/// Resets SIGINT, and then executes the command behind it. A shell starts its background jobs with SIGINT ignored, and
+/// all their children inherit that: `make test &` in a script, for example.
+const WITH_DEFAULT_SIGINT: [&str; 2] = ["env", "--default-signal=INT"];
+
+/// A command that runs to its end: in the tests' environment, with [`TEST_TIMEOUT`].
+fn command_of(program: impl AsRef<OsStr>) -> Command {
+    let [env, default_sigint] = WITH_DEFAULT_SIGINT;
+    let mut command = Command::new(env);
+    command.arg(default_sigint).arg(program);
+    command.env("AMQP_URL", broker::url()).env_remove("RUST_LOG").timeout(TEST_TIMEOUT);
     command
+}
+
+/// `rpc-client`, `rpc-server` or an example, to be run to its end.
+pub(crate) fn command(program: &str) -> Command {
+    command_of(program_folder().join(program))
 }
 
 /// `rpc-client` on a queue.
@@ -45,23 +57,18 @@ pub(crate) fn client(queue: &str, args: &[&str]) -> Command {
     command
 }
 
-/// Runs a command to its end and checks all that its user sees of it.
+/// Runs a command to its end, and checks its exit code and all of its output.
 #[track_caller]
-pub(crate) fn expect(command: &mut Command, code: i32, stdout: &str, stderr: &str) {
+pub(crate) fn assert_output(command: &mut Command, code: i32, stdout: &str, stderr: &str) {
     let (stdout, stderr) = (stdout.to_owned(), stderr.to_owned());
     command.assert().code(code).stdout(stdout).stderr(stderr);
 }
 
-/// Runs a script with our programs on the PATH.
+/// Runs a bash script with the programs on the PATH.
 pub(crate) fn bash(script: &str) -> Assert {
-    let path = format!("{}:{}", folder().display(), env::var("PATH").unwrap_or_default());
-    Command::new("bash")
-        .args(["-c", script])
-        .env("PATH", path)
-        .env("AMQP_URL", broker::url())
-        .env_remove("RUST_LOG")
-        .timeout(PATIENCE)
-        .assert()
+    let path = env::var("PATH").unwrap_or_default();
+    let path = format!("{}:{path}", program_folder().display());
+    command_of("bash").args(["-c", script]).env("PATH", path).assert()
 }
 
 /// A program that runs in the background. It is killed when it is dropped, or when this process ends.
@@ -73,39 +80,38 @@ pub(crate) struct Program {
 }
 
 impl Program {
-    /// Starts `rpc-server` and waits until it serves.
+    /// Starts `rpc-server`, and waits until it serves.
     #[track_caller]
-    pub(crate) fn start(queue: &str, args: &[&str]) -> Self {
-        Program::start_at(broker::url(), queue, args)
+    pub(crate) fn start_server(queue: &str, args: &[&str]) -> Self {
+        Program::start_server_at(broker::url(), queue, args)
     }
 
-    /// The same, where the broker is reached by another URL.
+    /// Like [`Program::start_server`], at another broker URL.
     #[track_caller]
-    pub(crate) fn start_at(url: &str, queue: &str, args: &[&str]) -> Self {
+    pub(crate) fn start_server_at(url: &str, queue: &str, args: &[&str]) -> Self {
         let server = Program::spawn_at(url, "rpc-server", &[&["--queue", queue], args].concat());
         assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
         server
     }
 
-    /// Starts a program without waiting for anything.
+    /// Starts a program, and waits for nothing.
     pub(crate) fn spawn(program: &str, args: &[&str]) -> Self {
         Program::spawn_at(broker::url(), program, args)
     }
 
-    /// The same, where the broker is reached by another URL.
+    /// Like [`Program::spawn`], at another broker URL.
     pub(crate) fn spawn_at(url: &str, program: &str, args: &[&str]) -> Self {
-        let mut command = process::Command::new(folder().join(program));
+        let mut command = process::Command::new(program_folder().join(program));
         command.args(args).env("AMQP_URL", url);
         Program::spawn_command(&command)
     }
 
-    /// Starts any command without waiting for anything.
+    /// Starts any command, and waits for nothing.
     pub(crate) fn spawn_command(command: &process::Command) -> Self {
         let mut setpriv = process::Command::new("setpriv");
         setpriv
             .args(["--pdeathsig", "KILL"])
-            // What a script starts in the background ignores SIGINT, and so would its children.
-            .args(["env", "--default-signal=INT"])
+            .args(WITH_DEFAULT_SIGINT)
             .arg(command.get_program())
             .args(command.get_args())
             .envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))))
@@ -115,122 +121,122 @@ impl Program {
             .stderr(Stdio::piped());
         let mut child = spawn(setpriv).expect("setpriv, of util-linux, runs");
         let stdin = child.stdin.take();
-        let stdout = lines(child.stdout.take().expect("piped"));
-        let stderr = lines(child.stderr.take().expect("piped"));
+        let stdout = read_lines(child.stdout.take().expect("piped"));
+        let stderr = read_lines(child.stderr.take().expect("piped"));
         Program { child, stdin, stdout, stderr }
     }
 
-    /// Writes a line to its standard input; false when it does not read any more.
-    pub(crate) fn say(&mut self, line: &str) -> bool {
+    /// Writes a line to its standard input; false if the program does not read it any more.
+    pub(crate) fn write_line(&mut self, line: &str) -> bool {
         self.stdin.as_mut().is_some_and(|stdin| writeln!(stdin, "{line}").is_ok())
     }
 
-    /// Ends its standard input.
-    pub(crate) fn end_input(&mut self) {
+    pub(crate) fn close_stdin(&mut self) {
         self.stdin = None;
     }
 
-    /// The next line of its standard output.
+    /// Waits for the next line of its standard output.
     #[track_caller]
     pub(crate) fn next_line(&self) -> String {
-        let line = self.stdout.recv_timeout(PATIENCE);
-        line.unwrap_or_else(|error| panic!("no line ({error}); the log: {:#?}", self.log()))
+        let line = self.stdout.recv_timeout(TEST_TIMEOUT);
+        line.unwrap_or_else(|error| panic!("no line ({error}); the log: {:#?}", self.new_log()))
     }
 
-    /// The lines of its standard output that nobody has asked for yet.
-    pub(crate) fn lines_at_hand(&self) -> Vec<String> {
+    /// The lines of its standard output that are there and were not returned before.
+    pub(crate) fn new_lines(&self) -> Vec<String> {
         self.stdout.try_iter().collect()
     }
 
-    /// What is left of its standard output and of its log when it has ended.
-    pub(crate) fn rest(&self) -> (Vec<String>, Vec<String>) {
-        (self.stdout.iter().collect(), self.stderr.iter().collect())
-    }
-
-    /// The lines of its log that nobody has asked for yet.
-    pub(crate) fn log(&self) -> Vec<String> {
+    /// The lines of its log (standard error) that are there and were not returned before.
+    pub(crate) fn new_log(&self) -> Vec<String> {
         self.stderr.try_iter().collect()
     }
 
-    /// Waits for a line of its log that contains `text`, and returns it.
+    /// Waits until the program has closed its standard output and its log, and returns what was not returned before
+    /// of both.
+    pub(crate) fn remaining_output(&self) -> (Vec<String>, Vec<String>) {
+        (self.stdout.iter().collect(), self.stderr.iter().collect())
+    }
+
+    /// Waits for a line of its log that contains `text`, and returns it. Lines before it are dropped.
     #[track_caller]
-    pub(crate) fn await_log(&self, text: &str) -> String {
-        let mut passed = Vec::new();
-        while let Ok(line) = self.stderr.recv_timeout(PATIENCE) {
+    pub(crate) fn wait_for_log(&self, text: &str) -> String {
+        let mut others = Vec::new();
+        while let Ok(line) = self.stderr.recv_timeout(TEST_TIMEOUT) {
             if line.contains(text) {
                 return line;
             }
-            passed.push(line);
+            others.push(line);
         }
-        panic!("the log never said '{text}' but: {passed:#?}");
+        panic!("no log line contains '{text}': {others:#?}");
     }
 
-    pub(crate) fn signal(&self, signal: Signal) {
+    pub(crate) fn send_signal(&self, signal: Signal) {
         let pid = Pid::from_child(&self.child);
         kill_process(pid, signal).expect("the program is running");
     }
 
-    /// Its resident memory, in KiB; 0 when it has ended.
-    pub(crate) fn memory(&self) -> u64 {
+    /// Its resident memory in KiB; None if it has ended.
+    pub(crate) fn memory_kib(&self) -> Option<u64> {
         let pid = Pid::from_child(&self.child).as_raw_pid();
-        let status = Process::new(pid).and_then(|process| process.status());
-        status.ok().and_then(|status| status.vmrss).unwrap_or_default()
+        Process::new(pid).and_then(|process| process.status()).ok()?.vmrss
     }
 
-    /// Waits for its end.
+    /// Waits until it ends.
     #[track_caller]
     pub(crate) fn wait(&mut self) -> ExitStatus {
         super::eventually("the end of the program", || {
-            self.child.try_wait().expect("it is our child")
+            self.child.try_wait().expect("it is a child of this process")
         })
     }
 
-    /// Waits for its end, and returns the exit code.
+    /// Waits until it ends, and returns its exit code; None if a signal ended it.
     #[track_caller]
-    pub(crate) fn end(mut self) -> Option<i32> {
+    pub(crate) fn wait_for_exit_code(mut self) -> Option<i32> {
         self.wait().code()
     }
 
-    /// Stops it gracefully, checks that it exits with 0, and returns what it printed last.
+    /// Stops it by SIGTERM, checks that its exit code is 0, and returns the lines of its standard output that were not
+    /// returned before.
     #[track_caller]
     pub(crate) fn stop(mut self) -> Vec<String> {
-        self.signal(Signal::TERM);
-        assert_eq!(self.wait().code(), Some(0), "its log: {:#?}", self.log());
+        self.send_signal(Signal::TERM);
+        assert_eq!(self.wait().code(), Some(0), "its log: {:#?}", self.new_log());
         self.stdout.iter().collect()
     }
 }
 
 impl Drop for Program {
     fn drop(&mut self) {
-        let _ = self.child.kill(); // fails when it has ended already
+        let _ = self.child.kill(); // fails if it has ended already
         let _ = self.child.wait();
     }
 }
 
-/// Spawns from a thread that lives as long as this process: to the system the parent of a process is the
-/// thread that began it, and that thread's end would be its end.
+/// Spawns from a thread that lives as long as this process: for Linux the parent of a process is a thread, and
+/// `--pdeathsig` kills the child when that thread ends.
 fn spawn(command: process::Command) -> io::Result<Child> {
-    type Order = (process::Command, Sender<io::Result<Child>>);
-    static SPAWNER: OnceLock<Sender<Order>> = OnceLock::new();
+    type SpawnRequest = (process::Command, Sender<io::Result<Child>>);
+    static SPAWNER: OnceLock<Sender<SpawnRequest>> = OnceLock::new();
     let spawner = SPAWNER.get_or_init(|| {
-        let (spawner, orders) = unbounded::<Order>();
+        let (spawner, requests) = unbounded::<SpawnRequest>();
         thread::spawn(move || {
-            for (mut command, reply) in orders {
-                let _ = reply.send(command.spawn()); // whoever asks waits for it
+            for (mut command, reply) in requests {
+                let _ = reply.send(command.spawn()); // the receiver exists: the caller waits for it
             }
         });
         spawner
     });
     let (reply, child) = unbounded();
-    spawner.send((command, reply)).expect("the spawner never ends");
-    child.recv().expect("the spawner never ends")
+    spawner.send((command, reply)).expect("the thread never ends");
+    child.recv().expect("the thread never ends")
 }
 
-fn lines(pipe: impl Read + Send + 'static) -> Receiver<String> {
+fn read_lines(pipe: impl Read + Send + 'static) -> Receiver<String> {
     let (sender, lines) = unbounded();
     thread::spawn(move || {
         for line in BufReader::new(pipe).lines().map_while(Result::ok) {
-            let _ = sender.send(line); // a test that has seen enough does not listen
+            let _ = sender.send(line); // fails if the test has dropped the program
         }
     });
     lines

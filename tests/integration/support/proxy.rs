@@ -1,4 +1,4 @@
-//! A proxy between the programs and a broker, to do to a connection what networks do.
+//! A TCP proxy between the programs and a broker. It breaks, delays and freezes connections as networks do.
 
 use super::broker;
 use rustix::net::connect_unspec;
@@ -8,64 +8,66 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
-/// A TCP proxy before a broker.
+/// A TCP proxy to a broker.
 pub(crate) struct Proxy {
     address: SocketAddr,
-    cable: Arc<Cable>,
+    forwarder: Arc<Forwarder>,
 }
 
-struct Cable {
+/// What the threads of a proxy share.
+struct Forwarder {
     /// Host and port of the broker.
     broker: String,
     state: Mutex<State>,
-    changed: Condvar,
+    traffic_changed: Condvar,
 }
 
 #[derive(Default)]
 struct State {
     connections: Vec<Connection>,
-    /// Whether connections are accepted only to be closed.
+    /// Whether new connections are closed at once.
     refuses: bool,
-    /// How many were.
+    /// How many connections were refused.
     refused: usize,
-    /// Whether the end of a client's connection is kept from the broker.
-    half_open: bool,
-    weather: Weather,
-    /// How often the broker has answered, and whether a client has spoken since.
-    turns: (usize, bool),
+    /// Whether the proxy hides from the broker that a client's connection has ended.
+    hides_client_close: bool,
+    traffic: Traffic,
+    round_trips: usize,
+    /// Whether the latest bytes came from a client.
+    client_sent_last: bool,
     /// After how many more bytes all connections are reset.
-    reset_in: Option<usize>,
-    trap: Option<Trap>,
+    reset_after: Option<usize>,
+    trigger: Option<Trigger>,
 }
 
-/// Both ends of a connection through the proxy.
+/// Both sockets of a connection through the proxy.
 struct Connection {
     client: TcpStream,
-    server: TcpStream,
+    broker: TcpStream,
 }
 
-/// How bytes pass.
+/// How the proxy forwards bytes, in both directions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Weather {
+pub(crate) enum Traffic {
     /// At once.
     #[default]
-    Fair,
-    /// Not at all, in either direction; nothing is closed. A black hole.
+    Normal,
+    /// Not at all; the connections stay open.
     Frozen,
-    /// Each piece after so long.
+    /// Each piece after this delay.
     Delayed(Duration),
-    /// Byte by byte.
-    Dripping,
+    /// One byte every millisecond.
+    ByteByByte,
 }
 
-/// What is done when a client has sent a method so often.
-struct Trap {
+/// An action that runs before the proxy forwards a method of a client for the `times`-th time.
+struct Trigger {
     method: [u8; 4],
     times: usize,
-    act: Box<dyn FnOnce(&mut Weather) + Send>,
+    action: Box<dyn FnOnce(&mut Traffic) + Send>,
 }
 
-/// Methods of AMQP 0-9-1 as they stand in a frame: class and method.
+/// Methods of AMQP 0-9-1 as they are encoded in a frame: class and method.
 pub(crate) const CONNECTION_START_OK: [u8; 4] = [0, 10, 0, 11];
 pub(crate) const CHANNEL_OPEN: [u8; 4] = [0, 20, 0, 10];
 pub(crate) const QUEUE_DECLARE: [u8; 4] = [0, 50, 0, 10];
@@ -73,190 +75,203 @@ pub(crate) const BASIC_CONSUME: [u8; 4] = [0, 60, 0, 20];
 pub(crate) const BASIC_PUBLISH: [u8; 4] = [0, 60, 0, 40];
 pub(crate) const BASIC_ACK: [u8; 4] = [0, 60, 0, 80];
 
-/// What comes before class and method in a frame: type, channel and size.
+/// The size of what precedes class and method in a frame: type, channel and size.
 const FRAME_HEADER: usize = 7;
 
 impl Proxy {
-    /// A proxy before the broker of the tests.
+    /// Starts a proxy to the broker of the tests.
     pub(crate) fn start() -> Self {
-        Proxy::before(&broker::authority())
+        Proxy::start_to(&broker::authority())
     }
 
-    /// A proxy before another broker.
-    pub(crate) fn before(broker: &str) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("there are ports");
-        let address = listener.local_addr().expect("it is bound");
-        let (state, changed) = (Mutex::default(), Condvar::new());
-        let cable = Arc::new(Cable { broker: broker.into(), state, changed });
-        let at_work = cable.clone();
+    /// Starts a proxy to another broker.
+    pub(crate) fn start_to(broker: &str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+        let address = listener.local_addr().expect("the socket is bound");
+        let (state, traffic_changed) = (Mutex::default(), Condvar::new());
+        let forwarder = Arc::new(Forwarder { broker: broker.into(), state, traffic_changed });
+        let acceptor = forwarder.clone();
         thread::spawn(move || {
             for client in listener.incoming().flatten() {
-                at_work.connect(client);
+                acceptor.connect(client);
             }
         });
-        Proxy { address, cable }
+        Proxy { address, forwarder }
     }
 
-    /// The URL of the tests' broker, by way of this proxy.
+    /// The URL of the tests' broker, through this proxy.
     pub(crate) fn url(&self) -> String {
-        broker::url_with(None, Some(&self.authority()), None)
+        broker::url_at(&self.authority())
     }
 
-    /// Host and port, as messages name it.
+    /// Host and port, as messages show them.
     pub(crate) fn authority(&self) -> String {
         self.address.to_string()
     }
 
-    /// Breaks all connections.
-    pub(crate) fn cut(&self) {
-        let mut state = self.cable.state();
-        state.half_open = false;
+    /// Closes all connections.
+    pub(crate) fn close_connections(&self) {
+        let mut state = self.forwarder.state();
+        state.hides_client_close = false;
         for connection in state.connections.drain(..) {
-            connection.cut();
+            connection.close();
         }
     }
 
-    /// Breaks all connections for the clients; the broker learns nothing of it before they are cut.
-    pub(crate) fn half_open(&self) {
-        let mut state = self.cable.state();
-        state.half_open = true;
+    /// Closes all connections to the clients. The broker does not see it until [`Proxy::close_connections`].
+    pub(crate) fn close_client_side(&self) {
+        let mut state = self.forwarder.state();
+        state.hides_client_close = true;
         for connection in &state.connections {
-            let _ = connection.client.shutdown(Shutdown::Both); // it may be closed already
+            let _ = connection.client.shutdown(Shutdown::Both); // fails if it is closed already
         }
     }
 
-    /// Resets all connections when so many more bytes have passed, in the middle of a frame or not.
+    /// Resets all connections after `bytes` more bytes, which may be in the middle of a frame.
     pub(crate) fn reset_after(&self, bytes: usize) {
-        self.cable.state().reset_in = Some(bytes);
+        self.forwarder.state().reset_after = Some(bytes);
     }
 
-    /// Does something before a client's `method` passes for the `times`-th time; what was sent before
-    /// it has passed.
-    pub(crate) fn before_passing(
+    /// Runs `action` before a client's `method` is forwarded for the `times`-th time. All bytes before that method are
+    /// forwarded first.
+    pub(crate) fn before_forwarding(
         &self,
         method: [u8; 4],
         times: usize,
-        act: impl FnOnce() + Send + 'static,
+        action: impl FnOnce() + Send + 'static,
     ) {
-        self.cable.state().trap = Some(Trap { method, times, act: Box::new(|_| act()) });
+        let action = Box::new(|_: &mut Traffic| action());
+        self.forwarder.state().trigger = Some(Trigger { method, times, action });
     }
 
-    /// Freezes before a client's `method` passes.
+    /// Freezes the traffic before a client's `method` is forwarded.
     pub(crate) fn freeze_before(&self, method: [u8; 4]) {
-        let act = Box::new(|weather: &mut Weather| *weather = Weather::Frozen);
-        self.cable.state().trap = Some(Trap { method, times: 1, act });
+        let action = Box::new(|traffic: &mut Traffic| *traffic = Traffic::Frozen);
+        self.forwarder.state().trigger = Some(Trigger { method, times: 1, action });
     }
 
-    /// How often the direction of what passes has turned from the client to the broker and back.
+    /// How often the broker sent something after a client did.
     pub(crate) fn round_trips(&self) -> usize {
-        self.cable.state().turns.0
+        self.forwarder.state().round_trips
     }
 
-    /// Whether new connections are refused from now on.
+    /// Sets whether new connections are refused.
     pub(crate) fn refuse(&self, refuses: bool) {
-        self.cable.state().refuses = refuses;
+        self.forwarder.state().refuses = refuses;
     }
 
-    /// Waits until so many connections were refused.
+    /// Waits until at least `count` connections were refused.
     #[track_caller]
-    pub(crate) fn await_refusals(&self, count: usize) {
+    pub(crate) fn wait_for_refusals(&self, count: usize) {
         super::eventually("refused connections", || {
-            (self.cable.state().refused >= count).then_some(())
+            (self.forwarder.state().refused >= count).then_some(())
         });
     }
 
-    /// How bytes pass from now on. What a frozen cable has held passes when it thaws.
-    pub(crate) fn set(&self, weather: Weather) {
-        self.cable.state().weather = weather;
-        self.cable.changed.notify_all();
+    /// Waits until a client has connected.
+    #[track_caller]
+    pub(crate) fn wait_for_connection(&self) {
+        super::eventually("a connection", || {
+            (!self.forwarder.state().connections.is_empty()).then_some(())
+        });
+    }
+
+    /// Sets how bytes are forwarded. Bytes that [`Traffic::Frozen`] held back are forwarded when it ends.
+    pub(crate) fn set_traffic(&self, traffic: Traffic) {
+        self.forwarder.state().traffic = traffic;
+        self.forwarder.traffic_changed.notify_all();
     }
 }
 
 impl Drop for Proxy {
     fn drop(&mut self) {
         self.refuse(true);
-        self.cut(); // before what a frozen cable has held can pass
-        self.set(Weather::Fair);
+        self.close_connections(); // first, so that bytes that were held back are not forwarded
+        self.set_traffic(Traffic::Normal);
     }
 }
 
 impl Connection {
-    fn cut(&self) {
-        for end in [&self.client, &self.server] {
-            let _ = end.shutdown(Shutdown::Both); // it may be closed already
+    fn close(&self) {
+        for socket in [&self.client, &self.broker] {
+            let _ = socket.shutdown(Shutdown::Both); // fails if it is closed already
+        }
+    }
+
+    fn reset(&self) {
+        for socket in [&self.client, &self.broker] {
+            let _ = connect_unspec(socket); // sends RST
         }
     }
 }
 
-impl Cable {
+impl Forwarder {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("no test panics with it")
+        self.state.lock().expect("no thread panics while it holds the lock")
     }
 
     fn connect(self: &Arc<Self>, client: TcpStream) {
         let mut state = self.state();
-        let Ok(server) = TcpStream::connect(&self.broker) else { return };
+        let Ok(broker) = TcpStream::connect(&self.broker) else { return };
         if state.refuses {
             state.refused += 1;
             return;
         }
-        for (from, to, is_client) in [(&client, &server, true), (&server, &client, false)] {
-            let (cable, from, to) = (self.clone(), clone(from), clone(to));
-            thread::spawn(move || cable.copy(from, to, is_client));
+        for (from, to, is_client) in [(&client, &broker, true), (&broker, &client, false)] {
+            let (forwarder, from, to) = (self.clone(), clone_socket(from), clone_socket(to));
+            thread::spawn(move || forwarder.copy(from, to, is_client));
         }
-        state.connections.push(Connection { client, server });
+        state.connections.push(Connection { client, broker });
     }
 
     fn copy(&self, mut from: TcpStream, mut to: TcpStream, is_client: bool) {
         let mut buffer = [0; 16_384];
         while let Ok(count @ 1..) = from.read(&mut buffer) {
             let bytes = &buffer[..count];
-            self.state().turn(is_client);
-            let trap = if is_client { self.state().spring_trap(bytes) } else { None };
-            let (before, rest) = bytes.split_at(trap.as_ref().map_or(0, |(at, _)| *at));
-            let mut passed = self.pass(before, &mut to);
-            if let Some((_, trap)) = trap {
-                (trap.act)(&mut self.state().weather);
+            self.state().count_round_trips(is_client);
+            let trigger = if is_client { self.state().take_trigger(bytes) } else { None };
+            let (before, rest) = bytes.split_at(trigger.as_ref().map_or(0, |(at, _)| *at));
+            let mut is_open = self.forward(before, &mut to);
+            if let Some((_, trigger)) = trigger {
+                (trigger.action)(&mut self.state().traffic);
             }
-            passed = passed && self.pass(rest, &mut to);
-            if !passed {
+            is_open = is_open && self.forward(rest, &mut to);
+            if !is_open {
                 break;
             }
         }
-        if !(is_client && self.state().half_open) {
-            let _ = to.shutdown(Shutdown::Both); // it may be closed already
+        if !(is_client && self.state().hides_client_close) {
+            let _ = to.shutdown(Shutdown::Both); // fails if it is closed already
         }
     }
 
-    /// Writes bytes as the weather permits; false when the connection is of no use any more.
-    fn pass(&self, bytes: &[u8], to: &mut TcpStream) -> bool {
-        let frozen = |state: &mut State| state.weather == Weather::Frozen;
-        let mut state = self.changed.wait_while(self.state(), frozen).expect("as above");
-        if let Some(left) = &mut state.reset_in {
-            let passing = bytes.len().min(*left);
-            *left -= passing;
+    /// Writes bytes as the current [`Traffic`] says; false if the connection is broken.
+    fn forward(&self, bytes: &[u8], to: &mut TcpStream) -> bool {
+        let is_frozen = |state: &mut State| state.traffic == Traffic::Frozen;
+        let state = self.traffic_changed.wait_while(self.state(), is_frozen);
+        let mut state = state.expect("no thread panics while it holds the lock");
+        if let Some(left) = &mut state.reset_after {
+            let last = bytes.len().min(*left);
+            *left -= last;
             if *left == 0 {
-                state.reset_in = None;
-                let _ = to.write_all(&bytes[..passing]); // it is broken anyway
-                for connection in state.connections.drain(..) {
-                    let _ = connect_unspec(&connection.client); // resets it
-                    let _ = connect_unspec(&connection.server);
-                }
+                state.reset_after = None;
+                let _ = to.write_all(&bytes[..last]); // the connection ends anyway
+                state.connections.drain(..).for_each(|connection| connection.reset());
                 return false;
             }
         }
-        let weather = state.weather;
+        let traffic = state.traffic;
         drop(state);
-        match weather {
-            Weather::Fair | Weather::Frozen => to.write_all(bytes).is_ok(),
-            Weather::Delayed(pause) => {
-                thread::sleep(pause);
+        match traffic {
+            Traffic::Normal | Traffic::Frozen => to.write_all(bytes).is_ok(),
+            Traffic::Delayed(delay) => {
+                thread::sleep(delay);
                 to.write_all(bytes).is_ok()
             }
-            Weather::Dripping => {
+            Traffic::ByteByByte => {
                 let mut left = bytes;
-                // What is left when it is over passes at once: byte by byte a large piece takes minutes.
-                while self.state().weather == Weather::Dripping && left.len() > 1 {
+                // When this traffic ends the rest is forwarded at once: a large piece would take minutes.
+                while self.state().traffic == Traffic::ByteByByte && left.len() > 1 {
                     thread::sleep(Duration::from_millis(1));
                     if to.write_all(&left[..1]).is_err() {
                         return false;
@@ -270,27 +285,27 @@ impl Cable {
 }
 
 impl State {
-    fn turn(&mut self, is_client: bool) {
-        let (trips, client_spoke) = &mut self.turns;
-        *trips += usize::from(*client_spoke && !is_client);
-        *client_spoke = is_client;
+    fn count_round_trips(&mut self, is_client: bool) {
+        self.round_trips += usize::from(self.client_sent_last && !is_client);
+        self.client_sent_last = is_client;
     }
 
-    /// Whether the trap closes on these bytes, and before which of them.
-    fn spring_trap(&mut self, bytes: &[u8]) -> Option<(usize, Trap)> {
-        let trap = self.trap.as_mut()?;
-        let is_method = |window: &[u8]| window == trap.method;
+    /// Takes the trigger if these bytes contain its method for the last of its `times`, with the position of that
+    /// method's frame.
+    fn take_trigger(&mut self, bytes: &[u8]) -> Option<(usize, Trigger)> {
+        let trigger = self.trigger.as_mut()?;
+        let is_method = |window: &[u8]| window == trigger.method;
         for at in (0..bytes.len()).filter(|&at| bytes[at..].get(..4).is_some_and(is_method)) {
-            trap.times -= 1;
-            if trap.times == 0 {
-                return self.trap.take().map(|trap| (at.saturating_sub(FRAME_HEADER), trap));
+            trigger.times -= 1;
+            if trigger.times == 0 {
+                return self.trigger.take().map(|it| (at.saturating_sub(FRAME_HEADER), it));
             }
         }
         None
     }
 }
 
-fn clone(stream: &TcpStream) -> TcpStream {
+fn clone_socket(stream: &TcpStream) -> TcpStream {
     stream.set_nodelay(true).expect("it is a TCP socket");
-    stream.try_clone().expect("there are file descriptors")
+    stream.try_clone().expect("a file descriptor is free")
 }

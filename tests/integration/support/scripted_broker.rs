@@ -1,13 +1,13 @@
-//! A scripted broker, for what no real one does: it accepts everything, but for what a test has it do.
+//! A scripted broker: it accepts everything like a real one, and misbehaves at one method, as a test says.
 
-use super::raw::{long_str, short_str};
+use super::raw_peer::{long_str, short_str};
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::thread;
 use std::time::Instant;
 
-/// A method by class and method, as in the tables of AMQP 0-9-1.
+/// A method of AMQP 0-9-1: the numbers of its class and of itself.
 pub(crate) type Method = (u8, u8);
 
 pub(crate) const QOS: Method = (60, 10);
@@ -17,57 +17,62 @@ pub(crate) const CANCEL: Method = (60, 30);
 /// The consumer tag of all consumers.
 const TAG: &[u8] = b"tag";
 
-/// What the broker does when it gets a method, in the place of an answer or after it.
+/// What the broker does when it receives the scripted method.
 #[derive(Clone, Copy)]
-pub(crate) enum Act {
-    /// Answers with this method instead.
+pub(crate) enum Action {
+    /// Answers with this method instead of the right one.
     AnswerWith(Method),
     /// Answers, then cancels the consumer.
     Cancel,
-    /// Answers, then sends this again and again, for as long as somebody reads.
+    /// Answers, then sends the same message until the connection ends.
     Flood(Flood),
-    /// Answers, cancels the consumer, and never says anything again.
-    CancelAndFallSilent,
+    /// Answers, cancels the consumer, and then sends nothing more.
+    CancelThenSilence,
 }
 
+/// What a flood consists of.
 #[derive(Clone, Copy)]
 pub(crate) enum Flood {
+    /// `basic.deliver`
     Deliveries,
+    /// `basic.return`
     Returns,
-    Notices,
+    /// `connection.blocked`
+    Blocked,
 }
 
-/// A broker on loopback. Its connections end with the test's process.
+/// A broker on loopback. It runs until the tests' process ends.
 pub(crate) struct ScriptedBroker {
     pub(crate) url: String,
-    /// When it has got the method that it acts on.
-    pub(crate) acted: Receiver<Instant>,
-    /// How many bytes of a flood were read before the connection ended.
-    pub(crate) flooded: Receiver<usize>,
+    /// The times at which it received the scripted method.
+    pub(crate) received: Receiver<Instant>,
+    /// A message for each flood that was ended by the other side.
+    pub(crate) flood_ended: Receiver<()>,
 }
 
 impl ScriptedBroker {
-    pub(crate) fn start(method: Method, act: Act) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("there are ports");
-        let address = listener.local_addr().expect("it is bound");
-        let ((acts, acted), (floods, flooded)) = (channel(), channel());
+    pub(crate) fn start(method: Method, action: Action) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+        let address = listener.local_addr().expect("the socket is bound");
+        let ((times, received), (flood_ends, flood_ended)) = (channel(), channel());
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                let (acts, floods) = (acts.clone(), floods.clone());
-                // How a connection ends is for the test to see at its other end.
-                thread::spawn(move || Connection { stream, method, act, acts, floods }.serve());
+                let (times, flood_ends) = (times.clone(), flood_ends.clone());
+                let connection = Connection { stream, method, action, times, flood_ends };
+                // The result is ignored: the test sees at the other end how a connection ends.
+                thread::spawn(move || connection.serve());
             }
         });
-        ScriptedBroker { url: format!("amqp://{address}"), acted, flooded }
+        ScriptedBroker { url: format!("amqp://{address}"), received, flood_ended }
     }
 }
 
 struct Connection {
     stream: TcpStream,
     method: Method,
-    act: Act,
-    acts: Sender<Instant>,
-    floods: Sender<usize>,
+    action: Action,
+    times: Sender<Instant>,
+    flood_ends: Sender<()>,
 }
 
 impl Connection {
@@ -82,42 +87,39 @@ impl Connection {
             }
             let method = (payload[1], payload[3]);
             if method == self.method {
-                let _ = self.acts.send(Instant::now()); // a test that has seen enough does not listen
-                self.act(channel, method)?;
+                let _ = self.times.send(Instant::now()); // fails if the test has dropped the receiver
+                self.misbehave(channel, method)?;
             } else {
                 self.answer(channel, method)?;
             }
         }
     }
 
-    fn act(&mut self, channel: u8, method: Method) -> io::Result<()> {
-        match self.act {
-            Act::AnswerWith(other) => self.send(channel, other, &short_str(TAG)),
-            Act::Cancel => {
+    fn misbehave(&mut self, channel: u8, method: Method) -> io::Result<()> {
+        match self.action {
+            Action::AnswerWith(other) => self.send(channel, other, &short_str(TAG)),
+            Action::Cancel => {
                 self.answer(channel, method)?;
                 self.send(channel, CANCEL, &[&short_str(TAG)[..], &[1]].concat())
             }
-            Act::CancelAndFallSilent => {
+            Action::CancelThenSilence => {
                 self.answer(channel, method)?;
                 self.send(channel, CANCEL, &[&short_str(TAG)[..], &[1]].concat())?;
                 loop {
                     thread::park();
                 }
             }
-            Act::Flood(flood) => {
+            Action::Flood(flood) => {
                 self.answer(channel, method)?;
-                let piece = frames(flood, channel);
-                let mut count = 0;
-                while self.stream.write_all(&piece).is_ok() {
-                    count += piece.len();
-                }
-                let _ = self.floods.send(count); // as above
+                let message = flood_message(flood, channel);
+                while self.stream.write_all(&message).is_ok() {}
+                let _ = self.flood_ends.send(()); // fails if the test has dropped the receiver
                 Err(io::ErrorKind::BrokenPipe.into())
             }
         }
     }
 
-    /// Answers as a broker does that accepts everything.
+    /// Answers like a broker that accepts everything.
     fn answer(&mut self, channel: u8, method: Method) -> io::Result<()> {
         match method {
             (10, 11) => self.send(0, (10, 30), &[0, 0, 0, 2, 0, 0, 0, 0]), // tune
@@ -125,7 +127,7 @@ impl Connection {
             (10, 50) => self.send(0, (10, 51), &[]),
             (20, 10) => self.send(channel, (20, 11), &[0; 4]),
             (20, 40) => self.send(channel, (20, 41), &[]),
-            // An exclusive queue is declared without waiting for an answer.
+            // rpc-client declares its reply queue with no-wait.
             (50, 10) if self.is_client() => Ok(()),
             (50, 10) => self.send(channel, (50, 11), &[&short_str(b"q")[..], &[0; 8]].concat()),
             QOS => self.send(channel, (60, 11), &[]),
@@ -135,9 +137,9 @@ impl Connection {
         }
     }
 
-    /// Whether the peer is rpc-client, as far as the script is concerned: only that is met by a silent broker.
+    /// Whether the other side is rpc-client: the only test with this action runs it.
     fn is_client(&self) -> bool {
-        matches!(self.act, Act::CancelAndFallSilent)
+        matches!(self.action, Action::CancelThenSilence)
     }
 
     fn send(&mut self, channel: u8, (class, method): Method, arguments: &[u8]) -> io::Result<()> {
@@ -159,14 +161,14 @@ fn frame(channel: u8, kind: u8, payload: &[u8]) -> Vec<u8> {
     [&[kind, 0, channel][..], &long_str(payload), &[0xce]].concat()
 }
 
-/// A piece of a flood.
-fn frames(flood: Flood, channel: u8) -> Vec<u8> {
+/// One message of a flood.
+fn flood_message(flood: Flood, channel: u8) -> Vec<u8> {
     let body = [b'x'; 1000];
     let header = [&[0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 3, 0xe8][..], &[0, 0]].concat();
     let content = [frame(channel, 2, &header), frame(channel, 3, &body)].concat();
     let (tag, name) = (short_str(TAG), short_str(b"q"));
     let method = match flood {
-        Flood::Notices => return frame(0, 1, &[&[0, 10, 0, 60][..], &short_str(b"low")].concat()),
+        Flood::Blocked => return frame(0, 1, &[&[0, 10, 0, 60][..], &short_str(b"low")].concat()),
         Flood::Deliveries => [&[0, 60, 0, 60][..], &tag, &[0; 9], &[0], &name].concat(),
         Flood::Returns => [&[0, 60, 0, 50, 1, 0x38][..], &short_str(b"no"), &[0], &name].concat(),
     };

@@ -1,6 +1,6 @@
-//! A foreign peer that writes its own frames, to publish what no client library would.
+//! A peer that encodes its own frames, to publish what no client library can.
 
-use super::PATIENCE;
+use super::TEST_TIMEOUT;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 
@@ -18,29 +18,35 @@ pub(crate) const EXPIRATION: u16 = 1 << 8;
 pub(crate) struct RawPeer(TcpStream);
 
 impl RawPeer {
-    /// Logs in as guest at a private node.
+    /// Connects to a private node as user guest.
     pub(crate) fn connect(url: &str) -> Self {
-        let stream = TcpStream::connect(url.trim_start_matches("amqp://")).expect("it listens");
-        stream.set_read_timeout(Some(PATIENCE)).expect("it is not zero");
+        let stream =
+            TcpStream::connect(url.trim_start_matches("amqp://")).expect("the node listens");
+        stream.set_read_timeout(Some(TEST_TIMEOUT)).expect("the timeout is not zero");
         let mut peer = RawPeer(stream);
-        peer.0.write_all(b"AMQP\x00\x00\x09\x01").expect("the broker is there");
-        peer.expect([0, 10, 0, 10]); // connection.start
+        peer.0.write_all(b"AMQP\x00\x00\x09\x01").expect("the connection is open");
+        peer.expect_method([0, 10, 0, 10]); // connection.start
         let login =
             [&[0; 4][..], b"\x05PLAIN", b"\x00\x00\x00\x0c\x00guest\x00guest", b"\x05en_US"];
         peer.send(0, TYPE_METHOD, &[&[0, 10, 0, 11], &login.concat()[..]].concat()); // start-ok
-        let tune = peer.expect([0, 10, 0, 30]);
+        let tune = peer.expect_method([0, 10, 0, 30]);
         let without_heartbeat = [&tune[4..10], &[0, 0]].concat();
         peer.send(0, TYPE_METHOD, &[&[0, 10, 0, 31], &without_heartbeat[..]].concat()); // tune-ok
         peer.send(0, TYPE_METHOD, b"\x00\x0a\x00\x28\x01/\x00\x00"); // connection.open
-        peer.expect([0, 10, 0, 41]);
+        peer.expect_method([0, 10, 0, 41]);
         peer.send(1, TYPE_METHOD, b"\x00\x14\x00\x0a\x00"); // channel.open
-        peer.expect([0, 20, 0, 11]);
+        peer.expect_method([0, 20, 0, 11]);
         peer
     }
 
-    /// Publishes `30` with these property flags and these bytes behind them, and waits until the broker has it.
-    pub(crate) fn publish(&mut self, to: (&str, &[u8]), flags: u16, properties: &[&[u8]]) {
-        let (exchange, routing_key) = to;
+    /// Publishes the body `30` to an exchange and a routing key, with these property flags and encoded properties. Waits
+    /// until the broker has processed it.
+    pub(crate) fn publish(
+        &mut self,
+        (exchange, routing_key): (&str, &[u8]),
+        flags: u16,
+        properties: &[&[u8]],
+    ) {
         let publish = [&[0, 60, 0, 40, 0, 0][..], &short_str(exchange.as_bytes())];
         let publish = [&publish.concat()[..], &short_str(routing_key), &[0]].concat();
         self.send(1, TYPE_METHOD, &publish);
@@ -49,10 +55,10 @@ impl RawPeer {
         self.send(1, TYPE_CONTENT_HEADER, &header);
         self.send(1, TYPE_BODY, b"30");
         self.send(1, TYPE_METHOD, &[0, 60, 0, 10, 0, 0, 0, 0, 0, 0, 0]); // basic.qos
-        self.expect([0, 60, 0, 11]);
+        self.expect_method([0, 60, 0, 11]);
     }
 
-    /// Takes a message, and returns the frame of its content header, and its body.
+    /// Waits for a message in the queue. Returns the whole frame of its content header, and its body.
     pub(crate) fn take(&mut self, queue: &str) -> (Vec<u8>, Vec<u8>) {
         super::eventually("a message", || {
             let get = [&[0, 60, 0, 70, 0, 0][..], &short_str(queue.as_bytes()), &[1]].concat();
@@ -65,14 +71,14 @@ impl RawPeer {
     }
 
     fn send(&mut self, channel: u8, kind: u8, payload: &[u8]) {
-        let size = u32::try_from(payload.len()).expect("it is not that large").to_be_bytes();
+        let size = u32::try_from(payload.len()).expect("the payload is small").to_be_bytes();
         let frame = [&[kind, 0, channel], &size[..], payload, &[0xce]].concat();
-        self.0.write_all(&frame).expect("the broker is there");
+        self.0.write_all(&frame).expect("the connection is open");
     }
 
-    /// Reads a frame, which is to be this method, and returns its payload.
+    /// Reads a frame, checks that it is this method, and returns its payload.
     #[track_caller]
-    fn expect(&mut self, method: [u8; 4]) -> Vec<u8> {
+    fn expect_method(&mut self, method: [u8; 4]) -> Vec<u8> {
         let frame = self.next_frame();
         let payload = &frame[7..frame.len() - 1];
         assert_eq!(payload[..4], method, "{}", String::from_utf8_lossy(payload));
@@ -81,29 +87,29 @@ impl RawPeer {
 
     fn next_frame(&mut self) -> Vec<u8> {
         let mut head = [0; 7];
-        self.0.read_exact(&mut head).expect("the broker answers");
+        self.0.read_exact(&mut head).expect("the connection is open");
         let size = u32::from_be_bytes([head[3], head[4], head[5], head[6]]) as usize;
         let mut frame = [&head[..], &vec![0; size + 1]].concat();
-        self.0.read_exact(&mut frame[7..]).expect("the broker answers");
+        self.0.read_exact(&mut frame[7..]).expect("the connection is open");
         frame
     }
 }
 
 pub(crate) fn short_str(text: &[u8]) -> Vec<u8> {
-    [&[u8::try_from(text.len()).expect("it is short")], text].concat()
+    [&[u8::try_from(text.len()).expect("the text is short")], text].concat()
 }
 
 pub(crate) fn long_str(bytes: &[u8]) -> Vec<u8> {
-    let len = u32::try_from(bytes.len()).expect("it is not that long");
+    let len = u32::try_from(bytes.len()).expect("the text is short enough");
     [&len.to_be_bytes()[..], bytes].concat()
 }
 
-/// A table of `size` bytes or a little less that holds a table, which holds a table, and so on.
+/// A table that contains a table, which contains a table, and so on: `size` bytes or a few less.
 pub(crate) fn nested_tables(size: usize) -> Vec<u8> {
     nested(size, b"\x01aF", b"\x01aF")
 }
 
-/// The same of arrays.
+/// A table that contains an array, which contains an array, and so on: `size` bytes or a few less.
 pub(crate) fn nested_arrays(size: usize) -> Vec<u8> {
     nested(size, b"\x01aA", b"A")
 }
@@ -111,7 +117,8 @@ pub(crate) fn nested_arrays(size: usize) -> Vec<u8> {
 fn nested(size: usize, outermost: &[u8], inner: &[u8]) -> Vec<u8> {
     let level = inner.len() + 4;
     let levels = (size - outermost.len() - 4) / level;
-    let len = |inside: usize| u32::try_from(inside * level).expect("it is small").to_be_bytes();
+    let len =
+        |inside: usize| u32::try_from(inside * level).expect("the size is small").to_be_bytes();
     let mut table = [outermost, &len(levels)].concat();
     for inside in (0..levels).rev() {
         table.extend([inner, &len(inside)].concat());
@@ -119,7 +126,7 @@ fn nested(size: usize, outermost: &[u8], inner: &[u8]) -> Vec<u8> {
     long_str(&table)
 }
 
-/// A table whose one header has a value of `size` bytes.
+/// A table with one header whose value has `size` bytes.
 pub(crate) fn large_table(size: usize) -> Vec<u8> {
     long_str(&[b"\x01aS", &long_str(&vec![b'x'; size])[..]].concat())
 }

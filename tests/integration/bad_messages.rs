@@ -1,22 +1,82 @@
-//! Messages that anybody may publish who may publish to the queue, made to stop its servers: none of them does, none
-//! stays in the queue, and the next call is answered.
+//! Promise: a bad message cannot stop a server. Messages that anybody with access to the queue can publish stop no
+//! server, none of them stays in the queue, and the next call is answered.
 
 use crate::support::broker::private_node;
-use crate::support::eventually;
-use crate::support::peer::{Peer, Queue};
+use crate::support::peer::{call, Peer, Queue};
 use crate::support::programs::{assert_output, client, Program};
 use crate::support::raw_peer::{
     large_table, nested_arrays, nested_tables, short_str, RawPeer, CORRELATION_ID, EXPIRATION,
     HEADERS, REPLY_TO,
 };
+use amiquip::{AmqpProperties, AmqpValue};
 use rpc_common::sanitize::correlation_id_range;
 use rustix::process::Signal;
 
-/// What RabbitMQ adds to a content header of this size makes it larger than a frame.
+#[test]
+fn a_bad_request_gets_an_error_reply_and_the_server_goes_on() {
+    let queue = Queue::named("bad_requests");
+    let server = Program::start_server(&queue, &["--max-n", "100"]);
+    for (body, code, message) in [
+        (&b"abc"[..], "invalid-argument", "invalid argument: 'abc' is not a natural number"),
+        (b"", "invalid-argument", "invalid argument: '' is not a natural number"),
+        (b"-1", "invalid-argument", "invalid argument: '-1' is not a natural number"),
+        (b" 30", "invalid-argument", "invalid argument: ' 30' is not a natural number"),
+        (b"\xff\xfe", "invalid-argument", "invalid argument: '\\xff\\xfe' is not a natural number"),
+        (
+            &vec![b'1'; 10_000_000],
+            "invalid-argument",
+            "invalid argument: '111111111111111111111' is not",
+        ),
+        (b"101", "out-of-range", "out of range: 101 is larger than 100"),
+        (
+            b"99999999999999999999",
+            "out-of-range",
+            "out of range: 99999999999999999999 is larger than",
+        ),
+    ] {
+        let reply = call(&queue, body, AmqpProperties::default().with_correlation_id("id".into()));
+        let text = String::from_utf8(reply.body).expect("an error is text");
+        assert!(text.starts_with(message), "{text}");
+        assert_eq!(reply.properties.type_().as_deref(), Some("error"));
+        assert_eq!(reply.properties.correlation_id().as_deref(), Some("id"));
+        assert_eq!(reply.properties.content_type().as_deref(), Some("text/plain"));
+        let headers = reply.properties.headers().clone().expect("set");
+        assert_eq!(headers.get("x-error-code"), Some(&AmqpValue::LongString(code.into())));
+    }
+    assert_eq!(call(&queue, b"10", AmqpProperties::default()).body, b"55");
+    assert_eq!(server.stop(), [" [.] fib(10)"]);
+    assert_eq!(Peer::connect().message_count(&queue), Some(0));
+}
+
+#[test]
+fn a_request_without_reply_to_is_rejected_and_not_requeued() {
+    let queue = Queue::named("no_reply_to");
+    let server = Program::start_server(&queue, &[]);
+    let peer = Peer::connect();
+    peer.publish(&queue, b"30\x1b[2J", AmqpProperties::default());
+    let line = server.wait_for_log("without a reply_to");
+    assert!(line.ends_with(r"'30\u{1b}[2J'"), "{line}");
+    assert_eq!(call(&queue, b"10", AmqpProperties::default()).body, b"55");
+    assert_eq!(server.stop(), [" [.] fib(10)"]);
+    assert_eq!(Peer::connect().message_count(&queue), Some(0));
+}
+
+#[test]
+fn a_dead_letter_exchange_receives_rejected_requests() {
+    let dead_letters = Queue::declare("dead_letters");
+    let queue = Queue::named("with_dead_letters");
+    let peer = Peer::connect();
+    peer.declare_with_dead_letters(&queue, "classic", &dead_letters);
+    let _server = Program::start_server(&queue, &[]);
+    peer.publish(&queue, b"30", AmqpProperties::default());
+    assert_eq!(peer.take(&dead_letters).body, b"30");
+}
+
+/// The size of a header value that fits into a frame, but not together with a header that RabbitMQ adds.
 const NEARLY_A_FRAME: usize = 130_900;
 
-/// A queue with servers, and what strikes it.
-struct Scene {
+/// A queue with servers, and a peer that publishes bad messages to it.
+struct AttackedQueue {
     queue: Queue,
     replies: Queue,
     dead_letters: Queue,
@@ -24,53 +84,44 @@ struct Scene {
     attacker: RawPeer,
 }
 
-impl Scene {
+impl AttackedQueue {
     fn new(name: &str, queue_type: &str, servers: usize) -> Self {
+        let url = private_node().url();
         let queue = Queue::named(&format!("bad_{name}_{queue_type}"));
         let replies = Queue::declare(&format!("bad_{name}_{queue_type}.replies"));
         let dead_letters = Queue::declare(&format!("bad_{name}_{queue_type}.dead_letters"));
-        Peer::connect_to(private_node().url()).declare_with_dead_letters(
-            &queue,
-            queue_type,
-            &dead_letters,
-        );
-        let start =
-            || Program::start_server_at(private_node().url(), &queue, &["--heartbeat", "60"]);
+        Peer::connect_to(url).declare_with_dead_letters(&queue, queue_type, &dead_letters);
+        let start = || Program::start_server_at(url, &queue, &["--heartbeat", "60"]);
         let servers = (0..servers).map(|_| start()).collect();
-        let attacker = RawPeer::connect(private_node().url());
-        Scene { queue, replies, dead_letters, servers, attacker }
+        let attacker = RawPeer::connect(url);
+        AttackedQueue { queue, replies, dead_letters, servers, attacker }
     }
 
-    /// One server of a classic queue, and three of a quorum queue.
-    fn both(name: &str) -> [Self; 2] {
-        [Scene::new(name, "classic", 1), Scene::new(name, "quorum", 3)]
+    /// A classic queue with one server, and a quorum queue with three.
+    fn classic_and_quorum(name: &str) -> [Self; 2] {
+        [AttackedQueue::new(name, "classic", 1), AttackedQueue::new(name, "quorum", 3)]
     }
 
-    fn strike(&mut self, flags: u16, properties: &[&[u8]]) {
+    fn attack(&mut self, flags: u16, properties: &[&[u8]]) {
         self.attacker.publish(("", self.queue.as_bytes()), flags, properties);
     }
 
-    /// Waits for the reply to a message of the attacker, and returns its content header frame.
-    fn reply(&mut self) -> Vec<u8> {
+    /// Waits for the reply to a message of the attacker, and returns the frame of its content header.
+    fn wait_for_reply(&mut self) -> Vec<u8> {
         let (header, body) = self.attacker.take(&self.replies);
         assert_eq!(body, b"832040");
         header
     }
 
-    /// The message was rejected.
-    fn expect_dead_letter(&mut self) {
+    /// Waits until a server has rejected the message.
+    fn wait_for_dead_letter(&mut self) {
         assert_eq!(self.attacker.take(&self.dead_letters).1, b"30");
     }
 
-    /// The message is gone, the servers live, and the next call is answered.
+    /// Checks that no message is left, the next call is answered, and all servers are running.
     #[track_caller]
-    fn ends_well(self) {
-        eventually("a queue of which nothing is left", || {
-            let columns = ["name", "messages_ready", "messages_unacknowledged"];
-            let table = private_node()
-                .rabbitmqctl(&[&["list_queues", "--no-table-headers"][..], &columns].concat());
-            table.lines().any(|line| line == format!("{}\t0\t0", &*self.queue)).then_some(())
-        });
+    fn assert_survived(self) {
+        private_node().wait_until_empty(&self.queue);
         let mut call = client(&self.queue, &["-q", "-t", "10s", "20"]);
         assert_output(call.env("AMQP_URL", private_node().url()), 0, "6765\n", "");
         for server in self.servers {
@@ -79,10 +130,10 @@ impl Scene {
     }
 }
 
-/// How many kinds of message [`publish`] knows.
+/// How many kinds of bad messages [`publish`] has.
 pub(crate) const KINDS: usize = 7;
 
-/// Publishes a message of some kind to a queue, or to an exchange that is bound to it.
+/// Publishes a bad message of this kind, to the queue or to an exchange that is bound to it.
 pub(crate) fn publish(
     attacker: &mut RawPeer,
     kind: usize,
@@ -105,98 +156,101 @@ pub(crate) fn publish(
     }
 }
 
-/// Without harm to the stack of amiquip's thread, which parses them, and of the worker, which drops them.
+/// Neither the stack of amiquip's I/O thread, which parses the headers, nor that of the worker, which drops them,
+/// overflows.
 #[test]
-fn deeply_nested_headers_are_answered() {
-    for mut scene in Scene::both("nested") {
+fn requests_with_deeply_nested_headers_are_answered() {
+    for mut attacked in AttackedQueue::classic_and_quorum("nested") {
         for table in [nested_tables(90_000), nested_tables(130_000), nested_arrays(130_000)] {
-            let reply_to = short_str(scene.replies.as_bytes());
-            scene.strike(HEADERS | REPLY_TO, &[&table, &reply_to]);
-            scene.reply();
-            scene.strike(HEADERS, &[&table]);
-            scene.expect_dead_letter();
+            let reply_to = short_str(attacked.replies.as_bytes());
+            attacked.attack(HEADERS | REPLY_TO, &[&table, &reply_to]);
+            attacked.wait_for_reply();
+            attacked.attack(HEADERS, &[&table]);
+            attacked.wait_for_dead_letter();
         }
-        scene.ends_well();
+        attacked.assert_survived();
     }
 }
 
-/// RabbitMQ 3.10 closes the connection for a reply to such a name.
+/// RabbitMQ 3.10 closes the connection that publishes to such a name.
 #[test]
-fn a_direct_reply_to_that_cannot_be_is_given_up() {
+fn a_request_with_a_made_up_direct_reply_to_is_dropped() {
     for reply_to in ["amq.rabbitmq.reply-to.%%%.%%%", "amq.rabbitmq.reply-to.AAAA.AAAA"] {
         let name = if reply_to.contains('%') { "not_base64" } else { "no_process" };
-        for mut scene in Scene::both(name) {
-            scene.strike(REPLY_TO, &[&short_str(reply_to.as_bytes())]);
-            scene.ends_well();
+        for mut attacked in AttackedQueue::classic_and_quorum(name) {
+            attacked.attack(REPLY_TO, &[&short_str(reply_to.as_bytes())]);
+            attacked.assert_survived();
         }
     }
 }
 
-/// A dead-letter exchange adds `x-death`.
+/// A dead-letter exchange adds the header `x-death`.
 #[test]
-fn headers_that_outgrow_a_frame_in_a_dead_letter_exchange_are_answered() {
-    for mut scene in Scene::both("x_death") {
-        let waiting = Queue::named(&format!("{}.waiting", &*scene.queue));
+fn headers_that_a_dead_letter_exchange_makes_larger_than_a_frame_are_answered() {
+    for mut attacked in AttackedQueue::classic_and_quorum("x_death") {
+        let waiting = Queue::named(&format!("{}.waiting", &*attacked.queue));
         let peer = Peer::connect_to(private_node().url());
-        peer.declare_with_dead_letters(&waiting, "classic", &scene.queue);
-        let reply_to = short_str(scene.replies.as_bytes());
+        peer.declare_with_dead_letters(&waiting, "classic", &attacked.queue);
+        let reply_to = short_str(attacked.replies.as_bytes());
         let properties = [&large_table(NEARLY_A_FRAME)[..], &reply_to, &short_str(b"1")];
         let to = ("", waiting.as_bytes());
-        scene.attacker.publish(to, HEADERS | REPLY_TO | EXPIRATION, &properties);
-        scene.reply();
-        scene.ends_well();
+        attacked.attacker.publish(to, HEADERS | REPLY_TO | EXPIRATION, &properties);
+        attacked.wait_for_reply();
+        attacked.assert_survived();
     }
 }
 
-/// A quorum queue adds `x-delivery-count`.
+/// A quorum queue adds the header `x-delivery-count`.
 #[test]
-fn headers_that_outgrow_a_frame_when_they_are_redelivered_are_answered() {
-    let mut scene = Scene::new("redelivered", "quorum", 0);
-    let busy = Program::start_server_at(private_node().url(), &scene.queue, &["--delay", "365d"]);
-    let reply_to = short_str(scene.replies.as_bytes());
-    scene.strike(HEADERS | REPLY_TO, &[&large_table(NEARLY_A_FRAME), &reply_to]);
+fn headers_that_a_redelivery_makes_larger_than_a_frame_are_answered() {
+    let mut attacked = AttackedQueue::new("redelivered", "quorum", 0);
+    let busy =
+        Program::start_server_at(private_node().url(), &attacked.queue, &["--delay", "365d"]);
+    let reply_to = short_str(attacked.replies.as_bytes());
+    attacked.attack(HEADERS | REPLY_TO, &[&large_table(NEARLY_A_FRAME), &reply_to]);
     assert_eq!(busy.next_line(), " [.] fib(30)");
     busy.send_signal(Signal::KILL);
-    scene.servers.push(Program::start_server_at(private_node().url(), &scene.queue, &[]));
-    scene.reply();
-    scene.ends_well();
+    attacked.servers.push(Program::start_server_at(private_node().url(), &attacked.queue, &[]));
+    attacked.wait_for_reply();
+    attacked.assert_survived();
 }
 
 #[test]
-fn a_routing_key_that_is_not_utf8_is_answered() {
-    for mut scene in Scene::both("routing_key") {
-        let exchange = Peer::connect_to(private_node().url()).declare_fanout_exchange(&scene.queue);
-        let reply_to = short_str(scene.replies.as_bytes());
-        scene.attacker.publish((&exchange, b"\xff\xfe"), REPLY_TO, &[&reply_to]);
-        scene.reply();
-        scene.ends_well();
+fn a_request_with_a_routing_key_that_is_not_utf8_is_answered() {
+    for mut attacked in AttackedQueue::classic_and_quorum("routing_key") {
+        let exchange =
+            Peer::connect_to(private_node().url()).declare_fanout_exchange(&attacked.queue);
+        let reply_to = short_str(attacked.replies.as_bytes());
+        attacked.attacker.publish((&exchange, b"\xff\xfe"), REPLY_TO, &[&reply_to]);
+        attacked.wait_for_reply();
+        attacked.assert_survived();
     }
 }
 
-/// As PHP's `random_bytes` makes them.
+/// PHP's `random_bytes` makes such ids.
 #[test]
 fn a_correlation_id_that_is_not_utf8_is_copied_byte_for_byte() {
-    for mut scene in Scene::both("correlation_id") {
-        let reply_to = short_str(scene.replies.as_bytes());
+    for mut attacked in AttackedQueue::classic_and_quorum("correlation_id") {
+        let reply_to = short_str(attacked.replies.as_bytes());
         for id in [&b"\xff\xfe\x00\x80"[..], b"\xc3\xa9\xc3", &[0xf0; 255]] {
-            scene.strike(CORRELATION_ID | REPLY_TO, &[&short_str(id), &reply_to]);
-            let header = scene.reply();
-            assert_eq!(&header[correlation_id_range(&header).expect("it has one")], id);
+            attacked.attack(CORRELATION_ID | REPLY_TO, &[&short_str(id), &reply_to]);
+            let header = attacked.wait_for_reply();
+            assert_eq!(&header[correlation_id_range(&header).expect("the reply has an id")], id);
         }
-        scene.ends_well();
+        attacked.assert_survived();
     }
 }
 
 #[test]
-fn a_reply_to_that_is_not_utf8_is_rejected_with_that_reason() {
-    let mut scene = Scene::new("reply_to", "classic", 1);
-    scene.strike(REPLY_TO, &[&short_str(b"re\xffply")]);
-    scene.servers[0].wait_for_log("its reply_to is not UTF-8: '30'");
-    scene.expect_dead_letter();
-    scene.ends_well();
+fn a_request_with_a_reply_to_that_is_not_utf8_is_rejected_and_logged() {
+    let mut attacked = AttackedQueue::new("reply_to", "classic", 1);
+    attacked.attack(REPLY_TO, &[&short_str(b"re\xffply")]);
+    attacked.servers[0].wait_for_log("its reply_to is not UTF-8: '30'");
+    attacked.wait_for_dead_letter();
+    attacked.assert_survived();
 }
 
-/// A reply may be as bad as a request.
+/// A reply can have the same hostile headers as a request.
 #[test]
 fn a_client_survives_a_bad_reply() {
     let queue = Queue::named("bad_reply_headers");
@@ -206,8 +260,8 @@ fn a_client_survives_a_bad_reply() {
     let client =
         Program::spawn_at(private_node().url(), "rpc-client", &["--queue", &queue, "-q", "30"]);
     let request = server.take(&queue);
-    let reply_to = request.properties.reply_to().as_deref().expect("ours set it");
-    let id = request.properties.correlation_id().as_deref().expect("ours set it");
+    let reply_to = request.properties.reply_to().as_deref().expect("rpc-client sets it");
+    let id = request.properties.correlation_id().as_deref().expect("rpc-client sets it");
     let table = nested_tables(130_000);
     for id in [&b"\xff"[..], id.as_bytes()] {
         let properties = [&table[..], &short_str(id)];

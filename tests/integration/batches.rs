@@ -1,11 +1,49 @@
-//! Batches, as shell scripts use them: numbers from standard input, JSON, a summary.
+//! Many calls in one run: from arguments, `--repeat` and standard input.
 
-use crate::support::peer::{Peer, Queue};
+use crate::support::peer::Queue;
 use crate::support::programs::{assert_output, bash, client, Program};
-use std::thread;
+use crate::support::proxy::{Proxy, Traffic};
+use rpc_common::fib::fib;
+use std::time::Duration;
 
 #[test]
-fn standard_input_is_a_number_per_line() {
+fn several_numbers_are_answered_in_the_order_asked() {
+    let queue = Queue::named("several");
+    let _server = Program::start_server(&queue, &[]);
+    let answers = "0\n1\n1\n12200160415121876738\n19740274219868223167\n\
+                   222232244629420445529739893461909967206666939096499764990979600\n";
+    assert_output(&mut client(&queue, &["0", "1", "2", "93", "94", "300"]), 0, answers, "");
+}
+
+/// Several workers answer out of order, and with fewer places than calls the calls wait for each other.
+#[test]
+fn many_calls_in_flight_keep_their_order() {
+    let queue = Queue::named("in_flight");
+    let _server = Program::start_server(&queue, &["--workers", "4", "--prefetch", "3", "-q"]);
+    let numbers: Vec<u64> = (0..400).map(|i| i * 7919 % 1000).collect();
+    let args: Vec<String> = numbers.iter().map(u64::to_string).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let answers: String = numbers.iter().map(|n| format!("{}\n", fib(*n))).collect();
+    for in_flight in ["1", "7", "64"] {
+        assert_output(client(&queue, &["-j", in_flight]).args(&args), 0, &answers, "");
+    }
+}
+
+#[test]
+fn repeat_makes_every_call_several_times() {
+    let queue = Queue::named("repeat");
+    let server = Program::start_server(&queue, &[]);
+    assert_output(
+        &mut client(&queue, &["--repeat", "3", "7", "8"]),
+        0,
+        "13\n13\n13\n21\n21\n21\n",
+        "",
+    );
+    assert_eq!(server.stop().len(), 6);
+}
+
+#[test]
+fn standard_input_has_one_number_per_line() {
     let queue = Queue::named("stdin");
     let _server = Program::start_server(&queue, &[]);
     let mut call = client(&queue, &["5", "-", "8"]);
@@ -13,9 +51,9 @@ fn standard_input_is_a_number_per_line() {
     assert_output(client(&queue, &["-"]).write_stdin(""), 0, "", "");
 }
 
-/// A bad line and a failed call leave a gap, name themselves, and stop nothing.
+/// A bad line and a failed call print an empty line and an error.
 #[test]
-fn a_bad_line_is_named_and_does_not_stop_the_rest() {
+fn a_bad_line_is_reported_and_does_not_stop_the_rest() {
     let queue = Queue::named("bad_line");
     let _server = Program::start_server(&queue, &["--max-n", "100"]);
     let stderr = "rpc-client: line 2: 'abc' is not a natural number in decimal digits, 20 at most\n\
@@ -26,7 +64,7 @@ fn a_bad_line_is_named_and_does_not_stop_the_rest() {
 }
 
 #[test]
-fn the_first_answer_comes_before_the_input_ends() {
+fn the_first_answer_is_printed_before_the_input_ends() {
     let queue = Queue::named("streamed");
     let _server = Program::start_server(&queue, &[]);
     let script = format!(
@@ -38,90 +76,24 @@ fn the_first_answer_comes_before_the_input_ends() {
     bash(&script).code(0).stdout("first 832040\nsecond 13\n").stderr("");
 }
 
-/// A JSON line without what differs from run to run.
-fn without_noise(json: &str) -> String {
-    let cut = |text: &str, name: &str| match text.split_once(&format!(",\"{name}\":")) {
-        Some((before, after)) => {
-            let rest = after.find([',', '}']).map_or("", |end| &after[end..]);
-            format!("{before}{rest}")
-        }
-        None => text.to_owned(),
-    };
-    cut(&cut(json, "latency_ms"), "correlation_id")
-}
-
+/// The broker is slow to report the state of the queue, which the client asks for when a call times out. The other
+/// calls keep their connection, and are sent once.
 #[test]
-fn json_is_an_object_for_each_call_and_bad_line() {
-    let queue = Queue::named("json");
-    let _server = Program::start_server(&queue, &["--max-n", "100"]);
-    let mut call = client(&queue, &["-o", "json", "-"]);
-    let output = call.write_stdin("30\nabc\n101\n").assert().code(2).get_output().clone();
-    let stdout = String::from_utf8(output.stdout).expect("JSON is text");
-    let lines: Vec<String> = stdout.lines().map(without_noise).collect();
-    let expected = [
-        r#"{"n":30,"result":"832040"}"#,
-        r#"{"input":"abc","error":{"code":"usage","message":"line 2: 'abc' is not a natural number in decimal digits, 20 at most"}}"#,
-        r#"{"n":101,"error":{"code":"out-of-range","message":"out of range: 101 is larger than 100, the largest n served here"}}"#,
-    ];
-    assert_eq!(lines, expected);
-    assert_eq!(stdout.matches("\"latency_ms\":").count(), 2);
-    assert_eq!(stdout.matches("\"correlation_id\":").count(), 2);
-
-    let missing = Queue::named("json_missing");
-    let mut call = client(&missing, &["-o", "json", "1"]);
-    let output = call.assert().code(4).get_output().clone();
-    let stdout = String::from_utf8(output.stdout).expect("JSON is text");
-    assert!(stdout.contains(r#""error":{"code":"no-server","message":"no queue"#), "{stdout}");
-}
-
-/// What is asked for first is answered last.
-#[test]
-fn unordered_answers_come_as_they_are_ready() {
-    let queue = Queue::declare("unordered");
-    let mut call = client(&queue, &["-q", "-o", "json", "--unordered", "30", "7", "8"]);
-    let caller = thread::spawn(move || call.assert().code(0).stderr("").get_output().clone());
-    let server = Peer::connect();
-    let [first, second, third] = [(); 3].map(|()| server.take(&queue));
-    for (request, answer) in [(second, "13"), (third, "21"), (first, "832040")] {
-        server.reply(&request, answer.as_bytes());
+fn a_call_that_times_out_does_not_disturb_the_others() {
+    let queue = Queue::named("far_away");
+    let proxy = Proxy::start();
+    let server = Program::start_server(&queue, &["--workers", "2", "--delay", "5s"]);
+    proxy.set_traffic(Traffic::Delayed(Duration::from_millis(50)));
+    let args = ["--queue", &queue, "-q", "-t", "8s", "-"];
+    let mut client = Program::spawn_at(&proxy.url(), "rpc-client", &args);
+    for n in ["11", "12", "13"] {
+        client.write_line(n);
     }
-    let output = caller.join().expect("the caller got its answers");
-    let stdout = String::from_utf8(output.stdout).expect("JSON is text");
-    let order: Vec<&str> =
-        stdout.lines().map(|line| line.split([':', ',']).nth(1).unwrap_or_default()).collect();
-    assert_eq!(order, ["7", "8", "30"]);
-    let stderr = "rpc-client: --unordered needs --output json, or answers cannot be told apart: try --help\n";
-    assert_output(&mut client(&queue, &["--unordered", "7"]), 2, "", stderr);
-}
-
-#[test]
-fn the_summary_counts_calls_and_errors() {
-    let queue = Queue::named("summary");
-    let _server = Program::start_server(&queue, &["--max-n", "100"]);
-    let mut call = client(&queue, &["-q", "--summary=json", "7", "101", "8"]);
-    let output = call.assert().code(1).stdout("13\n\n21\n").get_output().clone();
-    let stderr = String::from_utf8(output.stderr).expect("JSON is text");
-    let summary = stderr.lines().last().unwrap_or_default();
-    assert!(
-        summary.starts_with(r#"{"calls":3,"errors":{"out-of-range":1},"seconds":"#),
-        "{stderr}"
-    );
-    for name in ["calls_per_second", "latency_ms", "min", "p50", "p90", "p99", "p99.9", "max"] {
-        assert!(summary.contains(&format!("\"{name}\":")), "{name}: {summary}");
-    }
-    let output =
-        client(&queue, &["--summary", "7"]).assert().code(0).stdout("13\n").get_output().clone();
-    let stderr = String::from_utf8(output.stderr).expect("it is text");
-    assert!(stderr.starts_with("rpc-client: 1 call in "), "{stderr}");
-    assert!(stderr.ends_with("; errors: none\n"), "{stderr}");
-}
-
-/// The input goes on without end; its reader does not.
-#[test]
-fn an_endless_input_ends_with_its_reader() {
-    let queue = Queue::named("endless");
-    let _server = Program::start_server(&queue, &["-q", "--prefetch", "64"]);
-    let script =
-        format!("yes 30 | rpc-client --queue {} - | head -2; echo ${{PIPESTATUS[1]}}", &*queue);
-    bash(&script).code(0).stdout("832040\n832040\n141\n").stderr("");
+    assert_eq!(client.next_line(), "89");
+    client.write_line("14");
+    client.close_stdin();
+    let answers = ["144", "", "377"].map(|_| client.next_line());
+    assert_eq!(answers, ["144", "", "377"], "the third waited for a worker for too long");
+    assert_eq!(client.wait_for_exit_code(), Some(5));
+    assert_eq!(server.stop().iter().filter(|line| line.ends_with("fib(14)")).count(), 1);
 }

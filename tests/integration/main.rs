@@ -1,22 +1,37 @@
-//! The real programs on a real RabbitMQ, as their users see them.
+//! The integration tests: the real programs on a real RabbitMQ, as their users see them.
 //!
-//! All tests share one private node, which the first of them starts, and run in parallel, each on
-//! queues of its own. `AMQP_URL` points them at another broker.
+//! The test of a promise is in the file that is named after it. All tests share one private node and run in parallel,
+//! each on queues of its own. `AMQP_URL` names another broker to use.
 
+mod support;
+
+// What a call promises
+mod at_least_once;
 mod bad_brokers;
 mod bad_messages;
-mod batches;
-mod client;
-mod cluster;
-mod connections;
-mod crashes;
-mod deadlines;
-mod failures;
-mod messages;
-mod peers;
-mod readme;
-mod server;
-mod soak;
-mod support;
+mod connection_loss;
+mod every_wait_ends;
+mod expired_requests;
+mod graceful_stop;
+mod refused_replies;
+
+// What goes over the wire
+mod load_sharing;
+mod request_queue;
 mod tls;
 mod wire;
+
+// What users see at the prompt
+mod batches;
+mod command_line;
+mod exit_codes;
+mod messages;
+mod output_formats;
+mod passwords;
+mod readme;
+
+// All of it together, and with other programs
+mod cluster;
+mod library;
+mod peers;
+mod soak;

@@ -15,7 +15,7 @@ const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/integration/messages.tx
 /// not 0.
 #[test]
 fn the_page_of_messages_is_what_both_programs_say() {
-    let page = fs::read_to_string(PAGE).expect("it is there");
+    let page = fs::read_to_string(PAGE).expect("the file exists");
     let scene = Scene::set(private_node());
     let (mut seen, mut continues) = (String::new(), false);
     for line in page.lines() {
@@ -32,25 +32,10 @@ fn the_page_of_messages_is_what_both_programs_say() {
     }
     if seen != page {
         let actual = Path::new(env!("CARGO_TARGET_TMPDIR")).join("messages.txt");
-        fs::write(&actual, &seen).expect("there is room for it");
+        fs::write(&actual, &seen).expect("the folder is writable");
         let new = seen.lines().find(|line| !page.contains(line));
         panic!("{PAGE} differs from {}, perhaps in: {new:#?}", actual.display());
     }
-}
-
-/// Checks that what was said in another test stands on the page, too.
-#[track_caller]
-pub(crate) fn assert_on_page(line: &str) {
-    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    let is_address = |word: &str| word.rsplit_once(':').is_some_and(|(_, port)| is_number(port));
-    let named = |word| match word {
-        word if str::starts_with(word, '\'') => "'rpc_queue'",
-        word if is_address(word) => "rabbit:5672",
-        word => word,
-    };
-    let line = line.split(' ').map(named).collect::<Vec<_>>().join(" ");
-    let page = fs::read_to_string(PAGE).expect("it is there");
-    assert!(page.contains(&format!("\n# {line}\n")), "not on {PAGE}: {line}");
 }
 
 /// What the commands of the page find.
@@ -84,7 +69,7 @@ impl Scene {
         thread::spawn(move || foreign.serve("page.nonsense", nonsense));
         let broker = node.authority().to_owned();
         let nobody = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
-        let nobody = nobody.expect("there are ports").to_string();
+        let nobody = nobody.expect("a port is free").to_string();
         let (silent, web) = (peer(b""), peer(b"HTTP/1.1 400 Bad Request\r\n\r\n"));
         let (silent, web) = (silent.to_string(), web.to_string());
         let folder = node.folder().to_str().expect("the temporary folder is UTF-8").to_owned();
@@ -159,8 +144,8 @@ impl Scene {
 
 /// A peer that accepts, and says no more than this.
 fn peer(words: &'static [u8]) -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("there are ports");
-    let address = listener.local_addr().expect("it is bound");
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+    let address = listener.local_addr().expect("the socket is bound");
     thread::spawn(move || {
         for mut stream in listener.incoming().flatten() {
             let _ = stream.write_all(words); // the other end may have had enough

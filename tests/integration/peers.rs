@@ -279,7 +279,7 @@ fn direct_reply_to_gets_one_answer() {
 #[track_caller]
 fn guest(language: Language, block: &str, extension: &str) {
     let readme = concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md");
-    let readme = fs::read_to_string(readme).expect("it is there");
+    let readme = fs::read_to_string(readme).expect("the file exists");
     let queue = Queue::named(&format!("guest_{language:?}"));
     let authority = broker::authority();
     let (host, port) = authority.rsplit_once(':').expect("the port is named");
@@ -295,7 +295,7 @@ fn guest(language: Language, block: &str, extension: &str) {
             );
         let file =
             Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}.{place}.{extension}", &*queue));
-        fs::write(&file, source).expect("there is room for it");
+        fs::write(&file, source).expect("the folder is writable");
         language.run(&file)
     });
     {

@@ -1,18 +1,19 @@
-//! The README's examples are run as they stand.
+//! The README is right: its commands print what it shows, and its tables are complete.
 
 use crate::support::peer::Queue;
 use crate::support::programs::{bash, Program};
+use rpc_common::exit;
 use std::fs;
 
-/// In every block of language `console` the lines behind `$ ` are commands, and what follows is all
-/// that they print. The server that the README tells people to start is running.
+/// In every block of language `console` the lines that begin with `$ ` are commands, and the lines below are everything
+/// that they print. The server that the README says to start is running.
 #[test]
-fn the_readmes_examples_print_what_it_says() {
+fn the_readmes_commands_print_what_it_shows() {
     let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md"))
-        .expect("it is there");
+        .expect("the file exists");
     let queue = Queue::named("readme");
     let _server = Program::start_server(&queue, &[]);
-    // On a queue of its own, because others may serve the one that everybody uses.
+    // The default queue may have other servers.
     let on_queue = format!("rpc-client() {{ command rpc-client --queue {} \"$@\"; }}", &*queue);
     let mut examples = 0;
     for block in readme.split("```console\n").skip(1) {
@@ -29,4 +30,15 @@ fn the_readmes_examples_print_what_it_says() {
         }
     }
     assert!(examples >= 5, "only {examples} examples were found");
+}
+
+/// The tables of exit codes have the same text as `--help`.
+#[test]
+fn the_readme_lists_the_exit_codes() {
+    let readme = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md"))
+        .expect("the file exists");
+    for (code, meaning) in exit::CLIENT.iter().chain(exit::SERVER) {
+        let row = format!("| {} | {meaning} |", *code as u8);
+        assert!(readme.contains(&row), "the README has no row '{row}'");
+    }
 }

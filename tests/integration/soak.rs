@@ -244,7 +244,7 @@ fn whatever_strikes_every_call_ends_right_or_with_exit_code_5() {
         [Proxy::start_to(private_node().authority()), Proxy::start_to(private_node().authority())];
     let (stop, faults) = (AtomicBool::new(false), Mutex::new(BTreeMap::<_, u64>::new()));
     let strikes = |name| *faults.lock().expect("no panic").entry(name).or_default() += 1;
-    let begun = Instant::now();
+    let start = Instant::now();
     let tallies = thread::scope(|scope| {
         let (stop, queue, strikes) = (&stop, &*queue, &strikes);
         let (exchange, replies) = (&*exchange, &*replies);
@@ -282,8 +282,8 @@ fn whatever_strikes_every_call_ends_right_or_with_exit_code_5() {
             });
             scope.spawn(move || call_until(stop, proxy, queue, timeout, &mut calls_rng))
         });
-        while begun.elapsed() < time {
-            thread::sleep(REPORTING.min(time.saturating_sub(begun.elapsed())));
+        while start.elapsed() < time {
+            thread::sleep(REPORTING.min(time.saturating_sub(start.elapsed())));
             for station in &stations {
                 let station = station.lock().expect("no panic");
                 let memory = station.server.as_ref().and_then(Program::memory_kib);

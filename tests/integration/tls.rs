@@ -128,12 +128,12 @@ fn the_files_are_read_again_for_every_connection() {
     let Listeners { ca, unknown_ca, good, .. } = listeners();
     let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("renewed.pem");
     let name = file.to_str().expect("the target folder is UTF-8");
-    fs::copy(unknown_ca, &file).expect("there is room for it");
+    fs::copy(unknown_ca, &file).expect("the folder is writable");
     let queue = Queue::named("tls_renewed");
     let url = format!("amqps://localhost:{good}");
     let server = Program::spawn_at(&url, "rpc-server", &["--queue", &queue, "--ca-file", name]);
     server.wait_for_log("signed by an unknown CA");
-    fs::copy(ca, &file).expect("there is room for it");
+    fs::copy(ca, &file).expect("the folder is writable");
     assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
     server.stop();
 }

@@ -182,6 +182,14 @@ impl Peer {
     }
 }
 
+/// Sends a request as a peer, and returns the reply.
+pub(crate) fn call(queue: &str, body: &[u8], properties: AmqpProperties) -> Delivery {
+    let replies = Queue::declare(&format!("replies.{}", Uuid::new_v4()));
+    let peer = Peer::connect();
+    peer.publish(queue, body, properties.with_reply_to(replies.to_owned()));
+    peer.take(&replies)
+}
+
 /// The type of queue that `rpc-server` declares by default at this broker.
 pub(crate) fn default_queue_type(url: &str) -> &'static str {
     if permits_transient_queues(url) {

@@ -11,6 +11,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ExitStatus, Stdio};
 use std::sync::OnceLock;
+use std::thread::JoinHandle;
 use std::{env, io, process, thread};
 
 /// The folder of the programs. The first call builds them from this source, because cargo does not build the binaries
@@ -62,6 +63,17 @@ pub(crate) fn client(queue: &str, args: &[&str]) -> Command {
 pub(crate) fn assert_output(command: &mut Command, code: i32, stdout: &str, stderr: &str) {
     let (stdout, stderr) = (stdout.to_owned(), stderr.to_owned());
     command.assert().code(code).stdout(stdout).stderr(stderr);
+}
+
+/// Runs `rpc-client` on a queue in a thread, which panics if the answers are not as expected.
+pub(crate) fn call_in_background(
+    queue: &str,
+    args: &[&str],
+    answers: &'static str,
+) -> JoinHandle<()> {
+    // Quiet: a queue without consumers, as some tests have for a while, would cause a warning.
+    let mut command = client(queue, &[&["-q"], args].concat());
+    thread::spawn(move || assert_output(&mut command, 0, answers, ""))
 }
 
 /// Runs a bash script with the programs on the PATH.

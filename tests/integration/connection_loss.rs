@@ -1,0 +1,237 @@
+//! Promise: nothing is lost when a connection breaks. Servers and clients connect again and go on.
+
+use crate::support::broker::{self, exclusive_node};
+use crate::support::broker_features::permitted_queue_types;
+use crate::support::peer::{Peer, Queue};
+use crate::support::programs::{assert_output, client, Program};
+use crate::support::proxy::{Proxy, CONNECTION_START_OK};
+use crate::support::TEST_TIMEOUT;
+use crossbeam_channel::unbounded;
+use rpc_client::{Client, Config, Error, ReplyTo};
+use rpc_common::target::Target;
+use std::net::TcpListener;
+use std::num::NonZeroUsize;
+
+#[test]
+fn an_idle_server_reconnects_with_all_its_workers() {
+    let queue = Queue::named("idle_reconnect");
+    let proxy = Proxy::start();
+    let server =
+        Program::start_server_at(&proxy.url(), &queue, &["--workers", "2", "--delay", "100ms"]);
+    for _ in 0..2 {
+        proxy.close_connections();
+        server.wait_for_log("lost the connection");
+        server.wait_for_log("connected to");
+        Peer::connect().wait_for_consumers(&queue, 2);
+    }
+    assert_output(&mut client(&queue, &["10", "20", "30"]), 0, "55\n6765\n832040\n", "");
+    server.stop();
+}
+
+/// The server cannot send its reply, so the broker delivers the request again.
+#[test]
+fn a_busy_server_reconnects_and_answers_what_it_had_begun() {
+    let queue = Queue::named("busy_reconnect");
+    let proxy = Proxy::start();
+    let server = Program::start_server_at(&proxy.url(), &queue, &["--delay", "3s"]);
+    let caller = std::thread::spawn({
+        let mut call = client(&queue, &["-q", "30"]);
+        move || assert_output(&mut call, 0, "832040\n", "")
+    });
+    assert_eq!(server.next_line(), " [.] fib(30)");
+    proxy.close_connections();
+    caller.join().expect("the caller got its answer");
+    assert_eq!(server.stop(), [" [.] fib(30)"], "it was computed again");
+    assert_eq!(Peer::connect().message_count(&queue), Some(0));
+}
+
+#[test]
+fn a_server_that_starts_before_its_broker_waits_for_it() {
+    let queue = Queue::named("early_server");
+    let proxy = Proxy::start();
+    proxy.refuse(true);
+    let server = Program::spawn_at(&proxy.url(), "rpc-server", &["--queue", &queue]);
+    server.wait_for_log("trying again");
+    proxy.refuse(false);
+    assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
+    server.stop();
+}
+
+#[test]
+fn a_client_reconnects_and_sends_unanswered_calls_again() {
+    let queue = Queue::named("client_reconnect");
+    let proxy = Proxy::start();
+    let server = Program::start_server(&queue, &["--delay", "2s"]);
+    let client =
+        Program::spawn_at(&proxy.url(), "rpc-client", &["--queue", &queue, "-v", "20", "30"]);
+    assert_eq!(server.next_line(), " [.] fib(20)");
+    proxy.close_connections();
+    client.wait_for_log("connecting again");
+    assert_eq!(client.next_line(), "6765");
+    assert_eq!(client.next_line(), "832040");
+    assert_eq!(client.wait_for_exit_code(), Some(0));
+}
+
+/// No call was pending when the connection broke; the next call waits for the broker.
+#[test]
+fn a_batch_survives_a_broker_that_is_unreachable_between_two_calls() {
+    let queue = Queue::named("away");
+    let proxy = Proxy::start();
+    let _server = Program::start_server(&queue, &[]);
+    let args = ["--queue", &queue, "-t", "20s", "-"];
+    let mut client = Program::spawn_at(&proxy.url(), "rpc-client", &args);
+    client.write_line("20");
+    assert_eq!(client.next_line(), "6765");
+    proxy.refuse(true);
+    proxy.close_connections();
+    client.write_line("30");
+    proxy.wait_for_refusals(2);
+    proxy.refuse(false);
+    assert_eq!(client.next_line(), "832040");
+    client.close_stdin();
+    assert_eq!(client.wait_for_exit_code(), Some(0));
+}
+
+/// A broker that shuts down during the handshake looks as if it refused the password.
+#[test]
+fn a_batch_survives_a_handshake_that_breaks() {
+    let queue = Queue::named("broken_handshake");
+    let _server = Program::start_server(&queue, &[]);
+    let proxy = Proxy::start();
+    let args = ["--queue", &queue, "-t", "20s", "-"];
+    let mut client = Program::spawn_at(&proxy.url(), "rpc-client", &args);
+    client.write_line("20");
+    assert_eq!(client.next_line(), "6765");
+    let (login_sender, login) = unbounded();
+    let on_login = move || login_sender.send(()).expect("the test waits for it");
+    proxy.before_forwarding(CONNECTION_START_OK, 1, on_login);
+    proxy.close_connections();
+    client.write_line("30");
+    login.recv_timeout(TEST_TIMEOUT).expect("the client connects again");
+    proxy.close_connections();
+    assert_eq!(client.next_line(), "832040");
+    client.close_stdin();
+    assert_eq!(client.wait_for_exit_code(), Some(0));
+}
+
+/// A program that uses the library keeps its client between calls. After the connection broke, the next call is like the
+/// first one of a new client: its error says that nothing was sent.
+#[test]
+fn a_library_client_reconnects_for_its_next_call() {
+    let queue = Queue::named("between_calls");
+    let proxy = Proxy::start();
+    let server = Program::start_server(&queue, &[]);
+    let target = Target::parse(&proxy.url()).expect("the URL is well formed");
+    let mut client = Client::new(Config {
+        brokers: target.into(),
+        queue: queue.to_string(),
+        timeout: TEST_TIMEOUT,
+        in_flight: NonZeroUsize::MIN,
+        reply_to: ReplyTo::Queue,
+    });
+    for (n, answer) in [("20", "6765"), ("30", "832040")] {
+        assert_eq!(client.call(n).expect("a server answers"), answer.as_bytes());
+        proxy.close_connections();
+    }
+    server.stop();
+    Peer::connect().delete_queue(&queue);
+    let error = client.call("30").expect_err("unreachable serves");
+    assert!(matches!(error, Error::NoServer { .. }), "{error}");
+}
+
+/// The queue was transient and went with the broker. The call waits until a server declares the queue again.
+#[test]
+fn a_call_that_was_sent_before_waits_for_a_queue_that_is_gone() {
+    let queue = Queue::declare("queue_gone");
+    let proxy = Proxy::start();
+    let client = Program::spawn_at(&proxy.url(), "rpc-client", &["--queue", &queue, "-v", "30"]);
+    let mut peer = Peer::connect();
+    peer.wait_for_messages(&queue, 1);
+    proxy.refuse(true);
+    proxy.close_connections();
+    peer.delete_queue(&queue);
+    proxy.refuse(false);
+    client.wait_for_log("no queue");
+    let _server = Program::start_server(&queue, &[]);
+    assert_eq!(client.next_line(), "832040");
+    assert_eq!(client.wait_for_exit_code(), Some(0));
+}
+
+#[test]
+fn a_deleted_reply_queue_is_replaced_and_the_call_sent_again() {
+    let broker = exclusive_node();
+    let queue = "deleted";
+    let server = Peer::connect_to(broker.url());
+    server.declare_default(queue);
+    let args = ["--queue", queue, "-v", "-t", "1h", "30"];
+    let client = Program::spawn_at(broker.url(), "rpc-client", &args);
+    let request = server.take(queue);
+    let reply_queue = request.properties.reply_to().as_deref().expect("rpc-client sets it");
+    broker.rabbitmqctl(&["delete_queue", reply_queue]);
+    client.wait_for_log("the reply queue was deleted");
+    server.reply(&server.take(queue), b"832040");
+    assert_eq!(client.next_line(), "832040");
+    assert_eq!(client.wait_for_exit_code(), Some(0));
+}
+
+/// `stop_app` and `start_app` close all connections and delete transient queues. All calls are sent before: a new call
+/// would find no queue until the server has declared it again.
+#[test]
+fn every_call_is_answered_when_the_broker_restarts_under_load() {
+    let broker = exclusive_node();
+    for queue_type in permitted_queue_types() {
+        let queue = format!("restart.{queue_type}");
+        let args = ["--queue-type", queue_type, "--delay", "5ms", "-q"];
+        let server = Program::start_server_at(broker.url(), &queue, &args);
+        let args = ["--queue", &queue, "-q", "-t", "1h", "-j", "300", "--repeat", "300", "30"];
+        let client = Program::spawn_at(broker.url(), "rpc-client", &args);
+        assert_eq!(client.next_line(), "832040");
+        broker.rabbitmqctl(&["stop_app"]);
+        server.wait_for_log("trying again");
+        broker.rabbitmqctl(&["start_app"]);
+        let answers = (1..300).map(|_| client.next_line()).filter(|answer| answer == "832040");
+        assert_eq!(answers.count(), 299, "{queue_type}");
+        assert_eq!(client.wait_for_exit_code(), Some(0));
+        server.stop();
+    }
+}
+
+#[test]
+fn several_brokers_are_tried_in_turn() {
+    let queue = Queue::named("several_brokers");
+    let unreachable = "amqp://127.0.0.1:1";
+    let silent = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+    let silent = format!("amqp://{}", silent.local_addr().expect("the socket is bound"));
+    let reachable = broker::url();
+    let urls = ["--url", unreachable, "--url", reachable];
+    // A program begins with a random URL.
+    let servers = [(); 4].map(|()| Program::start_server_at("amqp://127.0.0.1:2", &queue, &urls));
+    for server in &servers {
+        server.wait_for_log(&format!("connected to {}", broker::authority()));
+    }
+    assert_output(&mut client(&queue, &[&urls[..], &["-q", "30"]].concat()), 0, "832040\n", "");
+    let urls = ["--url", &silent, "--url", reachable, "-t", "10s"];
+    assert_output(&mut client(&queue, &[&urls[..], &["-q", "30"]].concat()), 0, "832040\n", "");
+    let urls = ["--url", &silent, "--url", unreachable, "-t", "2s"];
+    let error = "rpc-client: cannot reach 127.0.0.1:1: connection refused: is RabbitMQ running there, or AMQP_URL to be set?\n";
+    assert_output(&mut client(&queue, &[&urls[..], &["30"]].concat()), 3, "\n", error);
+    // The error of a broker that refused the client is shown rather than that of an unreachable one.
+    let wrong = broker::url_with_vhost("nowhere");
+    let error = format!(
+        "rpc-client: {} refused: NOT_ALLOWED - vhost nowhere not found: \
+         is the vhost in the URL right, and open to this user?\n",
+        broker::authority()
+    );
+    let urls = ["--url", &wrong, "--url", unreachable, "-q", "30"];
+    assert_output(&mut client(&queue, &urls), 3, "\n", &error);
+}
+
+/// The tutorial's servers answer no heartbeats while they compute, so the broker closes their connections.
+#[test]
+fn a_request_may_take_longer_than_the_heartbeat_timeout() {
+    let queue = Queue::named("heartbeats");
+    let server = Program::start_server(&queue, &["--heartbeat", "3", "--delay", "10s"]);
+    let mut call = client(&queue, &["-q", "--heartbeat", "3", "30"]);
+    assert_output(&mut call, 0, "832040\n", "");
+    assert_eq!(server.stop(), [" [.] fib(30)"]);
+}

@@ -1,0 +1,243 @@
+//! Promise: every wait ends. A call ends at its deadline in every phase, and its error names the phase.
+//!
+//! `cargo test -p rpc-tests -- every_wait_ends --nocapture` prints how long each call took.
+
+use crate::support::broker::exclusive_node;
+use crate::support::peer::{Peer, Queue};
+use crate::support::programs::{assert_output, client, Program};
+use crate::support::proxy::{
+    Proxy, Traffic, BASIC_CONSUME, CHANNEL_OPEN, CONNECTION_START_OK, QUEUE_DECLARE,
+};
+use crate::support::scripted_broker::{Action, ScriptedBroker, CONSUME};
+use socket2::{Domain, Socket, Type};
+use std::io::Write;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How much later than its deadline a call may end on a loaded machine.
+const TOLERANCE: Duration = Duration::from_secs(9);
+
+/// The timeout of a call in seconds, if a loaded broker needs time for the phases before the tested one.
+const LONG_TIMEOUT: u64 = 4;
+
+/// Makes a call that ends at its deadline, after `seconds`, and checks the exit code and all of the output.
+#[track_caller]
+fn assert_call_ends(
+    seconds: u64,
+    situation: &str,
+    call: &mut assert_cmd::Command,
+    code: i32,
+    message: &str,
+) {
+    let (limit, message) = (format!("{seconds}s"), format!("rpc-client: {message}"));
+    let start = Instant::now();
+    assert_output(call.args(["-q", "-t", &limit, "30"]), code, "\n", &format!("{message}\n"));
+    let took = start.elapsed();
+    eprintln!("| {situation} | {seconds} s | {:.3} s | {code} | {message} |", took.as_secs_f64());
+    let limit = Duration::from_secs(seconds);
+    assert!(took >= limit && took < limit + TOLERANCE, "{situation} took {took:?}");
+}
+
+fn call_at(url: &str) -> assert_cmd::Command {
+    let mut call = client("any", &[]);
+    call.env("AMQP_URL", url);
+    call
+}
+
+/// A library replaces `getaddrinfo` of the C library by one that never returns.
+#[test]
+fn a_call_ends_when_the_name_server_does_not_answer() {
+    let source = Path::new(env!("CARGO_TARGET_TMPDIR")).join("resolver.c");
+    let library = source.with_extension("so");
+    let code = "int pause(void); int getaddrinfo(void) { for (;;) pause(); }";
+    std::fs::write(&source, code).expect("the folder is writable");
+    let mut cc = Command::new("cc");
+    let built = cc.args(["-w", "-shared", "-fPIC", "-o"]).arg(&library).arg(&source).status();
+    assert!(built.expect("cc is installed: rustc links with it").success());
+    let message =
+        "rabbit.invalid:5672 was not ready within 1s: timed out in resolving the host name";
+    let mut call = call_at("amqp://rabbit.invalid");
+    assert_call_ends(
+        1,
+        "a name server that does not answer",
+        call.env("LD_PRELOAD", library),
+        3,
+        message,
+    );
+}
+
+/// The kernel drops connection requests to a listener whose backlog is full.
+#[test]
+fn a_call_ends_when_the_host_drops_packets() {
+    let listener = Socket::new(Domain::IPV4, Type::STREAM, None).expect("the system has sockets");
+    listener.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).expect("a port is free");
+    listener.listen(0).expect("the socket is bound");
+    let address = listener.local_addr().ok().and_then(|address| address.as_socket());
+    let address = address.expect("the socket has an IP address");
+    let fill = || TcpStream::connect_timeout(&address, Duration::from_millis(200));
+    let _full = std::iter::from_fn(|| fill().ok()).take(10).collect::<Vec<_>>();
+    assert!(fill().is_err(), "the backlog is not full");
+    let message =
+        format!("{address} was not ready within 1s: timed out in opening the TCP connection");
+    assert_call_ends(
+        1,
+        "a host that drops packets",
+        &mut call_at(&format!("amqp://{address}")),
+        3,
+        &message,
+    );
+}
+
+/// Listens on a port, and sends `bytes` to each connection, one every 100 ms.
+fn listen_and_send_slowly(bytes: &'static [u8]) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+    let address = listener.local_addr().expect("the socket is bound");
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            for byte in bytes.chunks(1) {
+                let _ = stream.write_all(byte); // fails if the client has closed the connection
+                thread::sleep(Duration::from_millis(100));
+            }
+            thread::park();
+        }
+    });
+    address
+}
+
+#[test]
+fn a_call_ends_when_the_port_accepts_and_sends_nothing() {
+    for (scheme, phase) in [("amqp", "AMQP"), ("amqps", "TLS")] {
+        let address = listen_and_send_slowly(b"");
+        let message =
+            format!("{address} was not ready within 1s: timed out in the {phase} handshake");
+        let situation = format!("a port that sends nothing, {scheme}");
+        assert_call_ends(
+            1,
+            &situation,
+            &mut call_at(&format!("{scheme}://{address}")),
+            3,
+            &message,
+        );
+    }
+}
+
+/// The bytes begin a long `connection.start`, and a server hello of TLS.
+#[test]
+fn a_call_ends_when_the_peer_sends_byte_by_byte() {
+    for (scheme, phase, bytes) in [
+        ("amqp", "AMQP", &[1, 0, 0, 0, 0, 1, 0, 0, 10, 0, 10, 0, 9, 0, 0, 0, 200][..]),
+        ("amqps", "TLS", &[22, 3, 3, 0, 122, 2, 0, 0, 118, 3, 3, 0, 0, 0, 0, 0, 0]),
+    ] {
+        let address = listen_and_send_slowly(bytes);
+        let message =
+            format!("{address} was not ready within 1s: timed out in the {phase} handshake");
+        let situation = format!("a peer that sends byte by byte, {scheme}");
+        assert_call_ends(
+            1,
+            &situation,
+            &mut call_at(&format!("{scheme}://{address}")),
+            3,
+            &message,
+        );
+    }
+}
+
+/// SIGSTOP stops the process of the broker just before it receives a method.
+#[test]
+fn a_call_ends_when_the_broker_freezes_in_any_phase() {
+    let broker = exclusive_node();
+    let queue = "frozen";
+    Peer::connect_to(broker.url()).declare_default(queue);
+    for (scheme, phase) in [("amqp", "AMQP"), ("amqps", "TLS")] {
+        let (freeze, _thaw) = broker.freezer();
+        freeze();
+        let target = broker.authority();
+        let message =
+            format!("{target} was not ready within 1s: timed out in the {phase} handshake");
+        let situation = format!("SIGSTOP before the {phase} handshake");
+        assert_call_ends(1, &situation, &mut call_at(&format!("{scheme}://{target}")), 3, &message);
+    }
+    for (method, times, phase, code) in [
+        (CONNECTION_START_OK, 1, "the login: is the password right?", 3),
+        (CHANNEL_OPEN, 1, "opening a channel", 3),
+        (QUEUE_DECLARE, 1, "starting a consumer", 5),
+        (BASIC_CONSUME, 1, "starting a consumer", 5),
+        (CHANNEL_OPEN, 2, "looking at a queue", 5),
+    ] {
+        let (freeze, _thaw) = broker.freezer();
+        let proxy = Proxy::start_to(broker.authority());
+        proxy.before_forwarding(method, times, freeze);
+        let target = proxy.authority();
+        let message = match code {
+            3 => format!("{target} was not ready within {LONG_TIMEOUT}s: timed out in {phase}"),
+            _ => format!(
+                "fib(30): no answer from '{queue}' on {target} within {LONG_TIMEOUT}s: timed out in {phase}"
+            ),
+        };
+        let mut call = client(queue, &["--heartbeat", "600"]);
+        call.env("AMQP_URL", format!("amqp://{target}"));
+        assert_call_ends(LONG_TIMEOUT, &format!("SIGSTOP in {phase}"), &mut call, code, &message);
+    }
+}
+
+#[test]
+fn a_call_ends_when_the_connection_freezes_while_it_waits() {
+    let queue = Queue::declare("frozen_call");
+    let mut peer = Peer::connect();
+    let proxy = Proxy::start();
+    let args = ["--queue", &queue, "-t", "5s", "--heartbeat", "600", "30"];
+    let client = Program::spawn_at(&proxy.url(), "rpc-client", &args);
+    let start = Instant::now();
+    peer.wait_for_messages(&queue, 1);
+    proxy.set_traffic(Traffic::Frozen);
+    assert_eq!(client.wait_for_exit_code(), Some(5));
+    assert!(start.elapsed() < Duration::from_secs(30), "it took {:?}", start.elapsed());
+}
+
+#[test]
+fn a_call_ends_when_the_broker_blocks_publishers() {
+    let broker = exclusive_node();
+    let queue = "blocked";
+    let _server = Program::start_server_at(broker.url(), queue, &[]);
+    let blocked = broker.block_publishers();
+    let mut call = client(queue, &[]);
+    let message = format!(
+        "fib(30): no answer from '{queue}' on {} within {LONG_TIMEOUT}s: the broker takes no requests: low on memory",
+        broker.authority()
+    );
+    assert_call_ends(
+        LONG_TIMEOUT,
+        "a memory alarm",
+        call.env("AMQP_URL", broker.url()),
+        5,
+        &message,
+    );
+
+    let client =
+        Program::spawn_at(broker.url(), "rpc-client", &["--queue", queue, "-t", "1h", "30"]);
+    let warning = client.wait_for_log("takes no requests");
+    let expected = format!(
+        "rpc-client: warning: {} takes no requests: low on memory; waiting",
+        broker.authority()
+    );
+    assert_eq!(warning, expected);
+    drop(blocked);
+    assert_eq!(client.next_line(), "832040");
+    assert_eq!(client.wait_for_exit_code(), Some(0));
+}
+
+/// The consumer is cancelled just before the deadline, and the broker sends nothing more: closing the session must not
+/// exceed the deadline by much.
+#[test]
+fn a_silent_broker_does_not_delay_a_client_that_ends_its_session() {
+    let broker = ScriptedBroker::start(CONSUME, Action::CancelThenSilence);
+    let mut call = client("q", &["-q", "-t", "500ms", "30"]);
+    let start = Instant::now();
+    call.env("AMQP_URL", &broker.url).assert().code(5).stdout("\n");
+    let took = start.elapsed();
+    eprintln!("a silent broker at the end of a session: 0.5 s, took {:.3} s", took.as_secs_f64());
+    assert!(took < Duration::from_secs(10), "{took:?}");
+}

@@ -1,0 +1,148 @@
+//! Each exit code of rpc-client and rpc-server, with the line that a user sees. `messages.txt` has more of these lines.
+
+use crate::support::broker::{self, exclusive_node};
+use crate::support::peer::{Peer, Queue};
+use crate::support::programs::{assert_output, bash, client, command, Program};
+use rustix::process::Signal;
+use std::net::TcpListener;
+use std::os::unix::process::ExitStatusExt;
+use std::thread;
+
+#[test]
+fn an_error_reply_is_exit_code_1_and_stops_nothing() {
+    let queue = Queue::named("remote_error");
+    let server = Program::start_server(&queue, &["--max-n", "100"]);
+    let error =
+        "rpc-client: fib(101): out of range: 101 is larger than 100, the largest n served here\n";
+    assert_output(&mut client(&queue, &["7", "101", "8"]), 1, "13\n\n21\n", error);
+    assert_eq!(server.stop(), [" [.] fib(7)", " [.] fib(8)"]);
+}
+
+#[test]
+fn a_reply_that_is_not_a_number_is_exit_code_1() {
+    let queue = Queue::declare("bad_reply");
+    let nonsense = ["", "NaN", "abc", "-1", "1\n", "12345678"];
+    let server = thread::spawn({
+        let queue = queue.to_owned();
+        move || {
+            let peer = Peer::connect();
+            for reply in nonsense {
+                let request = peer.take(&queue);
+                peer.reply(&request, reply.as_bytes());
+            }
+        }
+    });
+    for reply in nonsense {
+        let error = format!(
+            "rpc-client: fib(30): bad reply: '{}' is {}: does another program serve this queue?\n",
+            reply.escape_debug(),
+            if reply.len() == 8 { "longer than the answer can be" } else { "no number" }
+        );
+        assert_output(&mut client(&queue, &["-q", "30"]), 1, "\n", &error);
+    }
+    server.join().expect("the peer sent its replies");
+}
+
+#[test]
+fn no_broker_is_exit_code_3() {
+    let unused = TcpListener::bind("127.0.0.1:0")
+        .expect("a port is free")
+        .local_addr()
+        .expect("the socket is bound");
+    let stderr = format!(
+        "rpc-client: cannot reach {unused}: connection refused: is RabbitMQ running there, or AMQP_URL to be set?\n"
+    );
+    let unreachable = format!("amqp://{unused}");
+    assert_output(client("any", &["1", "2"]).env("AMQP_URL", &unreachable), 3, "\n", &stderr);
+    assert_output(
+        client("any", &["1", "-o", "text", "-q"]).env("AMQP_URL", &unreachable),
+        3,
+        "",
+        &stderr,
+    );
+}
+
+#[test]
+fn too_many_workers_for_the_broker_are_exit_code_3() {
+    let broker = exclusive_node();
+    let _few = broker.set_variable("channel_max", "3");
+    let mut server = command("rpc-server");
+    server.args(["--queue", "few_channels", "--workers", "8"]).env("AMQP_URL", broker.url());
+    let output = server.assert().code(3).get_output().clone();
+    let log = String::from_utf8_lossy(&output.stderr);
+    let error = format!(
+        "rpc-server: {} allows no more channels: fewer --workers, or a larger channel_max there\n",
+        broker.authority()
+    );
+    assert!(log.ends_with(&error), "{log}");
+}
+
+#[test]
+fn no_queue_is_exit_code_4() {
+    let queue = Queue::named("no_queue");
+    let error = format!(
+        "rpc-client: no queue '{}' on {}: is rpc-server running?\n",
+        &*queue,
+        broker::authority()
+    );
+    assert_output(&mut client(&queue, &["30"]), 4, "\n", &error);
+    assert_output(&mut client(&queue, &["-o", "text", "-q", "30"]), 4, "", &error);
+}
+
+#[test]
+fn a_request_that_a_server_drops_is_exit_code_5() {
+    let queue = Queue::declare("drops");
+    let server = thread::spawn({
+        let (peer, queue) = (Peer::connect(), queue.to_owned());
+        move || peer.take(&queue)
+    });
+    let error = format!(
+        "rpc-client: fib(30): no answer from '{}' on {} within 5s: \
+         the queue had 0 consumers and 0 messages waiting\n",
+        &*queue,
+        broker::authority()
+    );
+    assert_output(&mut client(&queue, &["-q", "-t", "5s", "30"]), 5, "\n", &error);
+    server.join().expect("the peer took the request");
+}
+
+#[test]
+fn a_full_disk_is_exit_code_6() {
+    let queue = Queue::named("full_disk");
+    let _server = Program::start_server(&queue, &[]);
+    bash(&format!("rpc-client --queue {} 30 >/dev/full", &*queue))
+        .code(6)
+        .stdout("")
+        .stderr("rpc-client: cannot write to standard output: no space left on device\n");
+}
+
+#[test]
+fn a_reader_of_standard_output_that_goes_away_is_exit_code_141() {
+    let queue = Queue::named("sigpipe");
+    let _server = Program::start_server(&queue, &["-q"]);
+    let script = format!(
+        "rpc-client --queue {} --repeat 100000 30 | head -1; echo ${{PIPESTATUS[0]}}",
+        &*queue
+    );
+    bash(&script).code(0).stdout("832040\n141\n").stderr("");
+}
+
+#[test]
+fn a_reader_that_goes_away_is_exit_code_141_even_if_the_input_never_ends() {
+    let queue = Queue::named("endless");
+    let _server = Program::start_server(&queue, &["-q", "--prefetch", "64"]);
+    let script =
+        format!("yes 30 | rpc-client --queue {} - | head -2; echo ${{PIPESTATUS[1]}}", &*queue);
+    bash(&script).code(0).stdout("832040\n832040\n141\n").stderr("");
+}
+
+#[test]
+fn sigint_and_sigterm_end_a_client_at_once() {
+    let queue = Queue::declare("client_signals");
+    for signal in [Signal::INT, Signal::TERM] {
+        let mut call = Program::spawn("rpc-client", &["--queue", &queue, "30"]);
+        call.wait_for_log("no server is consuming");
+        call.send_signal(signal);
+        assert_eq!(call.wait().signal(), Some(signal.as_raw()), "a shell reports 128 more");
+    }
+}

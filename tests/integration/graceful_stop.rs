@@ -1,0 +1,114 @@
+//! Promise: stopping is graceful. A server that is stopped answers what it has begun, and leaves the rest to others.
+
+use crate::support::broker::exclusive_node;
+use crate::support::peer::{Peer, Queue};
+use crate::support::programs::{assert_output, call_in_background, client, Program};
+use crate::support::proxy::{Proxy, Traffic};
+use amiquip::AmqpProperties;
+use rpc_common::fib::fib;
+use rustix::process::Signal;
+use std::os::unix::process::ExitStatusExt;
+use std::thread;
+
+#[test]
+fn sigterm_and_sigint_let_a_server_finish_what_it_has_begun() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let queue = Queue::named(&format!("graceful_{}", signal.as_raw()));
+        let mut server = Program::start_server(&queue, &["--delay", "2s"]);
+        let caller = call_in_background(&queue, &["30"], "832040\n");
+        assert_eq!(server.next_line(), " [.] fib(30)");
+        server.send_signal(signal);
+        assert_eq!(server.wait().code(), Some(0));
+        caller.join().expect("the caller got its answer");
+        assert_eq!(Peer::connect().message_count(&queue), Some(0), "it is acknowledged");
+    }
+}
+
+#[test]
+fn a_stopping_server_leaves_prefetched_requests_to_other_servers() {
+    let queue = Queue::named("leaves_the_rest");
+    let first = Program::start_server(&queue, &["--prefetch", "10", "--delay", "3s"]);
+    let caller = call_in_background(&queue, &["10", "20", "30"], "55\n6765\n832040\n");
+    assert_eq!(first.next_line(), " [.] fib(10)");
+    assert_eq!(first.stop(), [""; 0]);
+    let second = Program::start_server(&queue, &[]);
+    caller.join().expect("the caller got its answers");
+    assert_eq!(second.stop(), [" [.] fib(20)", " [.] fib(30)"]);
+}
+
+#[test]
+fn a_second_signal_ends_a_server_at_once() {
+    let queue = Queue::named("second_signal");
+    let mut server = Program::start_server(&queue, &["--delay", "365d"]);
+    let properties = AmqpProperties::default().with_reply_to("nobody".into());
+    Peer::connect().publish(&queue, b"30", properties);
+    assert_eq!(server.next_line(), " [.] fib(30)");
+    server.send_signal(Signal::TERM);
+    server.wait_for_log("stopping");
+    server.send_signal(Signal::TERM);
+    assert_eq!(server.wait().signal(), Some(Signal::TERM.as_raw()), "a shell reports 143");
+}
+
+/// One of three servers is stopped. All of them close their connections by the close handshake.
+#[test]
+fn a_server_that_stops_under_load_loses_nothing_and_repeats_nothing() {
+    let broker = exclusive_node();
+    let unclean_before = broker.unclean_closes();
+    for prefetch in ["1", "64"] {
+        let queue = format!("drain.{prefetch}");
+        let servers = [(); 3].map(|()| {
+            Program::start_server_at(
+                broker.url(),
+                &queue,
+                &["--prefetch", prefetch, "--workers", "2"],
+            )
+        });
+        let numbers = (0..3000).map(|n| n % 90).collect::<Vec<u64>>();
+        let stdin = numbers.iter().map(|n| format!("{n}\n")).collect::<String>();
+        let answers = numbers.iter().map(|&n| format!("{}\n", fib(n))).collect::<String>();
+        let mut call = client(&queue, &["-j", "256", "-"]);
+        call.env("AMQP_URL", broker.url()).write_stdin(stdin);
+        let caller = thread::spawn(move || assert_output(&mut call, 0, &answers, ""));
+        let [first, others @ ..] = servers;
+        let mut begun = (0..50).map(|_| first.next_line()).collect::<Vec<_>>();
+        begun.extend(first.stop());
+        caller.join().expect("the caller got its answers");
+        begun.extend(others.into_iter().flat_map(Program::stop));
+        assert_eq!(begun.len(), numbers.len(), "each was computed once");
+    }
+    assert_eq!(broker.unclean_closes(), unclean_before);
+}
+
+#[test]
+fn a_frozen_broker_does_not_prevent_a_server_from_stopping() {
+    let queue = Queue::named("frozen_stop");
+    let proxy = Proxy::start();
+    let mut server = Program::start_server_at(&proxy.url(), &queue, &["--heartbeat", "600"]);
+    proxy.set_traffic(Traffic::Frozen);
+    server.send_signal(Signal::TERM);
+    assert_eq!(server.wait().code(), Some(0));
+}
+
+/// The level and the text of a log line, which looks like `[2026-01-31T12:00:00.000Z INFO ] text`.
+fn level_and_text(line: &str) -> Option<(&str, &str)> {
+    let (header, text) = line.split_once("] ")?;
+    let (_timestamp, level) = header.split_once(' ')?;
+    Some((level.trim(), text))
+}
+
+#[test]
+fn a_frozen_broker_does_not_prevent_a_server_from_stopping_before_it_serves() {
+    let queue = Queue::named("frozen_start");
+    let proxy = Proxy::start();
+    proxy.set_traffic(Traffic::Frozen);
+    let args = ["--queue", &queue, "--heartbeat", "600"];
+    let mut server = Program::spawn_at(&proxy.url(), "rpc-server", &args);
+    proxy.wait_for_connection(); // by then the server handles signals
+    server.send_signal(Signal::TERM);
+    assert_eq!(server.wait().code(), Some(0));
+    let (stdout, log) = server.remaining_output();
+    assert_eq!(stdout, [""; 0]);
+    let stopping = "stopping: what has begun is answered first; a second signal stops at once";
+    let log: Vec<_> = log.iter().map(|line| level_and_text(line)).collect();
+    assert_eq!(log, [Some(("INFO", stopping)), Some(("INFO", "stopped"))]);
+}

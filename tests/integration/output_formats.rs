@@ -1,0 +1,139 @@
+//! What the programs print on standard output: `--output`, `--summary`, `--quiet`, and the tutorial's lines.
+
+use crate::support::peer::{Peer, Queue};
+use crate::support::programs::{assert_output, bash, client, Program};
+use rpc_common::fib::fib;
+use std::thread;
+
+#[test]
+fn raw_output_is_the_number_and_nothing_else() {
+    let queue = Queue::named("one_call");
+    let _server = Program::start_server(&queue, &[]);
+    assert_output(&mut client(&queue, &["30"]), 0, "832040\n", "");
+}
+
+#[test]
+fn a_shell_script_gets_the_answer_into_a_variable() {
+    let queue = Queue::named("variable");
+    let _server = Program::start_server(&queue, &[]);
+    let script = format!("answer=$(rpc-client --queue {} 30); echo \"<$answer> $?\"", &*queue);
+    bash(&script).code(0).stdout("<832040> 0\n").stderr("");
+}
+
+#[test]
+fn the_millionth_number_is_exact() {
+    let queue = Queue::named("million");
+    let _server = Program::start_server(&queue, &[]);
+    assert_output(&mut client(&queue, &["1000000"]), 0, &format!("{}\n", fib(1_000_000)), "");
+}
+
+#[test]
+fn text_output_is_what_the_tutorials_client_prints() {
+    let queue = Queue::named("text");
+    let _server = Program::start_server(&queue, &[]);
+    let (got, asked) = (" [.] Got 832040\n", " [x] Requesting fib(30)\n");
+    assert_output(&mut client(&queue, &["-o", "text", "30"]), 0, got, asked);
+    assert_output(&mut client(&queue, &["-o", "text", "-q", "30"]), 0, got, "");
+}
+
+#[test]
+fn on_a_terminal_the_output_is_text() {
+    let queue = Queue::named("terminal");
+    let _server = Program::start_server(&queue, &[]);
+    let script = format!("script -qec 'rpc-client --queue {} 30' /dev/null", &*queue);
+    bash(&script).code(0).stdout(" [x] Requesting fib(30)\r\n [.] Got 832040\r\n");
+}
+
+#[test]
+fn a_server_prints_the_tutorials_lines() {
+    let queue = Queue::named("lines");
+    let server = Program::start_server(&queue, &[]);
+    assert_output(&mut client(&queue, &["30", "7"]), 0, "832040\n13\n", "");
+    assert_eq!(server.stop(), [" [.] fib(30)", " [.] fib(7)"]);
+}
+
+#[test]
+fn a_quiet_server_prints_only_that_it_awaits_requests() {
+    let queue = Queue::named("quiet");
+    let server = Program::start_server(&queue, &["--quiet"]);
+    assert_output(&mut client(&queue, &["30"]), 0, "832040\n", "");
+    assert_eq!(server.stop(), [""; 0]);
+}
+
+/// A JSON line without the fields whose values differ between runs.
+fn without_varying_fields(json: &str) -> String {
+    let remove = |text: &str, name: &str| match text.split_once(&format!(",\"{name}\":")) {
+        Some((before, after)) => {
+            let rest = after.find([',', '}']).map_or("", |end| &after[end..]);
+            format!("{before}{rest}")
+        }
+        None => text.to_owned(),
+    };
+    remove(&remove(json, "latency_ms"), "correlation_id")
+}
+
+#[test]
+fn json_output_has_one_object_per_call_and_bad_line() {
+    let queue = Queue::named("json");
+    let _server = Program::start_server(&queue, &["--max-n", "100"]);
+    let mut call = client(&queue, &["-o", "json", "-"]);
+    let output = call.write_stdin("30\nabc\n101\n").assert().code(2).get_output().clone();
+    let stdout = String::from_utf8(output.stdout).expect("JSON is text");
+    let lines: Vec<String> = stdout.lines().map(without_varying_fields).collect();
+    let expected = [
+        r#"{"n":30,"result":"832040"}"#,
+        r#"{"input":"abc","error":{"code":"usage","message":"line 2: 'abc' is not a natural number in decimal digits, 20 at most"}}"#,
+        r#"{"n":101,"error":{"code":"out-of-range","message":"out of range: 101 is larger than 100, the largest n served here"}}"#,
+    ];
+    assert_eq!(lines, expected);
+    assert_eq!(stdout.matches("\"latency_ms\":").count(), 2);
+    assert_eq!(stdout.matches("\"correlation_id\":").count(), 2);
+
+    let missing = Queue::named("json_missing");
+    let mut call = client(&missing, &["-o", "json", "1"]);
+    let output = call.assert().code(4).get_output().clone();
+    let stdout = String::from_utf8(output.stdout).expect("JSON is text");
+    assert!(stdout.contains(r#""error":{"code":"no-server","message":"no queue"#), "{stdout}");
+}
+
+/// The peer answers the first call last.
+#[test]
+fn unordered_answers_are_printed_as_they_arrive() {
+    let queue = Queue::declare("unordered");
+    let mut call = client(&queue, &["-q", "-o", "json", "--unordered", "30", "7", "8"]);
+    let caller = thread::spawn(move || call.assert().code(0).stderr("").get_output().clone());
+    let server = Peer::connect();
+    let [first, second, third] = [(); 3].map(|()| server.take(&queue));
+    for (request, answer) in [(second, "13"), (third, "21"), (first, "832040")] {
+        server.reply(&request, answer.as_bytes());
+    }
+    let output = caller.join().expect("the caller got its answers");
+    let stdout = String::from_utf8(output.stdout).expect("JSON is text");
+    let order: Vec<&str> =
+        stdout.lines().map(|line| line.split([':', ',']).nth(1).unwrap_or_default()).collect();
+    assert_eq!(order, ["7", "8", "30"]);
+    let stderr = "rpc-client: --unordered needs --output json, or answers cannot be told apart: try --help\n";
+    assert_output(&mut client(&queue, &["--unordered", "7"]), 2, "", stderr);
+}
+
+#[test]
+fn the_summary_counts_calls_and_errors() {
+    let queue = Queue::named("summary");
+    let _server = Program::start_server(&queue, &["--max-n", "100"]);
+    let mut call = client(&queue, &["-q", "--summary=json", "7", "101", "8"]);
+    let output = call.assert().code(1).stdout("13\n\n21\n").get_output().clone();
+    let stderr = String::from_utf8(output.stderr).expect("JSON is text");
+    let summary = stderr.lines().last().unwrap_or_default();
+    assert!(
+        summary.starts_with(r#"{"calls":3,"errors":{"out-of-range":1},"seconds":"#),
+        "{stderr}"
+    );
+    for name in ["calls_per_second", "latency_ms", "min", "p50", "p90", "p99", "p99.9", "max"] {
+        assert!(summary.contains(&format!("\"{name}\":")), "{name}: {summary}");
+    }
+    let output =
+        client(&queue, &["--summary", "7"]).assert().code(0).stdout("13\n").get_output().clone();
+    let stderr = String::from_utf8(output.stderr).expect("the summary is text");
+    assert!(stderr.starts_with("rpc-client: 1 call in "), "{stderr}");
+    assert!(stderr.ends_with("; errors: none\n"), "{stderr}");
+}

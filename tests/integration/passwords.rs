@@ -1,0 +1,54 @@
+//! Where a password comes from, and that no log shows it.
+
+use crate::support::broker;
+use crate::support::peer::Queue;
+use crate::support::programs::{assert_output, client, Program};
+use std::fs;
+use std::path::Path;
+
+#[test]
+fn a_password_on_the_command_line_causes_a_warning() {
+    let queue = Queue::named("password_warning");
+    let _server = Program::start_server(&queue, &[]);
+    let url = broker::url_with_credentials(broker::credentials());
+    let warning =
+        "rpc-client: warning: ps shows everybody the password in --url: put the URL into AMQP_URL\n";
+    assert_output(&mut client(&queue, &["--url", &url, "30"]), 0, "832040\n", warning);
+    assert_output(&mut client(&queue, &["--url", &url, "30", "-q"]), 0, "832040\n", "");
+    assert_output(client(&queue, &["30"]).env("AMQP_URL", &url), 0, "832040\n", "");
+}
+
+#[test]
+fn a_password_file_supplies_the_password_of_the_url() {
+    let queue = Queue::named("password_file");
+    let (user, password) = broker::credentials().split_once(':').expect("both are in the URL");
+    let url = broker::url_with_credentials(user);
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("password");
+    let name = file.to_str().expect("the target folder is UTF-8");
+    fs::write(&file, format!("{password}\n")).expect("the folder is writable");
+    let _server = Program::start_server_at(&url, &queue, &["--password-file", name]);
+    let mut call = client(&queue, &["--password-file", name, "30"]);
+    assert_output(call.env("AMQP_URL", &url), 0, "832040\n", "");
+}
+
+#[test]
+fn no_log_shows_a_password() {
+    let queue = Queue::named("secrets");
+    let _server = Program::start_server(&queue, &[]);
+    // The password is percent-encoded in the URL only: the log shows whether it took it from the URL or from the wire.
+    let (user, password) = broker::credentials().split_once(':').expect("both are in the URL");
+    let encoded = password.bytes().map(|byte| format!("%{byte:02x}")).collect::<String>();
+    let secret = broker::url_with_credentials(&format!("{user}:{encoded}"));
+    let output = client(&queue, &["30"])
+        .env("AMQP_URL", secret)
+        .env("RUST_LOG", "trace,amiquip=trace,amiquip::io_loop::handshake_state=trace")
+        .assert()
+        .code(0)
+        .get_output()
+        .clone();
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(log.len() > 1_000, "trace logs: {log}");
+    let on_the_wire = format!("\\u{{0}}{password}");
+    assert!(!log.contains(&encoded) && !log.contains(&on_the_wire), "{log}");
+    assert!(!log.contains("StartOk"), "{log}");
+}

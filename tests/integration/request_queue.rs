@@ -1,0 +1,85 @@
+//! The request queue: existing, missing, deleted, not permitted, or without consumers.
+
+use crate::support::broker;
+use crate::support::broker_features::{permitted_queue_types, report_not_applicable};
+use crate::support::peer::{default_queue_type, permits_transient_queues, Peer, Queue};
+use crate::support::programs::{assert_output, client, command, Program};
+use std::thread;
+
+#[test]
+fn a_server_uses_an_existing_queue_of_any_type() {
+    for queue_type in permitted_queue_types() {
+        let queue = Queue::named(&format!("adopt_{queue_type}"));
+        Peer::connect().declare(&queue, queue_type);
+        for asked in ["auto", "transient", "classic", "quorum"] {
+            let server = Program::start_server(&queue, &["--queue-type", asked]);
+            server.wait_for_log(&format!("adopted queue '{}' as it is", &*queue));
+            assert_output(&mut client(&queue, &["30"]), 0, "832040\n", "");
+            server.stop();
+        }
+    }
+}
+
+/// A second declaration with the same arguments succeeds; with other arguments the broker answers 406.
+#[test]
+fn a_server_declares_a_missing_queue_with_the_type_of_its_option() {
+    let auto = ("auto", default_queue_type(broker::url()));
+    let explicit = permitted_queue_types().into_iter().map(|queue_type| (queue_type, queue_type));
+    for (asked, declared) in explicit.chain([auto]) {
+        let queue = Queue::named(&format!("declare_{asked}"));
+        let server = Program::start_server(&queue, &["--queue-type", asked]);
+        Peer::connect().declare(&queue, declared);
+        server.stop();
+    }
+}
+
+/// RabbitMQ 4.3 can be configured not to permit transient queues; it then closes the connection.
+#[test]
+fn a_transient_queue_that_the_broker_does_not_permit_is_exit_code_3() {
+    if permits_transient_queues(broker::url()) {
+        return report_not_applicable("", "the broker permits transient queues");
+    }
+    let queue = Queue::named("not_permitted");
+    let mut server = command("rpc-server");
+    server.args(["--queue", &queue, "--queue-type", "transient"]);
+    let output = server.assert().code(3).stdout("").get_output().clone();
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(log.contains("transient_nonexcl_queues"), "{log}");
+}
+
+#[test]
+fn several_servers_can_declare_the_queue_at_the_same_time() {
+    let queue = Queue::named("race");
+    let queue = &*queue;
+    thread::scope(|scope| {
+        for queue_type in permitted_queue_types().into_iter().chain(["auto"]) {
+            scope.spawn(move || Program::start_server(queue, &["--queue-type", queue_type]).stop());
+        }
+    });
+}
+
+#[test]
+fn a_deleted_queue_is_declared_again() {
+    let queue = Queue::named("deleted");
+    let server = Program::start_server(&queue, &["--workers", "2"]);
+    let mut peer = Peer::connect();
+    peer.wait_for_consumers(&queue, 2);
+    peer.delete_queue(&queue);
+    server.wait_for_log("was deleted");
+    server.wait_for_log("declared queue");
+    assert_output(&mut client(&queue, &["-q", "30"]), 0, "832040\n", "");
+    server.stop();
+}
+
+#[test]
+fn a_queue_without_consumers_causes_a_warning_and_the_client_waits() {
+    let queue = Queue::declare("no_consumers");
+    let client = Program::spawn("rpc-client", &["--queue", &queue, "30"]);
+    let warning = client.wait_for_log("no server is consuming");
+    let expected =
+        format!("rpc-client: warning: no server is consuming '{}'; waiting up to 30s", &*queue);
+    assert_eq!(warning, expected);
+    let _server = Program::start_server(&queue, &[]);
+    assert_eq!(client.next_line(), "832040");
+    assert_eq!(client.wait_for_exit_code(), Some(0));
+}

@@ -1,4 +1,4 @@
-//! A cluster of three nodes that fail under load.
+//! A cluster of three nodes: a node fails under load.
 
 use crate::support::broker::Cluster;
 use crate::support::broker_features::broker_version_at;
@@ -7,8 +7,8 @@ use crate::support::programs::Program;
 
 const CALLS: usize = 600;
 
-/// Each server has a node of its own; the client is on a node that lives on. (RabbitMQ 3.10 loses what is published on
-/// a new connection while the queue elects a leader.)
+/// Each server is connected to another node; the client is connected to a node that survives. (RabbitMQ 3.10 loses what is
+/// published on a new connection while the queue elects a leader.)
 #[test]
 fn every_call_is_answered_when_the_queues_leader_is_killed() {
     let cluster = Cluster::start("cluster");
@@ -16,7 +16,8 @@ fn every_call_is_answered_when_the_queues_leader_is_killed() {
     let args = ["--queue-type", "quorum", "--delay", "20ms", "-q"];
     let servers: Vec<Program> =
         cluster.urls().iter().map(|url| Program::start_server_at(url, queue, &args)).collect();
-    // From RabbitMQ 4.3 on a quorum queue keeps what a consumer on a dead node has in hand for it, for a minute by default.
+    // From RabbitMQ 4.3 on a quorum queue returns the messages of a consumer on a dead node after a timeout: a minute
+    // by default.
     if broker_version_at(&cluster.urls()[0]) >= (4, 3) {
         let policy = r#"{"consumer-disconnected-timeout":1000}"#;
         cluster.run_on_node(1, "ctl", &["set_policy", "return", "^survives$", policy]);
@@ -44,7 +45,7 @@ fn every_call_is_answered_when_the_queues_leader_is_killed() {
     }
 }
 
-/// The number of the node on which the queue's leader is.
+/// The number of the node that is the queue's leader.
 fn leader(cluster: &Cluster, queue: &str) -> usize {
     let table =
         cluster.run_on_node(1, "ctl", &["list_queues", "--no-table-headers", "name", "leader"]);

@@ -1,4 +1,4 @@
-//! Every error message of both programs, on one page: `messages.txt`, to be read as a user.
+//! The error messages of both programs on one page: `messages.txt`, for people who check how they read.
 
 use crate::support::broker::{private_node, Node};
 use crate::support::peer::Peer;
@@ -11,48 +11,48 @@ use std::{fs, thread};
 
 const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/integration/messages.txt");
 
-/// Behind `$ ` stand commands, below them all that they print but empty lines, and the exit code, if it is
-/// not 0.
+/// Each line that begins with `$ ` is a command. The lines below are all that it prints, without empty lines, and its exit
+/// code, unless it is 0. Lines that begin with `#` are comments and headings.
 #[test]
-fn the_page_of_messages_is_what_both_programs_say() {
+fn the_programs_print_what_the_page_of_messages_shows() {
     let page = fs::read_to_string(PAGE).expect("the file exists");
-    let scene = Scene::set(private_node());
-    let (mut seen, mut continues) = (String::new(), false);
+    let setup = Setup::new(private_node());
+    let (mut actual, mut follows_comment) = (String::new(), false);
     for line in page.lines() {
         let is_comment = line.starts_with("# ");
         if !(is_comment || line.starts_with("## ") || line.starts_with("$ ")) {
-            continue; // it was printed when the page was written
+            continue; // expected output
         }
-        if !(seen.is_empty() || continues && is_comment) {
-            seen.push('\n');
+        if !(actual.is_empty() || follows_comment && is_comment) {
+            actual.push('\n');
         }
-        let printed = line.strip_prefix("$ ").map(|command| scene.run(command));
-        seen.extend([line, "\n", printed.as_deref().unwrap_or_default()]);
-        continues = is_comment;
+        let output = line.strip_prefix("$ ").map(|command| setup.run(command));
+        actual.extend([line, "\n", output.as_deref().unwrap_or_default()]);
+        follows_comment = is_comment;
     }
-    if seen != page {
-        let actual = Path::new(env!("CARGO_TARGET_TMPDIR")).join("messages.txt");
-        fs::write(&actual, &seen).expect("the folder is writable");
-        let new = seen.lines().find(|line| !page.contains(line));
-        panic!("{PAGE} differs from {}, perhaps in: {new:#?}", actual.display());
+    if actual != page {
+        let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("messages.txt");
+        fs::write(&file, &actual).expect("the folder is writable");
+        let new = actual.lines().find(|line| !page.contains(line));
+        panic!("{PAGE} differs from {}, perhaps in: {new:#?}", file.display());
     }
 }
 
-/// What the commands of the page find.
-struct Scene {
-    /// Set before each command.
+/// What the commands of the page use: shell variables, a server, and peers that misbehave.
+struct Setup {
+    /// Shell code that exports the variables.
     variables: String,
-    /// What is different in every run, and how the page has it.
-    names: Vec<(String, &'static str)>,
+    /// Texts that differ between runs, and what the page has in their place.
+    placeholders: Vec<(String, &'static str)>,
     _server: Program,
 }
 
-impl Scene {
-    fn set(node: &Node) -> Self {
+impl Setup {
+    fn new(node: &Node) -> Self {
         let tls = listeners();
         let (cert, key) = &tls.client;
-        let (unknown_cert, unknown_key) = &tls.unknown;
-        let (other_cert, other_key) = &tls.stranger;
+        let (unknown_cert, unknown_key) = &tls.unknown_user;
+        let (other_cert, other_key) = &tls.other_ca_client;
         for (user, permissions) in [
             ("no-configure", ["^$", ".*", ".*"]),
             ("no-write", [".*", "^$", ".*"]),
@@ -62,15 +62,16 @@ impl Scene {
             node.rabbitmqctl(&[&["set_permissions", user][..], &permissions].concat());
         }
         node.rabbitmqctl(&["add_user", "no-vhost", "page"]);
-        let foreign = Peer::connect_to(node.url());
-        foreign.declare_default("page.idle");
-        foreign.declare_default("page.nonsense");
+        let peer = Peer::connect_to(node.url());
+        peer.declare_default("page.idle");
+        peer.declare_default("page.nonsense");
         let nonsense = |request: &[u8]| if request == b"30" { "NaN" } else { "12345678901" };
-        thread::spawn(move || foreign.serve("page.nonsense", nonsense));
+        thread::spawn(move || peer.serve("page.nonsense", nonsense));
         let broker = node.authority().to_owned();
-        let nobody = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
-        let nobody = nobody.expect("a port is free").to_string();
-        let (silent, web) = (peer(b""), peer(b"HTTP/1.1 400 Bad Request\r\n\r\n"));
+        let unused = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
+        let unused = unused.expect("a port is free").to_string();
+        let (silent, web) =
+            (listen_and_send(b""), listen_and_send(b"HTTP/1.1 400 Bad Request\r\n\r\n"));
         let (silent, web) = (silent.to_string(), web.to_string());
         let folder = node.folder().to_str().expect("the temporary folder is UTF-8").to_owned();
         let at = |port| format!("localhost:{port}");
@@ -79,7 +80,7 @@ impl Scene {
             (at(tls.wrong_host), at(tls.mutual), at(tls.mutual_12));
         let variables = [
             ("BROKER", &*broker),
-            ("NOBODY", &nobody),
+            ("NOBODY", &unused),
             ("SILENT", &silent),
             ("WEB", &web),
             ("TLS", &good),
@@ -88,7 +89,7 @@ impl Scene {
             ("TLS_MUTUAL", &mutual),
             ("TLS_12", &mutual_12),
             ("CA", &tls.ca),
-            ("OTHER_CA", &tls.unknown_ca),
+            ("OTHER_CA", &tls.other_ca),
             ("CERT", cert),
             ("KEY", key),
             ("UNKNOWN_CERT", unknown_cert),
@@ -99,17 +100,17 @@ impl Scene {
             ("RUST_LOG", "error"),
         ];
         let variables = variables.map(|(name, value)| format!("export {name}='{value}'\n"));
-        Scene {
+        Setup {
             variables: variables.concat(),
-            names: vec![
-                // What the resolver says of it where there is no name server.
+            placeholders: vec![
+                // The resolver's error on a machine without a name server.
                 ("temporary failure in name resolution".into(), "name or service not known"),
-                // RabbitMQ says which access from 4.0 on.
+                // RabbitMQ names the kind of access from 4.0 on.
                 ("configure access to".into(), "access to"),
                 ("write access to".into(), "access to"),
                 ("read access to".into(), "access to"),
                 (broker, "rabbit:5672"),
-                (nobody, "nobody:5672"),
+                (unused, "nobody:5672"),
                 (silent, "silent:5672"),
                 (web, "web:80"),
                 (good, "rabbit:5671"),
@@ -124,7 +125,7 @@ impl Scene {
         }
     }
 
-    /// All that a command prints, and its exit code.
+    /// Runs a command, and returns its output as the page shows it.
     fn run(&self, command: &str) -> String {
         let script = format!(
             "{}exec 2>&1; {command}\ncode=$?; [ $code = 0 ] || echo \"[$code]\"",
@@ -132,8 +133,8 @@ impl Scene {
         );
         let output = bash(&script).get_output().clone();
         let mut text = String::from_utf8(output.stdout).expect("messages are text");
-        for (actual, name) in &self.names {
-            text = text.replace(actual, name);
+        for (actual, placeholder) in &self.placeholders {
+            text = text.replace(actual, placeholder);
         }
         if let Some(at) = text.find("rpc.reply.") {
             text.replace_range(at + 10..at + 46, "<uuid>");
@@ -142,13 +143,13 @@ impl Scene {
     }
 }
 
-/// A peer that accepts, and says no more than this.
-fn peer(words: &'static [u8]) -> SocketAddr {
+/// Listens on a port, and sends `bytes` to each connection, and nothing more.
+fn listen_and_send(bytes: &'static [u8]) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
     let address = listener.local_addr().expect("the socket is bound");
     thread::spawn(move || {
         for mut stream in listener.incoming().flatten() {
-            let _ = stream.write_all(words); // the other end may have had enough
+            let _ = stream.write_all(bytes); // fails if the client has closed the connection
             let _ = stream.read_to_end(&mut Vec::new());
         }
     });

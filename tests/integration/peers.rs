@@ -1,4 +1,5 @@
-//! The RPC tutorial on the libraries of other languages (`tests/peers`): each is a drop-in half.
+//! The RPC tutorial on libraries of other languages (`tests/peers`): their clients call rpc-server, and their servers
+//! answer rpc-client.
 
 use crate::support::broker_features::{permitted_queue_types, report_not_applicable};
 use crate::support::peer::{default_queue_type, permits_transient_queues, Peer, Queue};
@@ -6,12 +7,13 @@ use crate::support::programs::{assert_output, client, program_folder, Program};
 use crate::support::{broker, eventually, TEST_TIMEOUT};
 use assert_cmd::Command;
 use rpc_common::fib::fib;
+use rustix::process::Signal;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use std::{fmt, fs, process};
 
-/// A language of the tutorial.
+/// A language of a peer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Language {
     Php,
@@ -32,7 +34,7 @@ impl Language {
             Php => self.run(&sources.join(format!("php/{half}.php"))),
             Python => self.run(&sources.join(format!("python/{half}.py"))),
             Node => self.run(&sources.join(format!("node/{half}.js"))),
-            Go => process::Command::new(installed().join(format!("go-{half}"))),
+            Go => process::Command::new(peer_folder().join(format!("go-{half}"))),
         }
     }
 
@@ -40,14 +42,14 @@ impl Language {
     fn run(self, source: &Path) -> process::Command {
         let mut command = match self {
             Php => process::Command::new("php"),
-            Python => process::Command::new(installed().join("python/bin/python")),
+            Python => process::Command::new(peer_folder().join("python/bin/python")),
             Node => process::Command::new("node"),
             Go => process::Command::new("go"),
         };
         match self {
-            Node => command.env("NODE_PATH", installed().join("node/node_modules")),
-            // Built first, so that it is the program itself that is stopped. Debian's libraries are
-            // found below GOPATH, without modules.
+            Node => command.env("NODE_PATH", peer_folder().join("node/node_modules")),
+            // Not `go run`: a signal must reach the program itself. Debian installs the libraries below GOPATH, without
+            // modules.
             Go => {
                 let program = source.with_extension("");
                 command.env("GO111MODULE", "off").env("GOPATH", "/usr/share/gocode");
@@ -71,15 +73,15 @@ impl Language {
     }
 }
 
-/// The folder of what `tests/setup.sh peers` installs.
-fn installed() -> PathBuf {
-    let installed =
+/// The folder into which `tests/setup.sh peers` installs.
+fn peer_folder() -> PathBuf {
+    let folder =
         program_folder().parent().expect("profiles are below the target folder").join("peers");
     assert!(
-        installed.join("go-client").exists(),
+        folder.join("go-client").exists(),
         "the peers are not installed: run 'tests/setup.sh peers', or 'make test' which does"
     );
-    installed
+    folder
 }
 
 fn with_environment(mut command: process::Command, variables: &[(&str, &str)]) -> process::Command {
@@ -87,24 +89,24 @@ fn with_environment(mut command: process::Command, variables: &[(&str, &str)]) -
     command
 }
 
-/// How long a cell of the matrix may take; a peer that lost an answer waits for ever.
-const LIMIT: Duration = Duration::from_secs(120);
+/// The limit of a peer's run: one that lost an answer waits for ever.
+const PEER_TIMEOUT: Duration = Duration::from_secs(120);
 
 const NUMBERS: [u64; 6] = [0, 1, 7, 30, 78, 90];
 
-/// The caller and the server of a row of the matrix.
+/// A row of the matrix: whether a client gets the right answers from a server.
 struct Row {
-    caller: String,
+    client: String,
     server: String,
-    /// For [`NUMBERS`], then for 300 calls with 16 in flight.
+    /// A cell for each of [`NUMBERS`], and one for 300 calls with 16 in flight.
     cells: Vec<bool>,
 }
 
 impl Row {
-    /// Fills the cells with what `call` prints for its arguments.
-    fn new(caller: &str, server: &str, call: impl Fn(&[u64]) -> Command) -> Self {
+    /// Fills the cells. `call` returns the command that prints fib(n) for each number.
+    fn new(client: &str, server: &str, call: impl Fn(&[u64]) -> Command) -> Self {
         let answers = |numbers: &[u64]| {
-            let output = call(numbers).timeout(LIMIT).output();
+            let output = call(numbers).timeout(PEER_TIMEOUT).output();
             let output = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
             let lines: Vec<String> = output.unwrap_or_default().lines().map(Into::into).collect();
             numbers
@@ -116,28 +118,28 @@ impl Row {
         let many: Vec<u64> = (0..300).map(|i| i % 90).collect();
         let mut cells = answers(&NUMBERS);
         cells.push(answers(&many).into_iter().all(|ok| ok));
-        Row { caller: caller.into(), server: server.into(), cells }
+        Row { client: client.into(), server: server.into(), cells }
     }
 }
 
 impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "| {:14} | {:21} |", self.caller, self.server)?;
+        write!(f, "| {:14} | {:21} |", self.client, self.server)?;
         self.cells.iter().try_for_each(|ok| write!(f, " {:6} |", if *ok { "ok" } else { "FAILED" }))
     }
 }
 
-/// The rows of the peers' clients with rpc-server, one of them also by direct reply-to, and of rpc-client
-/// with the peers' servers.
+/// The rows of the peers' clients with rpc-server (Python's also with direct reply-to), and of rpc-client with the
+/// peers' servers.
 fn rows(queue_type: &str) -> Vec<Row> {
     let queue = Queue::named(&format!("matrix_{queue_type}"));
-    let ours = Program::start_server(&queue, &["--queue-type", queue_type]);
+    let server = Program::start_server(&queue, &["--queue-type", queue_type]);
     let peers =
         LANGUAGES.map(|language| (language, "queue")).into_iter().chain([(Python, "direct")]);
     let mut rows: Vec<Row> = peers
         .map(|(language, reply_to)| {
-            let caller = format!("{language:?}, {reply_to}");
-            Row::new(&caller, &format!("rpc-server, {queue_type}"), |numbers| {
+            let client = format!("{language:?}, {reply_to}");
+            Row::new(&client, &format!("rpc-server, {queue_type}"), |numbers| {
                 let environment = [("RPC_QUEUE", &*queue), ("RPC_REPLY_TO", reply_to)];
                 let mut command = with_environment(language.program("client"), &environment);
                 command.args(numbers.iter().map(u64::to_string));
@@ -145,10 +147,10 @@ fn rows(queue_type: &str) -> Vec<Row> {
             })
         })
         .collect();
-    ours.stop();
+    server.stop();
     rows.extend(LANGUAGES.map(|language| {
         let queue = Queue::named(&format!("matrix_{queue_type}_{language:?}"));
-        let _theirs = language.start_server(&queue, queue_type);
+        let _server = language.start_server(&queue, queue_type);
         Row::new("rpc-client", &format!("{language:?}, {queue_type}"), |numbers| {
             let mut command = client(&queue, &["-j", "16", "-t", "20s"]);
             command.args(numbers.iter().map(u64::to_string));
@@ -158,20 +160,20 @@ fn rows(queue_type: &str) -> Vec<Row> {
     rows
 }
 
-/// The types of queue that the tutorial declares in one form or another, and the broker permits.
+/// The queue types that versions of the tutorial declare, as far as the broker permits them.
 fn tutorial_queue_types() -> impl Iterator<Item = &'static str> {
     permitted_queue_types().into_iter().filter(|&queue_type| queue_type != "classic")
 }
 
-/// The tutorial as it was, and its form of today: a durable quorum queue, and direct reply-to.
+/// With the older form of the tutorial (a transient queue) and the current one (a quorum queue, and direct reply-to).
 #[test]
-fn the_matrix() {
+fn every_pair_of_client_and_server_gives_right_answers() {
     let rows: Vec<Row> = tutorial_queue_types().flat_map(rows).collect();
     let header =
-        "| caller         | server                | n = 0  | n = 1  | n = 7  | n = 30 | n = 78 | n = 90 | 300/16 |";
+        "| client         | server                | n = 0  | n = 1  | n = 7  | n = 30 | n = 78 | n = 90 | 300/16 |";
     let rule = header.replace(|char| char != '|', "-");
     let table: String = rows.iter().map(|row| format!("{row}\n")).collect();
-    // To the handle: what the macros print is shown of failed tests only.
+    // Not eprintln!: the test runner shows its output for failed tests only.
     let _ = write!(std::io::stderr(), "\n{header}\n{rule}\n{table}\n");
     assert!(
         rows.iter().all(|row| row.cells.iter().all(|ok| *ok)),
@@ -179,9 +181,9 @@ fn the_matrix() {
     );
 }
 
-/// On one queue, started in either order, of either type: nobody is refused, the calls are shared out.
+/// rpc-server and a peer's server serve one queue of each type, started in either order: both answer calls.
 #[track_caller]
-fn shares_a_queue(language: Language) {
+fn assert_shares_a_queue(language: Language) {
     for queue_type in tutorial_queue_types() {
         for ours_first in [true, false] {
             let queue = Queue::named(&format!("shared_{queue_type}_{language:?}_{ours_first}"));
@@ -193,13 +195,13 @@ fn shares_a_queue(language: Language) {
                 let theirs = language.start_server(&queue, queue_type);
                 (start_ours(), theirs)
             };
-            let (mut of_ours, mut of_theirs) = (0, 0);
-            eventually("both take their share", || {
+            let (mut our_calls, mut their_calls) = (0, 0);
+            eventually("both servers have answered ten calls", || {
                 let mut call = client(&queue, &["-j", "16", "--repeat", "100", "10"]);
                 assert_output(&mut call, 0, &"55\n".repeat(100), "");
-                of_ours += ours.new_lines().len();
-                of_theirs += theirs.new_lines().len();
-                (of_ours >= 10 && of_theirs >= 10).then_some(())
+                our_calls += ours.new_lines().len();
+                their_calls += theirs.new_lines().len();
+                (our_calls >= 10 && their_calls >= 10).then_some(())
             });
             ours.stop();
         }
@@ -208,27 +210,27 @@ fn shares_a_queue(language: Language) {
 
 #[test]
 fn rpc_server_shares_a_queue_with_php() {
-    shares_a_queue(Php);
+    assert_shares_a_queue(Php);
 }
 
 #[test]
 fn rpc_server_shares_a_queue_with_python() {
-    shares_a_queue(Python);
+    assert_shares_a_queue(Python);
 }
 
 #[test]
 fn rpc_server_shares_a_queue_with_go() {
-    shares_a_queue(Go);
+    assert_shares_a_queue(Go);
 }
 
 #[test]
 fn rpc_server_shares_a_queue_with_node() {
-    shares_a_queue(Node);
+    assert_shares_a_queue(Node);
 }
 
-/// A foreign client knows no error replies: it gets the sentence for an answer, and the server goes on.
+/// A peer's client does not know error replies: it prints the sentence as the answer, and the server goes on.
 #[test]
-fn a_peers_bad_request_is_answered_with_a_sentence() {
+fn a_peer_gets_a_sentence_for_a_bad_request() {
     let queue = Queue::named("peers_bad_request");
     let _server = Program::start_server(&queue, &[]);
     let answers = "invalid argument: 'abc' is not a natural number in decimal digits, 20 at most\n\
@@ -237,13 +239,13 @@ fn a_peers_bad_request_is_answered_with_a_sentence() {
     for language in LANGUAGES {
         let mut call = with_environment(language.program("client"), &[("RPC_QUEUE", &queue)]);
         call.args(["abc", "2000000", "30"]);
-        assert_output(Command::from_std(call).timeout(LIMIT), 0, answers, "");
+        assert_output(Command::from_std(call).timeout(PEER_TIMEOUT), 0, answers, "");
     }
 }
 
-/// A foreign server knows no error replies either: its sentence is no number.
+/// A peer's server does not know error replies: its sentence is not a number.
 #[test]
-fn a_peer_servers_sentence_is_a_bad_reply() {
+fn a_sentence_from_a_peers_server_is_a_bad_reply() {
     for language in LANGUAGES {
         let queue = Queue::named(&format!("sentence_{language:?}"));
         let _server = language.start_server(&queue, default_queue_type(broker::url()));
@@ -257,37 +259,38 @@ fn a_peer_servers_sentence_is_a_bad_reply() {
     }
 }
 
-/// Exactly one answer a call, and the reply queue is gone with the client.
+/// The client prints a second answer on standard error, and the server would log a reply without a receiver.
 #[test]
-fn direct_reply_to_gets_one_answer() {
+fn direct_reply_to_gets_exactly_one_answer() {
     let queue = Queue::named("direct");
-    let server = Program::start_server(&queue, &[]);
+    let mut server = Program::start_server(&queue, &[]);
     let mut call = with_environment(
         Python.program("client"),
         &[("RPC_QUEUE", &queue), ("RPC_REPLY_TO", "direct")],
     );
     call.args(std::iter::repeat_n("7", 100));
-    // It says on standard error when a second answer comes.
-    assert_output(Command::from_std(call).timeout(LIMIT), 0, &"13\n".repeat(100), "");
-    let log = server.new_log();
+    assert_output(Command::from_std(call).timeout(PEER_TIMEOUT), 0, &"13\n".repeat(100), "");
+    server.send_signal(Signal::TERM);
+    assert_eq!(server.wait().code(), Some(0));
+    let (lines, log) = server.remaining_output();
     assert!(!log.iter().any(|line| line.contains("WARN")), "{log:#?}");
-    assert_eq!(server.stop().len(), 100);
-    assert_eq!(Peer::connect().message_count(&queue), Some(0), "all are acknowledged");
+    assert_eq!(lines.len(), 100);
+    assert_eq!(Peer::connect().message_count(&queue), Some(0), "all requests are acknowledged");
 }
 
-/// The README's blocks of a language: the first calls rpc-server, the second serves rpc-client.
+/// Runs the README's two programs in a language: the first calls rpc-server, the second serves rpc-client.
 #[track_caller]
-fn guest(language: Language, block: &str, extension: &str) {
+fn assert_readme_programs_work(language: Language, block: &str, extension: &str) {
     let readme = concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md");
     let readme = fs::read_to_string(readme).expect("the file exists");
-    let queue = Queue::named(&format!("guest_{language:?}"));
+    let queue = Queue::named(&format!("readme_{language:?}"));
     let authority = broker::authority();
-    let (host, port) = authority.rsplit_once(':').expect("the port is named");
+    let (host, port) = authority.rsplit_once(':').expect("it has a port");
     let (user, password) = broker::credentials().split_once(':').expect("both are in the URL");
     let fence = format!("```{block}\n");
     let mut programs = readme.split(&fence).skip(1).enumerate().map(|(place, rest)| {
         let source = rest.split("```").next().expect("a block ends");
-        assert!(source.lines().count() <= 10, "ten lines are promised");
+        assert!(source.lines().count() <= 10, "the README promises ten lines");
         let source =
             source.replace("rpc_queue", &queue).replace("amqp://localhost", broker::url()).replace(
                 "'localhost', 5672, 'guest', 'guest'",
@@ -305,32 +308,32 @@ fn guest(language: Language, block: &str, extension: &str) {
     }
     if !permits_transient_queues(broker::url()) {
         return report_not_applicable(
-            "the guest's server",
+            "the server in this language",
             "it declares a transient queue, as in the tutorial",
         );
     }
-    Peer::connect().delete_queue(&queue); // it declares it itself
+    Peer::connect().delete_queue(&queue); // the program declares it
     let _server = Program::spawn_command(&programs.next().expect("a block that serves"));
     Peer::connect().wait_for_consumers(&queue, 1);
     assert_output(&mut client(&queue, &["30"]), 0, "832040\n", "");
 }
 
 #[test]
-fn the_readmes_guests_from_php_work() {
-    guest(Php, "php", "php");
+fn the_readmes_php_programs_work() {
+    assert_readme_programs_work(Php, "php", "php");
 }
 
 #[test]
-fn the_readmes_guests_from_python_work() {
-    guest(Python, "python", "py");
+fn the_readmes_python_programs_work() {
+    assert_readme_programs_work(Python, "python", "py");
 }
 
 #[test]
-fn the_readmes_guests_from_go_work() {
-    guest(Go, "go", "go");
+fn the_readmes_go_programs_work() {
+    assert_readme_programs_work(Go, "go", "go");
 }
 
 #[test]
-fn the_readmes_guests_from_node_work() {
-    guest(Node, "js", "js");
+fn the_readmes_node_programs_work() {
+    assert_readme_programs_work(Node, "js", "js");
 }

@@ -1,11 +1,10 @@
-//! Faults strike at random while clients and servers work: every call ends with its right answer or with
-//! exit code 5, and nothing is left behind.
+//! All promises together: random faults while clients and servers run under load. Every call ends with its right answer
+//! or with exit code 5, and no message is left.
 //!
-//! `SOAK_SECONDS` is how long (60), `SOAK_SEED` repeats a run. With `--nocapture` it reports.
+//! `SOAK_SECONDS` is the duration (60), and `SOAK_SEED` repeats the faults of a run. `--nocapture` shows a report.
 
 use crate::bad_messages;
 use crate::support::broker::private_node;
-use crate::support::eventually;
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::Program;
 use crate::support::proxy::{Proxy, Traffic};
@@ -21,57 +20,60 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 use std::{env, thread};
 
-/// The limit of the client that does not outlast every fault.
-const IMPATIENT: &str = "4s";
+/// The timeout of one client, which is shorter than some faults.
+const SHORT_TIMEOUT: &str = "4s";
 
-/// Of three servers with two workers each.
+/// Three servers with two workers each.
 const CONSUMERS: u32 = 6;
 
-/// Above this, fib(n) would be the load.
-const LARGEST: u64 = 300;
+/// The largest n, so that fib(n) takes no time.
+const MAX_N: u64 = 300;
 
-/// How often the programs' memory is reported.
-const REPORTING: Duration = Duration::from_secs(60);
+/// How often the memory of the programs is reported.
+const REPORT_INTERVAL: Duration = Duration::from_secs(60);
 
-/// A server and the way to its broker.
-struct Station {
+/// A server, and the proxy between it and the broker.
+struct ProxiedServer {
     proxy: Proxy,
-    server: Option<Program>,
+    program: Option<Program>,
     args: Vec<String>,
 }
 
-impl Station {
+impl ProxiedServer {
     fn new(queue: &str, prefetch: &str) -> Self {
         let args = ["--queue", queue, "--queue-type", "classic", "--prefetch", prefetch];
         let args = [&args[..], &["--workers", "2", "--heartbeat", "2", "-q"]].concat();
         let args = args.into_iter().map(str::to_owned).collect();
-        let mut station =
-            Station { proxy: Proxy::start_to(private_node().authority()), server: None, args };
-        station.start();
-        station
+        let mut server = ProxiedServer {
+            proxy: Proxy::start_to(private_node().authority()),
+            program: None,
+            args,
+        };
+        server.start();
+        server
     }
 
     fn start(&mut self) {
         let args = self.args.iter().map(String::as_str).collect::<Vec<_>>();
-        self.server = Some(Program::spawn_at(
+        self.program = Some(Program::spawn_at(
             &format!("amqp://{}", self.proxy.authority()),
             "rpc-server",
             &args,
         ));
     }
 
-    /// Ends the server as a crash or an operator does, and starts another one.
+    /// Ends the server by SIGKILL or SIGTERM, and starts another one. Returns the name of the fault.
     fn replace(&mut self, signal: Signal) -> &'static str {
-        let mut server = self.server.take().expect("it runs");
-        server.send_signal(signal);
-        let status = server.wait();
-        let (_, log) = server.remaining_output();
-        // Before it handles signals, they end it; and two connections in a row that break in its first login
-        // look as if the broker refused its password.
-        let is_graceful = status.code() == Some(0) || status.signal() == Some(signal.as_raw());
+        let mut program = self.program.take().expect("it is running");
+        program.send_signal(signal);
+        let status = program.wait();
+        let (_, log) = program.remaining_output();
+        // A signal ends a server that does not handle signals yet. And two connections in a row that break during the
+        // login look as if the broker refused the password.
+        let is_stopped = status.code() == Some(0) || status.signal() == Some(signal.as_raw());
         let is_refused =
             status.code() == Some(3) && log.iter().any(|line| line.contains("refused user"));
-        assert!(is_graceful || is_refused, "{status} after {log:#?}");
+        assert!(is_stopped || is_refused, "{status} after {log:#?}");
         self.start();
         if signal == Signal::KILL {
             "kill -9"
@@ -81,69 +83,69 @@ impl Station {
     }
 }
 
-/// One fault: strikes, lasts, and is over.
-fn strike(rng: &mut Rng, proxy: &Proxy) -> &'static str {
-    let lasting = |rng: &mut Rng, most: u64| {
-        thread::sleep(Duration::from_millis(rng.u64(50..most)));
+/// Injects a random fault into the connections through a proxy, and ends it. Returns its name.
+fn inject_fault(rng: &mut Rng, proxy: &Proxy) -> &'static str {
+    let sleep_up_to = |rng: &mut Rng, max_ms: u64| {
+        thread::sleep(Duration::from_millis(rng.u64(50..max_ms)));
     };
-    let spell = |rng: &mut Rng, weather, most| {
-        proxy.set_traffic(weather);
-        lasting(rng, most);
+    let change_traffic = |rng: &mut Rng, traffic, max_ms| {
+        proxy.set_traffic(traffic);
+        sleep_up_to(rng, max_ms);
         proxy.set_traffic(Traffic::Normal);
     };
     match rng.u8(0..7) {
         0 => {
             proxy.close_connections();
-            "cut"
+            "close"
         }
         1 => {
-            spell(rng, Traffic::Frozen, 5_000);
-            "black hole"
+            change_traffic(rng, Traffic::Frozen, 5_000);
+            "freeze"
         }
         2 => {
-            let pause = Duration::from_millis(rng.u64(1..100));
-            spell(rng, Traffic::Delayed(pause), 2_000);
+            let delay = Duration::from_millis(rng.u64(1..100));
+            change_traffic(rng, Traffic::Delayed(delay), 2_000);
             "delay"
         }
         3 => {
-            spell(rng, Traffic::ByteByByte, 2_000);
-            "drip"
+            change_traffic(rng, Traffic::ByteByByte, 2_000);
+            "byte by byte"
         }
         4 => {
             proxy.close_client_side();
-            lasting(rng, 5_000);
+            sleep_up_to(rng, 5_000);
             proxy.close_connections();
             "half open"
         }
         5 => {
             proxy.reset_after(rng.usize(0..20_000));
-            lasting(rng, 1_000);
+            sleep_up_to(rng, 1_000);
             "reset"
         }
         _ => {
             proxy.refuse(true);
             proxy.close_connections();
-            lasting(rng, 2_000);
+            sleep_up_to(rng, 2_000);
             proxy.refuse(false);
             "refusal"
         }
     }
 }
 
-/// What became of the calls of a client.
+/// How the calls of a client ended.
 #[derive(Debug, Default)]
-struct Tally {
+struct CallCounts {
     right: u64,
     timeouts: u64,
-    /// Calls that were not sent, because the broker was away for too long.
+    /// Calls that were not sent, because the broker was unreachable for too long.
     unreachable: u64,
     wrong: Vec<String>,
-    /// Replies that came late, or twice.
+    /// Replies that were late or duplicate.
     discarded: u64,
 }
 
-impl Tally {
-    fn take(&mut self, answers: &[String], log: &[String]) {
+impl CallCounts {
+    fn add(&mut self, answers: &[String], log: &[String]) {
         for answer in answers {
             let call: Value = serde_json::from_str(answer).expect("it is JSON");
             let expected = call["n"].as_u64().map(|n| fib(n).to_string());
@@ -158,106 +160,104 @@ impl Tally {
             log.iter().filter(|line| line.contains("discarded a reply")).count() as u64;
     }
 
-    fn ended(&self) -> u64 {
+    fn total(&self) -> u64 {
         self.right + self.timeouts + self.unreachable + self.wrong.len() as u64
     }
 }
 
-/// Calls until it is told to stop, and checks every answer.
+/// Runs clients one after the other until `stop` is set, and checks every answer.
 fn call_until(
     stop: &AtomicBool,
     proxy: &Proxy,
     queue: &str,
     timeout: &str,
     rng: &mut Rng,
-) -> Tally {
-    let mut tally = Tally::default();
+) -> CallCounts {
+    let mut counts = CallCounts::default();
     while !stop.load(Ordering::Relaxed) {
-        call_with_one_client(stop, proxy, queue, timeout, rng, &mut tally);
+        call_with_one_client(stop, proxy, queue, timeout, rng, &mut counts);
     }
-    tally
+    counts
 }
 
+/// Runs one client until `stop` is set or the client ends.
 fn call_with_one_client(
     stop: &AtomicBool,
     proxy: &Proxy,
     queue: &str,
     timeout: &str,
     rng: &mut Rng,
-    tally: &mut Tally,
+    counts: &mut CallCounts,
 ) {
     let args = ["--queue", queue, "-t", timeout, "-j", "32", "--heartbeat", "2", "-o", "json"];
     let args = [&args[..], &["-v", "--unordered", "-"]].concat();
     let mut client =
         Program::spawn_at(&format!("amqp://{}", proxy.authority()), "rpc-client", &args);
-    let mut report_at = Instant::now() + REPORTING;
-    let (mut asked, before) = (0, tally.ended());
+    let mut report_at = Instant::now() + REPORT_INTERVAL;
+    let (mut asked, before) = (0, counts.total());
     while !stop.load(Ordering::Relaxed) {
-        if asked - (tally.ended() - before) < 500 {
+        if asked - (counts.total() - before) < 500 {
             asked += 1;
-            if !client.write_line(&rng.u64(0..=LARGEST).to_string()) {
-                break; // it has ended: the exit code will tell
+            if !client.write_line(&rng.u64(0..=MAX_N).to_string()) {
+                break; // the client has ended; its exit code is checked below
             }
         } else {
             thread::sleep(Duration::from_millis(1));
         }
-        tally.take(&client.new_lines(), &client.new_log());
+        counts.add(&client.new_lines(), &client.new_log());
         if Instant::now() > report_at {
-            report_at += REPORTING;
-            println!(
-                "rpc-client -t {timeout}: {} KiB, {} right",
-                client.memory_kib().unwrap_or_default(),
-                tally.right
-            );
+            report_at += REPORT_INTERVAL;
+            let memory = client.memory_kib().unwrap_or_default();
+            println!("rpc-client -t {timeout}: {memory} KiB, {} right", counts.right);
         }
     }
     client.close_stdin();
     let code = client.wait().code();
     let (answers, log) = client.remaining_output();
-    tally.take(&answers, &log);
-    // A run that ends because the broker is away for longer than a call may take leaves its input unread:
-    // that is to happen to the impatient one only, and to one that was struck before it ever was connected.
-    let whole = asked == tally.ended() - before;
-    let is_away = code == Some(3) && (timeout == IMPATIENT || tally.right == 0);
-    let is_right = whole && matches!(code, Some(0 | 5));
-    if !(is_away || is_right) {
-        tally.wrong.push(format!("exit code {code:?} after {log:#?}"));
+    counts.add(&answers, &log);
+    // A client that cannot reach the broker within a call's timeout exits with code 3 and leaves its input unread. This may
+    // happen with the short timeout only, and to a client whose first connection was broken.
+    let is_complete = asked == counts.total() - before;
+    let was_unreachable = code == Some(3) && (timeout == SHORT_TIMEOUT || counts.right == 0);
+    let ended_well = is_complete && matches!(code, Some(0 | 5));
+    if !(was_unreachable || ended_well) {
+        counts.wrong.push(format!("exit code {code:?} after {log:#?}"));
     }
 }
 
 #[test]
-fn whatever_strikes_every_call_ends_right_or_with_exit_code_5() {
+fn every_call_ends_right_or_with_exit_code_5_under_random_faults() {
     let number = |name| env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
     let seed = number("SOAK_SEED").unwrap_or_else(|| fastrand::u64(..));
-    let time = Duration::from_secs(number("SOAK_SECONDS").unwrap_or(60));
+    let duration = Duration::from_secs(number("SOAK_SECONDS").unwrap_or(60));
     println!("SOAK_SEED={seed} repeats the faults");
     let mut rng = Rng::with_seed(seed);
     let queue = Queue::named("soak");
-    // The third one is never replaced.
-    let stations = ["1", "64", "8"].map(|prefetch| Mutex::new(Station::new(&queue, prefetch)));
+    // The third one is never killed.
+    let servers = ["1", "64", "8"].map(|prefetch| Mutex::new(ProxiedServer::new(&queue, prefetch)));
     let mut peer = Peer::connect_to(private_node().url());
     peer.wait_for_consumers(&queue, CONSUMERS);
     let (exchange, replies) = (peer.declare_fanout_exchange(&queue), Queue::named("soak.replies"));
     peer.declare(&replies, "classic");
     let mut attacker = RawPeer::connect(private_node().url());
-    let ways =
-        [Proxy::start_to(private_node().authority()), Proxy::start_to(private_node().authority())];
+    let client_proxies = [(); 2].map(|()| Proxy::start_to(private_node().authority()));
     let (stop, faults) = (AtomicBool::new(false), Mutex::new(BTreeMap::<_, u64>::new()));
-    let strikes = |name| *faults.lock().expect("no panic").entry(name).or_default() += 1;
+    let count_fault =
+        |name| *faults.lock().expect("no thread panics").entry(name).or_default() += 1;
     let start = Instant::now();
-    let tallies = thread::scope(|scope| {
-        let (stop, queue, strikes) = (&stop, &*queue, &strikes);
+    let all_counts = thread::scope(|scope| {
+        let (stop, queue, count_fault) = (&stop, &*queue, &count_fault);
         let (exchange, replies) = (&*exchange, &*replies);
-        for (station, is_replaced) in stations.iter().zip([true, true, false]) {
+        for (server, is_replaced) in servers.iter().zip([true, true, false]) {
             let mut rng = rng.fork();
             scope.spawn(move || {
                 while !stop.load(Ordering::Relaxed) {
                     thread::sleep(Duration::from_millis(rng.u64(100..2_000)));
-                    let mut station = station.lock().expect("no panic");
-                    strikes(match rng.u8(0..4) {
-                        0 if is_replaced => station.replace(Signal::KILL),
-                        1 if is_replaced => station.replace(Signal::TERM),
-                        _ => strike(&mut rng, &station.proxy),
+                    let mut server = server.lock().expect("no thread panics");
+                    count_fault(match rng.u8(0..4) {
+                        0 if is_replaced => server.replace(Signal::KILL),
+                        1 if is_replaced => server.replace(Signal::TERM),
+                        _ => inject_fault(&mut rng, &server.proxy),
                     });
                 }
             });
@@ -266,48 +266,42 @@ fn whatever_strikes_every_call_ends_right_or_with_exit_code_5() {
         scope.spawn(move || {
             while !stop.load(Ordering::Relaxed) {
                 thread::sleep(Duration::from_secs(1));
-                let kind = kinds.next().expect("it has no end");
+                let kind = kinds.next().expect("the iterator is endless");
                 bad_messages::publish(&mut attacker, kind, queue, exchange, replies);
-                strikes("bad message");
+                count_fault("bad message");
             }
         });
-        let ways = [(&ways[0], "10s"), (&ways[1], IMPATIENT)];
-        let callers = ways.map(|(proxy, timeout)| {
+        let clients = [(&client_proxies[0], "10s"), (&client_proxies[1], SHORT_TIMEOUT)];
+        let callers = clients.map(|(proxy, timeout)| {
             let (mut faults_rng, mut calls_rng) = (rng.fork(), rng.fork());
             scope.spawn(move || {
                 while !stop.load(Ordering::Relaxed) {
                     thread::sleep(Duration::from_millis(faults_rng.u64(100..4_000)));
-                    strikes(strike(&mut faults_rng, proxy));
+                    count_fault(inject_fault(&mut faults_rng, proxy));
                 }
             });
             scope.spawn(move || call_until(stop, proxy, queue, timeout, &mut calls_rng))
         });
-        while start.elapsed() < time {
-            thread::sleep(REPORTING.min(time.saturating_sub(start.elapsed())));
-            for station in &stations {
-                let station = station.lock().expect("no panic");
-                let memory = station.server.as_ref().and_then(Program::memory_kib);
+        while start.elapsed() < duration {
+            thread::sleep(REPORT_INTERVAL.min(duration.saturating_sub(start.elapsed())));
+            for server in &servers {
+                let server = server.lock().expect("no thread panics");
+                let memory = server.program.as_ref().and_then(Program::memory_kib);
                 println!("rpc-server: {} KiB", memory.unwrap_or_default());
             }
         }
         stop.store(true, Ordering::Relaxed);
-        callers.map(|caller| caller.join().expect("it counts"))
+        callers.map(|caller| caller.join().expect("a client thread does not panic"))
     });
     println!("faults: {faults:?}");
-    for tally in &tallies {
-        println!("{tally:?}");
-        assert!(tally.wrong.is_empty() && tally.right > 0);
+    for counts in &all_counts {
+        println!("{counts:?}");
+        assert!(counts.wrong.is_empty() && counts.right > 0);
     }
-    peer.wait_for_consumers(&queue, CONSUMERS); // whatever has struck, they come back
-    eventually("a queue of which nothing is left", || {
-        let columns = ["name", "messages_ready", "messages_unacknowledged"];
-        let table = private_node()
-            .rabbitmqctl(&[&["list_queues", "--no-table-headers"][..], &columns].concat());
-        let line = format!("{}\t0\t0", &*queue);
-        table.lines().any(|queue| queue == line).then_some(())
-    });
-    for station in stations {
-        station.into_inner().expect("no panic").server.expect("it runs").stop();
+    peer.wait_for_consumers(&queue, CONSUMERS); // all servers have connected again
+    private_node().wait_until_empty(&queue);
+    for server in servers {
+        server.into_inner().expect("no thread panics").program.expect("it is running").stop();
     }
     peer.delete_queue(&queue);
     peer.delete_queue(&replies);

@@ -1,5 +1,4 @@
-//! TLS: listeners of a private node, with certificates made for the tests. What goes wrong with them
-//! stands on the page of messages.
+//! TLS: the private node listens with certificates that the tests make. `messages.txt` has the errors.
 
 use crate::support::broker::{private_node, Node};
 use crate::support::certificates::Authority;
@@ -9,29 +8,30 @@ use std::fs;
 use std::path::Path;
 use std::sync::OnceLock;
 
-/// What the listeners of the private node are, and who may talk to them.
+/// The TLS listeners of the private node: their ports, and the certificate files of clients.
 pub(crate) struct Listeners {
     pub(crate) ca: String,
-    pub(crate) unknown_ca: String,
+    pub(crate) other_ca: String,
     pub(crate) client: (String, String),
-    /// Of our CA, but no user of the broker's.
-    pub(crate) unknown: (String, String),
-    /// Of another CA.
-    pub(crate) stranger: (String, String),
+    /// Signed by our CA, but not a user of the broker.
+    pub(crate) unknown_user: (String, String),
+    /// Signed by another CA.
+    pub(crate) other_ca_client: (String, String),
     pub(crate) good: u16,
     pub(crate) expired: u16,
     pub(crate) wrong_host: u16,
+    /// Requires a client certificate.
     pub(crate) mutual: u16,
-    /// The same, by TLS 1.2.
+    /// Like `mutual`, with TLS 1.2 only.
     pub(crate) mutual_12: u16,
 }
 
-/// The node's listeners for TLS, started with the first call. It has no such listener by itself.
+/// The TLS listeners of the private node. The first call starts them.
 pub(crate) fn listeners() -> &'static Listeners {
     static LISTENERS: OnceLock<Listeners> = OnceLock::new();
     LISTENERS.get_or_init(|| {
         let node = private_node();
-        // The node reads them, too, wherever it runs.
+        // Below the folder of the node, because the node reads the files, too.
         let [authority, other] = ["ca", "other-ca"].map(|name| Authority::new(node.folder(), name));
         let ca = authority.certificate();
         let here = ["localhost", "127.0.0.1", "::1"];
@@ -46,7 +46,7 @@ pub(crate) fn listeners() -> &'static Listeners {
         let external =
             "application:set_env(rabbit, auth_mechanisms, ['PLAIN', 'AMQPLAIN', 'EXTERNAL']).";
         node.rabbitmqctl(&["eval", external]);
-        // EXTERNAL looks here, too, before it trusts a listener.
+        // The EXTERNAL mechanism checks these options, too, not only those of the listener.
         let options = "[{verify, verify_peer}, {fail_if_no_peer_cert, true}]";
         node.rabbitmqctl(&[
             "eval",
@@ -60,15 +60,15 @@ pub(crate) fn listeners() -> &'static Listeners {
             mutual: listen(node, &ca, &good, 6, mutual),
             mutual_12: listen(node, &ca, &good, 7, &format!("{mutual}, {{versions, ['tlsv1.2']}}")),
             client: authority.sign(user, &[]),
-            unknown: authority.sign("unknown-user", &[]),
-            stranger: other.sign("stranger", &[]),
-            unknown_ca: other.certificate(),
+            unknown_user: authority.sign("unknown-user", &[]),
+            other_ca_client: other.sign("stranger", &[]),
+            other_ca: other.certificate(),
             ca,
         }
     })
 }
 
-/// Has the node listen on a port of its range.
+/// Starts a TLS listener of the node, on the `nth` port of its range.
 fn listen(node: &Node, ca: &str, (cert, key): &(String, String), nth: u16, options: &str) -> u16 {
     let port = node.port() + nth;
     node.rabbitmqctl(&[
@@ -97,9 +97,9 @@ fn a_call_over_tls_is_answered_over_tls() {
     }
 }
 
-/// The system's trust, which OpenSSL lets the environment name.
+/// `SSL_CERT_FILE` names the CA certificates of the system, as for OpenSSL.
 #[test]
-fn the_systems_trust_is_enough() {
+fn the_systems_ca_certificates_are_trusted_by_default() {
     let Listeners { ca, good, .. } = listeners();
     let queue = Queue::named("tls_system");
     let url = format!("amqps://localhost:{good}");
@@ -109,26 +109,26 @@ fn the_systems_trust_is_enough() {
 }
 
 #[test]
-fn a_broker_that_wants_a_certificate_gets_it() {
+fn a_broker_that_requires_a_client_certificate_gets_it() {
     let Listeners { ca, client: (cert, key), mutual, .. } = listeners();
     let queue = Queue::named("tls_mutual");
-    let with = ["--ca-file", ca, "--cert-file", cert, "--key-file", key];
+    let files = ["--ca-file", ca, "--cert-file", cert, "--key-file", key];
     for parameter in ["", "?auth_mechanism=external"] {
         let url = format!("amqps://localhost:{mutual}{parameter}");
-        let server = Program::start_server_at(&url, &queue, &with);
-        let mut call = client(&queue, &with);
+        let server = Program::start_server_at(&url, &queue, &files);
+        let mut call = client(&queue, &files);
         assert_output(call.arg("30").env("AMQP_URL", &url), 0, "832040\n", "");
         server.stop();
     }
 }
 
-/// A server that runs for months takes up what was renewed meanwhile.
+/// A server that runs for months uses certificates that are renewed meanwhile.
 #[test]
 fn the_files_are_read_again_for_every_connection() {
-    let Listeners { ca, unknown_ca, good, .. } = listeners();
+    let Listeners { ca, other_ca, good, .. } = listeners();
     let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("renewed.pem");
     let name = file.to_str().expect("the target folder is UTF-8");
-    fs::copy(unknown_ca, &file).expect("the folder is writable");
+    fs::copy(other_ca, &file).expect("the folder is writable");
     let queue = Queue::named("tls_renewed");
     let url = format!("amqps://localhost:{good}");
     let server = Program::spawn_at(&url, "rpc-server", &["--queue", &queue, "--ca-file", name]);

@@ -1,17 +1,17 @@
-# Every target with a comment behind its name is listed by `make help`.
+# `make help` lists every target that has a `##` comment.
 
 PREFIX ?= /usr/local
 TARGET = $(or $(CARGO_TARGET_DIR),target)
-# Where `make broker` and `make cluster` keep their nodes. NODE_ROOT=target/brokers/sid has them run another RabbitMQ
-# than this system's, of those that `make test-brokers` installs.
+# The folders of the nodes of `make broker` and `make cluster`. NODE_ROOT=target/brokers/sid runs a newer RabbitMQ: one of
+# those that `make test-brokers` installs.
 BROKER_DIR ?= $(TARGET)/broker
 CLUSTER_DIR ?= $(TARGET)/cluster
 
-# How long `make fuzz` runs.
+# The duration of `make fuzz`.
 FUZZ_SECONDS ?= 600
 
-# Releases are measured, and found beside the program that measures them.
-BENCH = cargo run --release --locked --quiet -p rpc-benches --bin against --
+# The benchmark program expects the optimised programs in its own folder.
+BENCH = cargo run --release --locked --quiet -p rpc-benches --bin compare --
 CARGO_DOC = RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet
 
 .DEFAULT_GOAL := help
@@ -22,64 +22,64 @@ CARGO_DOC = RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-build: setup-build ## build both programs, optimised, into target/release
+build: setup-build ## build both programs, optimised, in target/release
 	cargo build --release --locked -p rpc-server -p rpc-client
 
-check: setup-build ## formatting, lints and documentation, warnings as errors
+check: setup-build ## check formatting, lints and documentation; warnings are errors
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
 	$(CARGO_DOC)
 
-test: check setup-broker setup-peers ## check, then all tests on private RabbitMQ nodes (or on that of AMQP_URL)
+test: check setup-broker setup-peers ## check, then run all tests on private RabbitMQ nodes (or on the broker of AMQP_URL)
 	cargo test --locked
 
-test-fast: check setup-broker ## the same without the peers in other languages, for the daily loop
+test-fast: check setup-broker ## like test, without the peers in other languages
 	cargo test --locked -- --skip peers::
 
-test-brokers: setup-build setup-brokers setup-peers ## the integration tests on RabbitMQ 4.0 and 4.3 (root, 20 minutes)
+test-brokers: setup-build setup-brokers setup-peers ## run the integration tests on RabbitMQ 4.0 and 4.3 (as root; 20 minutes)
 	tests/test-brokers.sh
 
-test-cluster: setup-build setup-broker ## the tests on a cluster of three nodes
+test-cluster: setup-build setup-broker ## run the tests on a cluster of three nodes
 	cargo test --locked -p rpc-tests -- cluster::
 
-fuzz: setup-fuzz ## feed made-up frames to what makes frames harmless, for FUZZ_SECONDS (600)
-	@# without a sanitizer, which needs a nightly compiler and finds nothing in code without `unsafe`
+fuzz: setup-fuzz ## fuzz the code that makes the broker's frames harmless, for FUZZ_SECONDS (600)
+	@# no sanitizer: it needs a nightly compiler, and finds nothing in code without `unsafe`
 	@mkdir -p "$(TARGET)/fuzz/sanitize"
 	cargo fuzz run --fuzz-dir tests/fuzz --target-dir "$(TARGET)" --sanitizer none sanitize \
 		"$(TARGET)/fuzz/sanitize" tests/fuzz/corpus/sanitize -- -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1
 
-bench: build setup-broker setup-peers setup-bench ## measure against other libraries, ten minutes; writes table and plot
+bench: build setup-broker setup-peers setup-bench ## compare with other libraries (ten minutes); writes tables and a plot
 	$(BENCH)
 
-bench-quick: build setup-broker setup-peers setup-bench ## the same in two minutes, printed only
+bench-quick: build setup-broker setup-peers setup-bench ## like bench, in two minutes; only prints the tables
 	$(BENCH) --quick
 
-demo: build $(if $(AMQP_URL),,setup-broker) ## start a broker and a server, ask for fib(30), show the answer, stop both
+demo: build $(if $(AMQP_URL),,setup-broker) ## start a broker and a server, ask for fib(30), print the answer, stop both
 	tests/demo.sh $(TARGET)/release
 
-broker: setup-broker ## start a private RabbitMQ to play with, and print its URL (PORT=5672 for the default one)
+broker: setup-broker ## start a private RabbitMQ and print its URL (PORT=5672 for the default port)
 	@url=$$(tests/broker.sh start "$(BROKER_DIR)" $(PORT)) && echo "export AMQP_URL=$$url"
 
 broker-stop: ## stop that RabbitMQ
 	@tests/broker.sh stop "$(BROKER_DIR)"
 
-cluster: setup-broker ## start a private cluster of three nodes, and print their URLs
+cluster: setup-broker ## start a private cluster of three nodes and print their URLs
 	@urls=$$(tests/broker.sh cluster start "$(CLUSTER_DIR)") && set -- $$urls && \
 		echo "export AMQP_URL=$$1; # node 1; all nodes: --url $$1 --url $$2 --url $$3"
 
 cluster-stop: ## stop that cluster
 	@tests/broker.sh cluster stop "$(CLUSTER_DIR)"
 
-install: ## install both programs into PREFIX/bin (PREFIX=/usr/local)
-	@# by sudo, what `make build` has built is installed: root may have no cargo, or another
+install: ## install both programs in PREFIX/bin (PREFIX=/usr/local)
+	@# under sudo it does not build: root may have no cargo, or another version
 	@if [ -z "$$SUDO_UID" ] && command -v cargo >/dev/null; then $(MAKE) build; fi
 	install -d "$(DESTDIR)$(PREFIX)/bin"
 	install -m 755 $(TARGET)/release/rpc-server $(TARGET)/release/rpc-client "$(DESTDIR)$(PREFIX)/bin"
 
-uninstall: ## remove what install installed
+uninstall: ## remove the installed programs
 	rm -f "$(DESTDIR)$(PREFIX)/bin/rpc-server" "$(DESTDIR)$(PREFIX)/bin/rpc-client"
 
-clean: broker-stop cluster-stop ## remove all that was built
+clean: broker-stop cluster-stop ## remove all build results
 	cargo clean
 
 setup-build:

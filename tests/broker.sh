@@ -1,20 +1,20 @@
 #!/bin/bash
-# Private RabbitMQ nodes: own names, ports, folders, Erlang cookie and epmd, all below DIR.
-#   tests/broker.sh run DIR [PORT]     prints the URL of a node when it is ready; runs until standard input ends
-#   tests/broker.sh start DIR [PORT]   the same in the background, until `stop`
+# Runs private RabbitMQ nodes: each has its own name, ports, Erlang cookie and epmd, and all files are below DIR.
+#   tests/broker.sh run DIR [PORT]     starts a node and prints its URL when it is ready; stops it when standard input ends
+#   tests/broker.sh start DIR [PORT]   like run, but in the background, until `stop`
 #   tests/broker.sh stop DIR
-#   tests/broker.sh freeze|thaw DIR    stops all of the node's processes by SIGSTOP, and lets them go on
-#   tests/broker.sh ctl DIR ARGUMENT...   rabbitmqctl on that node
-# The same for a cluster of three nodes; it prints a URL for each:
+#   tests/broker.sh freeze|thaw DIR    stops all processes of the node by SIGSTOP, and continues them
+#   tests/broker.sh ctl DIR ARGUMENT...   runs rabbitmqctl on that node
+# For a cluster of three nodes, with one URL per node:
 #   tests/broker.sh cluster run|start|stop DIR
-#   tests/broker.sh cluster kill|freeze|thaw|stop|start DIR N   one node by its number; kill is SIGKILL, stop is graceful
+#   tests/broker.sh cluster kill|freeze|thaw|stop|start DIR N   changes one node (1, 2 or 3); kill is SIGKILL, stop is graceful
 #   tests/broker.sh cluster ctl DIR N ARGUMENT...
 #
-# NODE_ROOT is the folder of another installation than this system's, such as `tests/setup.sh brokers` makes (as root).
-# NODE_PLUGINS are the plugins to enable, with commas between them. NODE_CONFIG is added to rabbitmq.conf.
+# NODE_ROOT: the folder of another RabbitMQ installation, such as `tests/setup.sh brokers` makes; needs root.
+# NODE_PLUGINS: the plugins to enable, separated by commas. NODE_CONFIG: lines to add to rabbitmq.conf.
 #
-# Whoever runs a node holds the other end of its standard input: when that process ends, however it
-# ends, the node is stopped and DIR removed. Started in the background it runs until it is stopped.
+# The process that runs a node holds the other end of its standard input. When that process ends, for whatever reason,
+# the node is stopped and DIR is removed.
 set -euo pipefail
 
 die() { echo "broker.sh: $*" >&2; exit 1; }
@@ -25,9 +25,9 @@ boot_timeout=120                             # seconds
 
 is_open() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
-# The first of 16 free ports in a row: 0 to 2 for AMQP, 3 to 7 for what a test has a node listen on, 8 to 10 for the
-# nodes' connections with each other, 15 for epmd. They are below the ephemeral ones, so that no client's end of a
-# connection takes one meanwhile.
+# Prints the first of 16 consecutive free ports: 0 to 2 for AMQP, 3 to 7 for listeners that tests add, 8 to 10 for the
+# connections between nodes, 15 for epmd. They are below the ephemeral ports, so that no outgoing connection takes one
+# before the node listens.
 free_ports() {
     local first port
     while :; do
@@ -40,8 +40,8 @@ free_ports() {
     done
 }
 
-# Whether AMQP is spoken there: a broker answers the protocol header with a method frame, type 1.
-speaks_amqp() {
+# Whether a broker listens on port $1: it answers the protocol header with a method frame, type 1.
+answers_amqp() {
     local type
     exec 4<>"/dev/tcp/127.0.0.1/$1" || return 1
     printf 'AMQP\0\0\x09\x01' >&4
@@ -50,14 +50,14 @@ speaks_amqp() {
     [ "${type:-}" = $'\x01' ]
 } 2>/dev/null
 
-# How a program of another installation is run: in its folder, where only this program and its children see our /proc,
-# /dev and DIR.
+# Sets `enter`, the command that runs a program of the installation $1: by chroot, with /proc, /dev and DIR mounted for
+# that program and its children only.
 use_root() {
     root=$1
     enter=()
     [ -n "$root" ] || return 0
-    [ "$(id -u)" = 0 ] || die "only root can run the RabbitMQ in $root: it is run by chroot"
-    # shellcheck disable=SC2016 # for the other shell
+    [ "$(id -u)" = 0 ] || die "the RabbitMQ in $root runs by chroot, which needs root"
+    # shellcheck disable=SC2016 # the other shell expands them
     enter=(unshare --mount bash -c '
         root=$1 dir=$2
         shift 2
@@ -66,7 +66,7 @@ use_root() {
         exec chroot "$root" "$@"' - "$root" "$dir")
 }
 
-# Writes the folder of node $1. Erlang finds its cookie below HOME and its epmd by the port; the rest is RabbitMQ's.
+# Writes the folder of node $1: first port $2, epmd port $3. Erlang reads HOME and ERL_EPMD_*; RabbitMQ reads the rest.
 configure() {
     local node=$dir/$1 port=$(($2 + $1 - 1)) dist_port=$(($2 + $1 + 7)) epmd_port=$3 number
     mkdir "$node"
@@ -92,7 +92,7 @@ configure() {
     echo "$port" >"$node/port"
 }
 
-# Runs a program of the installation in the environment of node $1.
+# Runs a command in the environment of node $1.
 run_at() {
     local environment
     mapfile -t environment <"$dir/$1/env"
@@ -101,28 +101,28 @@ run_at() {
     exec env "${environment[@]}" "$@"
 }
 
-# Starts node $1 as a process group of its own.
+# Starts node $1 in its own process group.
 launch() {
     run_at "$1" setsid "${enter[@]}" "$server" </dev/null >"$dir/$1/out" 2>&1 3<&- &
     echo $! >"$dir/$1/pid"
-    [ -z "$cluster" ] || disown # else bash reports each that is killed
+    [ -z "$cluster" ] || disown # otherwise bash reports each killed node
 }
 
-# Waits until node $1 takes connections.
-await() {
+# Waits until node $1 accepts connections.
+wait_for_node() {
     local pid
     pid=$(cat "$dir/$1/pid")
-    until speaks_amqp "$(cat "$dir/$1/port")"; do
+    until answers_amqp "$(cat "$dir/$1/port")"; do
         kill -0 "$pid" 2>/dev/null || { cat "$dir/$1/out" >&2; die "node $1 did not start"; }
         [ "$SECONDS" -lt "$boot_timeout" ] || { cat "$dir/$1/out" >&2; die "node $1 was not up in $boot_timeout s"; }
         sleep 0.1
     done
 }
 
-# A process id may be somebody else's by now: ours has DIR as its HOME.
+# Whether process $1 belongs to the nodes: its HOME is DIR. The process id may have been reused.
 is_ours() { grep -qszxF -- "HOME=$dir" "/proc/$1/environ"; }
 
-# Ends whatever was started for the nodes. They have nothing to save, so they are not asked politely.
+# Kills all processes of the nodes. They have no data to save.
 kill_all() {
     local pid
     for pid in $(cat "$dir"/*/pid 2>/dev/null); do
@@ -132,7 +132,7 @@ kill_all() {
 
 clean_up() {
     trap - EXIT INT TERM
-    exec 2>/dev/null # where bash would report what is killed
+    exec 2>/dev/null # bash would report the killed processes
     kill_all
     [ -z "${stdin_pid:-}" ] || kill "$stdin_pid" || true
     wait || true
@@ -142,7 +142,7 @@ clean_up() {
 remove() {
     [ -z "$root" ] || rmdir "$root$dir" 2>/dev/null || true
     local tries
-    for tries in $(seq 50); do # a node that is ending may still write
+    for tries in $(seq 50); do # a node that is being killed may still write
         ! rm -rf "$dir" 2>/dev/null || return 0
         sleep 0.1
     done
@@ -156,7 +156,7 @@ run() {
     use_root "$root"
     [ -x "$root$server" ] || die "no $root$server: run 'tests/setup.sh broker' first"
     mkdir -p "$dir"
-    [ -z "$(ls -A "$dir")" ] || die "$dir is not empty: is another node running there? stop that first"
+    [ -z "$(ls -A "$dir")" ] || die "$dir is not empty: if another node is running there, stop it first"
     exec 3<&0
     trap clean_up EXIT
     trap 'exit 130' INT
@@ -164,17 +164,17 @@ run() {
     echo $$ >"$dir/pid"
     echo "$root" >"$dir/root"
 
-    [[ ${1:-5672} =~ ^[0-9]{1,5}$ && ${1:-5672} -ge 1 && ${1:-5672} -le 65535 ]] || die "'$1' is no port"
+    [[ ${1:-5672} =~ ^[0-9]{1,5}$ && ${1:-5672} -ge 1 && ${1:-5672} -le 65535 ]] || die "'$1' is not a port"
     ports=$(free_ports) epmd_port=$((ports + 15)) first=${1:-$ports}
     is_open "$first" && die "port $first is in use"
     for n in $(seq "$nodes"); do configure "$n" "$first" "$epmd_port"; done
-    # Nodes that start at once would each make one.
+    # Created before the nodes start: each of them would create its own.
     (umask 377 && od -An -N10 -tx1 /dev/urandom | tr -d ' \n' >"$dir/.erlang.cookie")
     mkdir "$dir/epmd"
     run_at 1 setsid "${enter[@]}" epmd -port "$epmd_port" </dev/null >"$dir/epmd/out" 2>&1 3<&- &
     echo $! >"$dir/epmd/pid"
     for n in $(seq "$nodes"); do launch "$n"; done
-    for n in $(seq "$nodes"); do await "$n"; done
+    for n in $(seq "$nodes"); do wait_for_node "$n"; done
     [ "$nodes" = 1 ] || ctl 1 await_online_nodes "$nodes" >&2
     for n in $(seq "$nodes"); do echo "amqp://localhost:$(cat "$dir/$n/port")"; done
 
@@ -184,10 +184,10 @@ run() {
         wait -n "$stdin_pid" "$(cat "$dir/1/pid")" || true
         if kill -0 "$stdin_pid" 2>/dev/null; then
             tail -n 30 "$dir/1/out" >&2
-            die "the node ended by itself: see above"
+            die "the node stopped by itself: see its output above"
         fi
     fi
-    wait "$stdin_pid" || true # nodes of a cluster end and start
+    wait "$stdin_pid" || true # the nodes of a cluster may be stopped and started
 }
 
 ctl() {
@@ -196,13 +196,13 @@ ctl() {
     (run_at "$n" "${enter[@]}" "$rabbitmqctl" --quiet "$@")
 }
 
-# Whether group $1 has a thread in another state than these, as proc(5) abbreviates them.
-has_state_beside() {
+# Whether process group $1 has a thread in a state other than those in $2 (letters as in proc(5)).
+has_state_other_than() {
     { cat /proc/[0-9]*/task/[0-9]*/stat 2>/dev/null || true; } |
         awk -v group="$1" -v states="$2" '{ sub(/.*\) /, "") } $3 == group && !index(states, $1) { found = 1 } END { exit !found }'
 }
 
-# The process group of node $1.
+# Prints the process group of node $1.
 group_of() {
     local group
     group=$(cat "$dir/$1/pid")
@@ -214,14 +214,14 @@ kill_node() {
     local group
     group=$(group_of "$1")
     kill -9 -- "-$group"
-    while has_state_beside "$group" ZX; do sleep 0.01; done
+    while has_state_other_than "$group" ZX; do sleep 0.01; done
 }
 
 freeze_node() {
     local group
     group=$(group_of "$1")
     kill -STOP -- "-$group"
-    while has_state_beside "$group" TZX; do :; done # a thread that is running goes on until it sees the signal
+    while has_state_other_than "$group" TZX; do :; done # a running thread stops only when it handles the signal
 }
 
 thaw_node() {
@@ -233,26 +233,26 @@ thaw_node() {
 stop_node() {
     local group
     group=$(group_of "$1")
-    kill "$group" # RabbitMQ's script, which has the Erlang machine stop
-    while has_state_beside "$group" ZX; do sleep 0.1; done
+    kill "$group" # RabbitMQ's start script, which stops the Erlang VM
+    while has_state_other_than "$group" ZX; do sleep 0.1; done
 }
 
 start_node() {
     if is_ours "$(cat "$dir/$1/pid")"; then die "node $1 is running"; fi
     launch "$1"
-    await "$1"
+    wait_for_node "$1"
 }
 
-# A process id may be somebody else's by now: ours has the folder among its arguments.
+# Whether the script that runs the nodes is running: DIR is among its arguments. The process id may have been reused.
 is_running() { grep -qszxF -- "$dir" "/proc/$(cat "$dir/pid" 2>/dev/null)/cmdline"; }
 
 start() {
     if ! is_running; then
-        stop # removes what a killed one has left
+        stop # removes the files of a killed one
         mkfifo "$dir.stdin"
         : >"$dir.url"
         trap stop INT TERM
-        # Opened for reading and writing, the pipe never ends: the nodes run until `stop`.
+        # The pipe is opened for reading and writing, so it never ends: the nodes run until `stop`.
         setsid "$0" ${cluster:+cluster} run "$dir" "$@" 0<>"$dir.stdin" >"$dir.url" 2>"$dir.err" &
         until [ "$(wc -l <"$dir.url")" = "$nodes" ]; do
             kill -0 $! 2>/dev/null || { cat "$dir.err" >&2; stop; exit 1; }
@@ -265,25 +265,25 @@ start() {
 stop() {
     local pid
     if [ -e "$dir" ] && [ ! -e "$dir/pid" ] && [ -n "$(ls -A "$dir")" ]; then
-        die "$dir is no folder of a node's"
+        die "$dir is not the folder of a node"
     fi
     if is_running; then
         pid=$(cat "$dir/pid")
         kill "$pid" 2>/dev/null || true
         while is_running; do sleep 0.1; done
     fi
-    kill_all # should it have been killed, what it started is still there
+    kill_all # a killed script leaves its nodes running
     remove
     rm -rf "$dir".{stdin,url,err}
 }
 
-usage() { die "usage: broker.sh [cluster] COMMAND DIR [ARGUMENT...]: see the top of $0"; }
+usage() { die "usage: broker.sh [cluster] COMMAND DIR [ARGUMENT...]: see the comment at the top of $0"; }
 
-# Does command $1 to node $2.
+# Runs command $1 on node $2.
 on_node() {
     local command=$1 n=$2
     shift 2
-    [ -e "$dir/$n/env" ] || die "no node runs in $dir"
+    [ -e "$dir/$n/env" ] || die "no node is running in $dir"
     case $command in
         kill | freeze | thaw | stop | start) "${command}_node" "$n" ;;
         ctl) ctl "$n" "$@" ;;
@@ -303,7 +303,7 @@ dir=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")
 shift 2
 use_root "$(cat "$dir/root" 2>/dev/null || true)"
 if [ -n "$cluster" ] && [ $# -gt 0 ]; then
-    [[ $1 =~ ^[1-3]$ ]] || die "'$1' is not the number of a node: 1, 2 or 3"
+    [[ $1 =~ ^[1-3]$ ]] || die "'$1' is not a node number (1, 2 or 3)"
     on_node "$command" "$@"
 else
     case $command in

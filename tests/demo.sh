@@ -1,7 +1,7 @@
 #!/bin/bash
-# The demo: a broker (a private node, or the one of AMQP_URL), a server, one call. Stops what it
-# started, whatever happens.
-#   tests/demo.sh FOLDER-OF-THE-PROGRAMS
+# The demo: starts a broker (unless AMQP_URL names one) and a server, calls it, and prints a transcript. It stops all
+# that it started when it exits.
+#   tests/demo.sh PROGRAM_FOLDER
 set -euo pipefail
 
 programs=$1
@@ -18,13 +18,13 @@ trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# Waits until $1 holds a line; fails when process $2 ends first, or after $3 seconds.
-await_line() {
+# Waits until file $1 has a line; fails if process $2 ends first, or after $3 seconds.
+wait_for_line() {
     local deadline=$((SECONDS + $3))
     until [ -s "$1" ]; do
         if [ $SECONDS -ge $deadline ] || ! kill -0 "$2" 2>/dev/null; then
             cat "$scratch"/*.err >&2
-            echo "demo: that did not work, see above" >&2
+            echo "demo: failed, see the error above" >&2
             exit 1
         fi
         sleep 0.05
@@ -34,21 +34,21 @@ await_line() {
 queue=rpc_queue
 if [ -n "${AMQP_URL:-}" ]; then
     echo "using the broker of AMQP_URL ..."
-    queue=rpc_demo # who shares the broker may have a server of their own on rpc_queue
+    queue=rpc_demo # others may have a server on rpc_queue
 else
-    echo "starting a private RabbitMQ, some seconds ..."
-    mkfifo "$scratch/hold" # the node runs for as long as we hold this open
+    echo "starting a private RabbitMQ (some seconds) ..."
+    mkfifo "$scratch/hold" # the node runs until this pipe is closed
     setsid "$here/broker.sh" run "$scratch/node" <"$scratch/hold" >"$scratch/url" 2>"$scratch/broker.err" &
     broker_pid=$!
     exec 3>"$scratch/hold"
-    await_line "$scratch/url" "$broker_pid" 130
+    wait_for_line "$scratch/url" "$broker_pid" 130
     AMQP_URL=$(cat "$scratch/url")
     export AMQP_URL
 fi
 
 setpriv --pdeathsig TERM "$programs/rpc-server" --queue "$queue" >"$scratch/server" 2>"$scratch/server.err" 3>&- &
 server_pid=$!
-await_line "$scratch/server" "$server_pid" 15
+wait_for_line "$scratch/server" "$server_pid" 15
 call() { "$programs/rpc-client" --queue "$queue" "$@" 30 3>&-; }
 call --output text >"$scratch/client" 2>&1 || { cat "$scratch/client" >&2; exit 1; }
 answer=$(call)

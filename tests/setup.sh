@@ -1,23 +1,24 @@
 #!/bin/sh
-# Installs what is missing, from the distribution's packages; says what and why; starts no service.
+# Installs what is missing, from the packages of the distribution. It prints what it installs and why, and starts no
+# service.
 #   tests/setup.sh build     what the compiler needs
 #   tests/setup.sh broker    RabbitMQ, for private nodes
-#   tests/setup.sh brokers   RabbitMQ as newer Debian releases have it, for private nodes: in target/brokers, a folder each
-#   tests/setup.sh peers     the tutorial's other languages, and in target/peers their AMQP libraries
-#   tests/setup.sh fuzz      cargo-fuzz, from crates.io, and the C++ compiler that it needs
-#   tests/setup.sh bench     what else is measured: in target/peers the tutorial in C and on lapin, and the instruments
+#   tests/setup.sh brokers   RabbitMQ of newer Debian releases, for private nodes: each in a folder below target/brokers
+#   tests/setup.sh peers     the languages of the peers, and below target/peers their AMQP libraries
+#   tests/setup.sh fuzz      cargo-fuzz, from crates.io, and the C++ compiler
+#   tests/setup.sh bench     for the benchmarks: below target/peers the peers in C and on lapin; valgrind and time
 set -eu
 
-# Debian starts (and enables) a broker on port 5672 when its package is installed. This policy, in
-# the words of invoke-rc.d(8), forbids every service action while we install.
+# Debian starts and enables a broker on port 5672 when it installs the package. This policy file, see invoke-rc.d(8),
+# forbids all service actions during an installation.
 policy=/usr/sbin/policy-rc.d
-mark='# of tests/setup.sh, while it installs'
+mark='# written by tests/setup.sh during an installation'
 here=$(cd "$(dirname "$0")" && pwd)
 target=${CARGO_TARGET_DIR:-$here/../target}
 built=$target/peers
 
-say() { echo "setup: $*" >&2; }
-die() { say "$*"; exit 1; }
+log_line() { echo "setup: $*" >&2; }
+die() { log_line "$*"; exit 1; }
 
 as_root() {
     if [ "$(id -u)" = 0 ]; then "$@"
@@ -28,8 +29,8 @@ as_root() {
 
 apt_install() {
     why=$1; shift
-    command -v apt-get >/dev/null || die "$why: install $* (this script knows Debian's and Ubuntu's apt-get only)"
-    say "installing $* with apt-get: $why"
+    command -v apt-get >/dev/null || die "$why: install $* (this script supports only apt-get of Debian and Ubuntu)"
+    log_line "installing $* with apt-get: $why"
     log=$(mktemp)
     if ! { as_root apt-get -qq update &&
         as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 \
@@ -42,54 +43,54 @@ apt_install() {
     rm -f "$log"
 }
 
-hold_services_back() {
-    trap release_services EXIT
+forbid_services() {
+    trap allow_services EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM
-    # An interrupted run may have left ours.
+    # An interrupted run may have left its policy.
     if [ -e "$policy" ] && ! grep -q "$mark" "$policy" && [ ! -e "$policy.saved-by-setup" ]; then as_root mv "$policy" "$policy.saved-by-setup"; fi
     printf '#!/bin/sh\n%s\nexit 101\n' "$mark" | as_root tee "$policy" >/dev/null
     as_root chmod +x "$policy"
 }
 
-release_services() {
+allow_services() {
     as_root rm -f "$policy"
     if [ -e "$policy.saved-by-setup" ]; then as_root mv "$policy.saved-by-setup" "$policy"; fi
     trap - EXIT
 }
 
 build() {
-    command -v cargo >/dev/null || die "no cargo: install Rust from https://rustup.rs first"
+    command -v cargo >/dev/null || die "cargo is missing: install Rust from https://rustup.rs first"
     command -v cc >/dev/null || apt_install "Rust links with the C compiler's linker" gcc libc6-dev
 }
 
 broker() {
     [ ! -x /usr/lib/rabbitmq/bin/rabbitmq-server ] || return 0
-    hold_services_back
-    apt_install "the broker that carries the calls; only private nodes of ours run, no service" rabbitmq-server
-    release_services
-    # Nor shall a service start with the next boot of a machine whose owner never asked for one.
+    forbid_services
+    apt_install "the broker of the calls; it runs as private nodes, not as a service" rabbitmq-server
+    allow_services
+    # The service must not start at the next boot either.
     if command -v systemctl >/dev/null; then
         as_root systemctl --quiet disable rabbitmq-server.service epmd.service epmd.socket 2>/dev/null || true
     fi
 }
 
-# In folders of their own, which tests/broker.sh runs by chroot. To get a newer one, remove its folder.
+# tests/broker.sh runs these by chroot. To get a newer version, remove its folder.
 brokers() {
     for release in trixie sid; do
         folder=$target/brokers/$release
         [ ! -e "$folder" ] || continue
         [ "$(id -u)" = 0 ] || die "debootstrap and chroot, for RabbitMQ of Debian's $release, need root: run as root"
         command -v debootstrap >/dev/null ||
-            apt_install "it installs newer brokers into folders of their own" debootstrap debian-archive-keyring
-        say "installing RabbitMQ of Debian's $release into target/brokers/$release, a minute: a newer broker to test on"
+            apt_install "it installs each newer broker into its own folder" debootstrap debian-archive-keyring
+        log_line "installing RabbitMQ of Debian's $release into target/brokers/$release (a minute): a newer broker for the tests"
         rm -rf "$folder.new"
         mkdir -p "$target/brokers"
         log=$(mktemp)
         debootstrap --variant=minbase --include=rabbitmq-server "$release" "$folder.new" >"$log" 2>&1 ||
             { tail -n 20 "$log" >&2; rm -f "$log"; die "debootstrap failed, see above"; }
         rm -f "$log" "$folder.new"/var/cache/apt/archives/*.deb
-        echo '127.0.0.1 localhost' >"$folder.new/etc/hosts" # sid has none, and a node's name is resolved
+        echo '127.0.0.1 localhost' >"$folder.new/etc/hosts" # sid has no such file, and the name of a node must resolve
         mv "$folder.new" "$folder"
     done
 }
@@ -105,24 +106,24 @@ peers() {
     command -v node >/dev/null || missing="$missing nodejs"
     command -v npm >/dev/null || missing="$missing npm"
     # shellcheck disable=SC2086 # a list of words
-    [ -z "$missing" ] || apt_install "the tutorial in other languages, as peers in the tests" $missing
+    [ -z "$missing" ] || apt_install "the peers in other languages, for the tests" $missing
 
     mkdir -p "$built"
     if ! cmp -s "$here/peers/python/requirements.txt" "$built/python/installed"; then
-        say "installing pika into target/peers, from PyPI"
+        log_line "installing pika from PyPI into target/peers"
         rm -rf "$built/python"
         python3 -m venv "$built/python"
         "$built/python/bin/pip" --quiet install -r "$here/peers/python/requirements.txt"
         cp "$here/peers/python/requirements.txt" "$built/python/installed"
     fi
     if ! cmp -s "$here/peers/node/package.json" "$built/node/package.json"; then
-        say "installing amqplib into target/peers, from npm"
+        log_line "installing amqplib from npm into target/peers"
         rm -rf "$built/node" && mkdir -p "$built/node.new"
         cp "$here/peers/node/package.json" "$built/node.new"
         npm --prefix "$built/node.new" install --silent --no-package-lock --no-audit --no-fund
         mv "$built/node.new" "$built/node"
     fi
-    # Debian's Go libraries are found below GOPATH, without modules and without a network.
+    # Debian installs Go libraries below GOPATH: no modules, no network.
     for program in server client; do
         source=$here/peers/go/$program/main.go
         [ "$built/go-$program" -nt "$source" ] || (cd "$here/peers/go/$program" &&
@@ -132,9 +133,9 @@ peers() {
 
 fuzz() {
     build
-    command -v c++ >/dev/null || apt_install "the fuzzer, libFuzzer, is in C++" g++
+    command -v c++ >/dev/null || apt_install "libFuzzer is written in C++" g++
     cargo fuzz --version >/dev/null 2>&1 || {
-        say "installing cargo-fuzz from crates.io, with cargo"
+        log_line "installing cargo-fuzz from crates.io"
         cargo install --quiet --locked cargo-fuzz
     }
 }
@@ -147,9 +148,9 @@ bench() {
     has_header amqp.h || missing="$missing librabbitmq-dev"
     has_header gmp.h || missing="$missing libgmp-dev"
     command -v valgrind >/dev/null || missing="$missing valgrind"
-    [ -x /usr/bin/time ] || missing="$missing time" # the shell's keyword tells no memory
+    [ -x /usr/bin/time ] || missing="$missing time" # the shell's keyword does not report memory
     # shellcheck disable=SC2086 # a list of words
-    [ -z "$missing" ] || apt_install "what rpc-server and rpc-client are measured against, and with" $missing
+    [ -z "$missing" ] || apt_install "for the benchmarks" $missing
 
     mkdir -p "$built"
     for program in server client; do
@@ -159,7 +160,7 @@ bench() {
     done
     [ "$built/c-fib" -nt "$here/peers/c/fib.c" ] ||
         cc -O2 -Wall -Wextra -o "$built/c-fib" "$here/peers/c/fib.c" -lgmp
-    [ -e "$built/lapin-client" ] || say "building lapin into target/peers, from crates.io"
+    [ -e "$built/lapin-client" ] || log_line "building lapin from crates.io into target/peers"
     cargo build --quiet --release --locked --manifest-path "$here/peers/lapin/Cargo.toml" --target-dir "$built/lapin"
     for program in server client; do
         ln -sf "lapin/release/lapin-$program" "$built/lapin-$program"

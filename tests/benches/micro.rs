@@ -1,4 +1,4 @@
-//! The parts that a call is made of, by themselves: `cargo bench -p rpc-benches`.
+//! Benchmarks of the parts of a call: `cargo bench -p rpc-benches`.
 
 use divan::{black_box, Bencher};
 use rpc_common::message::{decode_reply, encode_reply, escape, parse_number, Reply, Request};
@@ -15,7 +15,7 @@ mod fib {
     use super::{black_box, Bencher};
     use rpc_common::fib::fib;
 
-    /// On both sides of what 64 bits hold, and as large as it is served.
+    /// Up to 93, fib(n) fits in 64 bits; the largest is the default of `--max-n`.
     const NUMBERS: [u64; 6] = [30, 93, 94, 1_000, 100_000, 1_000_000];
 
     #[divan::bench(args = NUMBERS)]

@@ -1,4 +1,4 @@
-//! What `rpc_common::sanitize` promises for any bytes: shared by the fuzzer and by that module's tests.
+//! Checks what `rpc_common::sanitize` guarantees for any bytes. The fuzzer and the tests of that module use it.
 
 use super::{correlation_id_range, sanitize, Changes, MAX_DEPTH};
 use amq_protocol::frame::{parse_frame, AMQPFrame};
@@ -6,8 +6,8 @@ use amq_protocol::protocol::connection::AMQPMethod;
 use amq_protocol::protocol::AMQPClass;
 use amq_protocol::types::{AMQPValue, FieldTable};
 
-/// The methods that a server sends, by class and method (AMQP 0-9-1 and RabbitMQ's extensions of it).
-const SERVER_METHODS: [(u8, &[u8]); 8] = [
+/// The methods that a broker sends, by class and method (AMQP 0-9-1 and RabbitMQ's extensions).
+const BROKER_METHODS: [(u8, &[u8]); 8] = [
     (10, &[10, 20, 30, 41, 50, 51, 60, 61]), // connection
     (20, &[11, 20, 21, 40, 41]),             // channel
     (30, &[11]),                             // access
@@ -17,10 +17,11 @@ const SERVER_METHODS: [(u8, &[u8]); 8] = [
     (85, &[11]),                             // confirm
     (90, &[11, 21, 31]),                     // tx
 ];
-/// Where a content header's property flags are: behind the frame's header, a class, a weight and the body's size.
-const FLAGS: usize = 7 + 12;
+/// The offset of the property flags in a content header: after the frame header, the class, the weight and the body size.
+const FLAGS_OFFSET: usize = 7 + 12;
 
-/// Fails unless sanitize refuses these bytes, or makes of them what amq-protocol reads safely and completely.
+/// Panics unless sanitize refuses these bytes, or changes them into a frame that amq-protocol parses completely and without
+/// deep recursion.
 pub(crate) fn check(bytes: &[u8]) {
     let mut frame = bytes.to_vec();
     let Ok(changes) = sanitize(&mut frame) else { return };
@@ -31,25 +32,25 @@ pub(crate) fn check(bytes: &[u8]) {
     }
     let mut again = frame.clone();
     assert_eq!(sanitize(&mut again), Ok(Changes::default()));
-    assert_eq!(again, frame, "a second pass has changed more");
+    assert_eq!(again, frame, "a second pass changes the frame again");
 
     match parse_frame(&frame) {
         Ok((_, AMQPFrame::Header(_, _, header))) => {
-            let flags = u16::from_be_bytes([frame[FLAGS], frame[FLAGS + 1]]);
+            let flags = u16::from_be_bytes([frame[FLAGS_OFFSET], frame[FLAGS_OFFSET + 1]]);
             assert_eq!(header.properties.bitmask(), flags & !0b11, "a property is missing");
             let depth = header.properties.headers().as_ref().map_or(0, depth_of_table);
-            assert!(depth <= MAX_DEPTH, "{depth} tables and arrays in each other");
+            assert!(depth <= MAX_DEPTH, "tables and arrays are nested {depth} deep");
         }
         Ok((_, AMQPFrame::Method(_, AMQPClass::Connection(AMQPMethod::Start(start))))) => {
             let depth = depth_of_table(&start.server_properties);
-            assert!(depth <= MAX_DEPTH, "{depth} tables and arrays in each other");
+            assert!(depth <= MAX_DEPTH, "tables and arrays are nested {depth} deep");
         }
         Ok(_) => {}
         Err(error) => assert!(!is_legal(&frame), "amq-protocol refuses this frame: {error:?}"),
     }
 }
 
-/// How many tables and arrays enclose each other, this one included.
+/// How deep tables and arrays are nested, this one included.
 pub(crate) fn depth_of_table(table: &FieldTable) -> usize {
     1 + table.values().map(depth).max().unwrap_or(0)
 }
@@ -62,14 +63,14 @@ fn depth(value: &AMQPValue) -> usize {
     }
 }
 
-/// Whether a server may send this frame: if sanitize accepts it, then amq-protocol has to.
+/// Whether a broker may send this frame. If sanitize accepts it, amq-protocol must parse it.
 fn is_legal(frame: &[u8]) -> bool {
     match frame {
         [.., end] if *end != 0xce => false,
         [2, ..] => true,
-        [1, _, _, _, _, _, _, 0, class, 0, method, ..] => SERVER_METHODS
+        [1, _, _, _, _, _, _, 0, class, 0, method, ..] => BROKER_METHODS
             .iter()
-            .any(|(server_class, methods)| server_class == class && methods.contains(method)),
+            .any(|(broker_class, methods)| broker_class == class && methods.contains(method)),
         _ => false,
     }
 }

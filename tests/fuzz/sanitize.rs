@@ -1,4 +1,4 @@
-//! Feeds `rpc_common::sanitize` with what libFuzzer makes up.
+//! Fuzzes `rpc_common::sanitize` with libFuzzer.
 
 #![no_main]
 

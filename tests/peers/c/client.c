@@ -1,9 +1,9 @@
-// The RPC tutorial's client, on librabbitmq: c-client N... prints fib(N), a line each, in order.
+// The RPC tutorial's client, on librabbitmq: c-client N... prints fib(N) for each N, one per line, in order.
 //
 // Up to RPC_IN_FLIGHT calls are outstanding at once, 16 unless it is set. With RPC_REPEAT=K it asks for
-// each N K times, and prints how many calls that were, the seconds they took, and the median of their
-// latencies in microseconds, in the place of the answers. With RPC_PROMISES=1 a request carries what
-// rpc-client's does: it is mandatory and persistent, and expires.
+// each N K times, and prints the number of calls, the seconds they took, and the median of their
+// latencies in microseconds, instead of the answers. With RPC_CLIENT_PROPERTIES=1 a request is
+// mandatory, persistent and expires, like those of rpc-client.
 #include "rpc.h"
 #include <time.h>
 
@@ -27,13 +27,13 @@ static int by_seconds(const void *left, const void *right)
     return (a > b) - (a < b);
 }
 
-// Waits for the reply to a call in hand; others are discarded.
+// Waits for the reply to a pending call, and discards other replies.
 static void take_reply(amqp_connection_state_t connection, struct call *calls, size_t count)
 {
     for (;;) {
-        amqp_maybe_release_buffers(connection); // else they grow with every frame
+        amqp_maybe_release_buffers(connection); // otherwise they grow with every frame
         amqp_envelope_t reply;
-        check_reply(amqp_consume_message(connection, &reply, NULL, 0), "await a reply");
+        check_reply(amqp_consume_message(connection, &reply, NULL, 0), "wait for a reply");
         uint64_t place;
         bool known = parse(reply.message.properties.correlation_id, count - 1, &place)
             && calls[place].is_pending;
@@ -55,7 +55,7 @@ int main(int argc, char **argv)
         die("usage", "c-client N...");
     amqp_bytes_t server = amqp_cstring_bytes(env("RPC_QUEUE", "rpc_queue"));
     size_t in_flight = env_number("RPC_IN_FLIGHT", "16", UINT32_MAX);
-    bool promises = strcmp(env("RPC_PROMISES", ""), "1") == 0;
+    bool client_properties = strcmp(env("RPC_CLIENT_PROPERTIES", ""), "1") == 0;
     bool measure = *env("RPC_REPEAT", "");
     size_t numbers = argc - 1;
     size_t count = numbers * env_number("RPC_REPEAT", "1", UINT32_MAX);
@@ -67,7 +67,7 @@ int main(int argc, char **argv)
     amqp_queue_declare_ok_t *declared = amqp_queue_declare(
         connection, CHANNEL, amqp_empty_bytes, false, false, true, false, amqp_empty_table);
     check_reply(amqp_get_rpc_reply(connection), "declare the reply queue");
-    amqp_bytes_t replies = amqp_bytes_malloc_dup(declared->queue); // its buffer is released
+    amqp_bytes_t replies = amqp_bytes_malloc_dup(declared->queue); // the buffer of the original is released
     amqp_basic_consume(connection, CHANNEL, replies, amqp_empty_bytes, false, true, false, amqp_empty_table);
     check_reply(amqp_get_rpc_reply(connection), "consume");
 
@@ -75,24 +75,24 @@ int main(int argc, char **argv)
     for (size_t place = 0; place < count; place++) {
         for (; pending >= in_flight; pending--)
             take_reply(connection, calls, count);
-        // The place is enough of an id: the queue is new and nobody else's.
+        // The place is unique enough as an id: the queue is new and exclusive.
         char id[40];
-        snprintf(id, sizeof id, promises ? "%036zu" : "%zu", place);
+        snprintf(id, sizeof id, client_properties ? "%036zu" : "%zu", place);
         amqp_basic_properties_t properties = {
             ._flags = AMQP_BASIC_CONTENT_TYPE_FLAG | AMQP_BASIC_CORRELATION_ID_FLAG | AMQP_BASIC_REPLY_TO_FLAG,
             .content_type = amqp_cstring_bytes("text/plain"),
             .correlation_id = amqp_cstring_bytes(id),
             .reply_to = replies,
         };
-        if (promises) {
+        if (client_properties) {
             properties._flags |= AMQP_BASIC_DELIVERY_MODE_FLAG | AMQP_BASIC_EXPIRATION_FLAG;
             properties.delivery_mode = AMQP_DELIVERY_PERSISTENT;
             properties.expiration = amqp_cstring_bytes("30000");
         }
         calls[place].is_pending = true;
         calls[place].began = now();
-        check(amqp_basic_publish(connection, CHANNEL, amqp_empty_bytes, server, promises, false, &properties,
-                  amqp_cstring_bytes(argv[1 + place % numbers])), "ask");
+        check(amqp_basic_publish(connection, CHANNEL, amqp_empty_bytes, server, client_properties, false, &properties,
+                  amqp_cstring_bytes(argv[1 + place % numbers])), "publish");
         pending++;
     }
     for (; pending > 0; pending--)

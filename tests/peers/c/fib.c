@@ -1,5 +1,5 @@
 // fib N REPEAT: computes fib(N) and its decimal text with GMP, REPEAT times, and prints the median of the
-// milliseconds that took.
+// times in milliseconds.
 #include <gmp.h>
 #include <stdio.h>
 #include <stdlib.h>

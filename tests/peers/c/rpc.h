@@ -1,4 +1,4 @@
-// What the RPC tutorial's server and client on librabbitmq have in common.
+// Shared by the RPC tutorial's server and client on librabbitmq.
 #include <amqp.h>
 #include <amqp_tcp_socket.h>
 #include <inttypes.h>
@@ -41,8 +41,7 @@ static inline const char *env(const char *name, const char *otherwise)
     return value && *value ? value : otherwise;
 }
 
-// Whether the text, which no zero byte ends, is a natural number up to max, of which ten times more
-// must still fit.
+// Whether the text, which has no terminating zero, is a whole number up to max. max * 10 + 9 must fit in 64 bits.
 static inline bool parse(amqp_bytes_t text, uint64_t max, uint64_t *number)
 {
     const unsigned char *digits = text.bytes;
@@ -64,7 +63,7 @@ static inline uint64_t env_number(const char *name, const char *otherwise, uint6
     return number;
 }
 
-// A connection to AMQP_URL, with a channel.
+// Opens a connection to AMQP_URL, with a channel.
 static inline amqp_connection_state_t connect_to_broker(void)
 {
     char *url = strdup(env("AMQP_URL", "amqp://localhost")); // the parts point into it

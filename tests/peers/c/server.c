@@ -1,7 +1,7 @@
 // The RPC tutorial's server, on librabbitmq.
 //
-// RPC_QUEUE names the queue; RPC_QUEUE_TYPE=quorum declares it as today's tutorials do. RPC_PREFETCH is
-// how many requests it takes at once, 1 as in the tutorial; RPC_QUIET=1 prints no line for each.
+// RPC_QUEUE names the queue; RPC_QUEUE_TYPE=quorum declares it like the current tutorials. RPC_PREFETCH is
+// the prefetch count, 1 as in the tutorial; RPC_QUIET=1 prints no line per request.
 #include "rpc.h"
 
 static uint64_t fib(uint64_t n)
@@ -21,7 +21,7 @@ int main(void)
     bool quorum = strcmp(env("RPC_QUEUE_TYPE", ""), "quorum") == 0;
     bool quiet = strcmp(env("RPC_QUIET", ""), "1") == 0;
     uint16_t prefetch = env_number("RPC_PREFETCH", "1", UINT16_MAX);
-    setvbuf(stdout, NULL, _IOLBF, 0); // into a pipe too
+    setvbuf(stdout, NULL, _IOLBF, 0); // also into a pipe
 
     amqp_connection_state_t connection = connect_to_broker();
     amqp_table_entry_t type = {
@@ -38,11 +38,11 @@ int main(void)
     puts(" [x] Awaiting RPC requests");
 
     for (;;) {
-        amqp_maybe_release_buffers(connection); // else they grow with every frame
+        amqp_maybe_release_buffers(connection); // otherwise they grow with every frame
         amqp_envelope_t request;
-        check_reply(amqp_consume_message(connection, &request, NULL, 0), "await a request");
+        check_reply(amqp_consume_message(connection, &request, NULL, 0), "wait for a request");
 
-        // The tutorial's server ends when a body is no number; and 64 bits hold no more than fib(93).
+        // The tutorial's server ends if a body is not a number. fib(93) is the largest that fits in 64 bits.
         char answer[32] = "not a natural number up to 93";
         uint64_t n;
         if (parse(request.message.body, 93, &n)) {

@@ -1,15 +1,15 @@
-// The RPC tutorial's client, on amqplib: client.js N... prints fib(N), a line each, in order.
+// The RPC tutorial's client, on amqplib: client.js N... prints fib(N) for each N, one per line, in order.
 //
 // Up to RPC_IN_FLIGHT calls are outstanding at once, 16 unless it is set. With RPC_REPEAT=K it asks for
-// each N K times, and prints how many calls that were, the seconds they took, and the median of their
-// latencies in microseconds, in the place of the answers.
+// each N K times, and prints the number of calls, the seconds they took, and the median of their
+// latencies in microseconds, instead of the answers.
 const amqp = require('amqplib');
 
 const queue = process.env.RPC_QUEUE || 'rpc_queue';
 const inFlight = Number(process.env.RPC_IN_FLIGHT || 16);
 const repeat = Number(process.env.RPC_REPEAT || 1);
 
-// As the tutorial's generateUuid.
+// Like generateUuid of the tutorial.
 const randomId = () => [1, 2, 3].map(() => Math.random().toString()).join('');
 
 async function main(numbers) {
@@ -17,7 +17,7 @@ async function main(numbers) {
   const connection = await amqp.connect(process.env.AMQP_URL || 'amqp://localhost', { noDelay: true });
   const channel = await connection.createChannel();
   const { queue: replyTo } = await channel.assertQueue('', { exclusive: true });
-  const pending = new Map(); // correlation id -> the one who waits for the answer, and since when
+  const pending = new Map(); // correlation id -> resolve function and start time of the call
   const latencies = [];
   await channel.consume(replyTo, (reply) => {
     const call = pending.get(reply.properties.correlationId);

@@ -1,7 +1,7 @@
 // The RPC tutorial's server, on amqplib.
 //
-// RPC_QUEUE names the queue; RPC_QUEUE_TYPE=quorum declares it as today's tutorials do. RPC_PREFETCH is
-// how many requests it takes at once, 1 as in the tutorial; RPC_QUIET=1 prints no line for each.
+// RPC_QUEUE names the queue; RPC_QUEUE_TYPE=quorum declares it like the current tutorials. RPC_PREFETCH is
+// the prefetch count, 1 as in the tutorial; RPC_QUIET=1 prints no line per request.
 const amqp = require('amqplib');
 
 const queue = process.env.RPC_QUEUE || 'rpc_queue';
@@ -11,14 +11,14 @@ const options = process.env.RPC_QUEUE_TYPE === 'quorum'
 const prefetch = Number(process.env.RPC_PREFETCH || 1);
 const quiet = process.env.RPC_QUIET === '1';
 
-// The tutorial's Number is exact up to fib(78) only.
+// The tutorial uses Number, which is exact up to fib(78) only.
 function fib(n) {
   let [a, b] = [0n, 1n];
   for (let i = 0; i < n; i++) [a, b] = [b, a + b];
   return a;
 }
 
-// The tutorial's parseInt makes NaN of what is no number, and answers it.
+// The tutorial's parseInt turns other text into NaN, and the server answers NaN.
 function answer(body) {
   if (!/^[0-9]{1,6}$/.test(body)) return 'not a natural number below a million';
   if (!quiet) console.log(` [.] fib(${body})`);

@@ -1,9 +1,9 @@
 <?php
-// The RPC tutorial's client, on php-amqplib: client.php N... prints fib(N), a line each, in order.
+// The RPC tutorial's client, on php-amqplib: client.php N... prints fib(N) for each N, one per line, in order.
 //
 // Up to RPC_IN_FLIGHT calls are outstanding at once, 16 unless it is set. With RPC_REPEAT=K it asks for
-// each N K times, and prints how many calls that were, the seconds they took, and the median of their
-// latencies in microseconds, in the place of the answers.
+// each N K times, and prints the number of calls, the seconds they took, and the median of their
+// latencies in microseconds, instead of the answers.
 
 require_once __DIR__ . '/connect.php';
 
@@ -58,7 +58,7 @@ class FibonacciRpcClient
         return $this->answers;
     }
 
-    // The tutorial waits while (!$this->response), and so for ever when the answer is "0".
+    // The tutorial waits while (!$this->response), so for ever if the answer is "0".
     private function waitUntilPendingAtMost(int $count): void
     {
         while (count($this->pending) > $count) {

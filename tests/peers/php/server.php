@@ -1,8 +1,8 @@
 <?php
 // The RPC tutorial's server, on php-amqplib.
 //
-// RPC_QUEUE names the queue; RPC_QUEUE_TYPE=quorum declares it as today's tutorials do. RPC_PREFETCH is
-// how many requests it takes at once, 1 as in the tutorial; RPC_QUIET=1 prints no line for each.
+// RPC_QUEUE names the queue; RPC_QUEUE_TYPE=quorum declares it like the current tutorials. RPC_PREFETCH is
+// the prefetch count, 1 as in the tutorial; RPC_QUIET=1 prints no line per request.
 
 require_once __DIR__ . '/connect.php';
 
@@ -22,8 +22,8 @@ function fib(int $n): int
 
 function answer(string $body): string
 {
-    // The tutorial's intval($body) answers fib(0) to whatever is no number. Above 92 the sum
-    // overflows 64 bits, and PHP goes on with floating point.
+    // The tutorial's intval($body) is 0 if the body is not a number. Above 92 the sum overflows 64 bits,
+    // and PHP continues with floating point.
     if (!ctype_digit($body) || $body > 92) {
         return 'not a natural number up to 92';
     }

@@ -1,9 +1,9 @@
-"""The RPC tutorial's client, on pika: client.py N... prints fib(N), a line each, in order.
+"""The RPC tutorial's client, on pika: client.py N... prints fib(N) for each N, one per line, in order.
 
 Up to RPC_IN_FLIGHT calls are outstanding at once, 16 unless it is set. With RPC_REPLY_TO=direct the replies
-come by RabbitMQ's direct reply-to, as in today's tutorials, else to an exclusive queue. With RPC_REPEAT=K it
-asks for each N K times, and prints how many calls that were, the seconds they took, and the median of their
-latencies in microseconds, in the place of the answers.
+come by RabbitMQ's direct reply-to, as in the current tutorials, otherwise to an exclusive queue. With RPC_REPEAT=K it
+asks for each N K times, and prints the number of calls, the seconds they took, and the median of their
+latencies in microseconds, instead of the answers.
 """
 import os
 import sys
@@ -26,7 +26,7 @@ class FibonacciRpcClient:
         else:
             self.reply_to = self.channel.queue_declare(queue="", exclusive=True).method.queue
         self.channel.basic_consume(queue=self.reply_to, on_message_callback=self.on_reply, auto_ack=True)
-        self.pending = {}  # correlation id -> place in the output, and when it was asked
+        self.pending = {}  # correlation id -> place in the output, start time
         self.answers = {}  # place in the output -> answer
         self.latencies = []
         self.seconds = 0.0
@@ -34,7 +34,7 @@ class FibonacciRpcClient:
     def on_reply(self, channel, method, properties, body):
         call = self.pending.pop(properties.correlation_id, None)
         if call is None:
-            print("discarded a reply to no call in hand", file=sys.stderr)
+            print("discarded an unexpected reply", file=sys.stderr)
         else:
             place, began = call
             self.latencies.append(perf_counter() - began)
@@ -57,7 +57,7 @@ class FibonacciRpcClient:
         return [self.answers[place] for place in range(len(numbers))]
 
     def wait_until_pending_at_most(self, count):
-        # A loop: published variants wait once, and take what came first for the answer.
+        # In a loop: some published variants wait once, and use the first reply as the answer.
         while len(self.pending) > count:
             self.connection.process_data_events(time_limit=None)
 

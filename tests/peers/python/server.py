@@ -1,7 +1,7 @@
 """The RPC tutorial's server, on pika.
 
-RPC_QUEUE names the queue; RPC_QUEUE_TYPE=quorum declares it as today's tutorials do. RPC_PREFETCH is how
-many requests it takes at once, 1 as in the tutorial; RPC_QUIET=1 prints no line for each.
+RPC_QUEUE names the queue; RPC_QUEUE_TYPE=quorum declares it like the current tutorials. RPC_PREFETCH is
+the prefetch count, 1 as in the tutorial; RPC_QUIET=1 prints no line per request.
 """
 import os
 
@@ -20,7 +20,7 @@ def fib(n):
 
 
 def answer(body):
-    # The tutorial's int(body) raises, and the server dies of one bad request.
+    # The tutorial's int(body) raises an exception, which ends the server.
     if not body.isdigit() or len(body) > 6:
         return "not a natural number below a million"
     n = int(body)

@@ -1,8 +1,8 @@
-// The RPC tutorial's client, on amqp091-go: client N... prints fib(N), a line each, in order.
+// The RPC tutorial's client, on amqp091-go: client N... prints fib(N) for each N, one per line, in order.
 //
 // Up to RPC_IN_FLIGHT calls are outstanding at once, 16 unless it is set. With RPC_REPEAT=K it asks for
-// each N K times, and prints how many calls that were, the seconds they took, and the median of their
-// latencies in microseconds, in the place of the answers.
+// each N K times, and prints the number of calls, the seconds they took, and the median of their
+// latencies in microseconds, instead of the answers.
 package main
 
 import (

@@ -1,7 +1,7 @@
 // The RPC tutorial's server, on amqp091-go.
 //
-// RPC_QUEUE names the queue; RPC_QUEUE_TYPE=quorum declares it as today's tutorials do. RPC_PREFETCH is
-// how many requests it takes at once, 1 as in the tutorial; RPC_QUIET=1 prints no line for each.
+// RPC_QUEUE names the queue; RPC_QUEUE_TYPE=quorum declares it like the current tutorials. RPC_PREFETCH is
+// the prefetch count, 1 as in the tutorial; RPC_QUIET=1 prints no line per request.
 package main
 
 import (
@@ -37,7 +37,7 @@ func fib(n uint64) uint64 {
 	return a
 }
 
-// The tutorial's server ends when a body is no number; and 64 bits hold no more than fib(93).
+// The tutorial's server ends if a body is not a number. fib(93) is the largest that fits in 64 bits.
 func answer(body []byte) string {
 	n, err := strconv.ParseUint(string(body), 10, 64)
 	if err != nil || n > 93 {

@@ -1,8 +1,8 @@
-//! The RPC tutorial's client, on lapin: lapin-client N... prints fib(N), a line each, in order.
+//! The RPC tutorial's client, on lapin: lapin-client N... prints fib(N) for each N, one per line, in order.
 //!
 //! Up to RPC_IN_FLIGHT calls are outstanding at once, 16 unless it is set. With RPC_REPEAT=K it asks for each
-//! N K times, and prints how many calls that were, the seconds they took, and the median of their latencies in
-//! microseconds, in the place of the answers.
+//! N K times, and prints the number of calls, the seconds they took, and the median of their latencies in
+//! microseconds, instead of the answers.
 
 use anyhow::Context;
 use futures_util::{future, stream, StreamExt, TryStreamExt};
@@ -15,7 +15,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
-/// By correlation id, those who wait for an answer.
+/// The calls that wait for an answer, by correlation id.
 type Pending = Mutex<HashMap<String, oneshot::Sender<(Vec<u8>, Instant)>>>;
 
 struct Client {
@@ -27,7 +27,7 @@ struct Client {
 
 impl Client {
     async fn call(&self, place: usize, n: &str) -> anyhow::Result<(usize, Vec<u8>, Duration)> {
-        // Enough of an id: the queue is new and nobody else's.
+        // Unique enough as an id: the queue is new and exclusive.
         let id = place.to_string();
         let properties = BasicProperties::default()
             .with_content_type("text/plain".into())
@@ -49,7 +49,7 @@ impl Client {
         Ok((place, answer, at - began))
     }
 
-    /// Hands the replies to those who wait for them; others are discarded.
+    /// Passes each reply to the call that waits for it, and discards other replies.
     async fn dispatch(&self, mut replies: Consumer) -> anyhow::Result<()> {
         while let Some(reply) = replies.try_next().await? {
             let id = reply.properties.correlation_id().as_ref().map_or("", |id| id.as_str());
@@ -61,7 +61,7 @@ impl Client {
     }
 }
 
-// Measured faster than with more threads: lapin has one of its own for the socket.
+// Measured: faster than with more threads. lapin has its own thread for the socket.
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
     let numbers: Vec<String> = std::env::args().skip(1).collect();

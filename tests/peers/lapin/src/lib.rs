@@ -1,11 +1,11 @@
-//! What the server and the client have in common.
+//! Shared by the server and the client.
 
 use anyhow::Context;
 use lapin::{Channel, Connection, ConnectionProperties};
 use std::env;
 use std::str::FromStr;
 
-/// The variable's value, if it has one.
+/// The value of an environment variable; None if it is not set or empty.
 pub fn variable(name: &str) -> Option<String> {
     env::var(name).ok().filter(|value| !value.is_empty())
 }

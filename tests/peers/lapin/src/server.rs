@@ -1,7 +1,7 @@
 //! The RPC tutorial's server, on lapin.
 //!
-//! RPC_QUEUE names the queue; RPC_QUEUE_TYPE=quorum declares it as today's tutorials do. RPC_PREFETCH is how
-//! many requests it takes at once, 1 as in the tutorial; RPC_QUIET=1 prints no line for each.
+//! RPC_QUEUE names the queue; RPC_QUEUE_TYPE=quorum declares it like the current tutorials. RPC_PREFETCH is
+//! the prefetch count, 1 as in the tutorial; RPC_QUIET=1 prints no line per request.
 
 use futures_util::TryStreamExt;
 use lapin::message::Delivery;
@@ -13,11 +13,11 @@ use lapin::{BasicProperties, Channel};
 use lapin_peer::{connect, number, queue, variable};
 
 fn fib(n: u64) -> u64 {
-    // The last sum, which is not used, need not fit.
+    // The last sum may overflow: it is not used.
     (0..n).fold((0u64, 1u64), |(a, b), _| (b, a.wrapping_add(b))).0
 }
 
-/// The tutorial's server ends when a body is no number; and 64 bits hold no more than fib(93).
+/// The tutorial's server ends if a body is not a number. fib(93) is the largest that fits in 64 bits.
 fn answer(body: &[u8], quiet: bool) -> String {
     match std::str::from_utf8(body).ok().and_then(|body| body.parse().ok()) {
         Some(n @ 0..=93) => {
@@ -46,11 +46,11 @@ async fn serve(channel: &Channel, request: Delivery, quiet: bool) -> lapin::Resu
             properties,
         )
         .await?;
-    // Measured a tenth faster than request.ack(), which goes by way of another task.
+    // Measured: a tenth faster than request.ack(), which uses another task.
     channel.basic_ack(request.delivery_tag, BasicAckOptions::default()).await
 }
 
-// Measured faster than with more threads: lapin has one of its own for the socket.
+// Measured: faster than with more threads. lapin has its own thread for the socket.
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
     let quiet = variable("RPC_QUIET").as_deref() == Some("1");
@@ -73,7 +73,7 @@ async fn main() -> anyhow::Result<()> {
         )
         .await?;
     println!(" [x] Awaiting RPC requests");
-    // As many at once as the prefetch lets through: to await a frame's sending is to wait for a thread.
+    // Concurrent up to the prefetch count: each await of a publish waits for another thread.
     requests.try_for_each_concurrent(None, |request| serve(&channel, request, quiet)).await?;
     anyhow::bail!("the queue is deleted")
 }

@@ -1,13 +1,13 @@
-//! Measures `rpc-server` and `rpc-client` against the tutorial on other libraries.
+//! Compares `rpc-server` and `rpc-client` with the RPC tutorial on other libraries.
 //!
-//! All run in turn, in rounds, on a private broker: what slows the machine down for a while slows them
-//! all. [`peers`] is who is measured, [`figures`] what of them, [`beyond`] what no peer has a
-//! counterpart of; [`report`] and [`plot`] say what came out.
+//! In each round all of them are measured in turn, on one private broker: whatever slows the machine down for a while slows
+//! all of them. [`peers`] are the programs, [`metrics`] what is measured of each, [`own_metrics`] what is measured of ours
+//! only; [`report`] and [`plot`] show the results.
 
-mod beyond;
 mod broker;
-mod figures;
 mod machine;
+mod metrics;
+mod own_metrics;
 mod peers;
 mod plot;
 mod process;
@@ -15,10 +15,10 @@ mod report;
 mod statistics;
 
 use anyhow::{Context, Result};
-use beyond::Beyond;
 use broker::Broker;
 use clap::Parser;
-use figures::{Bench, Figure, Results};
+use metrics::{Bench, Metric, Results};
+use own_metrics::OwnMetrics;
 use peers::{Peer, Programs};
 use report::Report;
 use std::fs;
@@ -26,22 +26,22 @@ use std::num::NonZeroU8;
 use std::path::Path;
 use std::process::ExitCode;
 
-/// Measure rpc-server and rpc-client against the tutorial on other libraries.
+/// Compare rpc-server and rpc-client with the RPC tutorial on other libraries.
 #[derive(Debug, Parser)]
 struct Cli {
-    /// A first impression in under two minutes: fewer, shorter rounds; the table is printed, no file written
+    /// Fewer and shorter rounds (two minutes); print the tables, write no files
     #[arg(long)]
     quick: bool,
 
-    /// Rounds, in each of which everything is measured once [7; quick: 2]
+    /// Number of rounds; each measures everything once [7; quick: 2]
     #[arg(long, value_name = "N")]
     rounds: Option<NonZeroU8>,
 
-    /// Whom to measure, with commas between them; no file is written unless it is all
+    /// Peers to measure, separated by commas; files are written only for all of them
     #[arg(long, value_name = "PEER", value_enum, value_delimiter = ',', default_values_t = Peer::ALL)]
     peers: Vec<Peer>,
 
-    /// How long one measurement takes; for trying this program out
+    /// Duration of one measurement, to try this program out
     #[arg(long, hide = true)]
     seconds: Option<f64>,
 }
@@ -50,56 +50,56 @@ fn main() -> ExitCode {
     match run(&Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("against: {error:#}");
+            eprintln!("compare: {error:#}");
             ExitCode::FAILURE
         }
     }
 }
 
 fn run(cli: &Cli) -> Result<()> {
-    let (rounds, seconds, many) =
+    let (rounds, seconds, batch_calls) =
         if cli.quick { (2, 0.5, 100_000.0) } else { (7, 1.5, 1_000_000.0) };
     let rounds = cli.rounds.map_or(rounds, NonZeroU8::get);
-    let many = if cli.seconds.is_some() { 10_000.0 } else { many };
+    let batch_calls = if cli.seconds.is_some() { 10_000.0 } else { batch_calls };
     let seconds = cli.seconds.unwrap_or(seconds);
 
     let broker = Broker::start()?;
-    let programs = Programs::at(broker.url())?;
+    let programs = Programs::find(broker.url())?;
     let bench = Bench::new(&programs, seconds)?;
 
-    let (mut results, mut beyond) = (Results::default(), Beyond::default());
+    let (mut results, mut own_metrics) = (Results::default(), OwnMetrics::default());
     for round in 1..=rounds {
         eprintln!("round {round} of {rounds} ...");
         measure_round(&bench, &cli.peers, round, &mut results)?;
-        beyond.measure_round(&bench)?;
+        own_metrics.measure_round(&bench)?;
     }
-    eprintln!("what is measured once ...");
-    beyond.measure_once(&bench, many, &results)?;
+    eprintln!("metrics that are measured once ...");
+    own_metrics.measure_once(&bench, batch_calls, &results)?;
 
     let machine = &machine::describe(&programs);
-    let report = Report { machine, rounds, seconds, results: &results, beyond: &beyond };
+    let report = Report { machine, rounds, seconds, results: &results, own_metrics: &own_metrics };
     println!("{}", report.tables());
     if !cli.quick && Peer::ALL.iter().all(|peer| cli.peers.contains(peer)) {
-        write_down(&report)?;
+        write_files(&report)?;
     }
     Ok(())
 }
 
 fn measure_round(bench: &Bench, peers: &[Peer], round: u8, results: &mut Results) -> Result<()> {
-    // Another order in each round, the same in each run: nobody always follows the same.
+    // The order differs between rounds, so that no peer always follows the same one; it is the same in every run.
     let mut peers = peers.to_vec();
     fastrand::Rng::with_seed(round.into()).shuffle(&mut peers);
-    for figure in Figure::ALL {
-        eprintln!("    {} ...", figure.title());
+    for metric in Metric::ALL {
+        eprintln!("    {} ...", metric.title());
         for peer in &peers {
-            let sample = bench.measure(figure, *peer).with_context(|| peer.name())?;
-            results.record(figure, *peer, sample);
+            let sample = bench.measure(metric, *peer).with_context(|| peer.name())?;
+            results.record(metric, *peer, sample);
         }
     }
     Ok(())
 }
 
-fn write_down(report: &Report) -> Result<()> {
+fn write_files(report: &Report) -> Result<()> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
     fs::write(folder.join("results.md"), report.page())?;
     plot::draw(report.results, &folder.join("results.svg"))?;

@@ -1,4 +1,4 @@
-//! Who is measured: our programs, and the tutorial's on the libraries of six languages.
+//! The programs that are measured: ours, and the RPC tutorial on six other libraries.
 
 use anyhow::{ensure, Context, Result};
 use std::env;
@@ -36,18 +36,18 @@ impl Peer {
     }
 }
 
-/// As it stands in file names and on the command line.
+/// The name in file names and on the command line.
 impl Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.name().to_lowercase())
     }
 }
 
-/// Where the programs are, and the broker they are to use.
+/// The folders of the programs, and the URL of their broker.
 pub(crate) struct Programs<'a> {
-    /// The folder of our own, in which this one is, too.
+    /// The folder of our programs and of this one.
     ours: PathBuf,
-    /// The folder of what `tests/setup.sh` builds and installs of the peers.
+    /// The folder into which `tests/setup.sh` builds and installs the peers.
     pub(crate) built: PathBuf,
     /// The folder of the peers' sources.
     pub(crate) sources: PathBuf,
@@ -55,8 +55,8 @@ pub(crate) struct Programs<'a> {
 }
 
 impl<'a> Programs<'a> {
-    /// Finds them all, before minutes go by.
-    pub(crate) fn at(url: &'a str) -> Result<Self> {
+    /// Fails at once if one of the programs is missing.
+    pub(crate) fn find(url: &'a str) -> Result<Self> {
         let this = env::current_exe()?;
         let ours = this.parent().context("a program is in a folder")?.to_owned();
         let built = ours.with_file_name("peers"); // profiles are below the target folder
@@ -69,14 +69,14 @@ impl<'a> Programs<'a> {
                       /usr/share/php/PhpAmqpLib/autoload.php /usr/bin/time /usr/bin/valgrind";
         for needed in needed.split_whitespace() {
             ensure!(
-                built.join(needed).exists(), // an absolute path takes the place of the folder
+                built.join(needed).exists(), // an absolute path replaces the folder
                 "{needed} is missing: run 'tests/setup.sh peers bench', or 'make bench' which does"
             );
         }
         Ok(Programs { ours, built, sources, url })
     }
 
-    /// The server, without a line for each request.
+    /// The command of a server that prints no line per request.
     pub(crate) fn server(&self, peer: Peer, queue: &str, prefetch: u16) -> Command {
         let mut server = self.program(peer, "server", queue);
         let prefetch = prefetch.to_string();
@@ -88,7 +88,8 @@ impl<'a> Programs<'a> {
         server
     }
 
-    /// The client that asks for each number of its arguments that often, and tells how long it took.
+    /// The command of a client that makes a call `repeat` times for each number among its arguments, and prints the time it
+    /// took.
     pub(crate) fn client(&self, peer: Peer, queue: &str, in_flight: u16, repeat: u64) -> Command {
         let (in_flight, repeat) = (in_flight.to_string(), repeat.to_string());
         let mut client = self.program(peer, "client", queue);

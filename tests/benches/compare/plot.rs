@@ -1,6 +1,6 @@
-//! The table of the peers as bars, for the README.
+//! A plot with the table of the peers as bars, for the README.
 
-use crate::figures::{Figure, Results};
+use crate::metrics::{Metric, Results};
 use crate::peers::Peer;
 use crate::report::number;
 use crate::statistics::Spread;
@@ -10,7 +10,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use std::path::Path;
 
-/// In pixels. White behind all, because GitHub shows the page on black, too.
+/// In pixels. The background is white, because GitHub also has a dark theme.
 const SIZE: (u32, u32) = (800, 654);
 const BARS_BEGIN: i32 = 72;
 const BARS_LENGTH: f64 = 240.0;
@@ -25,40 +25,40 @@ const INK: RGBColor = RGBColor(31, 41, 55);
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-/// Draws a panel for each figure, and in it a bar for each peer.
+/// Draws a panel for each metric, with a bar for each peer.
 pub(crate) fn draw(results: &Results, path: &Path) -> Result<()> {
     let root = SVGBackend::new(path, SIZE).into_drawing_area();
     root.fill(&WHITE)?;
-    for (panel, figure) in root.split_evenly((3, 2)).iter().zip(Figure::ALL) {
-        draw_panel(panel, figure, results)?;
+    for (panel, metric) in root.split_evenly((3, 2)).iter().zip(Metric::ALL) {
+        draw_panel(panel, metric, results)?;
     }
     root.present()?;
     Ok(())
 }
 
-fn draw_panel(panel: &Area, figure: Figure, results: &Results) -> Result<()> {
-    let better = if figure.more_is_better() { "more" } else { "less" };
-    let what = format!("{}, {better} is better", figure.unit());
-    panel.draw(&Text::new(figure.title(), (12, 10), text(17.0, FontStyle::Bold, HPos::Left)))?;
+fn draw_panel(panel: &Area, metric: Metric, results: &Results) -> Result<()> {
+    let better = if metric.higher_is_better() { "higher" } else { "lower" };
+    let what = format!("{}, {better} is better", metric.unit());
+    panel.draw(&Text::new(metric.title(), (12, 10), text(17.0, FontStyle::Bold, HPos::Left)))?;
     panel.draw(&Text::new(what, (12, 28), text(14.0, FontStyle::Normal, HPos::Left)))?;
 
-    let spreads = Peer::ALL.map(|peer| (peer, results.spread(figure, peer)));
-    let most = spreads.iter().filter_map(|(_, spread)| Some(spread.as_ref()?.most));
-    let most = most.fold(f64::MIN_POSITIVE, f64::max);
+    let spreads = Peer::ALL.map(|peer| (peer, results.spread(metric, peer)));
+    let max = spreads.iter().filter_map(|(_, spread)| Some(spread.as_ref()?.max));
+    let max = max.fold(f64::MIN_POSITIVE, f64::max);
     let mut y = FIRST_BAR + HALF_BAR;
     for (peer, spread) in spreads {
         if let Some(spread) = spread {
-            draw_bar(panel, y, peer, spread, most)?;
+            draw_bar(panel, y, peer, spread, max)?;
         }
         y += BAR_DISTANCE;
     }
     Ok(())
 }
 
-/// A bar as long as the median, with a whisker from the least to the most.
-fn draw_bar(panel: &Area, y: i32, peer: Peer, spread: Spread, most: f64) -> Result<()> {
+/// Draws a bar as long as the median, with a whisker from the minimum to the maximum.
+fn draw_bar(panel: &Area, y: i32, peer: Peer, spread: Spread, max: f64) -> Result<()> {
     #[allow(clippy::cast_possible_truncation)] // to pixels
-    let x = |value: f64| BARS_BEGIN + (value / most * BARS_LENGTH).round() as i32;
+    let x = |value: f64| BARS_BEGIN + (value / max * BARS_LENGTH).round() as i32;
     let (color, style) =
         if peer == Peer::Ours { (OURS, FontStyle::Bold) } else { (THEIRS, FontStyle::Normal) };
     let name = text(15.0, style, HPos::Right).pos(Pos::new(HPos::Right, VPos::Center));
@@ -66,17 +66,17 @@ fn draw_bar(panel: &Area, y: i32, peer: Peer, spread: Spread, most: f64) -> Resu
 
     let bar = [(BARS_BEGIN, y - HALF_BAR), (x(spread.median), y + HALF_BAR)];
     panel.draw(&Rectangle::new(bar, color.filled()))?;
-    let (least, most) = (x(spread.least), x(spread.most));
+    let (min_x, max_x) = (x(spread.min), x(spread.max));
     for line in [
-        [(least, y), (most, y)],
-        [(least, y - HALF_WHISKER), (least, y + HALF_WHISKER)],
-        [(most, y - HALF_WHISKER), (most, y + HALF_WHISKER)],
+        [(min_x, y), (max_x, y)],
+        [(min_x, y - HALF_WHISKER), (min_x, y + HALF_WHISKER)],
+        [(max_x, y - HALF_WHISKER), (max_x, y + HALF_WHISKER)],
     ] {
         panel.draw(&PathElement::new(line, INK))?;
     }
 
     let value = text(15.0, style, HPos::Left).pos(Pos::new(HPos::Left, VPos::Center));
-    panel.draw(&Text::new(number(spread.median), (most + 7, y), value))?;
+    panel.draw(&Text::new(number(spread.median), (max_x + 7, y), value))?;
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! The broker that carries the calls: a private node, whatever `AMQP_URL` says.
+//! The broker of the benchmarks: a private node. `AMQP_URL` is ignored.
 
 use anyhow::{ensure, Context, Result};
 use std::env;
@@ -8,11 +8,10 @@ use std::process::{self, Child, Command, Stdio};
 
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../broker.sh");
 
-/// A private node, which ends when this is dropped, or with this process.
+/// A private node. It is stopped when this is dropped or this process ends.
 pub(crate) struct Broker {
     url: String,
-    /// It runs until its standard input ends, and that ends with this process, however this process
-    /// ends.
+    /// It stops the node when its standard input ends, so at the latest when this process ends, for whatever reason.
     script: Child,
 }
 
@@ -22,14 +21,14 @@ impl Broker {
         let mut script = Command::new(SCRIPT)
             .arg("run")
             .arg(env::temp_dir().join(format!("rpc-benches-{}", process::id())))
-            .process_group(0) // so that Ctrl-C ends us first, and the node then
+            .process_group(0) // Ctrl-C stops only this process; its end stops the node
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .context("broker.sh")?;
         let mut url = String::new();
         BufReader::new(script.stdout.take().context("piped")?).read_line(&mut url)?;
-        ensure!(url.ends_with('\n'), "no private RabbitMQ: what broker.sh says above is missing");
+        ensure!(url.ends_with('\n'), "no private RabbitMQ: see the error of broker.sh above");
         Ok(Broker { url: url.trim().into(), script })
     }
 
@@ -41,6 +40,6 @@ impl Broker {
 impl Drop for Broker {
     fn drop(&mut self) {
         drop(self.script.stdin.take());
-        let _ = self.script.wait(); // until its folder is removed
+        let _ = self.script.wait(); // it removes the folder of the node
     }
 }

@@ -1,11 +1,11 @@
-//! What the figures were measured on, and with: no names, paths or dates.
+//! The machine and the versions of a measurement, without host names, paths and dates.
 
 use crate::peers::Programs;
 use std::path::Path;
 use std::process::Command;
 use std::{fs, thread};
 
-/// The machine, the broker, and the peers' libraries.
+/// Describes the machine, the broker, and the peers' libraries in a sentence.
 pub(crate) fn describe(programs: &Programs) -> String {
     let Programs { built, sources, .. } = programs;
     format!(
@@ -32,22 +32,22 @@ pub(crate) fn describe(programs: &Programs) -> String {
     )
 }
 
-/// The upstream's version of a package of the distribution's.
+/// The upstream version of an installed package.
 fn package(name: &str) -> String {
     let output = Command::new("dpkg-query").args(["-W", "-f", "${Version}", name]).output();
     let version = output.map(|output| output.stdout).unwrap_or_default();
     let version = String::from_utf8_lossy(&version);
     let version = version.split_once(':').map_or(&*version, |(_epoch, version)| version);
-    known(version.split(['-', '~', '+']).next())
+    or_unknown(version.split(['-', '~', '+']).next())
 }
 
-/// What stands behind the first `start` in a file, to the end of the word; of a name, to that of the line.
-fn find(path: &Path, start: &str) -> String {
+/// The text after the first `prefix` in a file, up to a quotation mark or the end of the line.
+fn find(path: &Path, prefix: &str) -> String {
     let text = fs::read_to_string(path).unwrap_or_default();
-    let line = text.split_once(start).and_then(|(_, rest)| rest.lines().next());
-    known(line.and_then(|line| line.split('"').next()))
+    let line = text.split_once(prefix).and_then(|(_, rest)| rest.lines().next());
+    or_unknown(line.and_then(|line| line.split('"').next()))
 }
 
-fn known(text: Option<&str>) -> String {
+fn or_unknown(text: Option<&str>) -> String {
     text.map(str::trim).filter(|text| !text.is_empty()).unwrap_or("of an unknown version").into()
 }

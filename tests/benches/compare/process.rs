@@ -1,4 +1,4 @@
-//! Running programs: to their end with a limit, or in the background until they are dropped.
+//! Runs programs: to their end with a timeout, or in the background until they are dropped.
 
 use anyhow::{bail, ensure, Context, Result};
 use rustix::process::{kill_process, Pid, Signal};
@@ -8,24 +8,24 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long anything may take. Reached only by a program that hangs.
-const PATIENCE: Duration = Duration::from_secs(300);
+/// The limit of every wait for a program. Only a program that hangs reaches it.
+const PROCESS_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// What a program wrote that ran to its end.
+/// The output of a program that has ended.
 pub(crate) struct Output {
     pub(crate) stdout: String,
     pub(crate) stderr: String,
 }
 
-/// Runs a program to its end, which has to be a good one.
+/// Runs a program to its end, and fails unless its exit code is 0.
 ///
-/// Nothing is put around it that would be measured with it. Ctrl-C reaches it as it reaches us; and it
-/// ends at the latest when the broker does, because it is a client.
+/// No other program is wrapped around it, because that would be measured, too. Ctrl-C also ends the program, and it ends at
+/// the latest with the broker, because it is a client.
 pub(crate) fn run(command: Command, stdin: &[u8]) -> Result<Output> {
     let what = format!("{command:?}");
     let output = assert_cmd::Command::from_std(command)
         .write_stdin(stdin)
-        .timeout(PATIENCE)
+        .timeout(PROCESS_TIMEOUT)
         .output()
         .with_context(|| what.clone())?;
     let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
@@ -34,29 +34,29 @@ pub(crate) fn run(command: Command, stdin: &[u8]) -> Result<Output> {
     Ok(Output { stdout: text(&output.stdout), stderr })
 }
 
-/// The command behind other words, as `time` or `valgrind` take it.
-pub(crate) fn behind(words: &[&str], command: &Command) -> Command {
-    let mut whole = Command::new(words[0]);
-    whole.args(&words[1..]).arg(command.get_program()).args(command.get_args());
+/// The command as arguments of another one, such as `time` or `valgrind`.
+pub(crate) fn wrap(wrapper: &[&str], command: &Command) -> Command {
+    let mut wrapped = Command::new(wrapper[0]);
+    wrapped.args(&wrapper[1..]).arg(command.get_program()).args(command.get_args());
     for (name, value) in command.get_envs() {
         match value {
-            Some(value) => whole.env(name, value),
-            None => whole.env_remove(name),
+            Some(value) => wrapped.env(name, value),
+            None => wrapped.env_remove(name),
         };
     }
-    whole
+    wrapped
 }
 
 /// A server in the background. It is killed when it is dropped, or when this process ends.
 pub(crate) struct Server(Child);
 
 impl Server {
-    /// Starts it and waits until it serves.
+    /// Starts it, and waits until it serves.
     ///
-    /// To the system its parent is the thread that starts it: that must be one that lives as long as this
-    /// process, and here it is the main one.
+    /// The caller must be the main thread: for Linux the parent of a process is a thread, and `--pdeathsig` kills the child
+    /// when that thread ends.
     pub(crate) fn start(command: &Command) -> Result<Self> {
-        let child = behind(&["setpriv", "--pdeathsig", "KILL"], command)
+        let child = wrap(&["setpriv", "--pdeathsig", "KILL"], command)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
@@ -65,17 +65,17 @@ impl Server {
         let stdout = BufReader::new(server.0.stdout.take().context("piped")?);
         let (sender, lines) = mpsc::channel();
         thread::spawn(move || {
-            // To the end: a server must not wait for a reader.
+            // Reads to the end, so that the server never waits for a reader.
             stdout.lines().map_while(Result::ok).for_each(|line| drop(sender.send(line)));
         });
-        match lines.recv_timeout(PATIENCE) {
+        match lines.recv_timeout(PROCESS_TIMEOUT) {
             Ok(line) if line == " [x] Awaiting RPC requests" => Ok(server),
-            Ok(line) => bail!("{command:?}: it said '{line}' where it should await requests"),
-            Err(_) => bail!("{command:?}: it does not serve; what it says above is missing"),
+            Ok(line) => bail!("{command:?}: it printed '{line}' instead of awaiting requests"),
+            Err(_) => bail!("{command:?}: it does not serve: see its error above"),
         }
     }
 
-    /// Asks it to stop, and waits until it has.
+    /// Stops it by SIGTERM, and waits until it has ended.
     pub(crate) fn stop(mut self) -> Result<ExitStatus> {
         kill_process(Pid::from_child(&self.0), Signal::TERM)?;
         let start = Instant::now();
@@ -83,7 +83,7 @@ impl Server {
             if let Some(status) = self.0.try_wait()? {
                 return Ok(status);
             }
-            ensure!(start.elapsed() < PATIENCE, "a server does not stop");
+            ensure!(start.elapsed() < PROCESS_TIMEOUT, "a server does not stop");
             thread::sleep(Duration::from_millis(5));
         }
     }
@@ -91,7 +91,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        let _ = self.0.kill(); // fails when it has ended already
+        let _ = self.0.kill(); // fails if it has ended already
         let _ = self.0.wait();
     }
 }

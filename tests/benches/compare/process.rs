@@ -35,16 +35,16 @@ pub(crate) fn run(command: Command, stdin: &[u8]) -> Result<Output> {
 }
 
 /// The command as arguments of another one, such as `time` or `valgrind`.
-pub(crate) fn wrap(wrapper: &[&str], command: &Command) -> Command {
-    let mut wrapped = Command::new(wrapper[0]);
-    wrapped.args(&wrapper[1..]).arg(command.get_program()).args(command.get_args());
+pub(crate) fn wrap(prefix: &[&str], command: &Command) -> Command {
+    let mut outer = Command::new(prefix[0]);
+    outer.args(&prefix[1..]).arg(command.get_program()).args(command.get_args());
     for (name, value) in command.get_envs() {
         match value {
-            Some(value) => wrapped.env(name, value),
-            None => wrapped.env_remove(name),
+            Some(value) => outer.env(name, value),
+            None => outer.env_remove(name),
         };
     }
-    wrapped
+    outer
 }
 
 /// A server in the background. It is killed when it is dropped, or when this process ends.

@@ -7,9 +7,9 @@ use rpc_client::{Client, Config};
 use std::io::Write;
 
 fn main() -> anyhow::Result<()> {
-    let mut client = Client::new(Config::new("upper_queue")?);
+    let client = Client::new(Config { queue: "upper_queue".into(), ..Config::default() })?;
     for text in std::env::args().skip(1) {
-        let answer = client.call(&text)?;
+        let answer = client.call(text.as_bytes())?;
         writeln!(std::io::stdout(), "{}", String::from_utf8_lossy(&answer))?;
     }
     Ok(())

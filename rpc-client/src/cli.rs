@@ -1,171 +1,112 @@
 //! The command line of `rpc-client`.
 
-use crate::batch::{Batch, SummaryFormat};
-use crate::client::{Config, Error};
+use crate::error::Error;
 use crate::input::Argument;
-use crate::output::Format;
-use crate::session::ReplyTo;
+use clap::builder::{EnumValueParser, TypedValueParser};
 use clap::Parser;
 use log::LevelFilter;
-use rpc_common::broker;
+use rpc_client::Config;
+use rpc_common::exit::{exit_codes_help, CLIENT_EXIT_CODES};
 use rpc_common::logging::LogOptions;
-use rpc_common::target::{short_string, BrokerOptions};
-use rpc_common::{duration, exit};
 use std::io::{self, IsTerminal};
-use std::num::NonZeroUsize;
-use std::str::FromStr;
-use std::time::Duration;
 
-/// Ask rpc-server, or any server of the RabbitMQ RPC tutorial, for fib(n).
-#[derive(Debug, Parser)]
+/// Ask rpc-server, or any server of the RabbitMQ RPC tutorial, for fib(n)
+#[derive(Clone, Debug, Parser)]
 #[command(
     version,
-    after_help = exit::help(exit::CLIENT),
+    after_help = exit_codes_help(CLIENT_EXIT_CODES),
     arg_required_else_help = true,
-    args_override_self = true, // of an option given twice the last counts, for aliases and wrappers
-    allow_negative_numbers = true // so that -5 is called a wrong number, not a wrong option
+    args_override_self = true, // the last of an option given twice counts, for aliases and wrappers
+    allow_negative_numbers = true // so that -5 is reported as a wrong number, not as an unknown option
 )]
-pub struct Cli {
-    /// The numbers n to ask fib(n) for; `-`: standard input, a number per line
-    #[arg(required = true, value_name = "N", value_parser = Argument::from_str)]
-    arguments: Vec<Argument>,
+pub(crate) struct Cli {
+    /// The numbers n to ask fib(n) for; `-` reads standard input, one number per line
+    #[arg(required = true, value_name = "N")]
+    pub(crate) arguments: Vec<Argument>,
 
-    /// Request queue
-    #[arg(long, value_name = "NAME", default_value = "rpc_queue", value_parser = short_string)]
-    queue: String,
-
-    /// Limit of each call, connecting included, as 1500ms, 30s or 2m
-    #[arg(short, long, value_name = "DURATION", default_value = "30s", value_parser = duration::parse_limit)]
-    timeout: Duration,
-
-    /// Calls outstanding at once
-    #[arg(short = 'j', long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
-    in_flight: u16,
-
-    /// text: ` [.] Got 832040` | raw: `832040` | json: an object a line | auto: text on a terminal, else raw
-    #[arg(
-        short,
-        long,
-        value_name = "FORMAT",
-        value_enum,
-        default_value = "auto",
-        hide_possible_values = true
-    )]
-    output: Output,
-
-    /// Answers as they come, not in the order asked (json only)
-    #[arg(long)]
-    unordered: bool,
-
-    /// Ask for every number N times
+    /// Make every call N times
+    // Declared before the options of `output` so that "Calls" comes first in the help, shown behind those of `config`.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
-    repeat: u64,
-
-    /// Latency, throughput and errors on standard error at the end; text | json
-    #[arg(
-        long,
-        value_name = "FORMAT",
-        value_enum,
-        num_args = 0..=1,
-        require_equals = true,
-        default_missing_value = "text",
-        hide_possible_values = true
-    )]
-    summary: Option<Summary>,
-
-    /// Where replies go; queue: one of the connection's own | direct: RabbitMQ's direct reply-to
-    #[arg(
-        long,
-        value_name = "KIND",
-        value_enum,
-        default_value = "queue",
-        hide_possible_values = true
-    )]
-    reply_to: Kind,
-
-    /// Nothing on standard error but errors and the summary
-    #[arg(short, long, conflicts_with = "verbose")]
-    quiet: bool,
+    #[arg(help_heading = "Calls", display_order = 100)]
+    pub(crate) repeat: u64,
 
     #[command(flatten)]
+    pub(crate) output: OutputOptions,
+
+    #[command(flatten, next_help_heading = "Output")]
     log: LogOptions,
 
     #[command(flatten)]
-    broker: BrokerOptions,
+    pub(crate) config: Config,
 }
 
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum Output {
+/// The options of what is printed.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Output")]
+pub(crate) struct OutputOptions {
+    /// Text: ` [.] Got 832040` | raw: `832040` | json: one object per line | auto: text on a terminal, else raw
+    #[arg(short = 'o', long = "output", value_name = "FORMAT", hide_possible_values = true)]
+    #[arg(default_value = "auto", value_parser = EnumValueParser::<Format>::new().map(Format::resolve))]
+    pub(crate) format: Format,
+
+    /// Print answers as they arrive, not in the order asked (json only)
+    #[arg(long)]
+    pub(crate) unordered: bool,
+
+    /// Print latency, throughput and errors on standard error at the end; text | json
+    #[arg(long, value_name = "FORMAT", value_enum, hide_possible_values = true)]
+    #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "text")]
+    pub(crate) summary: Option<SummaryFormat>,
+
+    /// Suppress warnings and progress
+    #[arg(short, long, conflicts_with = "verbose")]
+    pub(crate) quiet: bool,
+}
+
+/// The format of the answers on standard output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Format {
+    /// `Text` on a terminal, else `Raw`; replaced while the command line is parsed.
     Auto,
+    /// A line as in the tutorial, ` [.] Got 832040`; no line for a failed call.
     Text,
+    /// The number only; an empty line for a failed call, so that lines stay aligned with the input.
     Raw,
+    /// One object for each call, whether it failed or not.
     Json,
 }
 
+/// The format of the summary.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum Kind {
-    Queue,
-    Direct,
-}
-
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum Summary {
+pub(crate) enum SummaryFormat {
     Text,
     Json,
 }
 
 impl Cli {
-    /// Starts the log, as much of it as was asked for.
-    pub fn start_log(&self) {
-        let level = if self.quiet { LevelFilter::Error } else { LevelFilter::Warn };
+    /// Starts the log at the level that the options ask for.
+    pub(crate) fn start_log(&self) {
+        let level = if self.output.quiet { LevelFilter::Error } else { LevelFilter::Warn };
         self.log.start_for_prompt("rpc-client", level);
     }
 
-    /// How to call, as the options and the environment say.
-    ///
-    /// # Errors
-    /// [`broker::Error::Url`]
-    pub fn config(&self) -> Result<Config, broker::Error> {
-        Ok(Config {
-            brokers: self.broker.brokers()?,
-            queue: self.queue.clone(),
-            timeout: self.timeout,
-            in_flight: NonZeroUsize::new(self.in_flight.into()).unwrap_or(NonZeroUsize::MIN),
-            reply_to: match self.reply_to {
-                Kind::Queue => ReplyTo::Queue,
-                Kind::Direct => ReplyTo::Direct,
-            },
-        })
-    }
-
-    /// What to ask, and how to print the answers.
-    ///
-    /// # Errors
-    /// [`Error::Usage`] for options that do not go together.
-    pub fn batch(&self) -> Result<Batch, Error> {
-        let format = match self.output {
-            Output::Text => Format::Text,
-            Output::Auto if io::stdout().is_terminal() => Format::Text,
-            Output::Auto | Output::Raw => Format::Raw,
-            Output::Json => Format::Json,
-        };
-        if self.unordered && format != Format::Json {
-            return Err(Error::Usage(
-                "--unordered needs --output json, or answers cannot be told apart",
-            ));
+    /// Refuses options that exclude each other.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        if self.output.unordered && self.output.format != Format::Json {
+            return Err(Error::Usage("--unordered needs --output json, or answers cannot be told apart"));
         }
-        let summary = self.summary.map(|summary| match summary {
-            Summary::Text => SummaryFormat::Text,
-            Summary::Json => SummaryFormat::Json,
-        });
-        Ok(Batch {
-            arguments: self.arguments.clone(),
-            repeat: self.repeat,
-            format,
-            unordered: self.unordered,
-            summary,
-            quiet: self.quiet,
-        })
+        Ok(())
+    }
+}
+
+impl Format {
+    /// Replaces `Auto`.
+    fn resolve(self) -> Self {
+        match self {
+            Format::Auto if io::stdout().is_terminal() => Format::Text,
+            Format::Auto => Format::Raw,
+            format => format,
+        }
     }
 }
 
@@ -177,5 +118,12 @@ mod tests {
     #[test]
     fn the_command_line_is_well_formed() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn help_groups_the_options() {
+        let help = Cli::command().render_help().to_string();
+        let headings = ["\nCalls:", "\nOutput:", "\nBroker:"].map(|heading| help.find(heading));
+        assert!(headings.is_sorted() && headings[0].is_some(), "{help}");
     }
 }

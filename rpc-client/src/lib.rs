@@ -1,18 +1,15 @@
-//! Calls a function over RabbitMQ RPC and waits for the answer.
+//! Calls a function over RabbitMQ RPC, and waits for the answer.
 //!
-//! A call takes this way: `main` reads the command line ([`cli`]) and hands it to [`batch`], which
-//! feeds numbers to [`Client::run`] and prints what comes back. [`client`] is the loop; it keeps the
-//! calls in hand in `calls`, which is pure, and talks to the broker through `session`, which is one
-//! connection. [`Client::call`] is a run of one.
+//! [`run`] is the loop that makes calls; [`Client`] is a thread that runs it, for programs that make one call at a time.
+//! Read in this order: `call` says what a call is, `event_loop` makes calls, `pending` keeps those that are unanswered,
+//! `session` is one connection with its reply queue.
 
-pub mod batch;
-mod calls;
-pub mod cli;
-pub mod client;
-pub mod input;
-pub mod output;
+mod call;
+mod client;
+mod event_loop;
+mod pending;
 mod session;
-mod summary;
 
-pub use client::{Client, Config, Error, Outcome, Request};
-pub use session::ReplyTo;
+pub use call::{Config, Error, NoAnswerCause, Outcome, ReplyTo, Request};
+pub use client::{run, Client};
+pub use event_loop::OnOutcomes;

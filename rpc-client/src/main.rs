@@ -1,14 +1,28 @@
-//! Calls fib(n) over RabbitMQ RPC. Everything but the edges is in the library.
+//! Calls fib(n) over RabbitMQ RPC: numbers in, answers out.
+//!
+//! [`cli`] is the command line. [`batch`] connects three loops by channels: the [`reader`] reads the [`input`], the
+//! library makes the calls, and the [`printer`] prints lines of [`output`] and the [`summary`].
 
-use rpc_client::cli::Cli;
-use rpc_client::{batch, Error};
-use rpc_common::exit::{self, Exit, ExitCode};
-use rpc_common::logging;
-use std::io::{self, BufReader, BufWriter};
+mod cli;
+
+mod batch;
+mod input;
+mod reader;
+
+mod output;
+mod printer;
+mod summary;
+
+mod error;
+
+use crate::cli::Cli;
+use crate::error::Error;
+use rpc_common::exit::{print_error, ExitCode};
+use rpc_common::{logging, options};
 use std::process;
 
 fn main() -> process::ExitCode {
-    let cli: Cli = match exit::parse_args() {
+    let cli: Cli = match options::parse_args() {
         Ok(cli) => cli,
         Err(code) => return code.into(),
     };
@@ -17,14 +31,17 @@ fn main() -> process::ExitCode {
     let code = run(&cli).unwrap_or_else(|error| {
         let code = error.exit_code();
         if code != ExitCode::BrokenPipe {
-            exit::complain("rpc-client", &error);
+            print_error("rpc-client", &error);
         }
         code
     });
+    logging::flush();
     code.into()
 }
 
+/// Calls fib(n) for every number of the input and prints the answers in the order asked. The exit code is the largest
+/// of the calls' exit codes.
 fn run(cli: &Cli) -> Result<ExitCode, Error> {
-    let (config, batch) = (cli.config()?, cli.batch()?);
-    batch::run(&batch, config, BufReader::new(io::stdin()), BufWriter::new(io::stdout()))
+    cli.check()?;
+    batch::run(cli)
 }

@@ -1,237 +1,198 @@
-//! A session: one connection with its reply queue, from opening it to its end.
+//! A session: one connection with its reply queue, on a thread of its own.
+//!
+//! The thread makes the blocking calls, one after the other, so that the event loop never blocks: connecting, consuming,
+//! looking at the request queue, closing. Requests and replies do not pass through it.
 
-use crate::calls::Call;
-use amiquip::{
-    AmqpProperties, Channel, Connection, ConnectionBlockedNotification, Consumer, ConsumerMessage,
-    ConsumerOptions, Delivery, QueueDeclareOptions, Return,
+use crate::call::{Config, Error, ReplyTo};
+use amiquip::{ConnectionBlockedNotification, ConsumerMessage, ConsumerOptions, Return};
+use crossbeam_channel::{never, unbounded, Receiver, Sender};
+use rpc_common::connection::{
+    Connection, Deadline, Endpoint, Error as ConnectionError, ErrorKind, Publisher, QueueStats, Watchdog,
 };
-use crossbeam_channel::{never, Receiver, RecvError};
-use rpc_common::broker::{self, Counts, Error, Link};
-use rpc_common::deadline::{Deadline, Phase};
-use rpc_common::message::Request;
-use rpc_common::outbox::Publisher;
-use rpc_common::target::Brokers;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 use uuid::Uuid;
 
-/// A **session** owns all that a connection needs to make calls.
+/// The queue name that means direct reply-to.
+const DIRECT_REPLY_TO: &str = "amq.rabbitmq.reply-to";
+
+/// How many replies, and returned requests, may be unread: some for each call, which may be sent and answered more than
+/// once, and some for replies to no call.
+const MAX_UNREAD_PER_CALL: usize = 8;
+const MAX_UNREAD: usize = 1_000;
+
+/// How long closing may take, at least and at most.
+const CLOSE_TIMEOUTS: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
+
+/// A **session**, as the event loop sees it.
 pub(crate) struct Session {
-    pub(crate) wire: Wire, // first, so that it is closed first: the channel's own close then costs nothing
-    /// Apart from the rest, because amiquip's consumer borrows it.
-    pub(crate) channel: Channel,
-}
-
-/// A **wire** is a session but for its channel.
-pub(crate) struct Wire {
-    link: Link,
-    reply_queue: String,
-    /// Set by [`Wire::consume`]; silent before.
-    pub(crate) replies: Receiver<ConsumerMessage>,
-    /// The requests that found no queue.
+    commands: Sender<Command>,
+    pub(crate) events: Receiver<SessionEvent>,
+    /// `None` until it is connected.
+    pub(crate) link: Option<Link>,
+    /// Requests that the broker could not route to a queue.
     pub(crate) returns: Receiver<Return>,
-    /// Whether the broker takes requests, each time that changes.
-    pub(crate) notices: Receiver<ConnectionBlockedNotification>,
-    consumes: bool,
-    /// Used once it consumes. Before, the declaration of the reply queue may still be on amiquip's way, which
-    /// no request may overtake.
-    publisher: Publisher,
-    /// How long the broker took to answer.
-    pub(crate) round_trip: Duration,
+    /// Whether the broker blocks publishers, each time that this changes. Disconnected when the connection ends.
+    pub(crate) notifications: Receiver<ConnectionBlockedNotification>,
+    /// Silent until the consumer is started.
+    pub(crate) replies: Receiver<ConsumerMessage>,
+    pub(crate) is_consuming: bool,
 }
 
-/// What a reply consists of on the wire.
-pub(crate) type RawReply = (AmqpProperties, Vec<u8>);
-
-/// Where replies go.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum ReplyTo {
-    /// An exclusive queue of the connection's own, as in the tutorial.
-    #[default]
-    Queue,
-    /// RabbitMQ's [direct reply-to](https://www.rabbitmq.com/docs/direct-reply-to): no queue is made. Its
-    /// consumer must be there before the first request, which is one more round trip.
-    Direct,
+/// What a connected session publishes with.
+pub(crate) struct Link {
+    pub(crate) broker: String,
+    pub(crate) publisher: Publisher,
+    pub(crate) reply_queue: String,
+    watchdog: Arc<Watchdog>,
 }
 
-/// How many replies and returns may wait: some for each call, which may be sent and answered more than once, and some
-/// more that are nobody's.
-const MOST_WAITING_PER_CALL: usize = 8;
-const MOST_WAITING: usize = 1_000;
+/// What the thread does on request.
+enum Command {
+    CheckQueue,
+    Close(Deadline),
+}
 
-/// The name that stands for direct reply-to.
-const DIRECT: &str = "amq.rabbitmq.reply-to";
+/// What the thread reports.
+pub(crate) enum SessionEvent {
+    /// Requests can be published.
+    Connected(Link, Receiver<Return>, Receiver<ConnectionBlockedNotification>),
+    /// Replies can be received.
+    Consuming(Receiver<ConsumerMessage>),
+    /// The request queue; `None` if the broker gives no numbers.
+    QueueChecked(Option<QueueStats>),
+    /// The session has ended.
+    Ended(Error),
+}
 
 impl Session {
-    /// Connects and declares the reply queue.
-    pub(crate) fn open(
-        brokers: &Brokers,
-        reply_to: ReplyTo,
-        in_flight: usize,
-        deadline: &Deadline,
-    ) -> Result<Self, Error> {
-        let mut link = broker::open_any(brokers, "rpc-client", deadline)?;
-        let channel = link.open_channel(deadline)?;
-        let publisher = link.publisher(&channel);
-        let most = in_flight.saturating_mul(MOST_WAITING_PER_CALL).saturating_add(MOST_WAITING);
-        publisher.limit_waiting(most, most);
-        let reply_queue = match reply_to {
-            ReplyTo::Queue => format!("rpc.reply.{}", Uuid::new_v4()),
-            ReplyTo::Direct => DIRECT.into(),
-        };
-        let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
-        let returns = link.within(deadline, Phase::Declare, |_| {
-            if reply_to == ReplyTo::Queue {
-                // Not waited for: if it fails, so does the consumer that follows.
-                channel.queue_declare_nowait(&reply_queue, exclusive)?;
+    /// Starts to connect. The deadline is that of connecting.
+    pub(crate) fn start(endpoints: Vec<Endpoint>, config: &Config, deadline: Deadline) -> Self {
+        let (commands, received) = unbounded();
+        let (sender, events) = unbounded();
+        let config = config.clone();
+        thread::spawn(move || {
+            if let Err(error) = run(&endpoints, &config, &deadline, &sender, &received) {
+                let _ = sender.send(SessionEvent::Ended(error)); // fails if the event loop has ended
             }
-            channel.listen_for_returns()
-        })?;
-        let notices = link.notices(deadline)?;
-        let wire = Wire {
-            link,
-            reply_queue,
-            replies: never(),
-            returns,
-            notices,
-            consumes: false,
-            publisher,
-            round_trip: Duration::ZERO,
-        };
-        Ok(Session { wire, channel })
+        });
+        let (returns, notifications, replies) = (never(), never(), never());
+        Session { commands, events, link: None, returns, notifications, replies, is_consuming: false }
+    }
+
+    /// Writes the requests that are buffered.
+    pub(crate) fn flush(&self) {
+        if let Some(link) = &self.link {
+            let _ = link.publisher.send(); // fails on a closed channel: the replies report that
+        }
+    }
+
+    /// Asks for [`SessionEvent::QueueChecked`].
+    pub(crate) fn check_queue(&self) {
+        let _ = self.commands.send(Command::CheckQueue); // fails if the session has ended
+    }
+
+    /// Asks for the cause of the end of the connection, [`SessionEvent::Ended`].
+    pub(crate) fn ask_for_cause(&self) {
+        let _ = self.commands.send(Command::Close(Deadline::after(Duration::ZERO)));
+    }
+
+    /// Ends a blocking call of the thread, and with it the connection.
+    pub(crate) fn shut_down(&self) {
+        if let Some(link) = &self.link {
+            link.watchdog.shut_down();
+        }
+    }
+
+    /// Closes the connection. Waits for the broker until the deadline, but 10 ms at least and 1 s at most.
+    pub(crate) fn close(self, deadline: &Deadline) {
+        let _ = self.commands.send(Command::Close(*deadline));
+        let timeout = deadline.remaining().clamp(CLOSE_TIMEOUTS.0, CLOSE_TIMEOUTS.1);
+        let end = Deadline::after(timeout).instant();
+        while self.events.recv_deadline(end).is_ok() {} // until the thread has ended
+        self.shut_down();
     }
 }
 
-impl Wire {
-    /// Host and port of the broker, for messages.
-    pub(crate) fn broker(&self) -> String {
-        self.link.target().to_string()
+/// The session from its beginning to its end.
+fn run(
+    endpoints: &[Endpoint],
+    config: &Config,
+    deadline: &Deadline,
+    events: &Sender<SessionEvent>,
+    commands: &Receiver<Command>,
+) -> Result<(), Error> {
+    let send = |event| drop(events.send(event)); // fails if the event loop has ended
+    let mut connection = Connection::open_any(endpoints, "rpc-client", deadline)?;
+    let max_unread = usize::from(config.in_flight) * MAX_UNREAD_PER_CALL + MAX_UNREAD;
+    let (channel, publisher) = connection.open_channel(max_unread, deadline)?;
+    let notifications = connection.blocked_notifications(deadline)?;
+    let reply_queue = match config.reply_to {
+        ReplyTo::Queue => format!("rpc.reply.{}", Uuid::new_v4()),
+        ReplyTo::Direct => DIRECT_REPLY_TO.into(),
+    };
+    if config.reply_to == ReplyTo::Queue {
+        publisher.declare_exclusive_queue(&reply_queue); // if it fails, so does the consumer
+        let _ = publisher.send();
     }
+    let (broker, watchdog) = (connection.broker().to_owned(), connection.watchdog());
+    let link = Link { broker, publisher, reply_queue: reply_queue.clone(), watchdog };
+    let connected = SessionEvent::Connected(link, channel.returns.clone(), notifications);
 
-    /// Counts a call's request as sent, which it is by [`Wire::flush`] at the latest.
-    pub(crate) fn publish(
-        &mut self,
-        channel: &Channel,
-        queue: &str,
-        call: &mut Call,
-    ) -> Result<(), Error> {
-        let id = call.id.to_string();
-        let request = Request {
-            body: &call.request.body,
-            reply_to: Some(&self.reply_queue),
-            correlation_id: Some(&id),
-            expiration: Some(call.deadline.remaining()),
-        };
-        let request = request.encode(queue);
-        if self.consumes {
-            self.publisher.publish(request);
-        } else {
-            let published = channel.basic_publish("", request);
-            published.map_err(|error| self.link.explain(error))?;
-        }
-        call.sent(Instant::now());
-        Ok(())
-    }
+    let options = ConsumerOptions { no_ack: true, exclusive: true, ..ConsumerOptions::default() };
+    let consume = |connection: &mut Connection, deadline: &Deadline| {
+        connection.call(deadline, "starting a consumer", |_| channel.consume(&reply_queue, options.clone()))
+    };
+    let consumer = if config.reply_to == ReplyTo::Direct {
+        let consumer = consume(&mut connection, deadline)?; // has to be there before the first request
+        send(connected);
+        consumer
+    } else {
+        // Requests are published meanwhile: replies wait in their queue. A broker that blocks publishers does not
+        // answer, so the event loop ends this.
+        send(connected);
+        let consumer = consume(&mut connection, &Deadline::after(Duration::MAX));
+        consumer.map_err(|error| explain_refusal(&mut connection, &reply_queue, error, deadline))?
+    };
+    send(SessionEvent::Consuming(consumer.receiver().clone()));
 
-    /// Sends the requests that have not been sent yet.
-    pub(crate) fn flush(&mut self) {
-        let _ = self.publisher.send(); // of the end of the channel the replies tell
-    }
-
-    /// The replies that have come and were not taken yet.
-    pub(crate) fn replies_at_hand(&self) -> impl Iterator<Item = RawReply> + '_ {
-        self.replies.try_iter().filter_map(|got| match got {
-            ConsumerMessage::Delivery(delivery) => Some(self.take(delivery)),
-            _ => None,
-        })
-    }
-
-    /// Starts to receive replies, unless it has. Called after the first requests are published, because
-    /// replies wait in their queue, and this is a round trip that the server can work in. A broker that
-    /// takes no requests does not answer it either, and says why.
-    ///
-    /// The consumer cancels itself when it is dropped, and waits for that: hang up first.
-    pub(crate) fn consume<'a>(
-        &mut self,
-        channel: &'a Channel,
-        deadline: &Deadline,
-        on_notice: impl FnMut(ConnectionBlockedNotification) + Send,
-    ) -> Result<Option<Consumer<'a>>, Error> {
-        if self.consumes {
-            return Ok(None);
-        }
-        let options =
-            ConsumerOptions { no_ack: true, exclusive: true, ..ConsumerOptions::default() };
-        let consume = |_: &mut Connection| channel.basic_consume(&self.reply_queue, options);
-        let (link, notices) = (&mut self.link, &self.notices);
-        let begun = Instant::now();
-        let consumer =
-            link.within_listening(deadline, Phase::Consume, notices, on_notice, consume)?;
-        self.replies = consumer.receiver().clone();
-        self.round_trip = begun.elapsed();
-        self.consumes = true;
-        Ok(Some(consumer))
-    }
-
-    /// Whether replies go to RabbitMQ's direct reply-to, which has to be consumed first.
-    pub(crate) fn is_direct(&self) -> bool {
-        self.reply_queue == DIRECT
-    }
-
-    /// Ends the connection.
-    pub(crate) fn hang_up(&mut self) {
-        let _ = self.link.close(); // why it ends is known
-    }
-
-    /// The end is near, and the broker may be out of reach: closing does not wait for it beyond this deadline.
-    pub(crate) fn close_by(&mut self, deadline: &Deadline) {
-        self.link.close_by(deadline);
-    }
-
-    /// Whether it was the consumer that was refused. The requests came between the reply queue and its
-    /// consumer: they ran, unless that queue is not there, or the default exchange was refused.
-    pub(crate) fn is_unheard(&mut self, error: &Error, deadline: &Deadline) -> bool {
-        match error {
-            Error::Refused { reason, .. } if reason.contains("exchange") => false,
-            Error::Refused { .. } => self.link.look(&self.reply_queue, deadline).is_ok(),
-            _ => false,
+    for command in commands {
+        match command {
+            Command::CheckQueue => send(SessionEvent::QueueChecked(check_queue(&mut connection, &config.queue)?)),
+            Command::Close(deadline) => {
+                connection.set_close_deadline(&deadline);
+                break;
+            }
         }
     }
+    connection.close()?; // before the consumer is dropped, which would wait for the broker
+    Err(connection.lost("the connection has ended").into())
+}
 
-    /// The request queue as it is; none if it cannot be seen.
-    pub(crate) fn look(
-        &mut self,
-        queue: &str,
-        deadline: &Deadline,
-    ) -> Result<Option<Counts>, Error> {
-        let begun = Instant::now();
-        let looked = self.link.look(queue, deadline);
-        self.round_trip = begun.elapsed() / 2; // of its three the last is a mere goodbye
-        match looked {
-            Ok(counts) => Ok(Some(counts)),
-            Err(Error::ChannelClosed { .. } | Error::Refused { .. }) => Ok(None),
-            Err(error) => Err(error),
+/// Tells whether requests that were sent before the consumer was refused can have run: not if it was the reply queue or
+/// the default exchange that was refused.
+fn explain_refusal(
+    connection: &mut Connection,
+    reply_queue: &str,
+    error: ConnectionError,
+    deadline: &Deadline,
+) -> Error {
+    match &error.kind {
+        ErrorKind::Refused(reason)
+            if !reason.text.contains("exchange") && connection.queue_stats(reply_queue, deadline).is_ok() =>
+        {
+            Error::ConsumeRefused(error)
         }
+        _ => Error::Connection(error),
     }
+}
 
-    fn take(&self, delivery: Delivery) -> RawReply {
-        let _ = self.publisher.take_delivery(delivery.delivery_tag()); // a changed id is of no call
-        (delivery.properties, delivery.body)
-    }
-
-    /// A returned request was taken.
-    pub(crate) fn take_return(&self) {
-        self.publisher.take_return();
-    }
-
-    /// What the reply queue's consumer got: a reply, or the end of the session.
-    pub(crate) fn reply(
-        &mut self,
-        got: Result<ConsumerMessage, RecvError>,
-    ) -> Result<RawReply, Error> {
-        match broker::delivery(got) {
-            Ok(Some(delivery)) => Ok(self.take(delivery)),
-            Ok(None) => Err(self.link.lost("the reply queue was deleted")),
-            Err(error) => Err(self.link.explain(error)),
-        }
+fn check_queue(connection: &mut Connection, queue: &str) -> Result<Option<QueueStats>, ConnectionError> {
+    // Without a limit, because the end of it would be the end of the connection. Heartbeats bound it.
+    match connection.queue_stats(queue, &Deadline::after(Duration::MAX)) {
+        Ok(stats) => Ok(Some(stats)),
+        Err(error) if error.ends_connection() => Err(error),
+        Err(_) => Ok(None),
     }
 }

@@ -1,13 +1,13 @@
-//! The function that is served: Fibonacci numbers, exact for any n.
+//! The built-in function: Fibonacci numbers, exact for any n.
 
 use num_bigint::BigUint;
 
 /// The largest n whose fib(n) fits into 64 bits.
-const LARGEST_IN_U64: u64 = 93;
+const MAX_N_IN_U64: u64 = 93;
 
 /// Returns fib(n), where fib(0) = 0, fib(1) = 1 and fib(n) = fib(n-1) + fib(n-2).
 ///
-/// Beyond what 64 bits hold it doubles fast: with the pair fib(k), fib(k-1) at hand,
+/// Above 64 bits it uses fast doubling: it goes through the bits of n, and computes from fib(k) and fib(k-1)
 ///
 /// ```text
 /// fib(2k-1) = fib(k)² + fib(k-1)²
@@ -15,36 +15,40 @@ const LARGEST_IN_U64: u64 = 93;
 /// fib(2k)   = fib(2k+1) - fib(2k-1)
 /// ```
 ///
-/// so each bit of n costs two squarings, and the last one a single multiplication, because no pair
-/// is needed any more. The identities follow from d'Ocagne's and Cassini's; the method is that of
-/// the [GMP manual](https://gmplib.org/manual/Fibonacci-Numbers-Algorithm).
-#[must_use]
+/// with two squarings for each bit. The last bit needs only one of the three numbers, by a single multiplication:
+///
+/// ```text
+/// fib(2k)   = fib(k) (fib(k) + 2 fib(k-1))
+/// fib(2k+1) = (2 fib(k) + fib(k-1)) (2 fib(k) - fib(k-1)) + 2 (-1)^k
+/// ```
+///
+/// The algorithm is from the [GMP manual](https://gmplib.org/manual/Fibonacci-Numbers-Algorithm).
 pub fn fib(n: u64) -> BigUint {
-    if n <= LARGEST_IN_U64 {
-        return small(n).into();
+    if n <= MAX_N_IN_U64 {
+        return fib_u64(n).into();
     }
     let bits = u64::BITS - n.leading_zeros();
-    let (mut at_k, mut before_k) = (BigUint::from(1u32), BigUint::from(0u32)); // k = 1
-    let mut k_is_odd = true;
+    let (mut current, mut previous) = (BigUint::from(1u32), BigUint::from(0u32)); // fib(k), fib(k-1)
+    let mut k_is_odd = true; // k = 1
     for bit in (1..bits - 1).rev() {
-        let (square, square_before) = (&at_k * &at_k, &before_k * &before_k);
-        let low = &square + &square_before;
-        let high = plus_cassini((square << 2u32) - square_before, k_is_odd);
-        let middle = &high - &low;
+        let (square, previous_square) = (&current * &current, &previous * &previous);
+        let lower = &square + &previous_square; // fib(2k-1)
+        let upper = add_alternating_2((square << 2u32) - previous_square, k_is_odd); // fib(2k+1)
+        let middle = &upper - &lower; // fib(2k)
         k_is_odd = n >> bit & 1 == 1;
-        (at_k, before_k) = if k_is_odd { (high, middle) } else { (middle, low) };
+        (current, previous) = if k_is_odd { (upper, middle) } else { (middle, lower) };
     }
     if n.is_multiple_of(2) {
-        let lucas = (before_k << 1u32) + &at_k;
-        at_k * lucas
+        let sum = (previous << 1u32) + &current;
+        current * sum
     } else {
-        let twice = at_k << 1u32;
-        plus_cassini((&twice + &before_k) * (twice - before_k), k_is_odd)
+        let double = current << 1u32;
+        add_alternating_2((&double + &previous) * (double - previous), k_is_odd)
     }
 }
 
 /// Adds 2 (-1)^k.
-fn plus_cassini(number: BigUint, k_is_odd: bool) -> BigUint {
+fn add_alternating_2(number: BigUint, k_is_odd: bool) -> BigUint {
     if k_is_odd {
         number - 2u32
     } else {
@@ -52,10 +56,10 @@ fn plus_cassini(number: BigUint, k_is_odd: bool) -> BigUint {
     }
 }
 
-fn small(n: u64) -> u64 {
+fn fib_u64(n: u64) -> u64 {
     let (mut current, mut next) = (0u64, 1u64);
     for _ in 0..n {
-        (current, next) = (next, current.wrapping_add(next)); // only `next` overflows, at the end
+        (current, next) = (next, current.wrapping_add(next)); // only the last `next` overflows
     }
     current
 }
@@ -66,7 +70,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn agrees_with_the_definition() {
+    fn small_numbers_match_the_definition() {
         let (mut current, mut next) = (BigUint::from(0u32), BigUint::from(1u32));
         for n in 0..2_000 {
             assert_eq!(fib(n), current, "fib({n})");
@@ -86,9 +90,9 @@ mod tests {
     }
 
     proptest! {
-        /// fib(m+n) = fib(m) fib(n+1) + fib(m-1) fib(n), an identity the code does not use.
+        // The code does not use this identity.
         #[test]
-        fn adds_up(m in 1u64..20_000, n in 0u64..20_000) {
+        fn fib_of_a_sum_matches_the_addition_identity(m in 1u64..20_000, n in 0u64..20_000) {
             prop_assert_eq!(fib(m + n), fib(m) * fib(n + 1) + fib(m - 1) * fib(n));
         }
     }

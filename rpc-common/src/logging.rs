@@ -1,6 +1,6 @@
-//! The log of both programs: to standard error, without secrets, and without floods.
+//! The log of both programs: on standard error, without passwords, and limited in rate.
 
-use crate::message::escape;
+use crate::text::escape;
 use env_logger::Builder;
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use std::collections::HashMap;
@@ -9,8 +9,51 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use std::{panic, thread};
 
-/// Sends panics to the log. amiquip's thread may panic when both ends close at once; that is no news,
-/// for its connection's error says more.
+/// The options of both programs for the log.
+#[derive(Clone, Debug, clap::Args)]
+pub struct LogOptions {
+    /// More log; RUST_LOG overrides it
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+impl LogOptions {
+    /// Starts a log for an operator: each line has a time and a level.
+    pub fn start_for_operator(&self, level: LevelFilter) {
+        start(self.builder(level).format_target(false).format_timestamp_millis());
+    }
+
+    /// Starts a log for a user at a prompt: the lines look like the errors of `program`.
+    pub fn start_for_prompt(&self, program: &'static str, level: LevelFilter) {
+        start(self.builder(level).format(move |line, record| match record.level() {
+            Level::Warn => writeln!(line, "{program}: warning: {}", record.args()),
+            _ => writeln!(line, "{program}: {}", record.args()),
+        }));
+    }
+
+    fn builder(&self, level: LevelFilter) -> Builder {
+        let index = level as usize + usize::from(self.verbose);
+        let mut builder = Builder::new();
+        builder
+            .filter_level(LevelFilter::iter().nth(index).unwrap_or(LevelFilter::Trace))
+            .filter_module("amiquip", LevelFilter::Off) // its warnings repeat our errors
+            .filter_module("mio", LevelFilter::Off)
+            .parse_default_env()
+            // After RUST_LOG, which must not enable it: at debug level the handshake logs the password.
+            .filter_module("amiquip::io_loop::handshake_state", LevelFilter::Info);
+        builder
+    }
+}
+
+fn start(builder: &mut Builder) {
+    let log = builder.build();
+    log::set_max_level(log.filter());
+    let log = RateLimitedLog { log, limiter: Mutex::default() };
+    log::set_boxed_logger(Box::new(log)).expect("a program starts its log once");
+}
+
+/// Logs panics. A panic of amiquip's thread is logged at debug level: it occurs when both sides close at once, and the
+/// connection's error says more.
 pub fn log_panics() {
     panic::set_hook(Box::new(|panic| {
         let level = match thread::current().name() {
@@ -21,83 +64,45 @@ pub fn log_panics() {
     }));
 }
 
-/// The options of both programs that say how much is logged.
-#[derive(Clone, Debug, clap::Args)]
-pub struct LogOptions {
-    /// More log on standard error; twice for still more; RUST_LOG rules over it
-    #[arg(short, long, action = clap::ArgAction::Count)]
-    verbose: u8,
+/// Logs the counts of suppressed lines that are still pending. Call it before the program ends.
+pub fn flush() {
+    log::logger().flush();
 }
 
-impl LogOptions {
-    /// Starts a log for an operator: with the time and the level of each line.
-    pub fn start_for_operator(&self, level: LevelFilter) {
-        start(self.builder(level).format_target(false).format_timestamp_millis());
-    }
+/// The number of lines that a call site may log in each window. DEBUG and TRACE lines are not limited: the user asked
+/// for them.
+const MAX_LINES: u64 = 5;
+const WINDOW_LENGTH: Duration = Duration::from_secs(60);
 
-    /// Starts a log for somebody at a prompt: lines of the same form as the errors of `program`.
-    pub fn start_for_prompt(&self, program: &'static str, level: LevelFilter) {
-        start(self.builder(level).format(move |line, record| match record.level() {
-            Level::Warn => writeln!(line, "{program}: warning: {}", record.args()),
-            _ => writeln!(line, "{program}: {}", record.args()),
-        }));
-    }
-
-    fn builder(&self, level: LevelFilter) -> Builder {
-        let steps = usize::from(self.verbose);
-        let level = LevelFilter::iter().nth(level as usize + steps).unwrap_or(LevelFilter::Trace);
-        let mut builder = Builder::new();
-        builder
-            .filter_level(level)
-            .filter_module("amiquip", LevelFilter::Off) // its warnings say our errors a second time
-            .filter_module("mio", LevelFilter::Off)
-            .parse_default_env()
-            // At debug its handshake logs the password, so that no RUST_LOG may have it.
-            .filter_module("amiquip::io_loop::handshake_state", LevelFilter::Info);
-        builder
-    }
-}
-
-fn start(builder: &mut Builder) {
-    let log = builder.build();
-    log::set_max_level(log.filter());
-    let log = LimitedLog { log, limiter: Mutex::default() };
-    log::set_boxed_logger(Box::new(log)).expect("a program starts its log once");
-}
-
-/// How many lines from one place in the source are logged in each period, and then only counted. This is for lines of an
-/// INFO level and above; who asks for more gets all of it.
-const MOST_LINES: u64 = 5;
-const PERIOD: Duration = Duration::from_secs(60);
-
-/// A log that no peer can flood.
-struct LimitedLog<L> {
+/// A log that a peer cannot flood: it limits the rate of each call site.
+struct RateLimitedLog<L> {
     log: L,
-    limiter: Mutex<Limiter>,
+    limiter: Mutex<RateLimiter>,
 }
 
-impl<L: Log> LimitedLog<L> {
-    fn limiter(&self) -> MutexGuard<'_, Limiter> {
+impl<L: Log> RateLimitedLog<L> {
+    fn limiter(&self) -> MutexGuard<'_, RateLimiter> {
         self.limiter.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn log_limited(&self, record: &Record) {
-        if record.level() > Level::Info || self.limiter().admit(record, Instant::now()) {
+        if record.level() > Level::Info || self.limiter().allow(record, Instant::now()) {
             self.log.log(record);
         }
     }
 
-    /// Logs how many lines were not logged in periods that are over.
-    fn log_counts(&self) {
-        let counts = self.limiter().take_counts(Instant::now());
-        for Lines { level, target, count, latest, .. } in counts {
-            let args = format_args!("{count} more like this were not logged: {latest}");
+    /// Ends the windows that are at least `min_age` old, and logs how many lines each suppressed.
+    fn end_windows(&self, min_age: Duration) {
+        let ended = self.limiter().end_windows(Instant::now(), min_age);
+        for Window { level, target, lines, last_suppressed, .. } in ended {
+            let suppressed = lines - MAX_LINES;
+            let args = format_args!("suppressed {suppressed} similar lines; the last: {last_suppressed}");
             self.log.log(&Record::builder().level(level).target(&target).args(args).build());
         }
     }
 }
 
-impl<L: Log> Log for LimitedLog<L> {
+impl<L: Log> Log for RateLimitedLog<L> {
     fn enabled(&self, metadata: &Metadata) -> bool {
         self.log.enabled(metadata)
     }
@@ -106,69 +111,63 @@ impl<L: Log> Log for LimitedLog<L> {
         if !self.enabled(record.metadata()) {
             return;
         }
-        self.log_counts();
+        self.end_windows(WINDOW_LENGTH);
         if record.target().starts_with("rpc_") {
             return self.log_limited(record);
         }
-        // amiquip logs what came from the wire as it is.
-        let escaped = escape(record.args().to_string().as_bytes()).to_string();
-        let mut copy = Record::builder();
-        copy.metadata(record.metadata().clone()).line(record.line());
-        copy.module_path(record.module_path());
-        self.log_limited(&copy.args(format_args!("{escaped}")).build());
+        // amiquip logs text from the wire without escaping it.
+        let message = escape(record.args().to_string().as_bytes()).to_string();
+        let mut escaped = Record::builder();
+        escaped.metadata(record.metadata().clone()).line(record.line());
+        escaped.module_path_static(record.module_path_static());
+        self.log_limited(&escaped.args(format_args!("{message}")).build());
     }
 
     fn flush(&self) {
-        self.log_counts();
+        self.end_windows(Duration::ZERO);
         self.log.flush();
     }
 }
 
-/// A place in the source: a module and a line.
-type Place = (String, Option<u32>);
+/// A place in the source that logs: a module and a line.
+type CallSite = (Option<&'static str>, Option<u32>);
 
-/// Counts the lines of each place.
+/// A fixed-window rate limiter, with a window for each call site.
 #[derive(Default)]
-struct Limiter(HashMap<Place, Lines>);
+struct RateLimiter(HashMap<CallSite, Window>);
 
-/// The lines of a place in its current period.
-struct Lines {
+/// A **window** counts the lines of one call site, the suppressed ones included.
+struct Window {
     level: Level,
     target: String,
-    since: Instant,
-    /// How many there were; when it is taken, how many were not logged.
-    count: u64,
-    /// The latest of those that were not logged.
-    latest: String,
+    start: Instant,
+    lines: u64,
+    last_suppressed: String,
 }
 
-impl Limiter {
-    /// Whether one more line is to be logged.
-    fn admit(&mut self, line: &Record, now: Instant) -> bool {
-        let place = (line.module_path().unwrap_or_default().to_owned(), line.line());
-        let lines = self.0.entry(place).or_insert_with(|| Lines {
-            level: line.level(),
-            target: line.target().to_owned(),
-            since: now,
-            count: 0,
-            latest: String::new(),
+impl RateLimiter {
+    /// Counts a line, and returns whether it may be logged.
+    fn allow(&mut self, record: &Record, now: Instant) -> bool {
+        let call_site = (record.module_path_static(), record.line());
+        let window = self.0.entry(call_site).or_insert_with(|| Window {
+            level: record.level(),
+            target: record.target().to_owned(),
+            start: now,
+            lines: 0,
+            last_suppressed: String::new(),
         });
-        if lines.count <= MOST_LINES && now.duration_since(lines.since) >= PERIOD {
-            (lines.since, lines.count) = (now, 0);
+        window.lines += 1;
+        let is_allowed = window.lines <= MAX_LINES;
+        if !is_allowed {
+            window.last_suppressed = record.args().to_string();
         }
-        lines.count += 1;
-        if lines.count > MOST_LINES {
-            lines.latest = line.args().to_string();
-        }
-        lines.count <= MOST_LINES
+        is_allowed
     }
 
-    /// Takes the counts of the lines that were not logged in periods that are over.
-    fn take_counts(&mut self, now: Instant) -> Vec<Lines> {
-        let is_over =
-            |lines: &Lines| lines.count > MOST_LINES && now.duration_since(lines.since) >= PERIOD;
-        let over = self.0.extract_if(|_, lines| is_over(lines));
-        over.map(|(_, lines)| Lines { count: lines.count - MOST_LINES, ..lines }).collect()
+    /// Ends the windows that are at least `min_age` old, and returns those that suppressed lines.
+    fn end_windows(&mut self, now: Instant, min_age: Duration) -> Vec<Window> {
+        let ended = self.0.extract_if(|_, window| now.duration_since(window.start) >= min_age);
+        ended.map(|(_, window)| window).filter(|window| window.lines > MAX_LINES).collect()
     }
 }
 
@@ -176,11 +175,11 @@ impl Limiter {
 mod tests {
     use super::*;
 
-    /// Keeps the lines that it gets.
+    /// Stores the lines that it gets.
     #[derive(Default)]
-    struct Kept(Mutex<Vec<String>>);
+    struct StoringLog(Mutex<Vec<String>>);
 
-    impl Log for Kept {
+    impl Log for StoringLog {
         fn enabled(&self, _: &Metadata) -> bool {
             true
         }
@@ -192,40 +191,48 @@ mod tests {
         fn flush(&self) {}
     }
 
-    #[test]
-    fn what_amiquip_logs_is_escaped_and_floods_end() {
-        let log = LimitedLog { log: Kept::default(), limiter: Mutex::default() };
-        let say = |target, level| {
-            let args = format_args!("\x1b[2J");
-            log.log(&Record::builder().target(target).level(level).args(args).build());
-        };
-        say("amiquip::io_loop", Level::Debug);
-        (0..9).for_each(|_| say("rpc_common::broker", Level::Warn));
-        (0..9).for_each(|_| say("rpc_common::broker", Level::Debug));
-        let kept = log.log.0.lock().unwrap();
-        assert_eq!(kept[0], r"\u{1b}[2J");
-        assert_eq!(kept.len(), 1 + 5 + 9);
+    fn log_line(log: &dyn Log, target: &str, level: Level, message: &str) {
+        let args = format_args!("{message}");
+        log.log(&Record::builder().target(target).level(level).args(args).build());
     }
 
     #[test]
-    fn five_lines_a_minute_from_a_place_are_logged_and_the_rest_is_counted() {
-        let (mut limiter, begin) = (Limiter::default(), Instant::now());
-        let at = |seconds| begin + Duration::from_secs(seconds);
-        let mut admit = |place, text: &str, now| {
-            let args = format_args!("{text}");
-            let record = Record::builder().line(Some(place)).args(args).build();
-            limiter.admit(&record, now)
+    fn amiquips_lines_are_escaped_and_floods_are_limited() {
+        let log = RateLimitedLog { log: StoringLog::default(), limiter: Mutex::default() };
+        log_line(&log, "amiquip::io_loop", Level::Debug, "\x1b[2J");
+        (0..9).for_each(|_| log_line(&log, "rpc_common::connection", Level::Warn, "lost"));
+        (0..9).for_each(|_| log_line(&log, "rpc_common::connection", Level::Debug, "lost"));
+        let lines = log.log.0.lock().unwrap();
+        assert_eq!(lines[0], r"\u{1b}[2J");
+        assert_eq!(lines.len(), 1 + 5 + 9);
+    }
+
+    #[test]
+    fn flush_logs_the_counts_that_are_pending_once() {
+        let log = RateLimitedLog { log: StoringLog::default(), limiter: Mutex::default() };
+        (1..=7).for_each(|n| log_line(&log, "rpc_common", Level::Info, &format!("lost {n}")));
+        log.flush();
+        log.flush();
+        let lines = log.log.0.lock().unwrap();
+        assert_eq!(lines[5..], ["suppressed 2 similar lines; the last: lost 7"]);
+    }
+
+    #[test]
+    fn a_call_site_logs_five_lines_a_minute_and_the_others_are_counted() {
+        let (mut limiter, start) = (RateLimiter::default(), Instant::now());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut allow = |line, now| {
+            let args = format_args!("lost");
+            limiter.allow(&Record::builder().line(Some(line)).args(args).build(), now)
         };
-        assert_eq!((0..100).filter(|_| admit(1, "lost", at(0))).count(), 5);
-        assert!(admit(2, "another place", at(1)));
-        assert!(limiter.take_counts(at(59)).is_empty(), "the period is not over");
-        let counts = limiter.take_counts(at(60));
-        assert_eq!(
-            counts.iter().map(|lines| (lines.count, &*lines.latest)).collect::<Vec<_>>(),
-            [(95, "lost")]
-        );
-        let mut admit = |now| limiter.admit(&Record::builder().line(Some(1)).build(), now);
-        assert!(admit(at(61)), "a new period");
-        assert!(limiter.take_counts(at(200)).is_empty());
+        assert_eq!((0..100).filter(|_| allow(1, at(0))).count(), 5);
+        assert!(allow(2, at(1)), "another call site");
+        assert!(limiter.end_windows(at(59), WINDOW_LENGTH).is_empty());
+        let ended = limiter.end_windows(at(60), WINDOW_LENGTH);
+        let counts: Vec<_> = ended.iter().map(|window| (window.lines, &*window.last_suppressed)).collect();
+        assert_eq!(counts, [(100, "lost")]);
+        let mut allow = |now| limiter.allow(&Record::builder().line(Some(1)).build(), now);
+        assert!(allow(at(61)), "a new window");
+        assert!(limiter.end_windows(at(200), WINDOW_LENGTH).is_empty());
     }
 }

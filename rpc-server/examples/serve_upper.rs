@@ -4,12 +4,11 @@
 //!     cargo run -p rpc-client --example call_upper -- "hello"
 
 use rpc_common::message::Request;
-use rpc_server::{serve, signals, Config};
+use rpc_server::{serve, stop_signal, Config};
 
 fn main() -> anyhow::Result<()> {
-    let config = Config::new("upper_queue")?;
-    let stop = signals::stop()?;
+    let config = Config { queue: "upper_queue".into(), ..Config::default() };
     let upper = |request: &Request| Ok(request.text()?.to_uppercase());
-    serve(&config, &upper, &stop, &|| println!("serving upper_queue, Ctrl-C stops"))?;
+    serve(&config, &upper, &stop_signal()?, &|| println!("serving upper_queue, Ctrl-C stops"))?;
     Ok(())
 }

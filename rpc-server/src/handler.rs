@@ -1,7 +1,8 @@
-//! The function that is served: from a request to a reply. Nothing here knows AMQP.
+//! The function that is served: from a request to a reply. It does not know AMQP.
 
 use rpc_common::fib::fib;
-use rpc_common::message::{escape, parse_number, ErrorCode, Failure, NumberError, Reply, Request};
+use rpc_common::message::{parse_number, ErrorCode, Failure, NumberError, Reply, Request};
+use rpc_common::text::escape;
 use std::panic::{self, AssertUnwindSafe};
 use std::thread;
 use std::time::Duration;
@@ -9,52 +10,44 @@ use std::time::Duration;
 /// A **handler** is a function that can be served: it turns a request into a reply, on any thread.
 pub type Handler<'a> = dyn Fn(&Request) -> Reply + Sync + 'a;
 
-/// Calls the handler; a panic becomes the failure `internal`, and its detail stays with the panic
-/// hook, in the server's log.
+/// Calls the handler. A panic becomes the failure `internal`; its message is in the server's log only.
 pub(crate) fn call(handler: &Handler, request: &Request) -> Reply {
-    // A handler whose state a panic can break has to see to that itself, as with a poisoned mutex.
+    // A handler whose state a panic can break must handle that itself, as with a poisoned mutex.
     panic::catch_unwind(AssertUnwindSafe(|| handler(request))).unwrap_or_else(|_| {
         Err(Failure {
             code: ErrorCode::Internal,
-            message: "internal error: the function failed, the server's log says why".into(),
+            message: "internal error: the function failed, see the server's log".into(),
         })
     })
 }
 
-/// The handler of the program: fib(n) for n up to `max_n`, exact.
+/// A handler for fib(n), exact, up to `max_n`.
 ///
-/// It calls `announce` with each n that it serves, and sleeps for `delay` to let people watch fair
-/// dispatch.
-pub fn fib_handler(
-    max_n: u64,
-    delay: Duration,
-    announce: impl Fn(u64) + Sync,
-) -> impl Fn(&Request) -> Reply + Sync {
+/// It calls `on_request` with each n that it serves, and sleeps for `delay`, so that fair dispatch can be watched.
+pub fn fib_handler(max_n: u64, delay: Duration, on_request: impl Fn(u64) + Sync) -> impl Fn(&Request) -> Reply + Sync {
     move |request| {
-        let n = argument(request.body, max_n)?;
-        announce(n);
+        let n = parse_argument(request.body, max_n)?;
+        on_request(n);
         thread::sleep(delay);
         Ok(fib(n).to_string())
     }
 }
 
-fn argument(body: &[u8], max_n: u64) -> Result<u64, Failure> {
-    let failure = |code, reason: &str| Failure { code, message: reason.into() };
-    match parse_number(body) {
-        Ok(n) if n <= max_n => Ok(n),
-        Ok(n) => Err(failure(
-            ErrorCode::OutOfRange,
-            &format!("out of range: {n} is larger than {max_n}, the largest n served here"),
-        )),
-        Err(error @ NumberError::TooLarge) => Err(failure(
-            ErrorCode::OutOfRange,
-            &format!("out of range: {} is {error}", escape(body)),
-        )),
-        Err(error @ NumberError::Malformed) => Err(failure(
-            ErrorCode::InvalidArgument,
-            &format!("invalid argument: '{}' is {error}", escape(&body[..body.len().min(21)])),
-        )),
-    }
+fn parse_argument(body: &[u8], max_n: u64) -> Result<u64, Failure> {
+    let (code, message) = match parse_number(body) {
+        Ok(n) if n <= max_n => return Ok(n),
+        Ok(n) => {
+            (ErrorCode::OutOfRange, format!("out of range: {n} is larger than {max_n}, the largest n served here"))
+        }
+        Err(error @ NumberError::TooLarge) => {
+            (ErrorCode::OutOfRange, format!("out of range: {} is {error}", escape(body)))
+        }
+        Err(error @ NumberError::Malformed) => {
+            let start = escape(&body[..body.len().min(21)]);
+            (ErrorCode::InvalidArgument, format!("invalid argument: '{start}' is {error}"))
+        }
+    };
+    Err(Failure { code, message })
 }
 
 #[cfg(test)]
@@ -63,7 +56,7 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     fn ask(handler: &Handler, body: &[u8]) -> Reply {
-        call(handler, &Request { body, reply_to: None, correlation_id: None, expiration: None })
+        call(handler, &Request { body, reply_to: None, correlation_id: None, deadline_ms: None })
     }
 
     #[test]
@@ -83,23 +76,16 @@ mod tests {
             (
                 "abc",
                 ErrorCode::InvalidArgument,
-                "invalid argument: 'abc' is not a natural number in decimal digits, 20 at most",
+                "invalid argument: 'abc' is not a whole number (digits only, such as 30)",
             ),
-            (
-                "101",
-                ErrorCode::OutOfRange,
-                "out of range: 101 is larger than 100, the largest n served here",
-            ),
+            ("101", ErrorCode::OutOfRange, "out of range: 101 is larger than 100, the largest n served here"),
             (
                 "18446744073709551616",
                 ErrorCode::OutOfRange,
-                "out of range: 18446744073709551616 is larger than 18446744073709551615",
+                "out of range: 18446744073709551616 is too large (at most 18446744073709551615)",
             ),
         ] {
-            assert_eq!(
-                ask(&handler, body.as_bytes()),
-                Err(Failure { code, message: message.into() })
-            );
+            assert_eq!(ask(&handler, body.as_bytes()), Err(Failure { code, message: message.into() }));
         }
     }
 

@@ -1,74 +1,74 @@
-//! Replies to requests that were delivered before, each alone on a connection that carries nothing else.
+//! Publishes replies to redelivered requests, each alone on a connection of its own.
 //!
-//! The broker may close the channel, or the whole connection, because of a reply: it is too large, or its queue is one
-//! that we may not write to or that cannot be. Then the request is delivered again, and so on for ever. The broker does
-//! not say which reply it refused. So the reply to a redelivered request is published alone: if the broker closes
-//! something then, it is because of this reply, and it interrupts no other.
+//! The broker may close the channel, or the whole connection, because of a reply: it is too large, or its queue does not
+//! exist or may not be written to. Then the request is delivered again, without end, and the broker does not say which
+//! reply it refused. So the reply to a redelivered request is published alone: if the broker closes something then, it is
+//! because of this reply, and no other request is affected.
 
-use crate::worker::{log_return, BROKER_CALL_TIMEOUT};
-use amiquip::{Channel, Publish, Return};
-use crossbeam_channel::Receiver;
-use rpc_common::broker::{self, Error, Link};
-use rpc_common::deadline::{Deadline, Phase};
-use rpc_common::outbox::Publisher;
-use rpc_common::target::{Brokers, Target};
+use amiquip::{Publish, Return};
+use rpc_common::connection::{Connection, Deadline, Endpoint, Error, OpenChannel, Publisher};
+use rpc_common::text::escape;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long the connection stays open for the next redelivered request.
-pub(crate) const IDLE_LIMIT: Duration = Duration::from_secs(10);
+/// After how long without a reply the connection is closed.
+pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What became of a reply.
+/// How long one reply may take; and for how long none is tried after one that got no answer.
+const PUBLISH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How many returned replies may be unread: more than the one that is published at a time.
+const MAX_UNREAD: usize = 64;
+
+/// What happened to a reply.
 pub(crate) enum Published {
-    /// The broker has taken it.
-    Taken,
+    /// The broker accepted it.
+    Accepted,
     /// The broker closed the channel or the connection because of it.
     Refused(Error),
-    /// There was no connection, or it broke otherwise.
+    /// The connection could not be opened, or ended for another reason.
     Unknown(Error),
 }
 
 /// Publishes replies one at a time, for all workers.
-pub(crate) struct IsolatedReplies(Mutex<State>);
+pub(crate) struct IsolatedPublisher(Mutex<State>);
 
 struct State {
-    brokers: Brokers,
-    connection: Option<Connection>,
-    /// Why there was no answer to the latest reply, and until when no other is tried.
+    endpoints: Vec<Endpoint>,
+    open: Option<Open>,
+    /// Why the latest reply got no answer, and until when no other is tried.
     failure: Option<(Error, Instant)>,
 }
 
-struct Connection {
-    link: Link, // first, so that it is closed first: the channel's own close then costs nothing
-    channel: Channel,
+/// An open connection with its channel.
+struct Open {
+    connection: Connection, // first, so that it is closed first: then closing the channel does not wait
+    channel: OpenChannel,
     publisher: Publisher,
-    returns: Receiver<Return>,
-    used_at: Instant,
+    last_used: Instant,
 }
 
-impl IsolatedReplies {
-    /// Connects with the first reply.
-    pub(crate) fn new(brokers: Brokers) -> Self {
-        IsolatedReplies(Mutex::new(State { brokers, connection: None, failure: None }))
+impl IsolatedPublisher {
+    /// It connects with the first reply.
+    pub(crate) fn new(endpoints: Vec<Endpoint>) -> Self {
+        IsolatedPublisher(Mutex::new(State { endpoints, open: None, failure: None }))
     }
 
     /// The next connection goes to the broker that the requests come from.
-    pub(crate) fn use_broker(&self, broker: &Target) {
-        self.lock().brokers = broker.clone().into();
+    pub(crate) fn use_endpoint(&self, endpoint: &Endpoint) {
+        self.lock().endpoints = vec![endpoint.clone()];
     }
 
-    /// Publishes a reply, with the original bytes of its correlation id if there are such, and waits for the broker.
+    /// Publishes a reply and waits for the broker. See [`Publisher::publish`] for `correlation_id`.
     pub(crate) fn publish(&self, reply: Publish, correlation_id: Option<&[u8]>) -> Published {
         let mut state = self.lock();
         match &state.failure {
-            Some((error, until)) if Instant::now() < *until => {
-                return Published::Unknown(error.clone())
-            }
+            Some((error, until)) if Instant::now() < *until => return Published::Unknown(error.clone()),
             _ => state.failure = None,
         }
         let published = state.publish(reply, correlation_id);
         if let Published::Unknown(error) = &published {
-            state.failure = Some((error.clone(), Instant::now() + BROKER_CALL_TIMEOUT));
+            state.failure = Some((error.clone(), Instant::now() + PUBLISH_TIMEOUT));
         }
         published
     }
@@ -76,7 +76,7 @@ impl IsolatedReplies {
     /// Closes the connection if it was not used for a while.
     pub(crate) fn close_idle(&self) {
         if let Ok(mut state) = self.0.try_lock() {
-            state.connection.take_if(|open| open.used_at.elapsed() >= IDLE_LIMIT);
+            state.open.take_if(|open| open.last_used.elapsed() >= IDLE_TIMEOUT);
         }
     }
 
@@ -87,46 +87,49 @@ impl IsolatedReplies {
 
 impl State {
     fn publish(&mut self, reply: Publish, correlation_id: Option<&[u8]>) -> Published {
-        let deadline = Deadline::after(BROKER_CALL_TIMEOUT);
-        // One that was idle may have ended meanwhile.
-        let open = self.connection.take().and_then(|open| open.make_round_trip(&deadline).ok());
-        let open = open.map_or_else(|| Connection::open(&self.brokers, &deadline), Ok);
-        let mut open = match open {
+        let deadline = Deadline::after(PUBLISH_TIMEOUT);
+        // An idle connection may have ended.
+        let open = self.open.take().and_then(|open| open.wait_for_broker(&deadline).ok());
+        let open = match open.map_or_else(|| Open::new(&self.endpoints, &deadline), Ok) {
             Ok(open) => open,
             Err(error) => return Published::Unknown(error),
         };
-        open.publisher.publish_with_id(reply, correlation_id);
-        let _ = open.publisher.send(); // the round trip tells why it could not
-        match open.make_round_trip(&deadline) {
+        open.publisher.publish(reply, correlation_id);
+        let _ = open.publisher.send(); // the round trip returns the cause
+        match open.wait_for_broker(&deadline) {
             Ok(open) => {
-                self.connection = Some(open);
-                Published::Taken
+                self.open = Some(open);
+                Published::Accepted
             }
-            Err(error) if error.is_about_message() => Published::Refused(error),
+            Err(error) if error.is_caused_by_message() => Published::Refused(error),
             Err(error) => Published::Unknown(error),
         }
     }
 }
 
-impl Connection {
-    fn open(brokers: &Brokers, deadline: &Deadline) -> Result<Self, Error> {
-        let mut link = broker::open_any(brokers, "rpc-server", deadline)?;
-        let channel = link.open_channel(deadline)?;
-        let returns = channel.listen_for_returns().map_err(|error| link.explain(error))?;
-        let publisher = link.publisher(&channel);
-        let open = Connection { link, channel, publisher, returns, used_at: Instant::now() };
-        open.make_round_trip(deadline) // before the publisher is used
+impl Open {
+    fn new(endpoints: &[Endpoint], deadline: &Deadline) -> Result<Self, Error> {
+        let mut connection = Connection::open_any(endpoints, "rpc-server", deadline)?;
+        let (channel, publisher) = connection.open_channel(MAX_UNREAD, deadline)?;
+        Ok(Open { connection, channel, publisher, last_used: Instant::now() })
     }
 
-    /// Whatever was published before has been taken when this succeeds.
-    fn make_round_trip(mut self, deadline: &Deadline) -> Result<Self, Error> {
-        let Connection { link, channel, .. } = &mut self;
-        link.within(deadline, Phase::Channel, |_| channel.qos(0, 0, false))?;
-        for reply in self.returns.try_iter() {
-            self.publisher.take_return();
-            log_return(&reply);
-        }
-        self.used_at = Instant::now();
+    /// A round trip: when it succeeds, the broker has accepted what was published before.
+    fn wait_for_broker(mut self, deadline: &Deadline) -> Result<Self, Error> {
+        let channel = &self.channel.amqp;
+        self.connection.call(deadline, "publishing a reply", |_| channel.qos(0, 0, false))?;
+        self.channel.returns.try_iter().for_each(|reply| log_return(&reply));
+        self.last_used = Instant::now();
         Ok(self)
     }
+}
+
+/// Logs a reply that the broker returned.
+pub(crate) fn log_return(reply: &Return) {
+    let id = reply.properties.correlation_id().as_deref().unwrap_or("none");
+    log::warn!(
+        "the caller is gone: its queue '{}' no longer exists (correlation id: {})",
+        escape(reply.routing_key.as_bytes()),
+        escape(id.as_bytes()),
+    );
 }

@@ -1,19 +1,19 @@
 //! Serves a function over RabbitMQ RPC: a blocking consumer loop, one request at a time per worker.
 //!
-//! [`serve`] is the loop, for any [`Handler`]; the program `rpc-server` is [`serve`] with
-//! [`handler::fib_handler`]. Read in this order: [`handler`] is the function, `supervisor` keeps the
-//! connection and gives channels to workers, `worker` takes one request after the other to the handler.
+//! [`serve`] serves any [`Handler`]; the program `rpc-server` serves [`fib_handler`]. Read in this order: `handler` is the
+//! function, `server` keeps the connection, `worker` takes requests to the handler and publishes its replies, `queue` finds
+//! or declares the request queue, `isolated` and `kept` are about requests that are delivered again.
 
-pub mod cli;
-pub mod handler;
+mod handler;
 mod isolated;
 mod kept;
 mod queue;
-pub mod signals;
-mod supervisor;
+mod server;
+mod signals;
 mod worker;
 
-pub use handler::Handler;
+pub use handler::{fib_handler, Handler};
 pub use queue::QueueType;
-pub use signals::Stop;
-pub use supervisor::{serve, Config};
+pub use server::{serve, Config};
+pub use signals::stop_signal;
+pub use worker::Stop;

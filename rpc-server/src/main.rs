@@ -1,16 +1,19 @@
-//! Serves fib(n) over RabbitMQ RPC. Everything but the edges is in the library.
+//! Serves fib(n) over RabbitMQ RPC.
 
+mod cli;
+
+use cli::Cli;
 use log::LevelFilter;
-use rpc_common::exit::{self, Exit, ExitCode};
-use rpc_common::{broker, logging};
-use rpc_server::cli::Cli;
-use rpc_server::{handler, serve, signals};
+use rpc_common::connection::Error;
+use rpc_common::exit::{print_error, ExitCode};
+use rpc_common::{logging, options};
+use rpc_server::{fib_handler, serve, stop_signal};
 use std::fmt::Display;
 use std::io::{self, Write};
 use std::process;
 
 fn main() -> process::ExitCode {
-    let cli: Cli = match exit::parse_args() {
+    let cli: Cli = match options::parse_args() {
         Ok(cli) => cli,
         Err(code) => return code.into(),
     };
@@ -19,26 +22,26 @@ fn main() -> process::ExitCode {
     let code = match run(&cli) {
         Ok(()) => ExitCode::Success,
         Err(error) => {
-            exit::complain("rpc-server", &error);
-            error.exit_code()
+            print_error("rpc-server", &error);
+            ExitCode::from(&error)
         }
     };
+    logging::flush();
     code.into()
 }
 
-fn run(cli: &Cli) -> Result<(), broker::Error> {
-    let config = cli.config()?;
-    let stop = signals::stop().expect("the system lets us handle signals");
-    let fib = handler::fib_handler(cli.max_n, cli.delay, |n| {
+fn run(cli: &Cli) -> Result<(), Error> {
+    let stop = stop_signal().expect("the system provides signal handlers and a thread");
+    let fib = fib_handler(cli.max_n, cli.delay, |n| {
         if !cli.quiet {
-            say(format_args!(" [.] fib({n})"));
+            print(format_args!(" [.] fib({n})"));
         }
     });
-    serve(&config, &fib, &stop, &|| say(" [x] Awaiting RPC requests"))
+    serve(&cli.config, &fib, &stop, &|| print(" [x] Awaiting RPC requests"))
 }
 
-/// Prints a line of the conversation. That nobody reads it is no reason to stop serving.
-fn say(line: impl Display) {
+/// Prints a line. A reader of standard output that went away does not stop the server.
+fn print(line: impl Display) {
     if let Err(error) = writeln!(io::stdout(), "{line}") {
         log::debug!("cannot write to standard output: {error}");
     }

@@ -1,368 +1,261 @@
-//! A worker: a thread that answers one request after the other on a channel of its own.
-//!
-//! The channel comes from the supervisor: a worker that has none sends a [`Need`] with an inbox, consumes
-//! on the [`Lease`] that comes back, answers by the [`Publisher`], and asks again when that has ended.
+//! A worker: a thread that answers one request after the other, each time on the channel that the server gives it.
 
 use crate::handler::{self, Handler};
-use crate::isolated::{IsolatedReplies, Published};
+use crate::isolated::{log_return, IsolatedPublisher, Published};
 use crate::kept::KeptReply;
-use crate::signals::Stop;
-use amiquip::{Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery, Publish, Return};
-use crossbeam_channel::{bounded, never, select_biased, Receiver, RecvTimeoutError, Sender};
-use rpc_common::broker::{self, Backoff};
-use rpc_common::deadline::{Deadline, Watchdog};
-use rpc_common::message::{encode_reply, escape, ErrorCode, Failure, Reply, Request};
-use rpc_common::outbox::{Closed, Publisher};
-use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
-use std::time::{Duration, Instant};
-use std::{mem, thread};
+use amiquip::{ConsumerMessage, ConsumerOptions, Delivery, Publish};
+use crossbeam_channel::{never, select_biased, Receiver, Sender};
+use rpc_common::connection::{
+    delivery, Backoff, ChannelClosed, Connection, Deadline, Error, ErrorKind, OpenChannel, Publisher, Watchdog,
+};
+use rpc_common::message::{encode_reply, unix_time_ms, ErrorCode, Failure, Reply, Request};
+use rpc_common::text::{escape, format_duration};
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+/// The **stop** signal: a channel on which nothing is sent. It is disconnected when it is time to stop.
+pub type Stop = Receiver<Infallible>;
 
 /// Timeout of a worker's synchronous broker calls.
 pub(crate) const BROKER_CALL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often a worker that prefetches looks what has come while it works.
-const STAMPING: Duration = Duration::from_millis(100);
+/// How many deliveries, and returned replies, may be unread in addition to twice the prefetch: a quorum queue delivers the
+/// prefetched requests again when it loses and finds the node that we are connected to.
+const MAX_UNREAD: usize = 64;
 
-/// How many deliveries, and returned replies, may wait beside twice the prefetch: a quorum queue delivers anew what was
-/// prefetched when it loses and finds the node that we are connected to.
-const MOST_WAITING: usize = 64;
-
-/// A **worker** takes requests from the queue for as long as it gets channels to do so.
+/// A **worker** takes requests from the queue while it has a channel.
 ///
-/// It owns no connection; so one that computes is never waited for, and comes back when it is done.
+/// It does not own the connection. So nobody waits for a worker whose function is running when the connection ends; it
+/// asks for a channel of the next connection when the function returns.
 pub(crate) struct Worker<'a> {
+    pub(crate) index: usize,
     pub(crate) queue: &'a str,
     pub(crate) prefetch: u16,
     pub(crate) handler: &'a Handler<'a>,
     pub(crate) stop: &'a Stop,
-    /// Called by the first worker that consumes, before any request is begun.
+    /// Called before the first request is handled; calls after the first have no effect.
     pub(crate) on_ready: &'a (dyn Fn() + Sync),
-    pub(crate) ready: &'a Once,
-    /// How many requests have expired in the hands of all workers.
-    pub(crate) dropped: &'a AtomicU64,
-    /// For the replies to requests that were delivered before.
-    pub(crate) isolated: &'a IsolatedReplies,
-    pub(crate) words: Sender<Word>,
+    /// For the replies to redelivered requests.
+    pub(crate) isolated: &'a IsolatedPublisher,
+    pub(crate) events: Sender<WorkerEvent>,
+    pub(crate) channels: Receiver<WorkerChannel>,
+    pub(crate) kept: KeptReply,
 }
 
-/// What a worker tells the supervisor.
-pub(crate) enum Word {
-    /// It needs a channel.
-    Needs(Need),
-    /// It consumes.
-    Consumes,
+/// What a worker reports to the server.
+pub(crate) enum WorkerEvent {
+    /// A worker, by its index, needs a channel.
+    NeedsChannel {
+        worker: usize,
+        /// How its last channel ended; `None` if it had none.
+        lost: Option<Error>,
+    },
+    /// A worker consumes from the queue.
+    Consuming,
 }
 
-/// An **inbox** is where a worker gets a channel, and the publisher that answers there.
-pub(crate) type Inbox = Sender<(Lease, Publisher)>;
-
-/// A worker **needs** a channel.
-pub(crate) struct Need {
-    pub(crate) inbox: Inbox,
-    pub(crate) because: Because,
-}
-
-/// Why a worker needs a channel.
-pub(crate) enum Because {
-    /// It has had none yet.
-    Start,
-    /// The broker cancelled its consumer: the queue was deleted.
-    Cancelled,
-    /// The broker closed its channel.
-    ChannelClosed(amiquip::Error),
-    /// The connection ended.
-    Disconnected,
-}
-
-/// A **lease** is a channel, and what ends a wait on it. It closes its channel.
-pub(crate) struct Lease {
-    /// None once it is closed.
-    channel: Option<Channel>,
+/// A channel for a worker, and what ends a wait on it.
+pub(crate) struct WorkerChannel {
+    broker: String,
+    channel: OpenChannel,
+    publisher: Publisher,
     watchdog: Arc<Watchdog>,
 }
 
-impl Lease {
-    pub(crate) fn new(channel: Channel, watchdog: Arc<Watchdog>) -> Self {
-        Lease { channel: Some(channel), watchdog }
+impl WorkerChannel {
+    pub(crate) fn open(connection: &mut Connection, prefetch: u16, deadline: &Deadline) -> Result<Self, Error> {
+        let max_unread = match prefetch {
+            0 => usize::MAX, // no limit
+            prefetch => 2 * usize::from(prefetch) + MAX_UNREAD,
+        };
+        let (channel, publisher) = connection.open_channel(max_unread, deadline)?;
+        let (broker, watchdog) = (connection.broker().to_owned(), connection.watchdog());
+        Ok(WorkerChannel { broker, channel, publisher, watchdog })
     }
 
-    /// Runs a blocking call of amiquip; a broker that does not answer it in time loses us.
-    fn within<T>(&self, call: impl FnOnce() -> amiquip::Result<T>) -> amiquip::Result<T> {
-        let result = self.watchdog.guard(&Deadline::after(BROKER_CALL_TIMEOUT), call);
-        result.unwrap_or(Err(amiquip::Error::EventLoopDropped))
+    /// Runs a synchronous call. A broker that does not answer in time loses the connection.
+    fn call<T>(&self, call: impl FnOnce() -> amiquip::Result<T>) -> Result<T, Error> {
+        let result = self.watchdog.run_until(&Deadline::after(BROKER_CALL_TIMEOUT), call);
+        result.unwrap_or(Err(amiquip::Error::EventLoopDropped)).map_err(|error| self.error(error))
     }
-}
 
-impl Drop for Lease {
-    fn drop(&mut self) {
-        if let Some(channel) = self.channel.take() {
-            let _ = self.within(|| channel.close()); // it may have ended already
+    fn close(self) {
+        let deadline = Deadline::after(BROKER_CALL_TIMEOUT);
+        let _ = self.watchdog.run_until(&deadline, || self.channel.amqp.close());
+        // it may have ended
+    }
+
+    /// How the channel ended. The server learns the end of the connection by itself.
+    fn error(&self, error: amiquip::Error) -> Error {
+        match error {
+            amiquip::Error::ServerClosedChannel { .. } => Error::new(&self.broker, error.into()),
+            error => Error::new(&self.broker, ErrorKind::ConnectionLost(error.to_string())),
         }
     }
 }
 
-/// When the deliveries that wait in a worker's hands have come, the first one first.
-#[derive(Default)]
-struct Arrivals(Mutex<VecDeque<Instant>>);
-
-impl Arrivals {
-    /// Takes note of how many wait: those that are new have come since the last time.
-    fn stamp(&self, waiting: usize) {
-        self.stamps().resize_with(waiting, Instant::now);
-    }
-
-    /// When the one that is taken now has come.
-    fn next(&self) -> Instant {
-        self.stamps().pop_front().unwrap_or_else(Instant::now)
-    }
-
-    fn stamps(&self) -> MutexGuard<'_, VecDeque<Instant>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// What a worker answers with.
-struct Desk<'a> {
-    lease: &'a Lease,
-    channel: &'a Channel,
-    publisher: &'a mut Publisher,
-    kept: &'a mut KeptReply,
-}
-
-/// Where the reply to a request goes.
-struct Caller<'a> {
-    reply_to: &'a str,
-    correlation_id: Option<&'a str>,
-    /// The bytes of the correlation id, if it is not UTF-8 and was changed to be read.
-    original_id: Option<&'a [u8]>,
-}
-
-impl Caller<'_> {
-    fn message<'a>(&self, reply: &'a Reply) -> Publish<'a> {
-        encode_reply(reply, self.reply_to, self.correlation_id)
-    }
-}
-
-/// How it ends that a worker consumes.
-enum End {
-    Stopped,
-    Cancelled,
-}
-
 impl Worker<'_> {
-    /// Serves until it is stopped.
-    pub(crate) fn run(&self) {
-        let (mut because, mut kept) = (Because::Start, KeptReply::default());
-        let mut backoff = Backoff::new();
-        while let Some((lease, mut publisher)) = self.ask_for_channel(because) {
-            because = match self.consume(&lease, &mut publisher, &mut kept) {
-                Ok(End::Stopped) => return,
-                Ok(End::Cancelled) => Because::Cancelled,
-                Err(error @ amiquip::Error::ServerClosedChannel { .. }) => {
-                    Because::ChannelClosed(error)
-                }
-                Err(_) => Because::Disconnected,
-            };
-            if self.stop.recv_timeout(backoff.next_pause()).is_err_and(|end| !end.is_timeout()) {
+    /// Serves until it is time to stop.
+    pub(crate) fn run(mut self) {
+        let (mut lost, mut backoff) = (None, Backoff::new(Instant::now()));
+        while let Some(channel) = self.wait_for_channel(lost.take()) {
+            let result = self.use_channel(&channel);
+            channel.close();
+            match result {
+                Ok(()) => return,
+                Err(error) => lost = Some(error),
+            }
+            let pause = backoff.next_pause(Instant::now());
+            if self.stop.recv_timeout(pause).is_err_and(|end| end.is_disconnected()) {
                 return;
             }
         }
     }
 
-    /// None when it is time to stop.
-    fn ask_for_channel(&self, because: Because) -> Option<(Lease, Publisher)> {
-        let (inbox, leases) = bounded(1);
-        self.words.send(Word::Needs(Need { inbox, because })).ok()?;
+    /// `None` when it is time to stop.
+    fn wait_for_channel(&self, lost: Option<Error>) -> Option<WorkerChannel> {
+        self.events.send(WorkerEvent::NeedsChannel { worker: self.index, lost }).ok()?;
         select_biased! {
             recv(self.stop) -> _ => None,
-            recv(leases) -> lease => lease.ok(),
+            recv(self.channels) -> channel => channel.ok(),
         }
     }
 
-    fn consume(
-        &self,
-        lease: &Lease,
-        publisher: &mut Publisher,
-        kept: &mut KeptReply,
-    ) -> amiquip::Result<End> {
-        let Some(channel) = &lease.channel else { return Err(amiquip::Error::ClientClosedChannel) };
-        let mut returns = channel.listen_for_returns()?;
-        let most = match self.prefetch {
-            0 => usize::MAX, // no limit was asked for
-            prefetch => 2 * usize::from(prefetch) + MOST_WAITING,
-        };
-        publisher.limit_waiting(most, most);
-        let consumer = lease.within(|| {
-            channel.qos(0, self.prefetch, false)?; // per consumer: brokers of 4.3 refuse a global one
-            channel.basic_consume(self.queue, ConsumerOptions::default())
+    /// Consumes until it is time to stop or the channel ends.
+    fn use_channel(&mut self, channel: &WorkerChannel) -> Result<(), Error> {
+        let open = &channel.channel;
+        let consumer = channel.call(|| {
+            open.amqp.qos(0, self.prefetch, false)?; // per consumer: RabbitMQ 4.3 refuses a global one
+            open.consume(self.queue, ConsumerOptions::default())
         })?;
-        self.ready.call_once(self.on_ready);
-        let _ = self.words.send(Word::Consumes); // the supervisor may have stopped
-        let (arrivals, waiting) = (Arrivals::default(), consumer.receiver().clone());
-        let (end, ended) = bounded::<()>(0);
-        thread::scope(|scope| {
-            // With a prefetch of 1 nothing comes while it works.
-            if self.prefetch != 1 {
-                scope.spawn(|| {
-                    while ended.recv_timeout(STAMPING) == Err(RecvTimeoutError::Timeout) {
-                        arrivals.stamp(waiting.len());
-                    }
-                });
-            }
-            let _end = end; // dropped when serving ends
-            let mut desk = Desk { lease, channel, publisher, kept };
-            self.serve(&mut desk, &mut returns, consumer, &arrivals)
-        })
+        (self.on_ready)();
+        let _ = self.events.send(WorkerEvent::Consuming); // fails if the server has stopped
+        let deliveries = consumer.receiver().clone();
+        let result = self.serve(channel, &deliveries);
+        // Cancels. What was delivered but not begun goes back to the queue with the channel. amiquip confirms the cancel
+        // to the caller and then to `deliveries`, and ends the connection if nobody receives that.
+        let _ = channel.call(|| {
+            drop(consumer);
+            deliveries.iter().for_each(drop);
+            Ok(())
+        });
+        open.returns.try_iter().for_each(|reply| log_return(&reply));
+        result
     }
 
-    fn serve(
-        &self,
-        desk: &mut Desk,
-        returns: &mut Receiver<Return>,
-        consumer: Consumer,
-        arrivals: &Arrivals,
-    ) -> amiquip::Result<End> {
+    fn serve(&mut self, channel: &WorkerChannel, deliveries: &Receiver<ConsumerMessage>) -> Result<(), Error> {
+        let (mut returns, no_returns) = (&channel.channel.returns, never());
         loop {
-            arrivals.stamp(consumer.receiver().len());
             select_biased! {
-                recv(self.stop) -> _ => {
-                    drain(desk.lease, &consumer)?;
-                    returns.try_iter().for_each(|reply| log_return(&reply));
-                    return Ok(End::Stopped);
-                }
+                recv(self.stop) -> _ => return Ok(()),
                 recv(returns) -> reply => match reply {
-                    Ok(reply) => {
-                        desk.publisher.take_return();
-                        log_return(&reply);
-                    }
-                    Err(_) => *returns = never(), // the channel has ended: the consumer says how
+                    Ok(reply) => log_return(&reply),
+                    Err(_) => returns = &no_returns, // the deliveries report how the channel ended
                 },
-                recv(consumer.receiver()) -> got => {
-                    let Some(delivery) = broker::delivery(got)? else {
-                        mem::forget(consumer); // it would cancel itself once more, and wait for that
-                        return Ok(End::Cancelled);
-                    };
-                    self.step(desk, &consumer, delivery, arrivals.next())?;
-                }
+                recv(deliveries) -> message => match delivery(message) {
+                    Ok(Some(delivery)) => self.handle_delivery(channel, &delivery)?,
+                    Ok(None) => {
+                        return Err(Error::new(&channel.broker, ErrorKind::ConsumerCancelled));
+                    }
+                    Err(error) => return Err(channel.error(error)),
+                },
             }
         }
     }
 
-    /// Answers one request: the reply first and then the ack, in this order on one channel, so that
-    /// a crash in between leaves the request in the queue or the reply delivered, or both.
-    fn step(
-        &self,
-        desk: &mut Desk,
-        consumer: &Consumer,
-        delivery: Delivery,
-        arrived: Instant,
-    ) -> amiquip::Result<()> {
-        let changes = desk.publisher.take_delivery(delivery.delivery_tag());
+    /// Answers one request: publishes the reply, then acknowledges the request, in this order on one channel. If we crash in
+    /// between, the request is in the queue, or the reply is delivered, or both.
+    fn handle_delivery(&mut self, channel: &WorkerChannel, delivery: &Delivery) -> Result<(), Error> {
+        let tag = delivery.delivery_tag();
+        let changes = channel.channel.take_changes(tag);
         let request = Request::decode(&delivery.properties, &delivery.body);
-        let reply_to = match request.reply_to {
-            Some(reply_to) if !changes.reply_to => reply_to,
-            reply_to => {
-                let is_changed = reply_to.is_some();
-                let reason =
-                    if is_changed { "its reply_to is not UTF-8" } else { "without a reply_to" };
-                log::warn!(
-                    "rejected a request that cannot be answered, {reason}: '{}'",
-                    escape(request.body)
-                );
-                return consumer.reject(delivery, false);
-            }
-        };
-        if request.expiration.is_some_and(|expiration| arrived.elapsed() >= expiration) {
-            self.log_expired(&request);
-            return consumer.reject(delivery, false);
+        if request.reply_to.is_none() || changes.reply_to {
+            let reason = if changes.reply_to { "its reply_to is not UTF-8" } else { "it has no reply_to" };
+            log::warn!("rejected a request that cannot be answered, {reason}: '{}'", escape(request.body));
+            return self.reject(channel, tag);
         }
-        let kept = desk.kept.take(&request);
-        let mut reply = kept.unwrap_or_else(|| handler::call(self.handler, &request));
-        if let Err(failure) = &reply {
-            log::warn!("answered with an error: {}", escape(failure.message.as_bytes()));
-        }
-        let caller = Caller {
-            reply_to,
-            correlation_id: request.correlation_id,
-            original_id: changes.correlation_id.as_deref(),
-        };
+        let mut reply = self.reply(&request);
+        // The id as it was sent: amiquip's is changed if it was not UTF-8.
+        let id = changes.correlation_id.as_deref();
         let mut is_published = false;
         if delivery.redelivered {
-            match self.publish_isolated(&caller, &mut reply) {
-                Published::Taken => is_published = true,
+            match self.publish_isolated(&mut reply, &request, id) {
+                Published::Accepted => is_published = true,
                 Published::Refused(error) => {
-                    log::warn!("rejected a request whose replies the broker refuses: {error}");
-                    return consumer.reject(delivery, false);
+                    log::warn!("rejected a request: the broker refuses its replies: {error}");
+                    return self.reject(channel, tag);
                 }
                 Published::Unknown(error) => log::info!("{error}; answering without a check"),
             }
         }
         if !is_published {
-            desk.publisher.publish_with_id(caller.message(&reply), caller.original_id);
+            channel.publisher.publish(encode(&reply, &request), id);
         }
-        desk.publisher.ack(delivery.delivery_tag());
-        let sent = self.send(desk);
-        if let Err(amiquip::Error::ServerClosedChannel { .. }) = sent {
-            desk.kept.keep(&request, reply);
+        channel.publisher.ack(tag);
+        let sent = self.send(channel);
+        if matches!(&sent, Err(Error { kind: ErrorKind::ChannelClosed(_), .. })) {
+            self.kept.keep(&request, reply);
         }
         sent
     }
 
-    fn log_expired(&self, request: &Request) {
-        let count = self.dropped.fetch_add(1, Ordering::Relaxed) + 1;
-        log::warn!(
-            "dropped a request that expired in our hands, {count} in all (correlation id: {})",
-            escape(request.correlation_id.unwrap_or("none").as_bytes())
-        );
+    /// The reply that was computed before, or that the function computes now.
+    fn reply(&mut self, request: &Request) -> Reply {
+        let reply = match (self.kept.take(request), request.deadline_ms) {
+            (Some(reply), _) => reply,
+            (None, Some(deadline)) if deadline < unix_time_ms(SystemTime::now()) => {
+                Err(expired(unix_time_ms(SystemTime::now()) - deadline))
+            }
+            (None, _) => handler::call(self.handler, request),
+        };
+        if let Err(failure) = &reply {
+            log::warn!("answered with an error: {}", escape(failure.message.as_bytes()));
+        }
+        reply
     }
 
-    /// Publishes a reply where what the broker closes can have no other cause. If it refuses that, an error takes its
-    /// place.
-    fn publish_isolated(&self, caller: &Caller, reply: &mut Reply) -> Published {
-        let error = match self.isolated.publish(caller.message(reply), caller.original_id) {
+    /// Publishes the reply to a redelivered request where the broker can close nothing because of another message. If it
+    /// refuses the reply, an error replaces it.
+    fn publish_isolated(&self, reply: &mut Reply, request: &Request, id: Option<&[u8]>) -> Published {
+        let error = match self.isolated.publish(encode(reply, request), id) {
             Published::Refused(error) => error,
             published => return published,
         };
         log::warn!("the broker refused a reply, answering with an error: {error}");
-        *reply = refusal();
-        self.isolated.publish(caller.message(reply), caller.original_id)
+        *reply = Err(refused());
+        self.isolated.publish(encode(reply, request), id)
     }
 
-    /// Sends what the publisher holds.
-    fn send(&self, desk: &mut Desk) -> amiquip::Result<()> {
-        desk.publisher.send().or_else(|Closed| self.make_round_trip(desk)) // amiquip knows why
+    /// Removes a request from the queue without an answer.
+    fn reject(&self, channel: &WorkerChannel, tag: u64) -> Result<(), Error> {
+        channel.publisher.reject(tag);
+        self.send(channel)
     }
 
-    /// Any round trip on this channel tells whether it is still open.
-    fn make_round_trip(&self, desk: &Desk) -> amiquip::Result<()> {
-        desk.lease.within(|| desk.channel.qos(0, self.prefetch, false))
+    /// Sends what the publisher has buffered.
+    fn send(&self, channel: &WorkerChannel) -> Result<(), Error> {
+        match channel.publisher.send() {
+            Ok(()) => Ok(()),
+            // Any synchronous call on the channel returns the cause.
+            Err(ChannelClosed) => channel.call(|| channel.channel.amqp.qos(0, self.prefetch, false)),
+        }
     }
 }
 
-/// Ends the deliveries. What was delivered but not begun goes back to the queue with the channel; and
-/// the round trip takes our last ack with it, before the connection is closed.
-fn drain(lease: &Lease, consumer: &Consumer) -> amiquip::Result<()> {
-    lease.within(|| consumer.cancel())?;
-    // amiquip confirms on two ways, one after the other, and ends the connection if nobody listens
-    // on the second any more.
-    let is_end = |message| matches!(message, ConsumerMessage::ClientCancelled);
-    consumer.receiver().iter().any(is_end);
-    Ok(())
+fn encode<'a>(reply: &'a Reply, request: &Request) -> Publish<'a> {
+    encode_reply(reply, request.reply_to.unwrap_or_default(), request.correlation_id)
 }
 
-/// The reply in the place of one that the broker refused.
-fn refusal() -> Reply {
-    let message = "internal error: the broker refused the answer, perhaps for its size".into();
-    Err(Failure { code: ErrorCode::Internal, message })
+/// The answer to a request whose deadline has passed `late_ms` ago.
+fn expired(late_ms: i64) -> Failure {
+    let late = format_duration(Duration::from_millis(late_ms.unsigned_abs()));
+    let message = format!("expired: {late} after the deadline, by the server's clock");
+    Failure { code: ErrorCode::Expired, message }
 }
 
-pub(crate) fn log_return(reply: &Return) {
-    let id = reply.properties.correlation_id().as_deref().unwrap_or("none");
-    log::warn!(
-        "the caller is gone: its queue '{}' does not exist any more (correlation id: {})",
-        escape(reply.routing_key.as_bytes()),
-        escape(id.as_bytes()),
-    );
+/// The answer in place of one that the broker refused.
+fn refused() -> Failure {
+    let message = "internal error: the broker refused the answer, perhaps because of its size".into();
+    Failure { code: ErrorCode::Internal, message }
 }

@@ -1,7 +1,8 @@
 //! Benchmarks of the parts of a call: `cargo bench -p rpc-benches`.
 
 use divan::{black_box, Bencher};
-use rpc_common::message::{decode_reply, encode_reply, escape, parse_number, Reply, Request};
+use rpc_common::message::{decode_reply, encode_reply, parse_number, Reply, Request};
+use rpc_common::text::escape;
 use std::time::Duration;
 
 fn main() {
@@ -31,43 +32,35 @@ mod fib {
 }
 
 fn request() -> Request<'static> {
-    Request {
-        body: b"30",
-        reply_to: Some(REPLY_TO),
-        correlation_id: Some(ID),
-        expiration: Some(Duration::from_secs(30)),
-    }
+    Request { body: b"30", reply_to: Some(REPLY_TO), correlation_id: Some(ID), deadline_ms: Some(1_767_225_600_000) }
 }
 
 #[divan::bench]
 fn request_encode(bencher: Bencher) {
     let request = request();
-    bencher.bench_local(|| black_box(&request).encode("rpc_queue"));
+    bencher.bench_local(|| black_box(&request).encode("rpc_queue", Some(Duration::from_secs(30))));
 }
 
 #[divan::bench]
 fn request_decode(bencher: Bencher) {
-    let properties = request().encode("rpc_queue").properties;
+    let properties = request().encode("rpc_queue", Some(Duration::from_secs(30))).properties;
     bencher.bench_local(|| {
         let request = Request::decode(black_box(&properties), b"30");
-        black_box(request.expiration)
+        black_box(request.deadline_ms)
     });
 }
 
 #[divan::bench]
 fn reply_encode(bencher: Bencher) {
     let reply: Reply = Ok("832040".to_owned());
-    bencher
-        .bench_local(|| black_box(encode_reply(black_box(&reply), REPLY_TO, Some(ID))).mandatory);
+    bencher.bench_local(|| black_box(encode_reply(black_box(&reply), REPLY_TO, Some(ID))).mandatory);
 }
 
 #[divan::bench]
 fn reply_decode(bencher: Bencher) {
     let reply: Reply = Ok("832040".to_owned());
     let properties = encode_reply(&reply, REPLY_TO, Some(ID)).properties;
-    bencher
-        .with_inputs(|| b"832040".to_vec())
-        .bench_local_values(|body| decode_reply(black_box(&properties), body));
+    bencher.with_inputs(|| b"832040".to_vec()).bench_local_values(|body| decode_reply(black_box(&properties), body));
 }
 
 #[divan::bench(args = ["7", "18446744073709551615", "thirty"])]

@@ -1,4 +1,4 @@
-//! Checks what `rpc_common::sanitize` guarantees for any bytes. The fuzzer and the tests of that module use it.
+//! Checks what `rpc_common::connection::sanitize` guarantees for any bytes. The fuzzer and the tests of that module use it.
 
 use super::{correlation_id_range, sanitize, Changes, MAX_DEPTH};
 use amq_protocol::frame::{parse_frame, AMQPFrame};
@@ -8,14 +8,14 @@ use amq_protocol::types::{AMQPValue, FieldTable};
 
 /// The methods that a broker sends, by class and method (AMQP 0-9-1 and RabbitMQ's extensions).
 const BROKER_METHODS: [(u8, &[u8]); 8] = [
-    (10, &[10, 20, 30, 41, 50, 51, 60, 61]), // connection
-    (20, &[11, 20, 21, 40, 41]),             // channel
-    (30, &[11]),                             // access
-    (40, &[11, 21, 31, 51]),                 // exchange
-    (50, &[11, 21, 31, 41, 51]),             // queue
+    (10, &[10, 20, 30, 41, 50, 51, 60, 61]),                   // connection
+    (20, &[11, 20, 21, 40, 41]),                               // channel
+    (30, &[11]),                                               // access
+    (40, &[11, 21, 31, 51]),                                   // exchange
+    (50, &[11, 21, 31, 41, 51]),                               // queue
     (60, &[11, 21, 30, 31, 50, 60, 71, 72, 80, 90, 111, 120]), // basic
-    (85, &[11]),                             // confirm
-    (90, &[11, 21, 31]),                     // tx
+    (85, &[11]),                                               // confirm
+    (90, &[11, 21, 31]),                                       // tx
 ];
 /// The offset of the property flags in a content header: after the frame header, the class, the weight and the body size.
 const FLAGS_OFFSET: usize = 7 + 12;
@@ -68,9 +68,9 @@ fn is_legal(frame: &[u8]) -> bool {
     match frame {
         [.., end] if *end != 0xce => false,
         [2, ..] => true,
-        [1, _, _, _, _, _, _, 0, class, 0, method, ..] => BROKER_METHODS
-            .iter()
-            .any(|(broker_class, methods)| broker_class == class && methods.contains(method)),
+        [1, _, _, _, _, _, _, 0, class, 0, method, ..] => {
+            BROKER_METHODS.iter().any(|(broker_class, methods)| broker_class == class && methods.contains(method))
+        }
         _ => false,
     }
 }

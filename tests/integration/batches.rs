@@ -33,12 +33,7 @@ fn many_calls_in_flight_keep_their_order() {
 fn repeat_makes_every_call_several_times() {
     let queue = Queue::named("repeat");
     let server = Program::start_server(&queue, &[]);
-    assert_output(
-        &mut client(&queue, &["--repeat", "3", "7", "8"]),
-        0,
-        "13\n13\n13\n21\n21\n21\n",
-        "",
-    );
+    assert_output(&mut client(&queue, &["--repeat", "3", "7", "8"]), 0, "13\n13\n13\n21\n21\n21\n", "");
     assert_eq!(server.stop().len(), 6);
 }
 
@@ -56,8 +51,8 @@ fn standard_input_has_one_number_per_line() {
 fn a_bad_line_is_reported_and_does_not_stop_the_rest() {
     let queue = Queue::named("bad_line");
     let _server = Program::start_server(&queue, &["--max-n", "100"]);
-    let stderr = "rpc-client: line 2: 'abc' is not a natural number in decimal digits, 20 at most\n\
-                  rpc-client: line 3: '' is not a natural number in decimal digits, 20 at most\n\
+    let stderr = "rpc-client: line 2: 'abc' is not a whole number (digits only, such as 30)\n\
+                  rpc-client: line 3: '' is not a whole number (digits only, such as 30)\n\
                   rpc-client: line 4: fib(101): out of range: 101 is larger than 100, the largest n served here\n";
     let mut call = client(&queue, &["-j", "1", "-"]);
     assert_output(call.write_stdin("7\nabc\n\n101\n8\n"), 2, "13\n\n\n\n21\n", stderr);

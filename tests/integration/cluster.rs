@@ -14,8 +14,7 @@ fn every_call_is_answered_when_the_queues_leader_is_killed() {
     let cluster = Cluster::start("cluster");
     let queue = "survives";
     let args = ["--queue-type", "quorum", "--delay", "20ms", "-q"];
-    let servers: Vec<Program> =
-        cluster.urls().iter().map(|url| Program::start_server_at(url, queue, &args)).collect();
+    let servers: Vec<Program> = cluster.urls().iter().map(|url| Program::start_server_at(url, queue, &args)).collect();
     // From RabbitMQ 4.3 on a quorum queue returns the messages of a consumer on a dead node after a timeout: a minute
     // by default.
     if broker_version_at(&cluster.urls()[0]) >= (4, 3) {
@@ -47,8 +46,7 @@ fn every_call_is_answered_when_the_queues_leader_is_killed() {
 
 /// The number of the node that is the queue's leader.
 fn leader(cluster: &Cluster, queue: &str) -> usize {
-    let table =
-        cluster.run_on_node(1, "ctl", &["list_queues", "--no-table-headers", "name", "leader"]);
+    let table = cluster.run_on_node(1, "ctl", &["list_queues", "--no-table-headers", "name", "leader"]);
     let node = table.lines().find_map(|line| line.strip_prefix(queue)).expect("it is listed");
     let port = node.trim().trim_start_matches("rpc-").trim_end_matches("@localhost");
     let position = cluster.urls().iter().position(|url| url.ends_with(port));

@@ -13,7 +13,7 @@ fn without_arguments_the_client_prints_its_usage() {
 
 #[test]
 fn help_lists_the_exit_codes_and_hides_the_environment() {
-    for (program, codes) in [("rpc-client", exit::CLIENT), ("rpc-server", exit::SERVER)] {
+    for (program, codes) in [("rpc-client", exit::CLIENT_EXIT_CODES), ("rpc-server", exit::SERVER_EXIT_CODES)] {
         let mut help = command(program);
         let output = help
             .arg("--help")
@@ -24,7 +24,7 @@ fn help_lists_the_exit_codes_and_hides_the_environment() {
             .get_output()
             .clone();
         let text = String::from_utf8(output.stdout).expect("help is text");
-        assert!(text.contains(&exit::help(codes)), "{text}");
+        assert!(text.contains(&exit::exit_codes_help(codes)), "{text}");
         assert!(!text.contains("sesame"), "{text}");
     }
 }

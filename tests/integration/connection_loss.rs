@@ -7,20 +7,18 @@ use crate::support::programs::{assert_output, client, Program};
 use crate::support::proxy::{Proxy, CONNECTION_START_OK};
 use crate::support::TEST_TIMEOUT;
 use crossbeam_channel::unbounded;
-use rpc_client::{Client, Config, Error, ReplyTo};
-use rpc_common::target::Target;
+use rpc_client::{Client, Config, Error};
+use rpc_common::options::BrokerOptions;
 use std::net::TcpListener;
-use std::num::NonZeroUsize;
 
 #[test]
 fn an_idle_server_reconnects_with_all_its_workers() {
     let queue = Queue::named("idle_reconnect");
     let proxy = Proxy::start();
-    let server =
-        Program::start_server_at(&proxy.url(), &queue, &["--workers", "2", "--delay", "100ms"]);
+    let server = Program::start_server_at(&proxy.url(), &queue, &["--workers", "2", "--delay", "100ms"]);
     for _ in 0..2 {
         proxy.close_connections();
-        server.wait_for_log("lost the connection");
+        server.wait_for_log("retrying");
         server.wait_for_log("connected to");
         Peer::connect().wait_for_consumers(&queue, 2);
     }
@@ -51,7 +49,7 @@ fn a_server_that_starts_before_its_broker_waits_for_it() {
     let proxy = Proxy::start();
     proxy.refuse(true);
     let server = Program::spawn_at(&proxy.url(), "rpc-server", &["--queue", &queue]);
-    server.wait_for_log("trying again");
+    server.wait_for_log("retrying");
     proxy.refuse(false);
     assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
     server.stop();
@@ -62,8 +60,7 @@ fn a_client_reconnects_and_sends_unanswered_calls_again() {
     let queue = Queue::named("client_reconnect");
     let proxy = Proxy::start();
     let server = Program::start_server(&queue, &["--delay", "2s"]);
-    let client =
-        Program::spawn_at(&proxy.url(), "rpc-client", &["--queue", &queue, "-v", "20", "30"]);
+    let client = Program::spawn_at(&proxy.url(), "rpc-client", &["--queue", &queue, "-v", "20", "30"]);
     assert_eq!(server.next_line(), " [.] fib(20)");
     proxy.close_connections();
     client.wait_for_log("connecting again");
@@ -121,21 +118,20 @@ fn a_library_client_reconnects_for_its_next_call() {
     let queue = Queue::named("between_calls");
     let proxy = Proxy::start();
     let server = Program::start_server(&queue, &[]);
-    let target = Target::parse(&proxy.url()).expect("the URL is well formed");
-    let mut client = Client::new(Config {
-        brokers: target.into(),
+    let config = Config {
         queue: queue.to_string(),
         timeout: TEST_TIMEOUT,
-        in_flight: NonZeroUsize::MIN,
-        reply_to: ReplyTo::Queue,
-    });
+        broker: BrokerOptions::from_url(&proxy.url()),
+        ..Config::default()
+    };
+    let client = Client::new(config).expect("the URL is well formed");
     for (n, answer) in [("20", "6765"), ("30", "832040")] {
-        assert_eq!(client.call(n).expect("a server answers"), answer.as_bytes());
+        assert_eq!(client.call(n.as_bytes()).expect("a server answers"), answer.as_bytes());
         proxy.close_connections();
     }
     server.stop();
     Peer::connect().delete_queue(&queue);
-    let error = client.call("30").expect_err("unreachable serves");
+    let error = client.call(b"30").expect_err("there is no server");
     assert!(matches!(error, Error::NoServer { .. }), "{error}");
 }
 
@@ -187,7 +183,7 @@ fn every_call_is_answered_when_the_broker_restarts_under_load() {
         let client = Program::spawn_at(broker.url(), "rpc-client", &args);
         assert_eq!(client.next_line(), "832040");
         broker.rabbitmqctl(&["stop_app"]);
-        server.wait_for_log("trying again");
+        server.wait_for_log("retrying");
         broker.rabbitmqctl(&["start_app"]);
         let answers = (1..300).map(|_| client.next_line()).filter(|answer| answer == "832040");
         assert_eq!(answers.count(), 299, "{queue_type}");
@@ -213,13 +209,14 @@ fn several_brokers_are_tried_in_turn() {
     let urls = ["--url", &silent, "--url", reachable, "-t", "10s"];
     assert_output(&mut client(&queue, &[&urls[..], &["-q", "30"]].concat()), 0, "832040\n", "");
     let urls = ["--url", &silent, "--url", unreachable, "-t", "2s"];
-    let error = "rpc-client: cannot reach 127.0.0.1:1: connection refused: is RabbitMQ running there, or AMQP_URL to be set?\n";
+    let error =
+        "rpc-client: 127.0.0.1:1 cannot be reached (from --url): connection refused: is RabbitMQ running there?\n";
     assert_output(&mut client(&queue, &[&urls[..], &["30"]].concat()), 3, "\n", error);
     // The error of a broker that refused the client is shown rather than that of an unreachable one.
     let wrong = broker::url_with_vhost("nowhere");
     let error = format!(
         "rpc-client: {} refused: NOT_ALLOWED - vhost nowhere not found: \
-         is the vhost in the URL right, and open to this user?\n",
+         is the vhost in the URL right, and may this user access it?\n",
         broker::authority()
     );
     let urls = ["--url", &wrong, "--url", unreachable, "-q", "30"];

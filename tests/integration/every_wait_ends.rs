@@ -5,9 +5,7 @@
 use crate::support::broker::exclusive_node;
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{assert_output, client, Program};
-use crate::support::proxy::{
-    Proxy, Traffic, BASIC_CONSUME, CHANNEL_OPEN, CONNECTION_START_OK, QUEUE_DECLARE,
-};
+use crate::support::proxy::{Proxy, Traffic, BASIC_CONSUME, CHANNEL_OPEN, CONNECTION_START_OK, QUEUE_DECLARE};
 use crate::support::scripted_broker::{Action, ScriptedBroker, CONSUME};
 use socket2::{Domain, Socket, Type};
 use std::io::Write;
@@ -25,13 +23,7 @@ const LONG_TIMEOUT: u64 = 4;
 
 /// Makes a call that ends at its deadline, after `seconds`, and checks the exit code and all of the output.
 #[track_caller]
-fn assert_call_ends(
-    seconds: u64,
-    situation: &str,
-    call: &mut assert_cmd::Command,
-    code: i32,
-    message: &str,
-) {
+fn assert_call_ends(seconds: u64, situation: &str, call: &mut assert_cmd::Command, code: i32, message: &str) {
     let (limit, message) = (format!("{seconds}s"), format!("rpc-client: {message}"));
     let start = Instant::now();
     assert_output(call.args(["-q", "-t", &limit, "30"]), code, "\n", &format!("{message}\n"));
@@ -57,16 +49,9 @@ fn a_call_ends_when_the_name_server_does_not_answer() {
     let mut cc = Command::new("cc");
     let built = cc.args(["-w", "-shared", "-fPIC", "-o"]).arg(&library).arg(&source).status();
     assert!(built.expect("cc is installed: rustc links with it").success());
-    let message =
-        "rabbit.invalid:5672 was not ready within 1s: timed out in resolving the host name";
+    let message = "rabbit.invalid:5672 timed out after 1s while resolving the host name";
     let mut call = call_at("amqp://rabbit.invalid");
-    assert_call_ends(
-        1,
-        "a name server that does not answer",
-        call.env("LD_PRELOAD", library),
-        3,
-        message,
-    );
+    assert_call_ends(1, "a name server that does not answer", call.env("LD_PRELOAD", library), 3, message);
 }
 
 /// The kernel drops connection requests to a listener whose backlog is full.
@@ -80,15 +65,8 @@ fn a_call_ends_when_the_host_drops_packets() {
     let fill = || TcpStream::connect_timeout(&address, Duration::from_millis(200));
     let _full = std::iter::from_fn(|| fill().ok()).take(10).collect::<Vec<_>>();
     assert!(fill().is_err(), "the backlog is not full");
-    let message =
-        format!("{address} was not ready within 1s: timed out in opening the TCP connection");
-    assert_call_ends(
-        1,
-        "a host that drops packets",
-        &mut call_at(&format!("amqp://{address}")),
-        3,
-        &message,
-    );
+    let message = format!("{address} timed out after 1s while opening the TCP connection");
+    assert_call_ends(1, "a host that drops packets", &mut call_at(&format!("amqp://{address}")), 3, &message);
 }
 
 /// Listens on a port, and sends `bytes` to each connection, one every 100 ms.
@@ -111,16 +89,9 @@ fn listen_and_send_slowly(bytes: &'static [u8]) -> SocketAddr {
 fn a_call_ends_when_the_port_accepts_and_sends_nothing() {
     for (scheme, phase) in [("amqp", "AMQP"), ("amqps", "TLS")] {
         let address = listen_and_send_slowly(b"");
-        let message =
-            format!("{address} was not ready within 1s: timed out in the {phase} handshake");
+        let message = format!("{address} timed out after 1s while waiting for the {phase} handshake");
         let situation = format!("a port that sends nothing, {scheme}");
-        assert_call_ends(
-            1,
-            &situation,
-            &mut call_at(&format!("{scheme}://{address}")),
-            3,
-            &message,
-        );
+        assert_call_ends(1, &situation, &mut call_at(&format!("{scheme}://{address}")), 3, &message);
     }
 }
 
@@ -132,16 +103,9 @@ fn a_call_ends_when_the_peer_sends_byte_by_byte() {
         ("amqps", "TLS", &[22, 3, 3, 0, 122, 2, 0, 0, 118, 3, 3, 0, 0, 0, 0, 0, 0]),
     ] {
         let address = listen_and_send_slowly(bytes);
-        let message =
-            format!("{address} was not ready within 1s: timed out in the {phase} handshake");
+        let message = format!("{address} timed out after 1s while waiting for the {phase} handshake");
         let situation = format!("a peer that sends byte by byte, {scheme}");
-        assert_call_ends(
-            1,
-            &situation,
-            &mut call_at(&format!("{scheme}://{address}")),
-            3,
-            &message,
-        );
+        assert_call_ends(1, &situation, &mut call_at(&format!("{scheme}://{address}")), 3, &message);
     }
 }
 
@@ -155,27 +119,26 @@ fn a_call_ends_when_the_broker_freezes_in_any_phase() {
         let (freeze, _thaw) = broker.freezer();
         freeze();
         let target = broker.authority();
-        let message =
-            format!("{target} was not ready within 1s: timed out in the {phase} handshake");
+        let message = format!("{target} timed out after 1s while waiting for the {phase} handshake");
         let situation = format!("SIGSTOP before the {phase} handshake");
         assert_call_ends(1, &situation, &mut call_at(&format!("{scheme}://{target}")), 3, &message);
     }
     for (method, times, phase, code) in [
-        (CONNECTION_START_OK, 1, "the login: is the password right?", 3),
+        (CONNECTION_START_OK, 1, "logging in: is the password right?", 3),
         (CHANNEL_OPEN, 1, "opening a channel", 3),
         (QUEUE_DECLARE, 1, "starting a consumer", 5),
         (BASIC_CONSUME, 1, "starting a consumer", 5),
-        (CHANNEL_OPEN, 2, "looking at a queue", 5),
+        (CHANNEL_OPEN, 2, "looking at the queue", 5),
     ] {
         let (freeze, _thaw) = broker.freezer();
         let proxy = Proxy::start_to(broker.authority());
         proxy.before_forwarding(method, times, freeze);
         let target = proxy.authority();
         let message = match code {
-            3 => format!("{target} was not ready within {LONG_TIMEOUT}s: timed out in {phase}"),
-            _ => format!(
-                "fib(30): no answer from '{queue}' on {target} within {LONG_TIMEOUT}s: timed out in {phase}"
-            ),
+            3 => format!("{target} timed out after {LONG_TIMEOUT}s while {phase}"),
+            _ => {
+                format!("fib(30): no answer from '{queue}' on {target} within {LONG_TIMEOUT}s: timed out while {phase}")
+            }
         };
         let mut call = client(queue, &["--heartbeat", "600"]);
         call.env("AMQP_URL", format!("amqp://{target}"));
@@ -205,24 +168,14 @@ fn a_call_ends_when_the_broker_blocks_publishers() {
     let blocked = broker.block_publishers();
     let mut call = client(queue, &[]);
     let message = format!(
-        "fib(30): no answer from '{queue}' on {} within {LONG_TIMEOUT}s: the broker takes no requests: low on memory",
+        "fib(30): no answer from '{queue}' on {} within {LONG_TIMEOUT}s: the broker blocks publishers: low on memory",
         broker.authority()
     );
-    assert_call_ends(
-        LONG_TIMEOUT,
-        "a memory alarm",
-        call.env("AMQP_URL", broker.url()),
-        5,
-        &message,
-    );
+    assert_call_ends(LONG_TIMEOUT, "a memory alarm", call.env("AMQP_URL", broker.url()), 5, &message);
 
-    let client =
-        Program::spawn_at(broker.url(), "rpc-client", &["--queue", queue, "-t", "1h", "30"]);
-    let warning = client.wait_for_log("takes no requests");
-    let expected = format!(
-        "rpc-client: warning: {} takes no requests: low on memory; waiting",
-        broker.authority()
-    );
+    let client = Program::spawn_at(broker.url(), "rpc-client", &["--queue", queue, "-t", "1h", "30"]);
+    let warning = client.wait_for_log("blocks publishers");
+    let expected = format!("rpc-client: warning: {} blocks publishers: low on memory; waiting", broker.authority());
     assert_eq!(warning, expected);
     drop(blocked);
     assert_eq!(client.next_line(), "832040");

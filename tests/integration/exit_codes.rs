@@ -12,8 +12,7 @@ use std::thread;
 fn an_error_reply_is_exit_code_1_and_stops_nothing() {
     let queue = Queue::named("remote_error");
     let server = Program::start_server(&queue, &["--max-n", "100"]);
-    let error =
-        "rpc-client: fib(101): out of range: 101 is larger than 100, the largest n served here\n";
+    let error = "rpc-client: fib(101): out of range: 101 is larger than 100, the largest n served here\n";
     assert_output(&mut client(&queue, &["7", "101", "8"]), 1, "13\n\n21\n", error);
     assert_eq!(server.stop(), [" [.] fib(7)", " [.] fib(8)"]);
 }
@@ -34,9 +33,9 @@ fn a_reply_that_is_not_a_number_is_exit_code_1() {
     });
     for reply in nonsense {
         let error = format!(
-            "rpc-client: fib(30): bad reply: '{}' is {}: does another program serve this queue?\n",
+            "rpc-client: fib(30): the reply '{}' is {}: does another program serve this queue?\n",
             reply.escape_debug(),
-            if reply.len() == 8 { "longer than the answer can be" } else { "no number" }
+            if reply.len() == 8 { "longer than the answer can be" } else { "not a number" }
         );
         assert_output(&mut client(&queue, &["-q", "30"]), 1, "\n", &error);
     }
@@ -45,21 +44,13 @@ fn a_reply_that_is_not_a_number_is_exit_code_1() {
 
 #[test]
 fn no_broker_is_exit_code_3() {
-    let unused = TcpListener::bind("127.0.0.1:0")
-        .expect("a port is free")
-        .local_addr()
-        .expect("the socket is bound");
+    let unused = TcpListener::bind("127.0.0.1:0").expect("a port is free").local_addr().expect("the socket is bound");
     let stderr = format!(
-        "rpc-client: cannot reach {unused}: connection refused: is RabbitMQ running there, or AMQP_URL to be set?\n"
+        "rpc-client: {unused} cannot be reached (from AMQP_URL): connection refused: is RabbitMQ running there?\n"
     );
     let unreachable = format!("amqp://{unused}");
     assert_output(client("any", &["1", "2"]).env("AMQP_URL", &unreachable), 3, "\n", &stderr);
-    assert_output(
-        client("any", &["1", "-o", "text", "-q"]).env("AMQP_URL", &unreachable),
-        3,
-        "",
-        &stderr,
-    );
+    assert_output(client("any", &["1", "-o", "text", "-q"]).env("AMQP_URL", &unreachable), 3, "", &stderr);
 }
 
 #[test]
@@ -71,7 +62,7 @@ fn too_many_workers_for_the_broker_are_exit_code_3() {
     let output = server.assert().code(3).get_output().clone();
     let log = String::from_utf8_lossy(&output.stderr);
     let error = format!(
-        "rpc-server: {} allows no more channels: fewer --workers, or a larger channel_max there\n",
+        "rpc-server: {} allows no more channels: reduce --workers, or raise the broker's channel_max\n",
         broker.authority()
     );
     assert!(log.ends_with(&error), "{log}");
@@ -80,11 +71,7 @@ fn too_many_workers_for_the_broker_are_exit_code_3() {
 #[test]
 fn no_queue_is_exit_code_4() {
     let queue = Queue::named("no_queue");
-    let error = format!(
-        "rpc-client: no queue '{}' on {}: is rpc-server running?\n",
-        &*queue,
-        broker::authority()
-    );
+    let error = format!("rpc-client: no queue '{}' on {}: is rpc-server running?\n", &*queue, broker::authority());
     assert_output(&mut client(&queue, &["30"]), 4, "\n", &error);
     assert_output(&mut client(&queue, &["-o", "text", "-q", "30"]), 4, "", &error);
 }
@@ -98,7 +85,7 @@ fn a_request_that_a_server_drops_is_exit_code_5() {
     });
     let error = format!(
         "rpc-client: fib(30): no answer from '{}' on {} within 5s: \
-         the queue had 0 consumers and 0 messages waiting\n",
+         no server is consuming, 0 messages are waiting\n",
         &*queue,
         broker::authority()
     );
@@ -120,10 +107,7 @@ fn a_full_disk_is_exit_code_6() {
 fn a_reader_of_standard_output_that_goes_away_is_exit_code_141() {
     let queue = Queue::named("sigpipe");
     let _server = Program::start_server(&queue, &["-q"]);
-    let script = format!(
-        "rpc-client --queue {} --repeat 100000 30 | head -1; echo ${{PIPESTATUS[0]}}",
-        &*queue
-    );
+    let script = format!("rpc-client --queue {} --repeat 100000 30 | head -1; echo ${{PIPESTATUS[0]}}", &*queue);
     bash(&script).code(0).stdout("832040\n141\n").stderr("");
 }
 
@@ -131,8 +115,7 @@ fn a_reader_of_standard_output_that_goes_away_is_exit_code_141() {
 fn a_reader_that_goes_away_is_exit_code_141_even_if_the_input_never_ends() {
     let queue = Queue::named("endless");
     let _server = Program::start_server(&queue, &["-q", "--prefetch", "64"]);
-    let script =
-        format!("yes 30 | rpc-client --queue {} - | head -2; echo ${{PIPESTATUS[1]}}", &*queue);
+    let script = format!("yes 30 | rpc-client --queue {} - | head -2; echo ${{PIPESTATUS[1]}}", &*queue);
     bash(&script).code(0).stdout("832040\n832040\n141\n").stderr("");
 }
 

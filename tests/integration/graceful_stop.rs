@@ -56,13 +56,8 @@ fn a_server_that_stops_under_load_loses_nothing_and_repeats_nothing() {
     let unclean_before = broker.unclean_closes();
     for prefetch in ["1", "64"] {
         let queue = format!("drain.{prefetch}");
-        let servers = [(); 3].map(|()| {
-            Program::start_server_at(
-                broker.url(),
-                &queue,
-                &["--prefetch", prefetch, "--workers", "2"],
-            )
-        });
+        let servers = [(); 3]
+            .map(|()| Program::start_server_at(broker.url(), &queue, &["--prefetch", prefetch, "--workers", "2"]));
         let numbers = (0..3000).map(|n| n % 90).collect::<Vec<u64>>();
         let stdin = numbers.iter().map(|n| format!("{n}\n")).collect::<String>();
         let answers = numbers.iter().map(|&n| format!("{}\n", fib(n))).collect::<String>();
@@ -108,7 +103,7 @@ fn a_frozen_broker_does_not_prevent_a_server_from_stopping_before_it_serves() {
     assert_eq!(server.wait().code(), Some(0));
     let (stdout, log) = server.remaining_output();
     assert_eq!(stdout, [""; 0]);
-    let stopping = "stopping: what has begun is answered first; a second signal stops at once";
+    let stopping = "stopping: requests that have begun are answered; a second signal stops at once";
     let log: Vec<_> = log.iter().map(|line| level_and_text(line)).collect();
     assert_eq!(log, [Some(("INFO", stopping)), Some(("INFO", "stopped"))]);
 }

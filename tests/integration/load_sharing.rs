@@ -7,8 +7,7 @@ use amiquip::AmqpProperties;
 #[test]
 fn three_servers_share_the_calls_fairly() {
     let queue = Queue::named("three");
-    let servers: Vec<Program> =
-        (0..3).map(|_| Program::start_server(&queue, &["--delay", "1s"])).collect();
+    let servers: Vec<Program> = (0..3).map(|_| Program::start_server(&queue, &["--delay", "1s"])).collect();
     assert_output(&mut client(&queue, &["--repeat", "30", "10"]), 0, &"55\n".repeat(30), "");
     let shares: Vec<usize> = servers.into_iter().map(|server| server.stop().len()).collect();
     assert_eq!(shares.iter().sum::<usize>(), 30);

@@ -6,6 +6,7 @@
 mod support;
 
 // What a call promises
+mod answers_are_never_lost;
 mod at_least_once;
 mod bad_brokers;
 mod bad_messages;
@@ -35,3 +36,6 @@ mod cluster;
 mod library;
 mod peers;
 mod soak;
+
+// The source
+mod import_cycles;

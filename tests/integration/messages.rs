@@ -53,11 +53,9 @@ impl Setup {
         let (cert, key) = &tls.client;
         let (unknown_cert, unknown_key) = &tls.unknown_user;
         let (other_cert, other_key) = &tls.other_ca_client;
-        for (user, permissions) in [
-            ("no-configure", ["^$", ".*", ".*"]),
-            ("no-write", [".*", "^$", ".*"]),
-            ("no-read", [".*", ".*", "^$"]),
-        ] {
+        for (user, permissions) in
+            [("no-configure", ["^$", ".*", ".*"]), ("no-write", [".*", "^$", ".*"]), ("no-read", [".*", ".*", "^$"])]
+        {
             node.rabbitmqctl(&["add_user", user, "page"]);
             node.rabbitmqctl(&[&["set_permissions", user][..], &permissions].concat());
         }
@@ -70,14 +68,12 @@ impl Setup {
         let broker = node.authority().to_owned();
         let unused = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
         let unused = unused.expect("a port is free").to_string();
-        let (silent, web) =
-            (listen_and_send(b""), listen_and_send(b"HTTP/1.1 400 Bad Request\r\n\r\n"));
+        let (silent, web) = (listen_and_send(b""), listen_and_send(b"HTTP/1.1 400 Bad Request\r\n\r\n"));
         let (silent, web) = (silent.to_string(), web.to_string());
         let folder = node.folder().to_str().expect("the temporary folder is UTF-8").to_owned();
         let at = |port| format!("localhost:{port}");
         let (good, expired) = (at(tls.good), at(tls.expired));
-        let (wrong_host, mutual, mutual_12) =
-            (at(tls.wrong_host), at(tls.mutual), at(tls.mutual_12));
+        let (wrong_host, mutual, mutual_12) = (at(tls.wrong_host), at(tls.mutual), at(tls.mutual_12));
         let variables = [
             ("BROKER", &*broker),
             ("NOBODY", &unused),
@@ -127,10 +123,7 @@ impl Setup {
 
     /// Runs a command, and returns its output as the page shows it.
     fn run(&self, command: &str) -> String {
-        let script = format!(
-            "{}exec 2>&1; {command}\ncode=$?; [ $code = 0 ] || echo \"[$code]\"",
-            self.variables
-        );
+        let script = format!("{}exec 2>&1; {command}\ncode=$?; [ $code = 0 ] || echo \"[$code]\"", self.variables);
         let output = bash(&script).get_output().clone();
         let mut text = String::from_utf8(output.stdout).expect("messages are text");
         for (actual, placeholder) in &self.placeholders {

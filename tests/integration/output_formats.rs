@@ -82,7 +82,7 @@ fn json_output_has_one_object_per_call_and_bad_line() {
     let lines: Vec<String> = stdout.lines().map(without_varying_fields).collect();
     let expected = [
         r#"{"n":30,"result":"832040"}"#,
-        r#"{"input":"abc","error":{"code":"usage","message":"line 2: 'abc' is not a natural number in decimal digits, 20 at most"}}"#,
+        r#"{"input":"abc","error":{"code":"usage","message":"line 2: 'abc' is not a whole number (digits only, such as 30)"}}"#,
         r#"{"n":101,"error":{"code":"out-of-range","message":"out of range: 101 is larger than 100, the largest n served here"}}"#,
     ];
     assert_eq!(lines, expected);
@@ -109,10 +109,9 @@ fn unordered_answers_are_printed_as_they_arrive() {
     }
     let output = caller.join().expect("the caller got its answers");
     let stdout = String::from_utf8(output.stdout).expect("JSON is text");
-    let order: Vec<&str> =
-        stdout.lines().map(|line| line.split([':', ',']).nth(1).unwrap_or_default()).collect();
+    let order: Vec<&str> = stdout.lines().map(|line| line.split([':', ',']).nth(1).unwrap_or_default()).collect();
     assert_eq!(order, ["7", "8", "30"]);
-    let stderr = "rpc-client: --unordered needs --output json, or answers cannot be told apart: try --help\n";
+    let stderr = "rpc-client: --unordered needs --output json, or answers cannot be told apart; see --help\n";
     assert_output(&mut client(&queue, &["--unordered", "7"]), 2, "", stderr);
 }
 
@@ -124,15 +123,11 @@ fn the_summary_counts_calls_and_errors() {
     let output = call.assert().code(1).stdout("13\n\n21\n").get_output().clone();
     let stderr = String::from_utf8(output.stderr).expect("JSON is text");
     let summary = stderr.lines().last().unwrap_or_default();
-    assert!(
-        summary.starts_with(r#"{"calls":3,"errors":{"out-of-range":1},"seconds":"#),
-        "{stderr}"
-    );
+    assert!(summary.starts_with(r#"{"calls":3,"errors":{"out-of-range":1},"seconds":"#), "{stderr}");
     for name in ["calls_per_second", "latency_ms", "min", "p50", "p90", "p99", "p99.9", "max"] {
         assert!(summary.contains(&format!("\"{name}\":")), "{name}: {summary}");
     }
-    let output =
-        client(&queue, &["--summary", "7"]).assert().code(0).stdout("13\n").get_output().clone();
+    let output = client(&queue, &["--summary", "7"]).assert().code(0).stdout("13\n").get_output().clone();
     let stderr = String::from_utf8(output.stderr).expect("the summary is text");
     assert!(stderr.starts_with("rpc-client: 1 call in "), "{stderr}");
     assert!(stderr.ends_with("; errors: none\n"), "{stderr}");

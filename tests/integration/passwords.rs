@@ -12,7 +12,7 @@ fn a_password_on_the_command_line_causes_a_warning() {
     let _server = Program::start_server(&queue, &[]);
     let url = broker::url_with_credentials(broker::credentials());
     let warning =
-        "rpc-client: warning: ps shows everybody the password in --url: put the URL into AMQP_URL\n";
+        "rpc-client: warning: the password in --url is visible to all users (ps): use AMQP_URL or --password-file\n";
     assert_output(&mut client(&queue, &["--url", &url, "30"]), 0, "832040\n", warning);
     assert_output(&mut client(&queue, &["--url", &url, "30", "-q"]), 0, "832040\n", "");
     assert_output(client(&queue, &["30"]).env("AMQP_URL", &url), 0, "832040\n", "");

@@ -13,7 +13,7 @@ fn a_server_uses_an_existing_queue_of_any_type() {
         Peer::connect().declare(&queue, queue_type);
         for asked in ["auto", "transient", "classic", "quorum"] {
             let server = Program::start_server(&queue, &["--queue-type", asked]);
-            server.wait_for_log(&format!("adopted queue '{}' as it is", &*queue));
+            server.wait_for_log(&format!("using existing queue '{}'", &*queue));
             assert_output(&mut client(&queue, &["30"]), 0, "832040\n", "");
             server.stop();
         }
@@ -76,8 +76,7 @@ fn a_queue_without_consumers_causes_a_warning_and_the_client_waits() {
     let queue = Queue::declare("no_consumers");
     let client = Program::spawn("rpc-client", &["--queue", &queue, "30"]);
     let warning = client.wait_for_log("no server is consuming");
-    let expected =
-        format!("rpc-client: warning: no server is consuming '{}'; waiting up to 30s", &*queue);
+    let expected = format!("rpc-client: warning: no server is consuming '{}'; waiting up to 30s", &*queue);
     assert_eq!(warning, expected);
     let _server = Program::start_server(&queue, &[]);
     assert_eq!(client.next_line(), "832040");

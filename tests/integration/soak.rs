@@ -44,22 +44,14 @@ impl ProxiedServer {
         let args = ["--queue", queue, "--queue-type", "classic", "--prefetch", prefetch];
         let args = [&args[..], &["--workers", "2", "--heartbeat", "2", "-q"]].concat();
         let args = args.into_iter().map(str::to_owned).collect();
-        let mut server = ProxiedServer {
-            proxy: Proxy::start_to(private_node().authority()),
-            program: None,
-            args,
-        };
+        let mut server = ProxiedServer { proxy: Proxy::start_to(private_node().authority()), program: None, args };
         server.start();
         server
     }
 
     fn start(&mut self) {
         let args = self.args.iter().map(String::as_str).collect::<Vec<_>>();
-        self.program = Some(Program::spawn_at(
-            &format!("amqp://{}", self.proxy.authority()),
-            "rpc-server",
-            &args,
-        ));
+        self.program = Some(Program::spawn_at(&format!("amqp://{}", self.proxy.authority()), "rpc-server", &args));
     }
 
     /// Ends the server by SIGKILL or SIGTERM, and starts another one. Returns the name of the fault.
@@ -71,8 +63,7 @@ impl ProxiedServer {
         // A signal ends a server that does not handle signals yet. And two connections in a row that break during the
         // login look as if the broker refused the password.
         let is_stopped = status.code() == Some(0) || status.signal() == Some(signal.as_raw());
-        let is_refused =
-            status.code() == Some(3) && log.iter().any(|line| line.contains("refused user"));
+        let is_refused = status.code() == Some(3) && log.iter().any(|line| line.contains("refused user"));
         assert!(is_stopped || is_refused, "{status} after {log:#?}");
         self.start();
         if signal == Signal::KILL {
@@ -156,8 +147,7 @@ impl CallCounts {
                 _ => self.wrong.push(answer.clone()),
             }
         }
-        self.discarded +=
-            log.iter().filter(|line| line.contains("discarded a reply")).count() as u64;
+        self.discarded += log.iter().filter(|line| line.contains("discarded a reply")).count() as u64;
     }
 
     fn total(&self) -> u64 {
@@ -166,13 +156,7 @@ impl CallCounts {
 }
 
 /// Runs clients one after the other until `stop` is set, and checks every answer.
-fn call_until(
-    stop: &AtomicBool,
-    proxy: &Proxy,
-    queue: &str,
-    timeout: &str,
-    rng: &mut Rng,
-) -> CallCounts {
+fn call_until(stop: &AtomicBool, proxy: &Proxy, queue: &str, timeout: &str, rng: &mut Rng) -> CallCounts {
     let mut counts = CallCounts::default();
     while !stop.load(Ordering::Relaxed) {
         call_with_one_client(stop, proxy, queue, timeout, rng, &mut counts);
@@ -191,8 +175,7 @@ fn call_with_one_client(
 ) {
     let args = ["--queue", queue, "-t", timeout, "-j", "32", "--heartbeat", "2", "-o", "json"];
     let args = [&args[..], &["-v", "--unordered", "-"]].concat();
-    let mut client =
-        Program::spawn_at(&format!("amqp://{}", proxy.authority()), "rpc-client", &args);
+    let mut client = Program::spawn_at(&format!("amqp://{}", proxy.authority()), "rpc-client", &args);
     let mut report_at = Instant::now() + REPORT_INTERVAL;
     let (mut asked, before) = (0, counts.total());
     while !stop.load(Ordering::Relaxed) {
@@ -242,8 +225,7 @@ fn every_call_ends_right_or_with_exit_code_5_under_random_faults() {
     let mut attacker = RawPeer::connect(private_node().url());
     let client_proxies = [(); 2].map(|()| Proxy::start_to(private_node().authority()));
     let (stop, faults) = (AtomicBool::new(false), Mutex::new(BTreeMap::<_, u64>::new()));
-    let count_fault =
-        |name| *faults.lock().expect("no thread panics").entry(name).or_default() += 1;
+    let count_fault = |name| *faults.lock().expect("no thread panics").entry(name).or_default() += 1;
     let start = Instant::now();
     let all_counts = thread::scope(|scope| {
         let (stop, queue, count_fault) = (&stop, &*queue, &count_fault);

@@ -39,19 +39,12 @@ pub(crate) fn listeners() -> &'static Listeners {
         let user = "rpc-test-client";
         node.rabbitmqctl(&["add_user", user, "never used"]);
         node.rabbitmqctl(&["set_permissions", user, ".*", ".*", ".*"]);
-        node.rabbitmqctl(&[
-            "eval",
-            "application:set_env(rabbit, ssl_cert_login_from, common_name).",
-        ]);
-        let external =
-            "application:set_env(rabbit, auth_mechanisms, ['PLAIN', 'AMQPLAIN', 'EXTERNAL']).";
+        node.rabbitmqctl(&["eval", "application:set_env(rabbit, ssl_cert_login_from, common_name)."]);
+        let external = "application:set_env(rabbit, auth_mechanisms, ['PLAIN', 'AMQPLAIN', 'EXTERNAL']).";
         node.rabbitmqctl(&["eval", external]);
         // The EXTERNAL mechanism checks these options, too, not only those of the listener.
         let options = "[{verify, verify_peer}, {fail_if_no_peer_cert, true}]";
-        node.rabbitmqctl(&[
-            "eval",
-            &format!("application:set_env(rabbit, ssl_options, {options})."),
-        ]);
+        node.rabbitmqctl(&["eval", &format!("application:set_env(rabbit, ssl_options, {options}).")]);
         let mutual = ", {verify, verify_peer}, {fail_if_no_peer_cert, true}";
         Listeners {
             good: listen(node, &ca, &good, 3, ""),

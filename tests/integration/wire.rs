@@ -6,9 +6,10 @@ use crate::support::peer::{call, Peer, Queue};
 use crate::support::programs::{assert_output, client, Program};
 use crate::support::proxy::Proxy;
 use crate::support::{eventually, TEST_TIMEOUT};
-use amiquip::{AmqpProperties, ConsumerMessage};
+use amiquip::{AmqpProperties, AmqpValue, ConsumerMessage};
+use rpc_common::message::unix_time_ms;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use uuid::Uuid;
 
 #[test]
@@ -27,13 +28,15 @@ fn a_request_matches_the_wire_table() {
     assert_eq!(properties.content_type().as_deref(), Some("text/plain"));
     assert_eq!(properties.delivery_mode(), &Some(2));
     assert_eq!(properties.type_(), &None);
-    let expiration: u64 = properties
-        .expiration()
-        .as_ref()
-        .expect("it is set")
-        .parse()
-        .expect("it is a number of milliseconds");
+    let expiration: u64 =
+        properties.expiration().as_ref().expect("it is set").parse().expect("it is a number of milliseconds");
     assert!((1..=20_000).contains(&expiration), "{expiration}");
+    let Some(AmqpValue::LongLongInt(deadline)) = properties.headers().as_ref().and_then(|h| h.get("x-deadline-ms"))
+    else {
+        panic!("no deadline: {properties:?}");
+    };
+    let now = unix_time_ms(SystemTime::now());
+    assert!((now - 60_000..now + 20_000).contains(deadline), "{deadline}, now {now}");
     let id = properties.correlation_id().as_deref().expect("it is set");
     assert_eq!(Uuid::try_parse(id).expect("it is a UUID").get_version_num(), 4);
     let reply_to = properties.reply_to().clone().expect("it is set");
@@ -42,9 +45,7 @@ fn a_request_matches_the_wire_table() {
     // The tutorial's servers reply with a body and the correlation id only.
     peer.reply(&request, b"832040");
     caller.join().expect("the caller got its answer");
-    eventually("the reply queue is deleted", || {
-        peer.message_count(&reply_to).is_none().then_some(())
-    });
+    eventually("the reply queue is deleted", || peer.message_count(&reply_to).is_none().then_some(()));
 }
 
 #[test]
@@ -55,9 +56,7 @@ fn a_reply_matches_the_wire_table() {
         let reply = call(&queue, b"30", AmqpProperties::default().with_correlation_id(id.into()));
         assert_eq!(reply.body, b"832040");
         assert_eq!(reply.exchange, "");
-        let expected = AmqpProperties::default()
-            .with_content_type("text/plain".into())
-            .with_correlation_id(id.into());
+        let expected = AmqpProperties::default().with_content_type("text/plain".into()).with_correlation_id(id.into());
         assert_eq!(reply.properties, expected);
     }
     let without_id = call(&queue, b"30", AmqpProperties::default());
@@ -103,14 +102,13 @@ fn a_cold_call_takes_seven_round_trips() {
     let queue = Queue::named("round_trips");
     let _server = Program::start_server(&queue, &[]);
     for (kind, round_trips) in [("queue", 7), ("direct", 8)] {
-        let round_trips_seen =
-            eventually("an answer before the client asks for the state of the queue", || {
-                let proxy = Proxy::start();
-                let mut call = client(&queue, &["--reply-to", kind, "30"]);
-                let start = Instant::now();
-                assert_output(call.env("AMQP_URL", proxy.url()), 0, "832040\n", "");
-                (start.elapsed() < Duration::from_millis(500)).then(|| proxy.round_trips())
-            });
+        let round_trips_seen = eventually("an answer before the client asks for the state of the queue", || {
+            let proxy = Proxy::start();
+            let mut call = client(&queue, &["--reply-to", kind, "30"]);
+            let start = Instant::now();
+            assert_output(call.env("AMQP_URL", proxy.url()), 0, "832040\n", "");
+            (start.elapsed() < Duration::from_millis(500)).then(|| proxy.round_trips())
+        });
         assert_eq!(1 + round_trips_seen, round_trips, "--reply-to {kind}");
     }
 }

@@ -25,10 +25,7 @@ pub(crate) fn describe(programs: &Programs) -> String {
         find(&sources.join("lapin/Cargo.lock"), "name = \"lapin\"\nversion = \""),
         cores = thread::available_parallelism().map_or(1, usize::from),
         cpu = find(Path::new("/proc/cpuinfo"), "model name\t: "),
-        kernel = find(Path::new("/proc/version"), "Linux version ")
-            .split('-')
-            .next()
-            .unwrap_or_default(),
+        kernel = find(Path::new("/proc/version"), "Linux version ").split('-').next().unwrap_or_default(),
     )
 }
 

@@ -57,8 +57,7 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<()> {
-    let (rounds, seconds, batch_calls) =
-        if cli.quick { (2, 0.5, 100_000.0) } else { (7, 1.5, 1_000_000.0) };
+    let (rounds, seconds, batch_calls) = if cli.quick { (2, 0.5, 100_000.0) } else { (7, 1.5, 1_000_000.0) };
     let rounds = cli.rounds.map_or(rounds, NonZeroU8::get);
     let batch_calls = if cli.seconds.is_some() { 10_000.0 } else { batch_calls };
     let seconds = cli.seconds.unwrap_or(seconds);

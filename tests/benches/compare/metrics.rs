@@ -32,8 +32,7 @@ pub(crate) enum Metric {
 use Metric::{Client, Cold, Latency, Memory, ServerPrefetch1, ServerPrefetch64};
 
 impl Metric {
-    pub(crate) const ALL: [Metric; 6] =
-        [ServerPrefetch1, ServerPrefetch64, Client, Latency, Cold, Memory];
+    pub(crate) const ALL: [Metric; 6] = [ServerPrefetch1, ServerPrefetch64, Client, Latency, Cold, Memory];
 
     pub(crate) fn title(self) -> &'static str {
         match self {
@@ -75,8 +74,7 @@ impl Load {
 
     /// Parses the output of that client.
     pub(crate) fn parse(output: &Output, peer: Peer) -> Result<Self> {
-        let load =
-            if peer == Peer::Ours { Load::parse_summary(output) } else { Load::parse_peer(output) };
+        let load = if peer == Peer::Ours { Load::parse_summary(output) } else { Load::parse_peer(output) };
         load.with_context(|| format!("no numbers, or errors: {}{}", output.stdout, output.stderr))
     }
 
@@ -88,8 +86,7 @@ impl Load {
 
     /// None if the summary has errors.
     fn parse_summary(output: &Output) -> Option<Self> {
-        let summary: serde_json::Value =
-            serde_json::from_str(output.stderr.lines().next()?).ok()?;
+        let summary: serde_json::Value = serde_json::from_str(output.stderr.lines().next()?).ok()?;
         let number = |pointer| summary.pointer(pointer)?.as_f64();
         summary.get("errors")?.as_object()?.is_empty().then_some(())?;
         let p50_us = number("/latency_ms/p50")? * 1e3;

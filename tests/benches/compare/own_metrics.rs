@@ -89,19 +89,10 @@ impl OwnMetrics {
         Ok(())
     }
 
-    pub(crate) fn measure_once(
-        &mut self,
-        bench: &Bench,
-        calls: f64,
-        results: &Results,
-    ) -> Result<()> {
+    pub(crate) fn measure_once(&mut self, bench: &Bench, calls: f64, results: &Results) -> Result<()> {
         let (load, memory) = bench.batch_from_stdin(calls)?;
         let one = results.spread(Metric::Memory, Peer::Ours).map_or(f64::NAN, |one| one.median);
-        let what = format!(
-            "peak memory of {} calls from standard input, {:.0} s",
-            number(load.calls),
-            load.seconds
-        );
+        let what = format!("peak memory of {} calls from standard input, {:.0} s", number(load.calls), load.seconds);
         self.record(&what, (memory, "MiB"), (memory / one, "times the memory of one call"));
 
         let cold = |peer| instructions(&bench.call_once(peer));
@@ -158,10 +149,7 @@ impl Bench<'_> {
         let mut client = self.programs.client(Peer::Ours, QUEUE, IN_FLIGHT, 1);
         client.arg("-");
         let (output, memory) = peak_memory(&client, &b"30\n".repeat(calls))?;
-        ensure!(
-            output.stdout.lines().count() == calls,
-            "the number of lines is not the number of calls"
-        );
+        ensure!(output.stdout.lines().count() == calls, "the number of lines is not the number of calls");
         Ok((Load::parse(&output, Peer::Ours)?, memory))
     }
 
@@ -173,8 +161,7 @@ impl Bench<'_> {
         let queue = format!("bench.counted.{peer}");
         per_call(|calls| {
             let log = CallgrindLog::new();
-            let server =
-                Server::start(&log.count_instructions(&self.programs.server(peer, &queue, 1)))?;
+            let server = Server::start(&log.count_instructions(&self.programs.server(peer, &queue, 1)))?;
             self.load(Peer::C, &queue, 1, calls)?;
             server.stop()?;
             log.read()
@@ -185,8 +172,7 @@ impl Bench<'_> {
 /// The instructions of a further call, without those of start and exit. The calls run one at a time, because otherwise it
 /// varies how many calls share a read or a write.
 fn per_call(count: impl Fn(u64) -> Result<f64>) -> Result<f64> {
-    Ok((count(u64::from(COUNTED_CALLS) * 2)? - count(COUNTED_CALLS.into())?)
-        / f64::from(COUNTED_CALLS))
+    Ok((count(u64::from(COUNTED_CALLS) * 2)? - count(COUNTED_CALLS.into())?) / f64::from(COUNTED_CALLS))
 }
 
 /// The instructions of a program from its start to its exit.
@@ -214,8 +200,7 @@ impl CallgrindLog {
     fn read(&self) -> Result<f64> {
         let text = fs::read_to_string(&self.0)?;
         let count = text.lines().find_map(|line| line.split_once("Collected : "));
-        let (_, count) =
-            count.with_context(|| format!("no count in the log of valgrind: {text}"))?;
+        let (_, count) = count.with_context(|| format!("no count in the log of valgrind: {text}"))?;
         Ok(count.trim().parse()?)
     }
 }

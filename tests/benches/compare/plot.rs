@@ -59,8 +59,7 @@ fn draw_panel(panel: &Area, metric: Metric, results: &Results) -> Result<()> {
 fn draw_bar(panel: &Area, y: i32, peer: Peer, spread: Spread, max: f64) -> Result<()> {
     #[allow(clippy::cast_possible_truncation)] // to pixels
     let x = |value: f64| BARS_BEGIN + (value / max * BARS_LENGTH).round() as i32;
-    let (color, style) =
-        if peer == Peer::Ours { (OURS, FontStyle::Bold) } else { (THEIRS, FontStyle::Normal) };
+    let (color, style) = if peer == Peer::Ours { (OURS, FontStyle::Bold) } else { (THEIRS, FontStyle::Normal) };
     let name = text(15.0, style, HPos::Right).pos(Pos::new(HPos::Right, VPos::Center));
     panel.draw(&Text::new(peer.name(), (BARS_BEGIN - 8, y), name))?;
 

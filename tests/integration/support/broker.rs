@@ -1,9 +1,7 @@
 //! The broker of the tests: the one of `AMQP_URL`, or a private node; and nodes whose state a test changes.
 
 use super::eventually;
-use rpc_common::broker::open;
-use rpc_common::deadline::Deadline;
-use rpc_common::target::Target;
+use rpc_common::connection::{Connection, Deadline, Endpoint};
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -19,8 +17,8 @@ pub(crate) fn url() -> &'static str {
         let Some(url) = env::var("AMQP_URL").ok().filter(|url| !url.is_empty()) else {
             return private_node().url().to_owned();
         };
-        let target = Target::parse(&url).expect("AMQP_URL is well formed");
-        let opened = open(&target, "test", &Deadline::after(Duration::from_secs(10)));
+        let endpoint = Endpoint::parse(&url, "AMQP_URL").expect("AMQP_URL is well formed");
+        let opened = Connection::open(&endpoint, "test", &Deadline::after(Duration::from_secs(10)));
         assert!(opened.is_ok(), "cannot use the broker of AMQP_URL: {:?}", opened.err());
         url
     })
@@ -28,7 +26,7 @@ pub(crate) fn url() -> &'static str {
 
 /// Host and port of the broker, as messages show them.
 pub(crate) fn authority() -> String {
-    Target::parse(url()).expect("the broker's URL is well formed").to_string()
+    Endpoint::parse(url(), "the test").expect("the broker's URL is well formed").to_string()
 }
 
 /// The credentials (`user:password`) and the path of the broker's URL, still percent-encoded.
@@ -118,8 +116,7 @@ pub(crate) fn private_node() -> &'static Node {
 /// bytes.
 pub(crate) fn exclusive_node() -> MutexGuard<'static, Node> {
     static NODE: OnceLock<Mutex<Node>> = OnceLock::new();
-    let node =
-        NODE.get_or_init(|| Mutex::new(Node::start("exclusive", "max_message_size = 100000")));
+    let node = NODE.get_or_init(|| Mutex::new(Node::start("exclusive", "max_message_size = 100000")));
     // The state of the node is sound after a failed test: guards restore it when they are dropped.
     node.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -139,11 +136,7 @@ impl Node {
     }
 
     pub(crate) fn port(&self) -> u16 {
-        self.url()
-            .rsplit(':')
-            .next()
-            .and_then(|port| port.parse().ok())
-            .expect("the URL has a port")
+        self.url().rsplit(':').next().and_then(|port| port.parse().ok()).expect("the URL has a port")
     }
 
     /// The node's folder. The node can read it, and removes it when it stops.

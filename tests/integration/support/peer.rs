@@ -2,13 +2,10 @@
 
 use super::{broker, eventually, TEST_TIMEOUT};
 use amiquip::{
-    AmqpProperties, AmqpValue, Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery,
-    ExchangeDeclareOptions, ExchangeType, FieldTable, Publish, QueueDeclareOptions,
-    QueueDeleteOptions,
+    AmqpProperties, AmqpValue, Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery, ExchangeDeclareOptions,
+    ExchangeType, FieldTable, Publish, QueueDeclareOptions, QueueDeleteOptions,
 };
-use rpc_common::broker::{open, Counts, Link};
-use rpc_common::deadline::{Deadline, Phase};
-use rpc_common::target::Target;
+use rpc_common::connection::{Connection, Deadline, Endpoint, QueueStats};
 use std::collections::BTreeMap;
 use std::ops::Deref;
 use std::sync::{Mutex, PoisonError};
@@ -17,7 +14,7 @@ use uuid::Uuid;
 /// A connection with one channel, for what a test does at the other end.
 pub(crate) struct Peer {
     url: String,
-    connection: Link,
+    connection: Connection,
     channel: Channel,
 }
 
@@ -28,17 +25,18 @@ impl Peer {
     }
 
     pub(crate) fn connect_to(url: &str) -> Self {
-        let target = Target::parse(url).expect("the broker's URL is well formed");
+        let endpoint = Endpoint::parse(url, "the test").expect("the broker's URL is well formed");
         let deadline = Deadline::after(TEST_TIMEOUT);
-        let mut connection = open(&target, "test", &deadline).expect("the broker is running");
-        let channel = connection.open_channel(&deadline).expect("the broker opens a channel");
+        let mut connection = Connection::open(&endpoint, "test", &deadline).expect("the broker is running");
+        let channel = connection.call(&deadline, "opening a channel", |amqp| amqp.open_channel(None));
+        let channel = channel.expect("the broker opens a channel");
         Peer { url: url.into(), connection, channel }
     }
 
     /// The RabbitMQ version of the broker.
     pub(crate) fn broker_version(&mut self) -> String {
         let deadline = Deadline::after(TEST_TIMEOUT);
-        let version = self.connection.within(&deadline, Phase::Look, |connection| {
+        let version = self.connection.call(&deadline, "opening a channel", |connection| {
             Ok(connection.server_properties().get("version").cloned())
         });
         match version {
@@ -58,14 +56,8 @@ impl Peer {
     }
 
     /// Declares a queue whose rejected and expired messages go to the queue `dead_letters`.
-    pub(crate) fn declare_with_dead_letters(
-        &self,
-        queue: &str,
-        queue_type: &str,
-        dead_letters: &str,
-    ) {
-        let arguments =
-            [("x-dead-letter-exchange", ""), ("x-dead-letter-routing-key", dead_letters)];
+    pub(crate) fn declare_with_dead_letters(&self, queue: &str, queue_type: &str, dead_letters: &str) {
+        let arguments = [("x-dead-letter-exchange", ""), ("x-dead-letter-routing-key", dead_letters)];
         self.declare_with_arguments(queue, queue_type, &arguments);
     }
 
@@ -77,8 +69,7 @@ impl Peer {
             table.insert((*name).into(), AmqpValue::LongString((*value).into()));
         }
         let durable = queue_type != "transient";
-        let options =
-            QueueDeclareOptions { durable, arguments: table, ..QueueDeclareOptions::default() };
+        let options = QueueDeclareOptions { durable, arguments: table, ..QueueDeclareOptions::default() };
         self.channel.queue_declare(queue, options).expect("the queue can be declared");
     }
 
@@ -135,21 +126,17 @@ impl Peer {
     /// Waits until exactly `messages` messages are ready in the queue.
     #[track_caller]
     pub(crate) fn wait_for_messages(&mut self, queue: &str, messages: u32) {
-        eventually(&format!("{messages} messages"), || {
-            (self.message_count(queue) == Some(messages)).then_some(())
-        });
+        eventually(&format!("{messages} messages"), || (self.message_count(queue) == Some(messages)).then_some(()));
     }
 
     /// Waits until the queue has exactly `consumers` consumers.
     #[track_caller]
     pub(crate) fn wait_for_consumers(&mut self, queue: &str, consumers: u32) {
-        eventually(&format!("{consumers} consumers"), || {
-            (self.consumer_count(queue) == Some(consumers)).then_some(())
-        });
+        eventually(&format!("{consumers} consumers"), || (self.consumer_count(queue) == Some(consumers)).then_some(()));
     }
 
-    fn queue_stats(&mut self, queue: &str) -> Option<Counts> {
-        self.connection.look(queue, &Deadline::after(TEST_TIMEOUT)).ok()
+    fn queue_stats(&mut self, queue: &str) -> Option<QueueStats> {
+        self.connection.queue_stats(queue, &Deadline::after(TEST_TIMEOUT)).ok()
     }
 
     /// Waits for a message in the queue, and acknowledges it.

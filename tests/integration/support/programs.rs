@@ -20,8 +20,7 @@ pub(crate) fn program_folder() -> &'static PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
         let test = env::current_exe().expect("a test has a path");
-        let folder =
-            test.ancestors().nth(2).expect("tests are in target/<profile>/deps").to_owned();
+        let folder = test.ancestors().nth(2).expect("tests are in target/<profile>/deps").to_owned();
         let mut build = process::Command::new(env!("CARGO"));
         build.args(["build", "--quiet", "--locked", "--bins", "--examples"]);
         build.args(["-p", "rpc-server", "-p", "rpc-client"]);
@@ -66,11 +65,7 @@ pub(crate) fn assert_output(command: &mut Command, code: i32, stdout: &str, stde
 }
 
 /// Runs `rpc-client` on a queue in a thread, which panics if the answers are not as expected.
-pub(crate) fn call_in_background(
-    queue: &str,
-    args: &[&str],
-    answers: &'static str,
-) -> JoinHandle<()> {
+pub(crate) fn call_in_background(queue: &str, args: &[&str], answers: &'static str) -> JoinHandle<()> {
     // Quiet: a queue without consumers, as some tests have for a while, would cause a warning.
     let mut command = client(queue, &[&["-q"], args].concat());
     thread::spawn(move || assert_output(&mut command, 0, answers, ""))
@@ -197,9 +192,7 @@ impl Program {
     /// Waits until it ends.
     #[track_caller]
     pub(crate) fn wait(&mut self) -> ExitStatus {
-        super::eventually("the end of the program", || {
-            self.child.try_wait().expect("it is a child of this process")
-        })
+        super::eventually("the end of the program", || self.child.try_wait().expect("it is a child of this process"))
     }
 
     /// Waits until it ends, and returns its exit code; None if a signal ended it.

@@ -134,12 +134,7 @@ impl Proxy {
 
     /// Runs `action` before a client's `method` is forwarded for the `times`-th time. All bytes before that method are
     /// forwarded first.
-    pub(crate) fn before_forwarding(
-        &self,
-        method: [u8; 4],
-        times: usize,
-        action: impl FnOnce() + Send + 'static,
-    ) {
+    pub(crate) fn before_forwarding(&self, method: [u8; 4], times: usize, action: impl FnOnce() + Send + 'static) {
         let action = Box::new(|_: &mut Traffic| action());
         self.forwarder.state().trigger = Some(Trigger { method, times, action });
     }
@@ -163,17 +158,13 @@ impl Proxy {
     /// Waits until at least `count` connections were refused.
     #[track_caller]
     pub(crate) fn wait_for_refusals(&self, count: usize) {
-        super::eventually("refused connections", || {
-            (self.forwarder.state().refused >= count).then_some(())
-        });
+        super::eventually("refused connections", || (self.forwarder.state().refused >= count).then_some(()));
     }
 
     /// Waits until a client has connected.
     #[track_caller]
     pub(crate) fn wait_for_connection(&self) {
-        super::eventually("a connection", || {
-            (!self.forwarder.state().connections.is_empty()).then_some(())
-        });
+        super::eventually("a connection", || (!self.forwarder.state().connections.is_empty()).then_some(()));
     }
 
     /// Sets how bytes are forwarded. Bytes that [`Traffic::Frozen`] held back are forwarded when it ends.

@@ -20,14 +20,12 @@ pub(crate) struct RawPeer(TcpStream);
 impl RawPeer {
     /// Connects to a private node as user guest.
     pub(crate) fn connect(url: &str) -> Self {
-        let stream =
-            TcpStream::connect(url.trim_start_matches("amqp://")).expect("the node listens");
+        let stream = TcpStream::connect(url.trim_start_matches("amqp://")).expect("the node listens");
         stream.set_read_timeout(Some(TEST_TIMEOUT)).expect("the timeout is not zero");
         let mut peer = RawPeer(stream);
         peer.0.write_all(b"AMQP\x00\x00\x09\x01").expect("the connection is open");
         peer.expect_method([0, 10, 0, 10]); // connection.start
-        let login =
-            [&[0; 4][..], b"\x05PLAIN", b"\x00\x00\x00\x0c\x00guest\x00guest", b"\x05en_US"];
+        let login = [&[0; 4][..], b"\x05PLAIN", b"\x00\x00\x00\x0c\x00guest\x00guest", b"\x05en_US"];
         peer.send(0, TYPE_METHOD, &[&[0, 10, 0, 11], &login.concat()[..]].concat()); // start-ok
         let tune = peer.expect_method([0, 10, 0, 30]);
         let without_heartbeat = [&tune[4..10], &[0, 0]].concat();
@@ -41,12 +39,7 @@ impl RawPeer {
 
     /// Publishes the body `30` to an exchange and a routing key, with these property flags and encoded properties. Waits
     /// until the broker has processed it.
-    pub(crate) fn publish(
-        &mut self,
-        (exchange, routing_key): (&str, &[u8]),
-        flags: u16,
-        properties: &[&[u8]],
-    ) {
+    pub(crate) fn publish(&mut self, (exchange, routing_key): (&str, &[u8]), flags: u16, properties: &[&[u8]]) {
         let publish = [&[0, 60, 0, 40, 0, 0][..], &short_str(exchange.as_bytes())];
         let publish = [&publish.concat()[..], &short_str(routing_key), &[0]].concat();
         self.send(1, TYPE_METHOD, &publish);
@@ -117,8 +110,7 @@ pub(crate) fn nested_arrays(size: usize) -> Vec<u8> {
 fn nested(size: usize, outermost: &[u8], inner: &[u8]) -> Vec<u8> {
     let level = inner.len() + 4;
     let levels = (size - outermost.len() - 4) / level;
-    let len =
-        |inside: usize| u32::try_from(inside * level).expect("the size is small").to_be_bytes();
+    let len = |inside: usize| u32::try_from(inside * level).expect("the size is small").to_be_bytes();
     let mut table = [outermost, &len(levels)].concat();
     for inside in (0..levels).rev() {
         table.extend([inner, &len(inside)].concat());

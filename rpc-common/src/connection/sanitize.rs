@@ -1,156 +1,171 @@
-//! Makes frames from the broker harmless before amiquip parses them.
+//! Makes frames from the broker safe before amiquip parses them.
 //!
-//! A message's properties hold whatever its publisher put there, and RabbitMQ delivers them unchanged. amq-protocol,
-//! which parses for amiquip, reads nested tables by recursion, so that deep ones overflow the stack. It takes strings
-//! for UTF-8: one that is not makes a property and all after it disappear, or ends the connection. [`sanitize`]
-//! changes such frames in place. It keeps every length, so nothing around the changed bytes has to move.
+//! RabbitMQ delivers a message's properties as the publisher sent them, whatever they contain. amiquip parses them with
+//! amq-protocol, which has two weaknesses. It parses nested tables by recursion, so deep ones overflow the stack. It
+//! assumes that strings are UTF-8: it drops the property that is not and all after it, or ends the connection.
+//! [`sanitize`] changes such frames in place. All lengths stay the same, so no other byte has to move.
 //!
-//! This module is pure: no sockets, and no recursion of its own.
+//! This module is pure: no sockets, no recursion.
 
 use std::ops::Range;
 use std::str::from_utf8;
 use thiserror::Error;
 
-/// How many tables and arrays may enclose each other, the outermost included.
+/// The maximum nesting depth of tables and arrays. The outermost table counts as 1.
 ///
-/// amq-protocol needs a few kilobytes of stack for each of them, and no application is known to come near this.
+/// amq-protocol needs a few kilobytes of stack for each level. No known application comes near this depth.
 pub const MAX_DEPTH: usize = 32;
 
-/// What [`sanitize`] changed in a content header that a reply depends on.
+/// The **changes** that [`sanitize`] made to a content header, as far as they concern a reply.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
-    /// The correlation id as it was sent, if it was changed. The changed one has the same length.
+    /// The original correlation id, if it was changed. The changed one has the same length.
     pub correlation_id: Option<Vec<u8>>,
-    /// Whether the reply-to was changed: what it says now is not the queue that the publisher meant.
+    /// Whether the reply-to was changed: it no longer names the publisher's queue.
     pub reply_to: bool,
 }
 
 impl Changes {
-    /// Whether anything was changed that a reply depends on.
-    #[must_use]
-    pub fn concern_a_reply(&self) -> bool {
-        *self != Changes::default()
+    /// Whether neither the correlation id nor the reply-to was changed.
+    pub fn is_empty(&self) -> bool {
+        *self == Changes::default()
     }
 }
 
-/// A **malformed** frame has fields that do not fit in it, or whose type is unknown. RabbitMQ does not send one.
+/// A **malformed** frame has fields that do not fit into it, or fields of an unknown type. RabbitMQ does not send any.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[error("the peer sent a frame whose fields cannot be read")]
 pub struct Malformed;
 
-/// How a field is laid out (AMQP 0-9-1, 4.2.5).
+/// How a field is encoded (AMQP 0-9-1, 4.2.5). A **field** is a property of a message, an argument of a method, or a
+/// value in a table or array.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Layout {
-    /// A number, or bits, of so many bytes.
+    /// A number, or bits, of this many bytes.
     Fixed(usize),
-    /// One byte of length, then UTF-8.
+    /// A length of 1 byte, then UTF-8.
     ShortStr,
-    /// Four bytes of length, as for all below, then UTF-8 as far as amq-protocol is concerned.
+    /// A short string that [`Changes`] mention.
+    CorrelationId,
+    /// A short string that [`Changes`] mention.
+    ReplyTo,
+    /// A length of 4 bytes, as in all below, then bytes that amq-protocol parses as UTF-8.
     LongStr,
     ByteArray,
-    /// Entries of a name (a short string), a type and a value.
+    /// Entries: a name (a short string), a type (1 byte) and a value.
     Table,
-    /// Elements of a type and a value.
+    /// Elements: a type (1 byte) and a value.
     Array,
 }
-use Layout::{Array, ByteArray, Fixed, LongStr, ShortStr, Table};
+use Layout::{Array, ByteArray, CorrelationId, Fixed, LongStr, ReplyTo, ShortStr, Table};
 
 const OCTET: Layout = Fixed(1);
 const SHORT: Layout = Fixed(2);
 const LONG: Layout = Fixed(4);
 const LONG_LONG: Layout = Fixed(8);
 
-const TYPE_METHOD: u8 = 1;
-const TYPE_CONTENT_HEADER: u8 = 2;
-/// A frame starts with a type (1 byte) and a channel (2); then come the payload's size (4), the payload and an end byte.
+const METHOD_FRAME: u8 = 1;
+const CONTENT_HEADER_FRAME: u8 = 2;
+/// A frame consists of a type (1 byte), a channel (2), the payload's size (4), the payload and an end byte.
 const SIZE_OFFSET: usize = 3;
-/// A content header's payload starts with a class (2 bytes), a weight (2) and the body's size (8).
-const CONTENT_HEADER: Layout = Fixed(12);
+const END_LEN: usize = 1;
+/// A content header's payload starts with a class (2 bytes), a weight (2) and the body's size (8). The property flags
+/// follow (2), then the properties.
+const CONTENT_HEADER_START: Layout = Fixed(12);
 
-/// The properties of a message, in the order of their flags from the highest bit on: content-type, content-encoding,
-/// headers; delivery-mode, priority; correlation-id, reply-to, expiration, message-id; timestamp; type, user-id,
-/// app-id, cluster-id.
+/// The properties of a message, in the order of their flags, from the highest bit down.
 const PROPERTIES: [Layout; 14] = [
-    ShortStr, ShortStr, Table, OCTET, OCTET, ShortStr, ShortStr, ShortStr, ShortStr, LONG_LONG,
-    ShortStr, ShortStr, ShortStr, ShortStr,
+    ShortStr,      // content-type
+    ShortStr,      // content-encoding
+    Table,         // headers
+    OCTET,         // delivery-mode
+    OCTET,         // priority
+    CorrelationId, // correlation-id
+    ReplyTo,       // reply-to
+    ShortStr,      // expiration
+    ShortStr,      // message-id
+    LONG_LONG,     // timestamp
+    ShortStr,      // type
+    ShortStr,      // user-id
+    ShortStr,      // app-id
+    ShortStr,      // cluster-id
 ];
-const CORRELATION_ID: usize = 5;
-const REPLY_TO: usize = 6;
+const FIRST_PROPERTY_FLAG: usize = 1 << 15;
 
-/// Changes a whole frame, from its type to its end byte, so that amq-protocol reads it safely and completely.
+/// Changes a frame so that amq-protocol parses it safely and completely. `frame` is a whole frame, from its type to its
+/// end byte.
 ///
-/// - A table or array inside [`MAX_DEPTH`] others becomes a byte array.
+/// - A table or array deeper than [`MAX_DEPTH`] becomes a byte array.
 /// - A long string in a table or array that is not UTF-8 becomes a byte array.
-/// - In any other string, and in the names in a table, bytes that are not UTF-8 become `?`.
+/// - In all other strings, and in the names in a table, each byte that is not UTF-8 becomes `?`.
 ///
-/// Frames without fields (bodies, heartbeats) and methods of unknown ids are left as they are; amiquip judges them.
-/// So are bytes behind the last field and flags that stand for no property: amq-protocol ignores both.
+/// Frames without fields (bodies, heartbeats) and unknown methods are not changed: amiquip handles them. Bytes after the
+/// last field and flags without a property are not changed either: amq-protocol ignores both.
 ///
 /// # Errors
 ///
-/// [`Malformed`] if the fields cannot be read. A part of the frame may have been changed by then.
+/// [`Malformed`] if the fields cannot be read. The frame may be changed in part.
 pub fn sanitize(frame: &mut [u8]) -> Result<Changes, Malformed> {
     let mut changes = Changes::default();
-    for Field { property, layout, content } in locate_fields(frame)? {
-        match layout {
-            Table => sanitize_table(frame, content)?,
-            ShortStr | LongStr if from_utf8(&frame[content.clone()]).is_err() => {
-                let text = &mut frame[content];
-                match property {
-                    Some(CORRELATION_ID) => changes.correlation_id = Some(text.to_vec()),
-                    Some(REPLY_TO) => changes.reply_to = true,
-                    _ => {}
-                }
-                replace_invalid_utf8(text);
+    let (layouts, mut rest) = fields(frame)?;
+    for layout in layouts {
+        let content = split_off(frame, &mut rest, layout)?;
+        let is_text = matches!(layout, ShortStr | CorrelationId | ReplyTo | LongStr);
+        if layout == Table {
+            sanitize_table(frame, content)?;
+        } else if is_text && from_utf8(&frame[content.clone()]).is_err() {
+            let text = &mut frame[content];
+            match layout {
+                CorrelationId => changes.correlation_id = Some(text.to_vec()),
+                ReplyTo => changes.reply_to = true,
+                _ => {}
             }
-            _ => {}
+            replace_invalid_utf8(text);
         }
     }
     Ok(changes)
 }
 
-/// Where the correlation id's bytes are in a content header frame; `None` if it has none, or is no such frame.
-#[must_use]
+/// Returns the range of the correlation id's bytes in a content header frame, or `None` if the frame has none.
 pub fn correlation_id_range(frame: &[u8]) -> Option<Range<usize>> {
-    let mut fields = locate_fields(frame).ok()?.into_iter();
-    fields.find(|field| field.property == Some(CORRELATION_ID)).map(|field| field.content)
+    let (layouts, mut rest) = fields(frame).ok()?;
+    for layout in layouts {
+        let content = split_off(frame, &mut rest, layout).ok()?;
+        if layout == CorrelationId {
+            return Some(content);
+        }
+    }
+    None
 }
 
-/// A **field** is a property in a content header, or an argument of a method.
-struct Field {
-    /// The property's index in [`PROPERTIES`].
-    property: Option<usize>,
-    layout: Layout,
-    /// Where the field's bytes are in the frame, without the length before them.
-    content: Range<usize>,
-}
-
-fn locate_fields(frame: &[u8]) -> Result<Vec<Field>, Malformed> {
-    let Some(&(TYPE_METHOD | TYPE_CONTENT_HEADER)) = frame.first() else {
-        return Ok(Vec::new());
+/// Returns the layouts of a frame's fields, and the range of their bytes.
+fn fields(frame: &[u8]) -> Result<(impl Iterator<Item = Layout>, Range<usize>), Malformed> {
+    let mut rest = SIZE_OFFSET..frame.len();
+    let Some(&frame_type @ (METHOD_FRAME | CONTENT_HEADER_FRAME)) = frame.first() else {
+        return Ok((present(&[], 0), rest));
     };
-    let mut offset = SIZE_OFFSET;
-    let Range { start, end } = take(frame, &mut offset, ByteArray)?;
-    if end + 1 != frame.len() {
+    let payload = split_off(frame, &mut rest, ByteArray)?;
+    if rest.len() != END_LEN {
         return Err(Malformed);
     }
-    let bytes = &frame[..end];
-    offset = start;
-    let mut field = |property, layout| {
-        take(bytes, &mut offset, layout).map(|content| Field { property, layout, content })
+    rest = payload;
+    let mut read = |layout| split_off(frame, &mut rest, layout).map(|content| number(&frame[content]));
+    let layouts = if frame_type == METHOD_FRAME {
+        present(arguments(read(SHORT)?, read(SHORT)?)?, usize::MAX)
+    } else {
+        read(CONTENT_HEADER_START)?;
+        present(&PROPERTIES, read(SHORT)?)
     };
-    if frame[0] == TYPE_METHOD {
-        let class = number(&bytes[field(None, SHORT)?.content]);
-        let method = number(&bytes[field(None, SHORT)?.content]);
-        return arguments(class, method)?.iter().map(|&layout| field(None, layout)).collect();
-    }
-    field(None, CONTENT_HEADER)?;
-    let flags = number(&bytes[field(None, SHORT)?.content]);
-    let present = PROPERTIES.iter().enumerate().filter(|(index, _)| flags & 0x8000 >> index != 0);
-    present.map(|(index, &layout)| field(Some(index), layout)).collect()
+    Ok((layouts, rest))
 }
 
-/// What arguments a method has. Missing are methods without any, and methods that only clients send.
+/// Selects the layouts whose flag is set.
+fn present(layouts: &'static [Layout], flags: usize) -> impl Iterator<Item = Layout> {
+    let is_set = move |index| flags & FIRST_PROPERTY_FLAG >> index != 0;
+    layouts.iter().enumerate().filter(move |(index, _)| is_set(*index)).map(|(_, layout)| *layout)
+}
+
+/// Returns the layouts of a method's arguments; an unknown method has none.
 fn arguments(class: usize, method: usize) -> Result<&'static [Layout], Malformed> {
     Ok(match (class, method) {
         (10, 10) => &[OCTET, OCTET, Table, LongStr, LongStr], // connection.start
@@ -167,18 +182,20 @@ fn arguments(class: usize, method: usize) -> Result<&'static [Layout], Malformed
         (60, 60) => &[ShortStr, LONG_LONG, OCTET, ShortStr, ShortStr], // basic.deliver
         (60, 71) => &[LONG_LONG, OCTET, ShortStr, ShortStr, LONG], // basic.get-ok
         (60, 80 | 90 | 120) => &[LONG_LONG, OCTET],        // basic.ack, reject, nack
-        // Only clients send these. They hold a table, and amq-protocol would read it.
+        // Only clients send these methods. amq-protocol would parse the table in them.
         (10, 11) | (40, 10 | 30 | 40) | (50, 10 | 20 | 50) | (60, 20) => return Err(Malformed),
         _ => &[],
     })
 }
 
-/// The layout of a value in a table or array, by its type's letter.
+const BYTE_ARRAY_TYPE: u8 = b'x';
+
+/// Returns the layout of a value in a table or array.
 ///
-/// amq-protocol and RabbitMQ agree on all letters that RabbitMQ knows, which are not quite those of AMQP 0-9-1: see
-/// <https://www.rabbitmq.com/amqp-0-9-1-errata>. RabbitMQ does not know `U`, which amq-protocol reads as `s`.
-fn value_layout(letter: u8) -> Result<Layout, Malformed> {
-    Ok(match letter {
+/// The types are those of RabbitMQ, which differ from AMQP 0-9-1: see <https://www.rabbitmq.com/amqp-0-9-1-errata>.
+/// amq-protocol parses them in the same way; it also accepts `U`, as another `s`.
+fn value_layout(value_type: u8) -> Result<Layout, Malformed> {
+    Ok(match value_type {
         b'V' => Fixed(0),
         b't' | b'b' | b'B' => OCTET,
         b's' | b'U' | b'u' => SHORT,
@@ -186,59 +203,56 @@ fn value_layout(letter: u8) -> Result<Layout, Malformed> {
         b'D' => Fixed(5), // a scale and a LONG
         b'l' | b'L' | b'd' | b'T' => LONG_LONG,
         b'S' => LongStr,
-        b'x' => ByteArray,
+        BYTE_ARRAY_TYPE => ByteArray,
         b'F' => Table,
         b'A' => Array,
         _ => return Err(Malformed),
     })
 }
 
-/// Steps over one field, and says where its content is: without the length before it.
-fn take(bytes: &[u8], offset: &mut usize, layout: Layout) -> Result<Range<usize>, Malformed> {
-    let prefix = match layout {
-        Fixed(_) => 0,
-        ShortStr => 1,
-        LongStr | ByteArray | Table | Array => 4,
-    };
-    let start = *offset + prefix;
+/// Splits a field off the front of `rest`, and returns the range of its content: without the length in front of it.
+fn split_off(frame: &[u8], rest: &mut Range<usize>, layout: Layout) -> Result<Range<usize>, Malformed> {
     let len = match layout {
         Fixed(len) => len,
-        _ => number(bytes.get(*offset..start).ok_or(Malformed)?),
+        ShortStr | CorrelationId | ReplyTo => number(&frame[split_off_bytes(rest, 1)?]),
+        LongStr | ByteArray | Table | Array => number(&frame[split_off_bytes(rest, 4)?]),
     };
-    let end = start.saturating_add(len);
-    bytes.get(start..end).ok_or(Malformed)?;
-    *offset = end;
-    Ok(start..end)
+    split_off_bytes(rest, len)
+}
+
+fn split_off_bytes(rest: &mut Range<usize>, len: usize) -> Result<Range<usize>, Malformed> {
+    if len > rest.len() {
+        return Err(Malformed);
+    }
+    let start = rest.start;
+    rest.start += len;
+    Ok(start..rest.start)
 }
 
 fn number(big_endian: &[u8]) -> usize {
     big_endian.iter().fold(0, |number, &byte| number << 8 | usize::from(byte))
 }
 
-/// Goes through a table and all that is in it, with a stack of its own in place of recursion.
+/// Sanitizes a table and everything in it. Instead of recursion it uses a stack of nested tables and arrays, each with
+/// the range that is not sanitized yet.
 fn sanitize_table(frame: &mut [u8], content: Range<usize>) -> Result<(), Malformed> {
-    let mut offset = content.start;
-    let mut open = vec![(Table, content.end)];
-    while let Some(&(container, end)) = open.last() {
-        if offset == end {
-            open.pop();
+    let mut stack = vec![(Table, content)];
+    while let Some((container, rest)) = stack.last_mut() {
+        if rest.start == rest.end {
+            stack.pop();
             continue;
         }
-        let bytes = &mut frame[..end];
-        if container == Table {
-            let name = take(bytes, &mut offset, ShortStr)?;
-            replace_invalid_utf8(&mut bytes[name]);
+        if *container == Table {
+            let name = split_off(frame, rest, ShortStr)?;
+            replace_invalid_utf8(&mut frame[name]);
         }
-        let letter = take(bytes, &mut offset, OCTET)?.start;
-        let layout = value_layout(bytes[letter])?;
-        let value = take(bytes, &mut offset, layout)?;
+        let type_offset = split_off(frame, rest, OCTET)?.start;
+        let layout = value_layout(frame[type_offset])?;
+        let value = split_off(frame, rest, layout)?;
         match layout {
-            LongStr if from_utf8(&bytes[value.clone()]).is_err() => bytes[letter] = b'x',
-            Table | Array if open.len() == MAX_DEPTH => bytes[letter] = b'x',
-            Table | Array => {
-                offset = value.start;
-                open.push((layout, value.end));
-            }
+            LongStr if from_utf8(&frame[value.clone()]).is_ok() => {}
+            Table | Array if stack.len() < MAX_DEPTH => stack.push((layout, value)),
+            LongStr | Table | Array => frame[type_offset] = BYTE_ARRAY_TYPE,
             _ => {}
         }
     }
@@ -255,7 +269,7 @@ fn replace_invalid_utf8(mut bytes: &mut [u8]) {
 }
 
 #[cfg(test)]
-#[path = "../../tests/fuzz/check.rs"]
+#[path = "../../../tests/fuzz/check.rs"]
 mod check;
 
 #[cfg(test)]
@@ -347,8 +361,7 @@ mod tests {
 
     #[test]
     fn in_a_table_what_is_not_utf8_becomes_bytes_and_a_name_question_marks() {
-        let (frame, changes) =
-            sanitized(headers(b"\x02a\xffS\0\0\0\x02b\xff\x01cA\0\0\0\x06S\0\0\0\x01\xfe"));
+        let (frame, changes) = sanitized(headers(b"\x02a\xffS\0\0\0\x02b\xff\x01cA\0\0\0\x06S\0\0\0\x01\xfe"));
         assert_eq!(frame, headers(b"\x02a?x\0\0\0\x02b\xff\x01cA\0\0\0\x06x\0\0\0\x01\xfe"));
         assert_eq!(changes, Changes::default());
     }
@@ -411,14 +424,12 @@ mod tests {
     #[test]
     fn what_is_not_utf8_in_a_methods_arguments_becomes_question_marks() {
         let deliver = method(&sanitized(deliver(b"\x02t\xff")).0);
-        let AMQPClass::Basic(amq_protocol::protocol::basic::AMQPMethod::Deliver(deliver)) = deliver
-        else {
+        let AMQPClass::Basic(amq_protocol::protocol::basic::AMQPMethod::Deliver(deliver)) = deliver else {
             panic!("{deliver:?}");
         };
         assert_eq!((&*deliver.consumer_tag, deliver.delivery_tag), ("t?", 7));
         assert_eq!((&*deliver.exchange, &*deliver.routing_key), ("e?", "k?"));
-        let start =
-            b"\0\x0a\0\x0a\0\x09\0\0\0\x08\x01\xffS\0\0\0\x01\xff\0\0\0\x02P\xff\0\0\0\x01\xfe";
+        let start = b"\0\x0a\0\x0a\0\x09\0\0\0\x08\x01\xffS\0\0\0\x01\xff\0\0\0\x02P\xff\0\0\0\x01\xfe";
         let changed = b"\0\x0a\0\x0a\0\x09\0\0\0\x08\x01?x\0\0\0\x01\xff\0\0\0\x02P?\0\0\0\x01?";
         assert_eq!(sanitized(frame(1, start)).0, frame(1, changed));
     }
@@ -442,16 +453,12 @@ mod tests {
 
     #[test]
     fn no_method_brings_deep_tables_past() {
-        let bomb: Vec<u8> = (0..2000)
-            .rev()
-            .flat_map(|level| [&long(level * 7 + 7)[..], b"\x01nF"].concat())
-            .collect();
+        let bomb: Vec<u8> = (0..2000).rev().flat_map(|level| [&long(level * 7 + 7)[..], b"\x01nF"].concat()).collect();
         let bomb = [&bomb[..], &[0; 4], &[0; 16]].concat();
         for class in [10, 20, 30, 40, 50, 60, 85, 90] {
             for method in 0..=130 {
                 for zeros in 0..16 {
-                    let bytes =
-                        frame(1, &[&[0, class, 0, method], &[0; 16][..zeros], &bomb].concat());
+                    let bytes = frame(1, &[&[0, class, 0, method], &[0; 16][..zeros], &bomb].concat());
                     check(&bytes);
                 }
             }
@@ -474,14 +481,11 @@ mod tests {
                 Value::Fixed(letter, bytes) => [&[*letter], &bytes[..]].concat(),
                 Value::LongStr(bytes) => [b"S", &long_str(bytes)[..]].concat(),
                 Value::Table(entries) => {
-                    let entry = |(name, value): &(Vec<u8>, Value)| {
-                        [short_str(name), value.encode()].concat()
-                    };
+                    let entry = |(name, value): &(Vec<u8>, Value)| [short_str(name), value.encode()].concat();
                     [b"F", &*long_str(&entries.iter().flat_map(entry).collect::<Vec<_>>())].concat()
                 }
                 Value::Array(values) => {
-                    [b"A", &*long_str(&values.iter().flat_map(Value::encode).collect::<Vec<_>>())]
-                        .concat()
+                    [b"A", &*long_str(&values.iter().flat_map(Value::encode).collect::<Vec<_>>())].concat()
                 }
             }
         }
@@ -490,26 +494,23 @@ mod tests {
         fn expected(&self, depth: usize) -> AMQPValue {
             match self {
                 Value::Fixed(..) => parse_value(&self.encode()).unwrap().1,
-                Value::LongStr(bytes) => String::from_utf8(bytes.clone())
-                    .map_or(AMQPValue::ByteArray(bytes.clone()), AMQPValue::LongString),
+                Value::LongStr(bytes) => {
+                    String::from_utf8(bytes.clone()).map_or(AMQPValue::ByteArray(bytes.clone()), AMQPValue::LongString)
+                }
                 _ if depth == MAX_DEPTH => AMQPValue::ByteArray(self.encode()[5..].to_vec()),
                 Value::Table(entries) => {
-                    let entry = |(name, value): &(Vec<u8>, Value)| {
-                        (question_marks(name), value.expected(depth + 1))
-                    };
+                    let entry = |(name, value): &(Vec<u8>, Value)| (question_marks(name), value.expected(depth + 1));
                     AMQPValue::FieldTable(entries.iter().map(entry).collect())
                 }
-                Value::Array(values) => AMQPValue::FieldArray(
-                    values.iter().map(|value| value.expected(depth + 1)).collect(),
-                ),
+                Value::Array(values) => {
+                    AMQPValue::FieldArray(values.iter().map(|value| value.expected(depth + 1)).collect())
+                }
             }
         }
     }
 
     fn question_marks(bytes: &[u8]) -> String {
-        let question = |chunk: std::str::Utf8Chunk| {
-            format!("{}{}", chunk.valid(), "?".repeat(chunk.invalid().len()))
-        };
+        let question = |chunk: std::str::Utf8Chunk| format!("{}{}", chunk.valid(), "?".repeat(chunk.invalid().len()));
         bytes.utf8_chunks().map(question).collect()
     }
 
@@ -539,8 +540,7 @@ mod tests {
         ];
         let leaf = prop_oneof![
             // The letters of floats are left to an example: a NaN does not equal itself.
-            (fixed, any::<[u8; 8]>())
-                .prop_map(|((letter, len), bytes)| Value::Fixed(letter, bytes[..len].to_vec())),
+            (fixed, any::<[u8; 8]>()).prop_map(|((letter, len), bytes)| Value::Fixed(letter, bytes[..len].to_vec())),
             text(40).prop_map(Value::LongStr),
             text(40).prop_map(|bytes| Value::Fixed(b'x', long_str(&bytes))),
         ];
@@ -549,16 +549,13 @@ mod tests {
             prop_oneof![
                 vec((text(20), inner.clone()), 0..6).prop_map(Value::Table),
                 vec(inner, 0..6).prop_map(Value::Array),
-                wrapped.prop_map(|(containers, value)| containers.into_iter().fold(
-                    value,
-                    |value, is_table| {
-                        if is_table {
-                            Value::Table(vec![(b"n".to_vec(), value)])
-                        } else {
-                            Value::Array(vec![value])
-                        }
+                wrapped.prop_map(|(containers, value)| containers.into_iter().fold(value, |value, is_table| {
+                    if is_table {
+                        Value::Table(vec![(b"n".to_vec(), value)])
+                    } else {
+                        Value::Array(vec![value])
                     }
-                )),
+                })),
             ]
         })
     }

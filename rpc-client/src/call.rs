@@ -1,0 +1,220 @@
+//! What a call is: its options, its request, its outcome and its errors.
+
+use clap::ValueEnum;
+use rpc_common::connection::{Error as ConnectionError, ErrorKind, QueueStats};
+use rpc_common::message::{ErrorCode, Failure};
+use rpc_common::options::{self, BrokerOptions};
+use rpc_common::text::{escape, format_duration, parse_name, parse_timeout};
+use std::fmt::{self, Display};
+use std::time::Duration;
+use uuid::Uuid;
+
+/// How to call. The defaults are those of the command line.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Calls")]
+pub struct Config {
+    /// Request queue
+    #[arg(long, value_name = "NAME", default_value = "rpc_queue", value_parser = parse_name)]
+    pub queue: String,
+
+    /// Limit of each call, connecting included: 1500ms, 30s, 2m
+    #[arg(short, long, value_name = "DURATION", default_value = "30s", value_parser = parse_timeout)]
+    pub timeout: Duration,
+
+    /// Calls outstanding at once
+    #[arg(short = 'j', long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
+    pub in_flight: u16,
+
+    /// Where replies go: queue: an exclusive queue | direct: RabbitMQ's direct reply-to
+    #[arg(long, value_name = "KIND", default_value = "queue", hide_possible_values = true)]
+    pub reply_to: ReplyTo,
+
+    /// where the broker is
+    #[command(flatten)]
+    pub broker: BrokerOptions,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        options::from_args(&[])
+    }
+}
+
+/// Where replies go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ReplyTo {
+    /// An exclusive queue of the connection, as in the tutorial.
+    Queue,
+    /// RabbitMQ's [direct reply-to](https://www.rabbitmq.com/docs/direct-reply-to), without a queue. It costs one more
+    /// round trip, because its consumer must be there before the first request.
+    Direct,
+}
+
+/// A **request** is what a call sends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request<T> {
+    /// Comes back with the outcome; it is not sent.
+    pub context: T,
+    /// The argument of the function.
+    pub body: Vec<u8>,
+}
+
+/// An **outcome** is how a call ended.
+#[derive(Debug)]
+pub struct Outcome<T> {
+    /// The request's context.
+    pub context: T,
+    /// The correlation id of the call.
+    pub correlation_id: Uuid,
+    /// From the first publish to the end of the call; `None` if nothing was published.
+    pub latency: Option<Duration>,
+    /// The body of the reply, or why there is none.
+    pub result: Result<Vec<u8>, Error>,
+}
+
+/// Why a call has no answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// The broker was not reached, or refused us: the request was not sent, or was refused.
+    #[error(transparent)]
+    Connection(#[from] ConnectionError),
+    /// The broker accepted the request, but refused the consumer of the replies.
+    #[error(transparent)]
+    ConsumeRefused(ConnectionError),
+    /// The request queue does not exist: nothing ran.
+    #[error("no queue '{queue}' on {broker}: is rpc-server running?")]
+    NoServer {
+        /// The request queue.
+        queue: String,
+        /// Host and port of the broker.
+        broker: String,
+    },
+    /// The deadline passed: the function may or may not have run.
+    #[error("no answer from '{queue}' on {broker} within {limit}: {cause}")]
+    NoAnswer {
+        /// The request queue.
+        queue: String,
+        /// Host and port of the broker.
+        broker: String,
+        /// The call's timeout.
+        limit: String,
+        /// What is known of the cause.
+        cause: NoAnswerCause,
+    },
+    /// The server answered with an error.
+    #[error("{}", escape(.0.message.as_bytes()))]
+    Failed(Failure),
+}
+
+impl Error {
+    /// The server's error. A request that has expired there before its deadline here shows that the clocks differ.
+    pub(crate) fn failed(mut failure: Failure, time_left: Duration) -> Self {
+        let time_left = Duration::from_secs(time_left.as_secs());
+        if failure.code == ErrorCode::Expired && !time_left.is_zero() {
+            let (message, ahead) = (&failure.message, format_duration(time_left));
+            failure.message = format!("{message}: the server's clock is at least {ahead} ahead of this machine's");
+        }
+        Error::Failed(failure)
+    }
+}
+
+/// What is known of why there is no answer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum NoAnswerCause {
+    /// Nothing.
+    #[default]
+    Unknown,
+    /// The request queue when it was last looked at.
+    Queue(QueueStats),
+    /// The broker has not answered while this was done.
+    Waiting(&'static str),
+    /// The broker blocks publishers, for this reason: it is short of memory or disk space.
+    Blocked(String),
+    /// The connection was lost, in this way.
+    Disconnected(String),
+}
+
+impl NoAnswerCause {
+    /// The connection was lost. A timeout is no news where the cause is known already.
+    pub(crate) fn on_connection_lost(&mut self, error: &ConnectionError) {
+        use NoAnswerCause::{Blocked, Disconnected, Queue, Waiting};
+        *self = match (&error.kind, &self) {
+            (ErrorKind::TimedOut(..), Blocked(_) | Queue(_)) => return,
+            (ErrorKind::TimedOut(_, step), _) => Waiting(step),
+            _ => Disconnected(error.to_string()),
+        };
+    }
+}
+
+impl Display for NoAnswerCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let messages = |count: &u32| match count {
+            1 => "1 message is".to_owned(),
+            count => format!("{count} messages are"),
+        };
+        match self {
+            NoAnswerCause::Unknown => f.write_str("no server, or all are busy"),
+            NoAnswerCause::Queue(QueueStats { consumers: 0, messages: count }) => {
+                write!(f, "no server is consuming, {} waiting", messages(count))
+            }
+            NoAnswerCause::Queue(QueueStats { messages: 0, .. }) => {
+                f.write_str("a server took it but has not answered")
+            }
+            NoAnswerCause::Queue(QueueStats { messages: count, .. }) => {
+                write!(f, "all servers are busy, {} waiting", messages(count))
+            }
+            NoAnswerCause::Waiting(step) => write!(f, "timed out while {step}"),
+            NoAnswerCause::Blocked(reason) => write!(f, "the broker blocks publishers: {reason}"),
+            NoAnswerCause::Disconnected(reason) => f.write_str(reason),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lost(kind: ErrorKind) -> ConnectionError {
+        ConnectionError::new("rabbit:5672", kind)
+    }
+
+    #[test]
+    fn what_is_known_of_a_missing_answer_is_the_best_explanation() {
+        let timeout = lost(ErrorKind::TimedOut("1s".into(), "starting a consumer"));
+        let reset = lost(ErrorKind::ConnectionLost("reset".into()));
+        let blocked = || NoAnswerCause::Blocked("low on memory".into());
+        for (mut cause, error, expected) in [
+            (NoAnswerCause::Unknown, &timeout, "timed out while starting a consumer"),
+            (blocked(), &timeout, "the broker blocks publishers: low on memory"),
+            (blocked(), &reset, "rabbit:5672 was disconnected: reset"),
+        ] {
+            cause.on_connection_lost(error);
+            assert_eq!(cause.to_string(), expected);
+        }
+    }
+
+    #[test]
+    fn the_state_of_the_queue_is_told_in_words() {
+        for (consumers, messages, expected) in [
+            (0, 1, "no server is consuming, 1 message is waiting"),
+            (0, 2, "no server is consuming, 2 messages are waiting"),
+            (1, 0, "a server took it but has not answered"),
+            (3, 7, "all servers are busy, 7 messages are waiting"),
+        ] {
+            let cause = NoAnswerCause::Queue(QueueStats { messages, consumers });
+            assert_eq!(cause.to_string(), expected);
+        }
+    }
+
+    #[test]
+    fn a_request_that_expires_too_early_shows_that_the_clocks_differ() {
+        let failure = |code| Failure { code, message: "expired: 5s late".into() };
+        let explained = |code, seconds| Error::failed(failure(code), Duration::from_secs(seconds)).to_string();
+        assert_eq!(
+            explained(ErrorCode::Expired, 25),
+            "expired: 5s late: the server's clock is at least 25s ahead of this machine's"
+        );
+        assert_eq!(explained(ErrorCode::Expired, 0), "expired: 5s late");
+        assert_eq!(explained(ErrorCode::Internal, 25), "expired: 5s late");
+    }
+}

@@ -1,0 +1,87 @@
+//! Why a call failed, or the whole run, with its exit code and its code in JSON.
+
+use crate::input::BadLine;
+use rpc_client::Error as CallError;
+use rpc_common::exit::ExitCode;
+use rpc_common::text::describe_io_error;
+use std::io;
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// The call failed.
+    #[error(transparent)]
+    Call(#[from] CallError),
+    /// The reply cannot be an answer.
+    #[error("the reply '{reply}' is {problem}: does another program serve this queue?")]
+    BadReply {
+        /// The reply, escaped.
+        reply: String,
+        problem: &'static str,
+    },
+    /// A line of standard input is not a number.
+    #[error(transparent)]
+    BadLine(#[from] BadLine),
+    #[error("cannot read standard input: {}", describe_io_error(.0))]
+    Input(io::Error),
+    #[error("cannot write to standard output: {}", describe_io_error(.0))]
+    Output(io::Error),
+    /// Options that exclude each other.
+    #[error("{0}; see --help")]
+    Usage(&'static str),
+}
+
+/// The codes that only the client itself sets.
+const CLIENT_CODES: [&str; 5] = ["unreachable", "no-server", "timeout", "bad-reply", "usage"];
+
+impl Error {
+    /// The code in JSON: one of ours, or the server's. If a server uses one of ours, it is `internal`.
+    pub(crate) fn code(&self) -> &str {
+        match self {
+            Error::Call(CallError::Connection(_) | CallError::ConsumeRefused(_)) => "unreachable",
+            Error::Call(CallError::NoServer { .. }) => "no-server",
+            Error::Call(CallError::NoAnswer { .. }) => "timeout",
+            Error::Call(CallError::Failed(failure)) => match failure.code.as_str() {
+                code if CLIENT_CODES.contains(&code) => "internal",
+                code => code,
+            },
+            Error::BadReply { .. } => "bad-reply",
+            Error::BadLine(_) | Error::Input(_) | Error::Usage(_) => "usage",
+            Error::Output(_) => "output", // in no JSON: it cannot be written
+        }
+    }
+
+    pub(crate) fn exit_code(&self) -> ExitCode {
+        match self {
+            Error::Call(CallError::Connection(error)) => error.into(),
+            Error::Call(CallError::NoServer { .. }) => ExitCode::NoServer,
+            Error::Call(CallError::NoAnswer { .. } | CallError::ConsumeRefused(_)) => ExitCode::NoAnswer,
+            Error::Call(CallError::Failed(_)) | Error::BadReply { .. } => ExitCode::RemoteError,
+            Error::BadLine(_) | Error::Input(_) | Error::Usage(_) => ExitCode::Usage,
+            Error::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::BrokenPipe,
+            Error::Output(_) => ExitCode::Output,
+        }
+    }
+
+    /// Whether the error is the same for every call, so that its message needs no number.
+    pub(crate) fn concerns_every_call(&self) -> bool {
+        use CallError::{Connection, ConsumeRefused, NoServer};
+        matches!(self, Error::Call(Connection(_) | ConsumeRefused(_) | NoServer { .. }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rpc_common::message::Failure;
+
+    #[test]
+    fn a_server_cannot_use_the_clients_own_codes() {
+        let code = |code: &str| {
+            let failure = Failure { code: code.into(), message: "no".into() };
+            Error::Call(CallError::Failed(failure)).code().to_owned()
+        };
+        assert_eq!([code("quota"), code("out-of-range")], ["quota", "out-of-range"]);
+        assert_eq!([code("unreachable"), code("timeout")], ["internal", "internal"]);
+    }
+}

@@ -1,0 +1,393 @@
+//! The pending calls: which are unanswered, and what a reply, a return or the time does to them.
+//!
+//! Pure: no socket, and no clock but the instants that are passed in.
+
+use crate::call::Request;
+use rpc_common::connection::{Deadline, ErrorKind, ACCESS_REFUSED};
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::iter;
+use std::time::{Duration, Instant};
+use uuid::Uuid;
+
+/// The shortest pause between two attempts to connect.
+pub(crate) const MIN_PAUSE: Duration = Duration::from_millis(10);
+
+/// How long a returned request waits before it is sent again.
+const RESEND_DELAY: Duration = Duration::from_millis(250);
+
+/// A **call** is a request that waits for its reply.
+#[derive(Debug)]
+pub(crate) struct Call<T> {
+    /// The number of the call in the order in which they begin.
+    pub(crate) index: u64,
+    /// The correlation id; the same each time the request is sent.
+    pub(crate) id: Uuid,
+    pub(crate) request: Request<T>,
+    pub(crate) deadline: Deadline,
+    /// How often the request was sent.
+    pub(crate) sends: u32,
+    pub(crate) first_sent: Option<Instant>,
+}
+
+impl<T> Call<T> {
+    pub(crate) fn mark_sent(&mut self, now: Instant) {
+        self.sends += 1;
+        self.first_sent.get_or_insert(now);
+    }
+}
+
+/// What the return of a request means for its call.
+#[derive(Debug)]
+pub(crate) enum Returned<T> {
+    /// The call has ended: there is no request queue.
+    Ended(Call<T>),
+    /// There was a queue when the request was sent before, and it may come back: the request is sent again.
+    SentAgain,
+}
+
+/// The calls that have begun and not ended.
+#[derive(Debug)]
+pub(crate) struct PendingCalls<T> {
+    /// By index. All calls have the same timeout, so this is also the order of their deadlines.
+    calls: BTreeMap<u64, Call<T>>,
+    index_of: HashMap<Uuid, u64>,
+    /// Returned requests to send again: when, and the call's index.
+    resends: VecDeque<(Instant, u64)>,
+    /// The calls to send on this connection.
+    unsent: VecDeque<u64>,
+    begun: u64,
+}
+
+impl<T> PendingCalls<T> {
+    pub(crate) fn new() -> Self {
+        let (calls, index_of) = (BTreeMap::new(), HashMap::new());
+        PendingCalls { calls, index_of, resends: VecDeque::new(), unsent: VecDeque::new(), begun: 0 }
+    }
+
+    /// Begins a call, which is unsent.
+    pub(crate) fn begin(&mut self, id: Uuid, request: Request<T>, deadline: Deadline) {
+        let index = self.begun;
+        self.begun += 1;
+        self.index_of.insert(id, index);
+        self.unsent.push_back(index);
+        self.calls.insert(index, Call { index, id, request, deadline, sends: 0, first_sent: None });
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.calls.len()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.calls.is_empty()
+    }
+
+    /// Whether the request of any pending call was sent.
+    pub(crate) fn any_sent(&self) -> bool {
+        self.calls.values().any(|call| call.sends > 0)
+    }
+
+    /// There is a new connection, on which nothing was sent yet.
+    pub(crate) fn mark_all_unsent(&mut self) {
+        self.resends.clear();
+        self.unsent = self.calls.keys().copied().collect();
+    }
+
+    /// The next call to send.
+    pub(crate) fn next_unsent(&mut self) -> Option<&mut Call<T>> {
+        let calls = &self.calls;
+        let index = iter::from_fn(|| self.unsent.pop_front()).find(|index| calls.contains_key(index))?;
+        self.calls.get_mut(&index)
+    }
+
+    /// Makes the returned requests unsent whose delay has passed.
+    pub(crate) fn start_resends(&mut self, now: Instant) {
+        let due = self.resends.partition_point(|(when, _)| *when <= now);
+        self.unsent.extend(self.resends.drain(..due).map(|(_, index)| index));
+    }
+
+    /// Ends the call that a reply belongs to. `None` if it belongs to no pending call.
+    pub(crate) fn on_reply(&mut self, correlation_id: Option<&str>) -> Option<Call<T>> {
+        let id = Uuid::try_parse(correlation_id?).ok()?;
+        let index = self.index_of.remove(&id)?;
+        self.calls.remove(&index)
+    }
+
+    /// The broker returned a request: there is no queue. `None` if it belongs to no pending call.
+    pub(crate) fn on_return(&mut self, correlation_id: Option<&str>, now: Instant) -> Option<Returned<T>> {
+        let id = Uuid::try_parse(correlation_id?).ok()?;
+        let call = self.calls.get(self.index_of.get(&id)?)?;
+        if call.sends > 1 {
+            self.resends.push_back((now + RESEND_DELAY, call.index));
+            return Some(Returned::SentAgain);
+        }
+        self.on_reply(correlation_id).map(Returned::Ended)
+    }
+
+    /// The deadline that passes first.
+    pub(crate) fn first_deadline(&self) -> Option<Deadline> {
+        self.calls.first_key_value().map(|(_, call)| call.deadline)
+    }
+
+    /// The deadline that passes last.
+    pub(crate) fn last_deadline(&self) -> Option<Deadline> {
+        self.calls.last_key_value().map(|(_, call)| call.deadline)
+    }
+
+    /// When a call expires or a request is to be sent again, whichever comes first.
+    pub(crate) fn next_timer(&self) -> Option<Instant> {
+        let deadline = self.first_deadline().map(|deadline| deadline.instant());
+        let resend = self.resends.front().map(|(when, _)| *when);
+        deadline.into_iter().chain(resend).min()
+    }
+
+    /// How far the calls have come when a session ends.
+    pub(crate) fn progress(&self, was_connected: bool) -> Progress {
+        match self.first_deadline() {
+            None => Progress::NoCalls,
+            Some(_) if self.any_sent() => Progress::Sent,
+            Some(deadline) => Progress::NothingSent { was_connected, time_left: deadline.remaining() },
+        }
+    }
+
+    /// Ends the oldest call.
+    pub(crate) fn pop(&mut self) -> Option<Call<T>> {
+        let (_, call) = self.calls.pop_first()?;
+        self.index_of.remove(&call.id);
+        Some(call)
+    }
+
+    /// Ends a call whose deadline has passed.
+    pub(crate) fn expire(&mut self, now: Instant) -> Option<Call<T>> {
+        let deadline = self.first_deadline()?;
+        if deadline.instant() > now {
+            return None;
+        }
+        self.pop()
+    }
+}
+
+/// How far the pending calls have come.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Progress {
+    NoCalls,
+    NothingSent { was_connected: bool, time_left: Duration },
+    Sent,
+}
+
+/// Whether an error ends a run, and not only its session. Before anything is sent, the run ends at once if it was never
+/// connected, and else when retrying cannot help or the time is up. What was sent may have run: then only a refusal of
+/// the request itself ends the run.
+pub(crate) fn ends_run(error: &ErrorKind, is_final: bool, progress: Progress) -> bool {
+    match progress {
+        _ if matches!(error, ErrorKind::Refused(reason) if reason.code == ACCESS_REFUSED) => true,
+        Progress::NoCalls | Progress::Sent => false,
+        Progress::NothingSent { was_connected, time_left } => is_final || !was_connected || time_left <= MIN_PAUSE,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use rpc_common::connection::Reason;
+
+    const ID: Uuid = Uuid::from_u128(1);
+    const OTHER: Uuid = Uuid::from_u128(2);
+
+    fn begin(calls: &mut PendingCalls<()>, id: Uuid, sends: u32) -> Instant {
+        let request = Request { context: (), body: b"30".to_vec() };
+        let deadline = Deadline::after(Duration::from_secs(9));
+        calls.begin(id, request, deadline);
+        calls.next_unsent().unwrap().sends = sends;
+        deadline.instant()
+    }
+
+    fn resend(calls: &mut PendingCalls<()>, now: Instant) -> Option<Uuid> {
+        calls.start_resends(now);
+        calls.next_unsent().map(|call| call.id)
+    }
+
+    fn text(id: Uuid) -> String {
+        id.to_string()
+    }
+
+    #[test]
+    fn a_reply_ends_its_call_and_a_second_one_is_unknown() {
+        let mut calls = PendingCalls::new();
+        begin(&mut calls, ID, 1);
+        begin(&mut calls, OTHER, 1);
+        assert_eq!(calls.on_reply(Some(&text(ID))).unwrap().index, 0);
+        assert!(calls.on_reply(Some(&text(ID))).is_none());
+        assert_eq!(calls.len(), 1);
+    }
+
+    #[test]
+    fn unknown_ids_end_nothing() {
+        let mut calls = PendingCalls::new();
+        begin(&mut calls, ID, 1);
+        for id in [None, Some(""), Some("1"), Some(text(OTHER).as_str())] {
+            assert!(calls.on_reply(id).is_none(), "{id:?}");
+            assert!(calls.on_return(id, Instant::now()).is_none(), "{id:?}");
+        }
+        assert_eq!(calls.len(), 1);
+    }
+
+    #[test]
+    fn the_return_of_a_first_request_ends_its_call() {
+        let mut calls = PendingCalls::new();
+        begin(&mut calls, ID, 1);
+        let returned = calls.on_return(Some(&text(ID)), Instant::now());
+        assert!(matches!(returned, Some(Returned::Ended(call)) if call.id == ID));
+        assert!(calls.is_empty());
+    }
+
+    #[test]
+    fn the_return_of_a_resent_request_is_tried_again_after_a_while() {
+        let mut calls = PendingCalls::new();
+        begin(&mut calls, ID, 2);
+        let now = Instant::now();
+        let returned = calls.on_return(Some(&text(ID)), now);
+        assert!(matches!(returned, Some(Returned::SentAgain)));
+        assert_eq!(calls.next_timer(), Some(now + RESEND_DELAY));
+        assert!(resend(&mut calls, now).is_none());
+        assert_eq!(resend(&mut calls, now + RESEND_DELAY), Some(ID));
+        assert!(resend(&mut calls, now + RESEND_DELAY).is_none(), "once for each return");
+        assert!(calls.on_return(Some(&text(ID)), now).is_some());
+        calls.on_reply(Some(&text(ID))).unwrap();
+        assert!(resend(&mut calls, now + RESEND_DELAY).is_none(), "an answered call is not sent again");
+    }
+
+    #[test]
+    fn calls_expire_in_their_order_and_not_before_their_time() {
+        let mut calls = PendingCalls::new();
+        let begun = Instant::now();
+        let first = begin(&mut calls, ID, 1);
+        let second = begin(&mut calls, OTHER, 1);
+        assert_eq!(calls.next_timer(), Some(first));
+        assert!(calls.expire(begun).is_none());
+        assert_eq!(calls.expire(second).unwrap().id, ID);
+        assert_eq!(calls.expire(second).unwrap().id, OTHER);
+        assert!(calls.expire(second).is_none());
+        assert!(calls.is_empty());
+        assert!(calls.on_reply(Some(&text(ID))).is_none(), "an expired call has ended");
+    }
+
+    const LOST: ErrorKind = ErrorKind::TooManyChannels; // any kind that is no refusal
+    const TIME_LEFT: Duration = Duration::from_secs(30);
+
+    #[test]
+    fn a_run_that_was_never_connected_ends_with_the_first_error() {
+        let progress = Progress::NothingSent { was_connected: false, time_left: TIME_LEFT };
+        assert!(ends_run(&LOST, false, progress));
+    }
+
+    #[test]
+    fn a_run_that_was_connected_ends_when_retrying_cannot_help_or_the_time_is_up() {
+        let progress = |time_left| Progress::NothingSent { was_connected: true, time_left };
+        assert!(!ends_run(&LOST, false, progress(TIME_LEFT)));
+        assert!(ends_run(&LOST, true, progress(TIME_LEFT)));
+        assert!(ends_run(&LOST, false, progress(MIN_PAUSE)));
+    }
+
+    #[test]
+    fn without_calls_or_after_the_first_publish_only_a_refusal_of_access_ends_the_run() {
+        let refused = ErrorKind::Refused(Reason { code: ACCESS_REFUSED, text: "no".into() });
+        for progress in [Progress::NoCalls, Progress::Sent] {
+            assert!(!ends_run(&LOST, true, progress));
+            assert!(ends_run(&refused, false, progress));
+        }
+    }
+
+    /// Something that happens to the calls; a number picks one of those that have begun.
+    #[derive(Clone, Debug)]
+    enum Event {
+        Begin,
+        Reply(usize),
+        Return(usize),
+        /// The connection breaks, and all that is unanswered is sent again on a new one.
+        Loss,
+        /// Milliseconds go by.
+        Wait(u64),
+    }
+
+    fn event() -> impl Strategy<Value = Event> {
+        prop_oneof![
+            Just(Event::Begin),
+            (0usize..6).prop_map(Event::Reply),
+            (0usize..6).prop_map(Event::Return),
+            Just(Event::Loss),
+            (0u64..4_000).prop_map(Event::Wait),
+        ]
+    }
+
+    /// What a call ought to be.
+    struct Expected {
+        id: Uuid,
+        deadline: Instant,
+        sends: u32,
+        has_ended: bool,
+    }
+
+    proptest! {
+        /// Whatever happens, in whatever order: a call ends once, by its first reply, by the return of
+        /// a request that was sent once, or at its deadline; and it is not sent again after that.
+        #[test]
+        fn every_call_ends_once(events in proptest::collection::vec(event(), 0..60)) {
+            let mut calls = PendingCalls::new();
+            let mut model: Vec<Expected> = Vec::new();
+            let mut now = Instant::now();
+            let last = [Event::Wait(10_000)];
+            for event in events.iter().chain(&last) {
+                match *event {
+                    Event::Begin => {
+                        let id = Uuid::from_u128(model.len() as u128);
+                        let deadline = begin(&mut calls, id, 1);
+                        model.push(Expected { id, deadline, sends: 1, has_ended: false });
+                    }
+                    Event::Reply(nth) => if let Some(call) = model.get_mut(nth) {
+                        let ended = calls.on_reply(Some(&text(call.id)));
+                        prop_assert_eq!(ended.map(|ended| ended.id), (!call.has_ended).then_some(call.id));
+                        call.has_ended = true;
+                    }
+                    Event::Return(nth) => if let Some(call) = model.get_mut(nth) {
+                        match calls.on_return(Some(&text(call.id)), now) {
+                            None => prop_assert!(call.has_ended),
+                            Some(Returned::SentAgain) => prop_assert!(!call.has_ended && call.sends > 1),
+                            Some(Returned::Ended(ended)) => {
+                                prop_assert!(!call.has_ended && call.sends == 1 && ended.id == call.id);
+                                call.has_ended = true;
+                            }
+                        }
+                    }
+                    Event::Loss => {
+                        calls.mark_all_unsent();
+                        while let Some(call) = calls.next_unsent() {
+                            call.mark_sent(now);
+                        }
+                        for call in model.iter_mut().filter(|call| !call.has_ended) {
+                            call.sends += 1;
+                        }
+                    }
+                    Event::Wait(millis) => {
+                        now += Duration::from_millis(millis);
+                        while let Some(ended) = calls.expire(now) {
+                            let call = model.iter_mut().find(|call| call.id == ended.id).unwrap();
+                            prop_assert!(!call.has_ended && call.deadline <= now);
+                            call.has_ended = true;
+                        }
+                        calls.start_resends(now);
+                        while let Some(again) = calls.next_unsent() {
+                            again.mark_sent(now);
+                            let call = model.iter_mut().find(|call| call.id == again.id).unwrap();
+                            prop_assert!(!call.has_ended && call.sends > 1);
+                            call.sends += 1;
+                        }
+                        let late = |call: &Expected| !call.has_ended && call.deadline <= now;
+                        prop_assert!(!model.iter().any(late));
+                    }
+                }
+                prop_assert_eq!(calls.len(), model.iter().filter(|call| !call.has_ended).count());
+            }
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! The printer: lines of output in the order asked, errors on standard error, the summary and the exit code.
+
+use crate::cli::OutputOptions;
+use crate::error::Error;
+use crate::input::{BadLine, Input};
+use crate::output::Line;
+use crate::summary::Summary;
+use crossbeam_channel::Sender;
+use rpc_client::Outcome;
+use rpc_common::exit::{print_error, ExitCode};
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::sync::mpsc::Receiver;
+
+/// What the printer receives.
+pub(crate) enum Event {
+    /// Calls have ended.
+    Outcomes(Vec<Outcome<Input>>),
+    /// A bad line of input, with the index of its line of output.
+    BadLine(u64, BadLine),
+    /// Standard input cannot be read.
+    ReadError(io::Error),
+    /// No call is left. (The end of the channel does not show it: the reader may still wait for input.)
+    RunEnded,
+}
+
+/// The **printer** writes to standard output; nobody else does.
+pub(crate) struct Printer<W> {
+    output: W,
+    options: OutputOptions,
+    /// Lets the reader read on, as lines are printed.
+    permits: Sender<()>,
+    lines_per_permit: u64,
+    /// Lines that wait for a line before them, by index.
+    waiting: BTreeMap<u64, Line>,
+    /// How many lines were printed. If they are ordered, this is the index of the next one.
+    printed: u64,
+    last_error: Option<String>,
+    /// The largest one so far.
+    exit_code: ExitCode,
+    summary: Summary,
+}
+
+impl<W: Write> Printer<W> {
+    pub(crate) fn new(output: W, options: OutputOptions, permits: Sender<()>, lines_per_permit: u64) -> Self {
+        Printer {
+            output,
+            options,
+            permits,
+            lines_per_permit,
+            waiting: BTreeMap::new(),
+            printed: 0,
+            last_error: None,
+            exit_code: ExitCode::Success,
+            summary: Summary::new(),
+        }
+    }
+
+    /// Prints until the run has ended. Returns the largest exit code.
+    ///
+    /// # Errors
+    /// The output cannot be written.
+    pub(crate) fn run(mut self, events: &Receiver<Event>) -> io::Result<ExitCode> {
+        loop {
+            match self.next_event(events)? {
+                Event::Outcomes(outcomes) => {
+                    for outcome in outcomes {
+                        self.print_in_order(Line::from_outcome(outcome))?;
+                    }
+                }
+                Event::BadLine(index, bad_line) => {
+                    self.print_in_order(Line::from_bad_line(index, bad_line))?;
+                }
+                Event::ReadError(error) => {
+                    let error = Error::Input(error);
+                    self.print_error(&error, error.to_string());
+                }
+                Event::RunEnded => break,
+            }
+        }
+        // If the run ended early, bad lines of input may still wait behind a number that was not called.
+        self.output.flush()?;
+        if let Some(format) = self.options.summary {
+            self.summary.print(format);
+        }
+        Ok(self.exit_code)
+    }
+
+    /// Waits for the next event. What was printed so far can be read meanwhile.
+    fn next_event(&mut self, events: &Receiver<Event>) -> io::Result<Event> {
+        if let Ok(event) = events.try_recv() {
+            return Ok(event);
+        }
+        self.output.flush()?;
+        Ok(events.recv().unwrap_or(Event::RunEnded))
+    }
+
+    /// Prints a line when all lines before it are printed.
+    fn print_in_order(&mut self, line: Line) -> io::Result<()> {
+        if !self.options.unordered && line.index != self.printed {
+            self.waiting.insert(line.index, line);
+            return Ok(());
+        }
+        self.print(&line)?;
+        while let Some(line) = self.waiting.remove(&self.printed) {
+            self.print(&line)?;
+        }
+        Ok(())
+    }
+
+    fn print(&mut self, line: &Line) -> io::Result<()> {
+        if let Err(error) = &line.result {
+            self.output.flush()?; // on a terminal the error then stands where the answer would
+            self.print_error(error, line.error_message(error));
+        }
+        line.write(&mut self.output, self.options.format)?;
+        self.summary.count(line);
+        self.printed += 1;
+        if self.printed.is_multiple_of(self.lines_per_permit) {
+            let _ = self.permits.try_send(()); // fails if all input is read
+        }
+        Ok(())
+    }
+
+    /// Prints an error, but not the same one twice in a row.
+    fn print_error(&mut self, error: &Error, message: String) {
+        self.exit_code = self.exit_code.max(error.exit_code());
+        if self.last_error.as_ref() != Some(&message) {
+            print_error("rpc-client", &message);
+            self.last_error = Some(message);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::Cli;
+    use clap::Parser;
+    use crossbeam_channel::bounded;
+    use rpc_common::message::{ErrorCode, Failure, NumberError};
+    use std::sync::mpsc;
+    use uuid::Uuid;
+
+    fn answered(index: u64, answer: &str) -> Event {
+        ended(index, Ok(answer.into()))
+    }
+
+    fn failed(index: u64) -> Event {
+        let failure = Failure { code: ErrorCode::Internal, message: "no".into() };
+        ended(index, Err(rpc_client::Error::Failed(failure)))
+    }
+
+    fn ended(index: u64, result: Result<Vec<u8>, rpc_client::Error>) -> Event {
+        let context = Input { index, n: 90, line: None };
+        let (correlation_id, latency) = (Uuid::nil(), None);
+        Event::Outcomes(vec![Outcome { context, correlation_id, latency, result }])
+    }
+
+    fn bad_line(index: u64) -> Event {
+        let problem = NumberError::Malformed;
+        Event::BadLine(index, BadLine { line: 1, text: "x".into(), problem })
+    }
+
+    fn print(output: impl Write, options: &[&str], events: Vec<Event>, permits: Sender<()>) -> io::Result<ExitCode> {
+        let cli = Cli::parse_from([&["rpc-client", "1"], options].concat());
+        let (sender, receiver) = mpsc::channel();
+        for event in events {
+            sender.send(event).unwrap();
+        }
+        sender.send(Event::RunEnded).unwrap();
+        Printer::new(output, cli.output, permits, 2).run(&receiver)
+    }
+
+    fn printed(options: &[&str], events: Vec<Event>) -> (String, ExitCode) {
+        let mut output = Vec::new();
+        let code = print(&mut output, options, events, bounded(9).0).unwrap();
+        (String::from_utf8(output).unwrap(), code)
+    }
+
+    #[test]
+    fn lines_are_printed_in_the_order_asked() {
+        let events = || vec![answered(2, "34"), bad_line(1), answered(0, "13"), answered(3, "55")];
+        assert_eq!(printed(&["-o", "raw"], events()), ("13\n\n34\n55\n".into(), ExitCode::Usage));
+    }
+
+    #[test]
+    fn unordered_lines_are_printed_as_they_come() {
+        let options = ["-o", "json", "--unordered"];
+        let (output, _) = printed(&options, vec![answered(1, "21"), answered(0, "13")]);
+        assert!(output.find("\"21\"") < output.find("\"13\""), "{output}");
+    }
+
+    #[test]
+    fn the_largest_exit_code_counts() {
+        let unreadable = || Event::ReadError(io::ErrorKind::Other.into());
+        for (events, code) in [
+            (vec![answered(0, "13")], ExitCode::Success),
+            (vec![answered(0, "13"), failed(1), answered(2, "21")], ExitCode::RemoteError),
+            (vec![unreadable(), failed(0)], ExitCode::Usage),
+        ] {
+            assert_eq!(printed(&["-o", "text"], events).1, code);
+        }
+    }
+
+    #[test]
+    fn the_reader_gets_a_permit_when_lines_are_printed_not_when_they_wait() {
+        for (indexes, count) in [(vec![1, 2, 3], 0), (vec![1, 2, 3, 0], 2), (vec![0], 0)] {
+            let (permits, reader_permits) = bounded(9);
+            let events = indexes.iter().map(|index| answered(*index, "13")).collect();
+            print(Vec::new(), &[], events, permits).unwrap();
+            assert_eq!(reader_permits.len(), count, "{indexes:?}");
+        }
+    }
+
+    #[test]
+    fn a_failed_write_ends_the_printer() {
+        let full: &mut [u8] = &mut [0; 4];
+        let events = vec![answered(0, "13"), answered(1, "21")];
+        assert!(print(full, &["-o", "raw"], events, bounded(9).0).is_err());
+    }
+}

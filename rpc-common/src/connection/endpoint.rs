@@ -1,0 +1,262 @@
+//! Where the broker is, and as whom to log in: what a URL and the options beside it say.
+
+use super::error::ErrorKind;
+use super::tls::TlsFiles;
+use crate::text::{describe_io_error, escape, parse_name};
+use amiquip::{Auth, ConnectionOptions};
+use percent_encoding::percent_decode_str;
+use std::fmt::{self, Debug, Display};
+use std::fs;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::path::PathBuf;
+use url::{Host, ParseError, Url};
+
+/// Seconds between heartbeats, if nothing else is configured.
+pub const DEFAULT_HEARTBEAT: u16 = 10;
+
+const DEFAULT_PORT: u16 = 5672;
+const DEFAULT_TLS_PORT: u16 = 5671;
+const URL_FORM: &str = "not of the form amqp://user:password@host:port/vhost";
+const BAD_PASSWORD: &str = "bad port: is # / ? or @ in the password percent-encoded?";
+const CONTROL_CHARACTERS: &str = "must not contain control characters";
+
+/// An **endpoint** is a broker's address, and how to log in there.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    pub(crate) host: String,
+    pub(crate) port: u16,
+    pub(crate) vhost: String,
+    pub(crate) user: String,
+    /// `None`: the URL has no password.
+    password: Option<Secret<String>>,
+    uses_certificate_login: bool,
+    /// Where the URL comes from, for messages.
+    pub(crate) source_name: &'static str,
+    /// Read again for every connection.
+    pub(crate) password_file: Option<PathBuf>,
+    /// Seconds.
+    pub(crate) heartbeat: u16,
+    /// `None`: without TLS.
+    pub(crate) tls: Option<TlsFiles>,
+}
+
+impl Endpoint {
+    /// Reads a URL by the rules of the [RabbitMQ URI specification](https://www.rabbitmq.com/docs/uri-spec); an empty
+    /// vhost means `/`, as in most clients, and unknown parameters are errors. `source_name` says where the URL comes
+    /// from, for messages.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadUrl`]
+    pub fn parse(url: &str, source_name: &'static str) -> Result<Self, ErrorKind> {
+        parse(url, source_name).map_err(|reason| ErrorKind::BadUrl(source_name, reason))
+    }
+
+    /// Whether the URL contains a password.
+    pub fn has_password(&self) -> bool {
+        self.password.is_some()
+    }
+
+    /// What amiquip sends in the handshake. Reads the password file.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadFile`]
+    pub(crate) fn options(&self) -> Result<ConnectionOptions<Auth>, ErrorKind> {
+        Ok(ConnectionOptions::default().auth(self.auth()?).virtual_host(&self.vhost).heartbeat(self.heartbeat))
+    }
+
+    fn auth(&self) -> Result<Auth, ErrorKind> {
+        let password = match &self.password_file {
+            Some(file) => {
+                let bad = |reason: &str| ErrorKind::bad_file("--password-file", file, reason);
+                if self.has_password() {
+                    return Err(bad("the URL has a password, too: remove one of them"));
+                }
+                if self.uses_certificate_login {
+                    return Err(bad("auth_mechanism=external uses no password"));
+                }
+                let text = fs::read_to_string(file).map_err(|e| bad(&describe_io_error(&e)))?;
+                text.strip_suffix('\n').unwrap_or(&text).to_owned()
+            }
+            None if self.uses_certificate_login => return Ok(Auth::External),
+            None => self.password.as_ref().map_or("guest", |secret| &secret.0).to_owned(),
+        };
+        Ok(Auth::Plain { username: self.user.clone(), password })
+    }
+
+    /// As whom we log in, and a question, for the error that the broker refused us.
+    pub(crate) fn describe_login(&self) -> String {
+        if self.uses_certificate_login {
+            "auth_mechanism=external: does the broker know the certificate's user?".into()
+        } else {
+            format!("user '{}': is the password right?", escape(self.user.as_bytes()))
+        }
+    }
+}
+
+fn parse(url: &str, source_name: &'static str) -> Result<Endpoint, String> {
+    let url = Url::parse(url).map_err(|error| match error {
+        ParseError::RelativeUrlWithoutBase => URL_FORM.into(),
+        ParseError::InvalidPort => BAD_PASSWORD.into(),
+        error => error.to_string(),
+    })?;
+    let (tls, default_port) = match url.scheme() {
+        "amqp" => (None, DEFAULT_PORT),
+        "amqps" => (Some(TlsFiles::default()), DEFAULT_TLS_PORT),
+        other => return Err(format!("unknown scheme '{other}': use amqp or amqps")),
+    };
+    if url.cannot_be_a_base() || url.fragment().is_some() {
+        return Err(URL_FORM.into());
+    }
+    if url.query().is_some_and(|query| query.contains('@')) {
+        return Err(BAD_PASSWORD.into());
+    }
+    let host = match url.host() {
+        None | Some(Host::Domain("")) => "localhost".into(),
+        Some(Host::Domain(name)) => decode(name)?,
+        Some(Host::Ipv4(address)) => address.to_string(),
+        Some(Host::Ipv6(address)) => address.to_string(),
+    };
+    let vhost = match url.path().strip_prefix('/').unwrap_or_default() {
+        "" => "/".into(),
+        path if path.contains('/') => return Err("write a '/' in the vhost as %2f".into()),
+        path => parse_name(&decode(path)?)?,
+    };
+    let user = match url.username() {
+        "" => "guest".into(),
+        name => decode(name)?,
+    };
+    Ok(Endpoint {
+        host,
+        port: url.port().unwrap_or(default_port),
+        vhost,
+        user,
+        password: url.password().map(decode).transpose()?.map(Secret),
+        uses_certificate_login: parse_parameters(&url)?,
+        source_name,
+        password_file: None,
+        heartbeat: DEFAULT_HEARTBEAT,
+        tls,
+    })
+}
+
+/// Whether the parameters ask for a login by certificate, the one thing that they can ask for.
+fn parse_parameters(url: &Url) -> Result<bool, String> {
+    let mut uses_certificate_login = false;
+    for (name, value) in url.query_pairs() {
+        let option = match &*name {
+            "auth_mechanism" => {
+                uses_certificate_login = match &*value.to_ascii_lowercase() {
+                    "plain" => false,
+                    "external" => true,
+                    _ => return Err("auth_mechanism must be plain or external".into()),
+                };
+                continue;
+            }
+            "heartbeat" => "--heartbeat",
+            "cacertfile" => "--ca-file",
+            "certfile" => "--cert-file",
+            "keyfile" => "--key-file",
+            _ => return Err(format!("unknown parameter '{}'", escape(name.as_bytes()))),
+        };
+        return Err(format!("use the option {option} in place of the parameter {name}"));
+    }
+    Ok(uses_certificate_login)
+}
+
+fn decode(part: &str) -> Result<String, String> {
+    match percent_decode_str(part).decode_utf8() {
+        Ok(text) if text.contains(char::is_control) => Err(CONTROL_CHARACTERS.into()),
+        Ok(text) => Ok(text.into_owned()),
+        Err(_) => Err("the percent-encoded text is not valid UTF-8".into()),
+    }
+}
+
+/// The host and port, as messages name a broker.
+impl Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+/// Rotates the endpoints, the nodes of a cluster, to start at a random one, so that many servers spread over the nodes.
+pub fn start_at_random(endpoints: &mut [Endpoint]) {
+    // The standard library seeds its hashers at random.
+    let random = RandomState::new().build_hasher().finish() % endpoints.len() as u64;
+    endpoints.rotate_left(usize::try_from(random).unwrap_or_default());
+}
+
+/// Rotates the endpoints to start at this broker (host and port), if it is one of them.
+pub fn start_at(endpoints: &mut [Endpoint], broker: &str) {
+    let index = endpoints.iter().position(|endpoint| endpoint.to_string() == broker);
+    endpoints.rotate_left(index.unwrap_or_default());
+}
+
+/// A value that no message and no log shows.
+#[derive(Clone)]
+pub struct Secret<T>(pub(crate) T);
+
+impl<T> Debug for Secret<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parts(url: &str) -> (String, String, String, String) {
+        let endpoint = Endpoint::parse(url, "--url").unwrap();
+        let (user, password) = match endpoint.auth().unwrap() {
+            Auth::Plain { username, password } => (username, password),
+            Auth::External => ("(external)".into(), String::new()),
+        };
+        (endpoint.to_string(), user, password, endpoint.vhost)
+    }
+
+    #[test]
+    fn a_url_gives_host_port_user_password_and_vhost() {
+        for (url, host, user, password, vhost) in [
+            ("amqp://", "localhost:5672", "guest", "guest", "/"),
+            ("amqp://localhost", "localhost:5672", "guest", "guest", "/"),
+            ("amqp://me@host/", "host:5672", "me", "guest", "/"),
+            ("amqp://me:secret@host:1234/calls", "host:1234", "me", "secret", "calls"),
+            ("amqp://m%40e:%3a%2f@host/%2f", "host:5672", "m@e", ":/", "/"),
+            ("amqp://127.0.0.1", "127.0.0.1:5672", "guest", "guest", "/"),
+            ("amqp://[2001:db8::1]:99/a%2fb", "[2001:db8::1]:99", "guest", "guest", "a/b"),
+            ("amqp:///v", "localhost:5672", "guest", "guest", "v"),
+            ("amqps://h?auth_mechanism=external", "h:5671", "(external)", "", "/"),
+        ] {
+            let expected = (host.into(), user.into(), password.into(), vhost.into());
+            assert_eq!(parts(url), expected, "{url}");
+        }
+    }
+
+    #[test]
+    fn endpoints_start_at_random_or_at_a_given_one() {
+        let endpoints = ["a:1", "b:2", "c:3"].map(|name| Endpoint::parse(&format!("amqp://{name}"), "--url").unwrap());
+        let order = |endpoints: &[Endpoint]| endpoints.iter().map(ToString::to_string).collect::<Vec<_>>().concat();
+        let random_order = || {
+            let mut endpoints = endpoints.clone();
+            start_at_random(&mut endpoints);
+            order(&endpoints)
+        };
+        let seen = (0..200).map(|_| random_order()).collect::<std::collections::BTreeSet<_>>();
+        assert_eq!(seen.into_iter().collect::<Vec<_>>(), ["a:1b:2c:3", "b:2c:3a:1", "c:3a:1b:2"]);
+        let mut endpoints = endpoints;
+        for (broker, expected) in [("c:3", "c:3a:1b:2"), ("d:4", "c:3a:1b:2"), ("a:1", "a:1b:2c:3")] {
+            start_at(&mut endpoints, broker);
+            assert_eq!(order(&endpoints), expected);
+        }
+    }
+
+    #[test]
+    fn debug_shows_no_password() {
+        let endpoint = Endpoint::parse("amqp://me:sesame@host", "--url").unwrap();
+        assert!(!format!("{endpoint:?}").contains("sesame"));
+    }
+}

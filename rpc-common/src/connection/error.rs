@@ -1,0 +1,178 @@
+//! What can go wrong between a program and the broker.
+
+use crate::text::{describe_io_error, escape};
+use std::fmt::{self, Display};
+use std::path::Path;
+use thiserror::Error;
+
+/// Reply code of AMQP 0-9-1: an operator closed the connection, or the broker shuts down.
+pub(crate) const CONNECTION_FORCED: u16 = 320;
+/// Reply code of AMQP 0-9-1: the user lacks a permission.
+pub const ACCESS_REFUSED: u16 = 403;
+/// Reply code of AMQP 0-9-1: there is no such queue.
+pub const NOT_FOUND: u16 = 404;
+/// Reply code of AMQP 0-9-1: the queue is exclusive to another connection.
+pub(crate) const RESOURCE_LOCKED: u16 = 405;
+/// Reply code of AMQP 0-9-1: a declaration does not match the queue; or an acknowledgement came too late.
+pub const PRECONDITION_FAILED: u16 = 406;
+/// Reply code of AMQP 0-9-1: there is no such vhost, or the user may not access it.
+pub(crate) const NOT_ALLOWED: u16 = 530;
+
+/// An **error** of a connection, and the broker that it is about.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub struct Error {
+    /// Host and port. Empty for an error of the configuration.
+    pub broker: String,
+    /// What went wrong.
+    pub kind: ErrorKind,
+}
+
+/// What went wrong. As text it is the second half of a sentence about the broker. What the broker said is escaped.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum ErrorKind {
+    /// The URL in this option or environment variable is wrong. The reason has no part of it that can hold a password.
+    #[error("bad {0}: {1}")]
+    BadUrl(&'static str, String),
+    /// The file in this option cannot be used, for this reason.
+    #[error("{0} {1}: {2}")]
+    BadFile(&'static str, String, String),
+    /// The system has no CA certificate that a broker's certificate could be signed with.
+    #[error("this system has no CA certificates: specify one with --ca-file")]
+    NoCaCertificates,
+    /// The host has no address, for this reason.
+    #[error("cannot be resolved: {0}: is the host name right?")]
+    Resolve(String),
+    /// No address accepted a connection. Where the address comes from, and what the system said.
+    #[error("cannot be reached (from {0}): {1}: is RabbitMQ running there?")]
+    Unreachable(&'static str, String),
+    /// The peer answered the TLS handshake with something else.
+    #[error("did not answer with TLS (TLS is usually on port 5671)")]
+    NotTls,
+    /// The TLS handshake failed, for this reason.
+    #[error("failed the TLS handshake: {0}")]
+    Tls(String),
+    /// The peer answered the AMQP handshake with something else.
+    #[error("is not an AMQP server")]
+    NotAmqp,
+    /// The peer answered the AMQP handshake with TLS.
+    #[error("answered with TLS: use amqps://")]
+    TlsExpected,
+    /// The AMQP handshake failed, for this reason.
+    #[error("failed the AMQP handshake: {0}")]
+    Handshake(String),
+    /// The broker closed the connection during this login.
+    #[error("refused {0}")]
+    Credentials(String),
+    /// The broker refused an operation: reply codes 403, 405 and 530.
+    #[error("refused: {}{}", .0.text, .0.hint())]
+    Refused(Reason),
+    /// The broker closed a channel because of what was done on it.
+    #[error("closed the channel: {}", .0.text)]
+    ChannelClosed(Reason),
+    /// The broker cancelled a consumer.
+    #[error("cancelled the consumer: the queue was deleted")]
+    ConsumerCancelled,
+    /// The broker closed the connection.
+    #[error("closed the connection: {}", .0.text)]
+    ConnectionClosed(Reason),
+    /// The connection broke, for this reason.
+    #[error("was disconnected: {0}")]
+    ConnectionLost(String),
+    /// The broker allows no more channels on this connection.
+    #[error("allows no more channels: reduce --workers, or raise the broker's channel_max")]
+    TooManyChannels,
+    /// This limit passed while this was done.
+    #[error("timed out after {0} while {1}")]
+    TimedOut(String, &'static str),
+}
+
+/// Why the broker closed a channel or a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reason {
+    /// The reply code.
+    pub code: u16,
+    /// What the broker said.
+    pub text: String,
+}
+
+impl Reason {
+    fn hint(&self) -> &'static str {
+        match self.code {
+            ACCESS_REFUSED => ": the user lacks this permission",
+            NOT_ALLOWED => ": is the vhost in the URL right, and may this user access it?",
+            _ => "",
+        }
+    }
+}
+
+impl Error {
+    /// An error of this broker.
+    pub fn new(broker: &str, kind: ErrorKind) -> Self {
+        Error { broker: broker.into(), kind }
+    }
+
+    /// Whether retrying cannot help.
+    pub fn is_permanent(&self) -> bool {
+        matches!(self.kind, ErrorKind::Credentials(_) | ErrorKind::Refused(_))
+    }
+
+    /// Whether the connection has ended with this error.
+    pub fn ends_connection(&self) -> bool {
+        use ErrorKind::{ConnectionClosed, ConnectionLost, TimedOut};
+        matches!(self.kind, ConnectionClosed(_) | ConnectionLost(_) | TimedOut(..))
+    }
+
+    /// Whether the broker closed the channel or the connection because of a message that was sent on it, and not
+    /// because of a missing permission, an operator, or its own shutdown.
+    pub fn is_caused_by_message(&self) -> bool {
+        match &self.kind {
+            ErrorKind::ChannelClosed(_) => true,
+            ErrorKind::ConnectionClosed(reason) => reason.code != CONNECTION_FORCED,
+            _ => false,
+        }
+    }
+}
+
+impl Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.kind.is_configuration() {
+            write!(f, "{} ", self.broker)?;
+        }
+        self.kind.fmt(f)
+    }
+}
+
+impl ErrorKind {
+    /// Whether this machine or the command line is wrong, and not the broker.
+    fn is_configuration(&self) -> bool {
+        matches!(self, ErrorKind::BadUrl(..) | ErrorKind::BadFile(..) | ErrorKind::NoCaCertificates)
+    }
+
+    pub(crate) fn bad_file(option: &'static str, file: &Path, reason: &str) -> Self {
+        let file = escape(file.as_os_str().as_encoded_bytes()).to_string();
+        ErrorKind::BadFile(option, file, reason.into())
+    }
+}
+
+/// What an error of amiquip means. None of those that can occur here contains a URL.
+impl From<amiquip::Error> for ErrorKind {
+    fn from(error: amiquip::Error) -> Self {
+        use amiquip::Error as Amiquip;
+        let reason = |code, message: &str| Reason { code, text: escape(message.as_bytes()).to_string() };
+        match error {
+            Amiquip::ExhaustedChannelIds => ErrorKind::TooManyChannels,
+            Amiquip::ServerClosedConnection { code, message } | Amiquip::ServerClosedChannel { code, message, .. }
+                if [ACCESS_REFUSED, RESOURCE_LOCKED, NOT_ALLOWED].contains(&code) =>
+            {
+                ErrorKind::Refused(reason(code, &message))
+            }
+            Amiquip::ServerClosedChannel { code, message, .. } => ErrorKind::ChannelClosed(reason(code, &message)),
+            Amiquip::ServerClosedConnection { code, message } => ErrorKind::ConnectionClosed(reason(code, &message)),
+            Amiquip::UnexpectedSocketClose => ErrorKind::ConnectionLost("the broker closed the socket".into()),
+            Amiquip::IoErrorReadingSocket { source } | Amiquip::IoErrorWritingSocket { source } => {
+                ErrorKind::ConnectionLost(escape(describe_io_error(&source).as_bytes()).to_string())
+            }
+            other => ErrorKind::ConnectionLost(escape(other.to_string().as_bytes()).to_string()),
+        }
+    }
+}

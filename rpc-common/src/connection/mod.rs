@@ -1,0 +1,324 @@
+//! A connection to the broker, on which every wait has a deadline.
+//!
+//! amiquip's own `Connection::open` is not used: it does not set `TCP_NODELAY` (44 ms a call), waits for ever for a
+//! silent peer, and prints passwords in its errors.
+
+mod channel;
+mod deadline;
+mod endpoint;
+mod error;
+mod frames;
+mod publisher;
+mod retry;
+pub mod sanitize;
+mod socket;
+mod stream;
+mod tls;
+mod transport;
+mod writer;
+
+pub use deadline::{run_in_background, Deadline, Watchdog};
+pub use endpoint::{start_at, start_at_random, Endpoint, Secret, DEFAULT_HEARTBEAT};
+pub use error::{Error, ErrorKind, Reason, ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED};
+pub use publisher::{ChannelClosed, Publisher};
+pub use retry::{Backoff, Retry};
+pub use tls::TlsFiles;
+
+use amiquip::{
+    Channel, ConnectionBlockedNotification, ConnectionTuning, Consumer, ConsumerMessage, ConsumerOptions, Delivery,
+    Return,
+};
+use channel::{lock, ChannelState, Channels};
+use crossbeam_channel::{Receiver, RecvError};
+use frames::{FrameError, FRAME_MAX};
+use sanitize::Changes;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+use std::{fs, process};
+use stream::Stream;
+use writer::FrameWriter;
+
+/// How long closing waits for the broker before it shuts the socket down: without a deadline, and at least.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+const MIN_CLOSE_TIMEOUT: Duration = Duration::from_millis(10);
+
+/// How long one of several brokers is tried: longer than RabbitMQ takes to refuse a password.
+const MAX_ATTEMPT: Duration = Duration::from_secs(5);
+
+/// A **connection** is an open AMQP connection whose calls have deadlines. It is closed when it is dropped.
+pub struct Connection {
+    /// `None` once it is closed.
+    amqp: Option<amiquip::Connection>,
+    watchdog: Arc<Watchdog>,
+    writer: Arc<FrameWriter>,
+    channels: Arc<Channels>,
+    endpoint: Endpoint,
+    broker: String,
+    close_deadline: Option<Deadline>,
+}
+
+/// An open channel. Its [`Publisher`] publishes and acknowledges on it.
+pub struct OpenChannel {
+    /// amiquip's channel, for everything but publishing, acknowledging and consuming.
+    pub amqp: Channel,
+    /// Published messages that the broker could not route to a queue.
+    pub returns: Receiver<Return>,
+    state: Arc<ChannelState>,
+}
+
+impl OpenChannel {
+    /// Starts the channel's consumer; there can be one. Blocks: see [`Connection::call`].
+    ///
+    /// # Errors
+    /// How the channel or the connection ended.
+    pub fn consume(&self, queue: &str, options: ConsumerOptions) -> amiquip::Result<Consumer<'_>> {
+        let consumer = self.amqp.basic_consume(queue, options)?;
+        let _ = self.state.deliveries.set(consumer.receiver().clone());
+        Ok(consumer)
+    }
+
+    /// Takes what was changed in a delivery to make it readable.
+    pub fn take_changes(&self, delivery_tag: u64) -> Changes {
+        lock(&self.state.changes).remove(&delivery_tag).unwrap_or_default()
+    }
+}
+
+/// The number of messages and consumers of a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueueStats {
+    /// Messages that are ready for delivery.
+    pub messages: u32,
+    /// Consumers: the workers of all servers.
+    pub consumers: u32,
+}
+
+impl Connection {
+    /// Connects to an endpoint. `program` is the name that RabbitMQ shows in its list of connections.
+    ///
+    /// # Errors
+    /// Any [`ErrorKind`] up to [`ErrorKind::Refused`], and [`ErrorKind::TimedOut`].
+    pub fn open(endpoint: &Endpoint, program: &str, deadline: &Deadline) -> Result<Self, Error> {
+        let opened = Self::try_open(endpoint, program, deadline);
+        opened.map_err(|kind| Error::new(&endpoint.to_string(), kind))
+    }
+
+    fn try_open(endpoint: &Endpoint, program: &str, deadline: &Deadline) -> Result<Self, ErrorKind> {
+        let options = endpoint.options()?;
+        let (transport, watchdog) = socket::connect(endpoint, deadline)?;
+        let channels = Arc::new(Channels::default());
+        let saw_frame = Arc::new(AtomicBool::new(false));
+        let stream = Stream::new(transport, channels.clone(), saw_frame.clone())
+            .map_err(|error| ErrorKind::ConnectionLost(error.to_string()))?;
+        let writer = stream.writer();
+        let handshake = watchdog.run_until(deadline, || {
+            amiquip::Connection::insecure_open_stream(
+                stream,
+                options.frame_max(FRAME_MAX).information(Some(client_information(program))),
+                // A publish must not wait for a broker that does not read. What is unsent is bounded by the calls in
+                // flight, or by the prefetch.
+                ConnectionTuning::default().buffered_writes_high_water(usize::MAX),
+            )
+        });
+        let Some(amqp) = handshake else {
+            // RabbitMQ sends a frame before we log in, and delays the refusal of a password.
+            let is_login = saw_frame.load(Ordering::Relaxed);
+            let login = "logging in: is the password right?";
+            let step = if is_login { login } else { "waiting for the AMQP handshake" };
+            return Err(ErrorKind::TimedOut(deadline.to_string(), step));
+        };
+        let amqp = amqp.map_err(|error| handshake_error(endpoint, error))?;
+        let (amqp, watchdog) = (Some(amqp), watchdog.into());
+        let (endpoint, broker) = (endpoint.clone(), endpoint.to_string());
+        Ok(Connection { amqp, watchdog, writer, channels, endpoint, broker, close_deadline: None })
+    }
+
+    /// Connects to the first endpoint that accepts us. The endpoints divide the remaining time.
+    ///
+    /// # Errors
+    /// A permanent error if there was one, else that of the last endpoint.
+    ///
+    /// # Panics
+    /// When there is no endpoint.
+    pub fn open_any(endpoints: &[Endpoint], program: &str, deadline: &Deadline) -> Result<Self, Error> {
+        let (last, others) = endpoints.split_last().expect("there is an endpoint");
+        let mut permanent = None;
+        for (index, endpoint) in others.iter().enumerate() {
+            let share = deadline.split(endpoints.len() - index, MAX_ATTEMPT);
+            match Connection::open(endpoint, program, &share) {
+                Ok(connection) => return Ok(connection),
+                Err(error) => {
+                    log::debug!("{error}; trying the next broker");
+                    permanent = Some(error).filter(Error::is_permanent).or(permanent);
+                }
+            }
+        }
+        Connection::open(last, program, deadline).map_err(|error| permanent.unwrap_or(error))
+    }
+
+    /// Host and port of the broker, for messages.
+    pub fn broker(&self) -> &str {
+        &self.broker
+    }
+
+    /// The endpoint that is connected.
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    /// The watchdog of the socket, for blocking calls on a channel from another thread.
+    pub fn watchdog(&self) -> Arc<Watchdog> {
+        self.watchdog.clone()
+    }
+
+    /// Runs a blocking call of amiquip on this connection. `step` says what it does, for the error that it timed out.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TimedOut`] when the deadline passes; then the connection has ended. Else the call's error.
+    pub fn call<T>(
+        &mut self,
+        deadline: &Deadline,
+        step: &'static str,
+        call: impl FnOnce(&mut amiquip::Connection) -> amiquip::Result<T>,
+    ) -> Result<T, Error> {
+        let Some(amqp) = &mut self.amqp else {
+            return Err(self.lost("it is closed"));
+        };
+        match self.watchdog.run_until(deadline, || call(amqp)) {
+            Some(result) => result.map_err(|error| self.close_for_cause(error)),
+            None => Err(Error::new(&self.broker, ErrorKind::TimedOut(deadline.to_string(), step))),
+        }
+    }
+
+    /// Opens a channel. If more deliveries, or more returned messages, than `max_unread` wait on it to be taken, the
+    /// broker has sent more than was asked for, and the connection ends.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    pub fn open_channel(&mut self, max_unread: usize, deadline: &Deadline) -> Result<(OpenChannel, Publisher), Error> {
+        let (amqp, returns) = self.call(deadline, "opening a channel", |connection| {
+            let channel = connection.open_channel(None)?;
+            let returns = channel.listen_for_returns()?;
+            Ok((channel, returns))
+        })?;
+        let number = amqp.channel_id();
+        let state = self.channels.open(number, max_unread, returns.clone());
+        let publisher = Publisher::new(self.writer.clone(), state.clone(), number);
+        Ok((OpenChannel { amqp, returns, state }, publisher))
+    }
+
+    /// The numbers of a queue, by a passive declaration on a channel of its own: if there is no such queue, the broker
+    /// closes that channel.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ChannelClosed`] with code 404 if there is no such queue; else as [`call`](Self::call).
+    pub fn queue_stats(&mut self, queue: &str, deadline: &Deadline) -> Result<QueueStats, Error> {
+        self.call(deadline, "looking at the queue", |amqp| {
+            let channel = amqp.open_channel(None)?;
+            let queue = channel.queue_declare_passive(queue)?;
+            Ok(QueueStats {
+                messages: queue.declared_message_count().unwrap_or_default(), // always there
+                consumers: queue.declared_consumer_count().unwrap_or_default(),
+            })
+        })
+    }
+
+    /// Receives whether the broker blocks publishers. The receiver is disconnected when the connection ends, and is
+    /// the one place to learn that.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    pub fn blocked_notifications(
+        &mut self,
+        deadline: &Deadline,
+    ) -> Result<Receiver<ConnectionBlockedNotification>, Error> {
+        self.call(deadline, "opening a channel", amiquip::Connection::listen_for_connection_blocked)
+    }
+
+    /// The cause of an error of amiquip on this connection or its channels. If the error says only that the connection
+    /// has ended, this closes the connection, because amiquip tells the cause in answer to that.
+    pub fn close_for_cause(&mut self, error: amiquip::Error) -> Error {
+        let has_ended = matches!(
+            error,
+            amiquip::Error::EventLoopDropped
+                | amiquip::Error::EventLoopClientDropped
+                | amiquip::Error::ClientClosedConnection
+        );
+        match if has_ended { self.close() } else { Ok(()) } {
+            Err(cause) => cause,
+            Ok(()) => Error::new(&self.broker, error.into()),
+        }
+    }
+
+    /// The error of a connection that cannot be used any more, for a reason that amiquip does not know.
+    pub fn lost(&self, reason: &str) -> Error {
+        Error::new(&self.broker, ErrorKind::ConnectionLost(reason.into()))
+    }
+
+    /// Makes [`close`](Self::close) wait for the broker no longer than this, but at least 10 ms. What was sent before
+    /// is delivered all the same.
+    pub fn set_close_deadline(&mut self, deadline: &Deadline) {
+        self.close_deadline = Some(*deadline);
+    }
+
+    /// Closes the connection in one round trip. Shuts it down if that takes longer than a second, or than the
+    /// [close deadline](Self::set_close_deadline).
+    ///
+    /// # Errors
+    /// What the broker answered in place of close-ok.
+    pub fn close(&mut self) -> Result<(), Error> {
+        let Some(amqp) = self.amqp.take() else { return Ok(()) };
+        let timeout = self
+            .close_deadline
+            .map_or(CLOSE_TIMEOUT, |deadline| deadline.remaining().clamp(MIN_CLOSE_TIMEOUT, CLOSE_TIMEOUT));
+        let closed = self.watchdog.run_until(&Deadline::after(timeout), || amqp.close());
+        // Other handles of the socket must not keep the connection open.
+        self.watchdog.shut_down();
+        closed.unwrap_or(Ok(())).map_err(|error| Error::new(&self.broker, error.into()))
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        let _ = self.close();
+    }
+}
+
+/// What RabbitMQ shows in its list of connections; amiquip can set no other client property.
+fn client_information(program: &str) -> String {
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_else(|_| "-".into());
+    format!("{program} {} {} {}", env!("CARGO_PKG_VERSION"), host.trim(), process::id())
+}
+
+fn handshake_error(endpoint: &Endpoint, error: amiquip::Error) -> ErrorKind {
+    if let amiquip::Error::IoErrorReadingSocket { source } = &error {
+        match source.get_ref().and_then(|inner| inner.downcast_ref()) {
+            Some(FrameError::NotAmqp) => return ErrorKind::NotAmqp,
+            Some(FrameError::Tls) => return ErrorKind::TlsExpected,
+            _ => {}
+        }
+    }
+    match error {
+        amiquip::Error::InvalidCredentials => ErrorKind::Credentials(endpoint.describe_login()),
+        error => match ErrorKind::from(error) {
+            ErrorKind::ConnectionLost(reason) => ErrorKind::Handshake(reason),
+            ErrorKind::ConnectionClosed(reason) => ErrorKind::Handshake(reason.text),
+            kind => kind,
+        },
+    }
+}
+
+/// The delivery in what a consumer has received; `None` if the broker has cancelled the consumer, because its queue was
+/// deleted.
+///
+/// # Errors
+/// How the channel or the connection ended.
+pub fn delivery(received: Result<ConsumerMessage, RecvError>) -> amiquip::Result<Option<Delivery>> {
+    match received {
+        Ok(ConsumerMessage::Delivery(delivery)) => Ok(Some(delivery)),
+        Ok(ConsumerMessage::ServerCancelled) => Ok(None),
+        Ok(ConsumerMessage::ServerClosedChannel(error) | ConsumerMessage::ServerClosedConnection(error)) => Err(error),
+        Ok(_) => Err(amiquip::Error::ClientClosedConnection), // by us: nothing is taken after that
+        Err(RecvError) => Err(amiquip::Error::EventLoopDropped),
+    }
+}

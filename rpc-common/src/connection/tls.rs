@@ -1,0 +1,138 @@
+//! TLS: the CA certificates to trust, the client certificate, and the errors in plain words.
+
+use super::error::ErrorKind;
+use crate::text::describe_io_error;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{AlertDescription, CertificateError, ClientConfig, RootCertStore};
+use rustls_native_certs::load_native_certs;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The files for TLS. By default the system's CA certificates are trusted, and there is no client certificate.
+#[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args)]
+pub struct TlsFiles {
+    /// Trust these CA certificates, not the system's
+    #[arg(long = "ca-file", value_name = "PEM")]
+    ca: Option<PathBuf>,
+
+    /// Client certificate, with its chain
+    #[arg(long = "cert-file", value_name = "PEM", requires = "key")]
+    cert: Option<PathBuf>,
+
+    /// Key of the client certificate
+    #[arg(long = "key-file", value_name = "PEM", requires = "cert")]
+    key: Option<PathBuf>,
+}
+
+impl TlsFiles {
+    /// Whether no file is given.
+    pub(crate) fn is_empty(&self) -> bool {
+        *self == TlsFiles::default()
+    }
+
+    /// Reads the files. Done for every connection, so that a server uses renewed certificates without a restart.
+    ///
+    /// # Errors
+    /// [`ErrorKind::BadFile`] or [`ErrorKind::NoCaCertificates`].
+    pub(crate) fn client_config(&self) -> Result<ClientConfig, ErrorKind> {
+        let builder = ClientConfig::builder().with_root_certificates(self.roots()?);
+        let (Some(cert_file), Some(key_file)) = (&self.cert, &self.key) else {
+            return Ok(builder.with_no_client_auth());
+        };
+        let bad_cert = |reason: &str| ErrorKind::bad_file("--cert-file", cert_file, reason);
+        let bad_key = |reason: &str| ErrorKind::bad_file("--key-file", key_file, reason);
+        let chain = read_certificates("--cert-file", cert_file)?;
+        let key = PrivateKeyDer::from_pem_slice(&read("--key-file", key_file)?)
+            .map_err(|_| bad_key("contains no unencrypted PEM private key"))?;
+        let config = builder.with_client_auth_cert(chain, key).map_err(|error| match error {
+            rustls::Error::InconsistentKeys(_) => bad_key("is not the key of --cert-file"),
+            rustls::Error::InvalidCertificate(error) => {
+                bad_cert(&format!("the certificate {}", describe_certificate_error(&error, "")))
+            }
+            error => bad_key(&format!("cannot be used: {error}")),
+        })?;
+        Ok(config)
+    }
+
+    fn roots(&self) -> Result<RootCertStore, ErrorKind> {
+        let mut roots = RootCertStore::empty();
+        if let Some(file) = &self.ca {
+            for certificate in read_certificates("--ca-file", file)? {
+                roots
+                    .add(certificate)
+                    .map_err(|_| ErrorKind::bad_file("--ca-file", file, "contains a damaged certificate"))?;
+            }
+        } else {
+            // A system's store may contain some that cannot be parsed; the others are enough.
+            let (added, _) = roots.add_parsable_certificates(load_native_certs().certs);
+            if added == 0 {
+                return Err(ErrorKind::NoCaCertificates);
+            }
+        }
+        Ok(roots)
+    }
+}
+
+fn read_certificates(option: &'static str, file: &Path) -> Result<Vec<CertificateDer<'static>>, ErrorKind> {
+    let pem = read(option, file)?;
+    match CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>() {
+        Ok(certificates) if !certificates.is_empty() => Ok(certificates),
+        _ => Err(ErrorKind::bad_file(option, file, "contains no PEM certificate")),
+    }
+}
+
+fn read(option: &'static str, file: &Path) -> Result<Vec<u8>, ErrorKind> {
+    fs::read(file).map_err(|error| ErrorKind::bad_file(option, file, &describe_io_error(&error)))
+}
+
+/// What rustls found wrong on a connection to `host`.
+pub(crate) fn describe_tls_error(error: &rustls::Error, host: &str) -> String {
+    match error {
+        rustls::Error::InvalidCertificate(error) => {
+            format!("the certificate {}", describe_certificate_error(error, host))
+        }
+        rustls::Error::AlertReceived(alert) => describe_alert(*alert).into(),
+        error => error.to_string(),
+    }
+}
+
+fn describe_certificate_error(error: &CertificateError, host: &str) -> String {
+    use CertificateError as Kind;
+    let text = match error {
+        Kind::UnknownIssuer => "is signed by an unknown CA: is that CA in --ca-file?",
+        Kind::Expired | Kind::ExpiredContext { .. } => "has expired: renew it on the broker",
+        Kind::NotValidYet | Kind::NotValidYetContext { .. } => "is not valid yet: is this machine's clock right?",
+        Kind::NotValidForName | Kind::NotValidForNameContext { .. } => {
+            return format!("does not match host '{host}': is the host in the URL right?")
+        }
+        Kind::BadEncoding => "is damaged",
+        // rustls has no variants for these errors of webpki.
+        error => match error.to_string() {
+            text if text.contains("CaUsedAsEndEntity") => {
+                "is a CA certificate: the broker needs one that is signed by a CA"
+            }
+            text if text.contains("UnsupportedCertVersion") => "is X.509 version 1: version 3 is required",
+            _ => "cannot be used for TLS",
+        },
+    };
+    text.into()
+}
+
+/// The meaning of an alert that the peer sent (RFC 8446, 6.2).
+fn describe_alert(alert: AlertDescription) -> &'static str {
+    use AlertDescription as Alert;
+    match alert {
+        Alert::CertificateRequired => "the broker requires a client certificate: use --cert-file and --key-file",
+        Alert::HandshakeFailure => "the broker refused: does it require a client certificate, --cert-file?",
+        Alert::UnknownCA => "the broker does not trust the CA of --cert-file",
+        Alert::CertificateExpired => "the certificate in --cert-file has expired",
+        Alert::BadCertificate
+        | Alert::UnsupportedCertificate
+        | Alert::CertificateRevoked
+        | Alert::CertificateUnknown
+        | Alert::AccessDenied => "the broker does not accept the certificate in --cert-file",
+        Alert::ProtocolVersion => "the broker supports neither TLS 1.2 nor 1.3",
+        _ => "the broker aborted TLS: see its log",
+    }
+}

@@ -1,0 +1,144 @@
+//! Writes frames to the broker, for amiquip's I/O thread and for all publishers of a connection.
+
+use super::channel::lock;
+use super::transport::Transport;
+use mio::unix::EventedFd;
+use mio::{Events, Poll, PollOpt, Ready, Token};
+use std::collections::VecDeque;
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+/// A **frame writer** takes whole frames from any thread, one caller at a time, and never waits for the peer.
+pub(crate) struct FrameWriter(Mutex<State>);
+
+struct State {
+    transport: Transport,
+    /// What the socket has not taken yet. If it is not empty, a thread drains it.
+    backlog: VecDeque<u8>,
+}
+
+impl FrameWriter {
+    /// Takes a non-blocking transport.
+    pub(crate) fn new(transport: Transport) -> Self {
+        FrameWriter(Mutex::new(State { transport, backlog: VecDeque::new() }))
+    }
+
+    /// The socket's file descriptor.
+    pub(crate) fn fd(&self) -> RawFd {
+        lock(&self.0).transport.socket().as_raw_fd()
+    }
+
+    /// Reads from the transport. With TLS reading and writing share their state.
+    pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        lock(&self.0).transport.read(buffer)
+    }
+
+    /// Takes all of these frames, and writes what the socket takes now.
+    ///
+    /// # Errors
+    /// When the connection has ended. It is shut down, so that reading from it fails, too.
+    pub(crate) fn write(self: &Arc<Self>, frames: &[u8]) -> io::Result<()> {
+        let mut state = lock(&self.0);
+        let result = state.write(frames).and_then(|has_backlog| {
+            if has_backlog {
+                let writer = self.clone();
+                thread::Builder::new().name("backlog".into()).spawn(move || writer.drain_backlog())?;
+            }
+            Ok(())
+        });
+        if result.is_err() {
+            state.shut_down();
+        }
+        result
+    }
+
+    /// Writes the backlog as the socket takes it, until it is empty or the connection ends.
+    fn drain_backlog(&self) {
+        if self.try_drain_backlog().is_err() {
+            lock(&self.0).shut_down();
+        }
+    }
+
+    fn try_drain_backlog(&self) -> io::Result<()> {
+        let poll = Poll::new()?;
+        poll.register(&EventedFd(&self.fd()), Token(0), Ready::writable(), PollOpt::level())?;
+        loop {
+            poll.poll(&mut Events::with_capacity(1), None)?;
+            let mut state = lock(&self.0);
+            let State { transport, backlog } = &mut *state;
+            let written = transport.write_available(backlog.as_slices().0)?;
+            backlog.drain(..written);
+            if backlog.is_empty() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+impl State {
+    /// Returns whether there is a backlog that no thread drains yet.
+    fn write(&mut self, frames: &[u8]) -> io::Result<bool> {
+        if !self.backlog.is_empty() {
+            self.backlog.extend(frames);
+            return Ok(false);
+        }
+        let written = self.transport.write_available(frames)?;
+        self.backlog.extend(&frames[written..]);
+        Ok(written < frames.len())
+    }
+
+    fn shut_down(&mut self) {
+        let _ = self.transport.socket().shutdown(Shutdown::Both); // fails only if it is shut down already
+        self.backlog.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::net::{TcpListener, TcpStream};
+    use std::time::{Duration, Instant};
+
+    fn writer() -> (Arc<FrameWriter>, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        (Arc::new(FrameWriter::new(Transport::Plain(socket))), listener.accept().unwrap().0)
+    }
+
+    fn has_backlog(writer: &FrameWriter) -> bool {
+        !lock(&writer.0).backlog.is_empty()
+    }
+
+    #[test]
+    fn what_the_socket_does_not_take_is_written_later_and_in_order() {
+        let (writer, mut peer) = writer();
+        let sent: Vec<u8> = (0..=255).cycle().take(64 << 20).collect(); // more than a socket buffers
+        for piece in sent.chunks(1 << 20) {
+            writer.write(piece).unwrap();
+        }
+        assert!(has_backlog(&writer), "the socket took everything at once");
+        drop(writer);
+        peer.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let mut received = Vec::new();
+        peer.read_to_end(&mut received).unwrap();
+        assert!(received == sent);
+    }
+
+    #[test]
+    fn a_backlog_is_dropped_with_its_connection() {
+        let (writer, peer) = writer();
+        writer.write(&vec![0; 64 << 20]).unwrap();
+        drop(peer);
+        let start = Instant::now();
+        while Arc::strong_count(&writer) > 1 {
+            assert!(start.elapsed() < Duration::from_secs(60), "the thread does not end");
+            thread::yield_now();
+        }
+        assert!(!has_backlog(&writer));
+    }
+}

@@ -1,0 +1,207 @@
+//! The command line: what both programs do alike.
+
+use crate::connection::{Endpoint, Error, ErrorKind, Secret, TlsFiles, DEFAULT_HEARTBEAT};
+use crate::exit::{print_error, ExitCode};
+use clap::error::ErrorKind as ClapErrorKind;
+use std::convert::Infallible;
+use std::env;
+use std::error::Error as _;
+use std::path::PathBuf;
+
+/// Parses the command line. Prints an error as one line, and help in clap's format.
+///
+/// # Errors
+/// The exit code to end with at once: [`ExitCode::Success`] after `--help` and `--version`, [`ExitCode::Usage`] after
+/// an error.
+pub fn parse_args<Cli: clap::Parser>() -> Result<Cli, ExitCode> {
+    Cli::try_parse().map_err(|error| {
+        match describe_error(&error) {
+            Some(message) => print_error(Cli::command().get_name(), message),
+            None => drop(error.print()), // if the output is closed, the exit code still tells
+        }
+        if error.use_stderr() {
+            ExitCode::Usage
+        } else {
+            ExitCode::Success
+        }
+    })
+}
+
+/// Describes an error in one line, without clap's suggestions; `None` if clap's text is help.
+fn describe_error(error: &clap::Error) -> Option<String> {
+    if error.kind() == ClapErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return None;
+    }
+    let text = error.to_string();
+    // Suggestions and usage follow in paragraphs of their own.
+    let message = text.strip_prefix("error: ")?.split("\n\n").next()?.trim_end();
+    let message = message.lines().map(str::trim).collect::<Vec<_>>().join(" ");
+    let message = match error.source().map(ToString::to_string) {
+        Some(reason) => message.replace(&reason, &reword(&reason)),
+        None => message,
+    };
+    Some(format!("{message}; see --help"))
+}
+
+/// Rewords how the standard library and clap say that a number is invalid.
+fn reword(reason: &str) -> String {
+    let range = reason.split_once(" is not in ").and_then(|(_, range)| range.split_once(".."));
+    if let Some((min, max)) = range {
+        // clap writes a range without an upper bound as `1..MAX`, but accepts MAX.
+        return format!("must be between {min} and {}", max.trim_start_matches('='));
+    }
+    match reason {
+        "invalid digit found in string" | "cannot parse integer from empty string" => "not a whole number",
+        "number too large to fit in target type" => "too large",
+        other => other,
+    }
+    .into()
+}
+
+/// The options that a command line with these arguments sets: the defaults, for a program that has no command line.
+///
+/// # Panics
+/// When the arguments are wrong.
+pub fn from_args<Options: clap::Args>(args: &[&str]) -> Options {
+    let command = Options::augment_args(clap::Command::new("").no_binary_name(true));
+    Options::from_arg_matches(&command.get_matches_from(args)).expect("the arguments are right")
+}
+
+/// The options that say where the broker is, and how to log in.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Broker")]
+pub struct BrokerOptions {
+    /// amqp(s)://user:password@host:port/vhost, repeatable: tried in turn
+    /// [env: AMQP_URL, else amqp://localhost]
+    // Not clap's `env`, and parsed after clap: clap would print the value, with its password.
+    #[arg(long = "url", value_name = "URL", value_parser = parse_secret, action = clap::ArgAction::Append)]
+    urls: Vec<Secret<String>>,
+
+    /// Read the password from FILE, again for every connection
+    #[arg(long, value_name = "FILE")]
+    password_file: Option<PathBuf>,
+
+    #[command(flatten)]
+    tls: TlsFiles,
+
+    /// AMQP heartbeat, 1 to 65535
+    #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_HEARTBEAT, value_parser = clap::value_parser!(u16).range(1..))]
+    heartbeat: u16,
+}
+
+impl BrokerOptions {
+    /// The options of a program that is given this URL and nothing else.
+    pub fn from_url(url: &str) -> Self {
+        BrokerOptions { urls: vec![Secret(url.into())], ..from_args(&[]) }
+    }
+
+    /// The brokers that the options name, or else the environment variable `AMQP_URL`. Logs a warning if an option
+    /// contains a password: `ps` shows it.
+    ///
+    /// # Errors
+    /// When a URL, or a file beside it, is wrong.
+    pub fn endpoints(&self) -> Result<Vec<Endpoint>, Error> {
+        self.try_endpoints().map_err(|kind| Error::new("", kind))
+    }
+
+    fn try_endpoints(&self) -> Result<Vec<Endpoint>, ErrorKind> {
+        let parsed = self.urls.iter().map(|url| Endpoint::parse(&url.0, "--url"));
+        let mut endpoints = parsed.collect::<Result<Vec<_>, _>>()?;
+        if endpoints.iter().any(Endpoint::has_password) {
+            log::warn!("the password in --url is visible to all users (ps): use AMQP_URL or --password-file");
+        }
+        if endpoints.is_empty() {
+            endpoints.push(endpoint_from_env()?);
+        }
+        for endpoint in &mut endpoints {
+            self.complete(endpoint)?;
+        }
+        Ok(endpoints)
+    }
+
+    /// Adds what is set by other options, and checks the files before anything is tried.
+    fn complete(&self, endpoint: &mut Endpoint) -> Result<(), ErrorKind> {
+        endpoint.heartbeat = self.heartbeat;
+        endpoint.password_file.clone_from(&self.password_file);
+        endpoint.options()?;
+        if !self.tls.is_empty() {
+            if endpoint.tls.is_none() {
+                let reason = "--ca-file, --cert-file and --key-file need an amqps:// URL".into();
+                return Err(ErrorKind::BadUrl(endpoint.source_name, reason));
+            }
+            self.tls.client_config()?;
+            endpoint.tls = Some(self.tls.clone());
+        }
+        Ok(())
+    }
+}
+
+fn endpoint_from_env() -> Result<Endpoint, ErrorKind> {
+    match env::var("AMQP_URL") {
+        Ok(url) if !url.is_empty() => Endpoint::parse(&url, "AMQP_URL"),
+        Ok(_) | Err(env::VarError::NotPresent) => Endpoint::parse("amqp://localhost", "the default"),
+        Err(env::VarError::NotUnicode(_)) => Err(ErrorKind::BadUrl("AMQP_URL", "not valid UTF-8".into())),
+    }
+}
+
+// clap wants a function that can fail.
+#[allow(clippy::unnecessary_wraps)]
+fn parse_secret(text: &str) -> Result<Secret<String>, Infallible> {
+    Ok(Secret(text.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::{value_parser, Parser};
+
+    #[derive(Debug, Parser)]
+    #[command(name = "test")]
+    struct Cli {
+        #[arg(long, value_name = "N", value_parser = value_parser!(u16).range(1..))]
+        workers: Option<u16>,
+        #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(1..))]
+        repeat: Option<u64>,
+        #[arg(long, value_name = "FORMAT", value_parser = ["text", "json"])]
+        output: Option<String>,
+        #[arg(long, value_name = "PEM", requires = "key")]
+        cert: Option<String>,
+        #[arg(long, value_name = "PEM")]
+        key: Option<String>,
+    }
+
+    fn error(args: &[&str]) -> Option<String> {
+        let args = [&["test"], args].concat();
+        describe_error(&Cli::try_parse_from(args).unwrap_err())
+    }
+
+    #[test]
+    fn an_error_is_one_line_with_inclusive_bounds_and_no_suggestions() {
+        for (args, message) in [
+            (&["--workers", "0"][..], "invalid value '0' for '--workers <N>': must be between 1 and 65535; see --help"),
+            (
+                &["--repeat", "0"],
+                "invalid value '0' for '--repeat <N>': must be between 1 and 18446744073709551615; see --help",
+            ),
+            (&["--repeat", "many"], "invalid value 'many' for '--repeat <N>': not a whole number; see --help"),
+            (&["--repeat="], "invalid value '' for '--repeat <N>': not a whole number; see --help"),
+            (
+                &["--repeat", "18446744073709551616"],
+                "invalid value '18446744073709551616' for '--repeat <N>': too large; see --help",
+            ),
+            (
+                &["--output", "jsno"],
+                "invalid value 'jsno' for '--output <FORMAT>' [possible values: text, json]; see --help",
+            ),
+            (&["--worker", "1"], "unexpected argument '--worker' found; see --help"),
+            (&["--cert", "a.pem"], "the following required arguments were not provided: --key <PEM>; see --help"),
+        ] {
+            assert_eq!(error(args).as_deref(), Some(message));
+        }
+    }
+
+    #[test]
+    fn help_is_no_error() {
+        assert_eq!(error(&["--help"]), None);
+    }
+}

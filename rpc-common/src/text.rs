@@ -1,0 +1,159 @@
+//! Text from and for people: what is safe to print, and the values of options.
+
+use std::fmt::{self, Display, Write};
+use std::io;
+use std::time::Duration;
+
+/// The number of bytes that [`escape`] shows.
+const MAX_ESCAPED_BYTES: usize = 200;
+
+/// The longest duration that an option accepts: RabbitMQ refuses a longer `expiration`.
+const MAX_DURATION: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// Makes bytes from the wire safe to print: escapes control characters, invisible characters and invalid UTF-8, and
+/// cuts after 200 bytes.
+pub fn escape(bytes: &[u8]) -> impl Display + '_ {
+    Escaped(bytes)
+}
+
+struct Escaped<'a>(&'a [u8]);
+
+impl Display for Escaped<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shown = &self.0[..self.0.len().min(MAX_ESCAPED_BYTES)];
+        for chunk in shown.utf8_chunks() {
+            for char in chunk.valid().chars() {
+                match char {
+                    '"' | '\'' => f.write_char(char)?, // harmless, but `escape_debug` would escape them
+                    _ => write!(f, "{}", char.escape_debug())?,
+                }
+            }
+            for byte in chunk.invalid() {
+                write!(f, "\\x{byte:02x}")?;
+            }
+        }
+        if shown.len() < self.0.len() {
+            f.write_char('…')?;
+        }
+        Ok(())
+    }
+}
+
+/// Describes an error of the operating system for a message, such as "connection refused": in lower case, and
+/// without its number.
+pub fn describe_io_error(error: &io::Error) -> String {
+    let text = error.to_string();
+    // Messages about a host name say already that it could not be resolved.
+    let text = text.trim_start_matches("failed to lookup address information: ");
+    let text = text.split(" (os error").next().unwrap_or(text);
+    let mut chars = text.chars();
+    chars.next().map_or_else(String::new, |first| first.to_lowercase().chain(chars).collect())
+}
+
+/// Parses a name that goes into an AMQP short string: 1 to 255 bytes without control characters.
+///
+/// # Errors
+/// What is wrong with the name, for a message.
+pub fn parse_name(text: &str) -> Result<String, String> {
+    match text.len() {
+        0 => Err("the queue name must not be empty".into()),
+        1..=255 if text.contains(char::is_control) => Err("must not contain control characters".into()),
+        1..=255 => Ok(text.into()),
+        len => Err(format!("must be at most 255 bytes long, not {len}")),
+    }
+}
+
+/// Parses a duration of 0 to 365 days: `1500ms`, `30s`, `2m`; a bare number is seconds.
+///
+/// # Errors
+/// What is wrong with the duration, for a message.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let duration = match text.parse() {
+        Ok(seconds) => Ok(Duration::from_secs(seconds)),
+        Err(_) => humantime::parse_duration(text),
+    };
+    match duration {
+        Ok(duration) if duration <= MAX_DURATION => Ok(duration),
+        Ok(_) => Err("must be at most 365 days".into()),
+        Err(_) => Err("not a duration such as 1500ms, 30s or 2m".into()),
+    }
+}
+
+/// Parses a timeout: a duration of 1 ms to 365 days.
+///
+/// # Errors
+/// As [`parse_duration`].
+pub fn parse_timeout(text: &str) -> Result<Duration, String> {
+    match parse_duration(text)? {
+        timeout if timeout < Duration::from_millis(1) => Err("must be at least 1ms".into()),
+        timeout => Ok(timeout),
+    }
+}
+
+/// Formats a duration in the form that [`parse_duration`] accepts.
+pub fn format_duration(duration: Duration) -> impl Display {
+    humantime::format_duration(duration)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn escaped_text_cannot_control_a_terminal() {
+        assert_eq!(escape(b"it's \"30\"").to_string(), "it's \"30\"");
+        assert_eq!(escape("\u{1b}[2J\r\n\u{202e}".as_bytes()).to_string(), r"\u{1b}[2J\r\n\u{202e}");
+        assert_eq!(escape(b"a\xff\xfe").to_string(), r"a\xff\xfe");
+        assert_eq!(escape(&[b'x'; 201]).to_string(), "x".repeat(200) + "…");
+    }
+
+    proptest! {
+        #[test]
+        fn escaped_text_is_one_line_of_printable_characters(bytes: Vec<u8>) {
+            prop_assert!(!escape(&bytes).to_string().contains(char::is_control));
+        }
+    }
+
+    #[test]
+    fn an_io_error_is_described_in_lower_case_and_without_its_number() {
+        let describe = |message| describe_io_error(&io::Error::other(message));
+        assert_eq!(describe("Connection refused (os error 111)"), "connection refused");
+        assert_eq!(
+            describe("failed to lookup address information: Name or service not known"),
+            "name or service not known"
+        );
+        assert_eq!(describe(""), "");
+    }
+
+    #[test]
+    fn a_name_has_1_to_255_bytes_without_control_characters() {
+        assert_eq!(parse_name(&"x".repeat(255)), Ok("x".repeat(255)));
+        assert_eq!(parse_name(""), Err("the queue name must not be empty".into()));
+        assert_eq!(parse_name("a\0"), Err("must not contain control characters".into()));
+        let too_long = Err("must be at most 255 bytes long, not 256".into());
+        assert_eq!(parse_name(&"ä".repeat(128)), too_long);
+    }
+
+    #[test]
+    fn durations_have_units_or_are_seconds() {
+        for (text, millis) in
+            [("1500ms", 1_500), ("30s", 30_000), ("2m", 120_000), ("5", 5_000), ("0", 0), ("1m 1s", 61_000)]
+        {
+            assert_eq!(parse_duration(text), Ok(Duration::from_millis(millis)), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_invalid_duration_is_refused_with_the_reason() {
+        for text in ["", "s", "-1", "1.5.2s", "ten", "1e3", "99999999999999999999999"] {
+            assert_eq!(parse_duration(text), Err("not a duration such as 1500ms, 30s or 2m".into()), "{text}");
+        }
+        for text in ["366d", "31536001", "18446744073709551615"] {
+            assert_eq!(parse_duration(text), Err("must be at most 365 days".into()), "{text}");
+        }
+        assert_eq!(parse_timeout("1ms"), Ok(Duration::from_millis(1)));
+        assert_eq!(parse_timeout("999us"), Err("must be at least 1ms".into()));
+        assert_eq!(parse_timeout("0"), Err("must be at least 1ms".into()));
+    }
+}

@@ -90,6 +90,10 @@ impl Cli {
         self.log.start_for_prompt("rpc-client", level);
     }
 
+    pub(crate) fn is_single_call(&self) -> bool {
+        self.repeat == 1 && matches!(self.arguments[..], [Argument::Number(_)])
+    }
+
     /// Refuses options that exclude each other.
     pub(crate) fn check(&self) -> Result<(), Error> {
         if self.output.unordered && self.output.format != Format::Json {

@@ -1,28 +1,10 @@
-//! Two ways to make calls: a loop on the calling thread, and a client that any thread can use.
+//! Calls from a program: a client that any thread can use.
 
 use crate::call::{Config, Error, Outcome, Request};
-use crate::event_loop::{EventLoop, OnOutcomes};
+use crate::event_loop::run;
 use crossbeam_channel::{bounded, unbounded, Receiver, Sender};
 use rpc_common::connection::Endpoint;
-use std::convert::Infallible;
 use std::thread::{self, JoinHandle};
-
-/// Makes a call of each request, until `requests` or `stop` is disconnected. Runs on the calling thread.
-///
-/// Calls that are unanswered when a connection ends are sent again on the next one, under the same correlation id,
-/// until their deadline. When `stop` ends it, what is unanswered has no outcome.
-///
-/// # Errors
-/// [`Error::Connection`] or [`Error::ConsumeRefused`] when the broker cannot be reached or refuses us. It is the outcome
-/// of all pending calls, too; the other requests stay in the channel.
-pub fn run<T>(
-    config: &Config,
-    requests: &Receiver<Request<T>>,
-    stop: &Receiver<Infallible>,
-    on_outcomes: &mut OnOutcomes<T>,
-) -> Result<(), Error> {
-    EventLoop::new(config, config.broker.endpoints()?, requests, stop, on_outcomes).run()
-}
 
 /// A **client** makes calls, from any thread. It connects with the first call and stays connected until it is dropped.
 pub struct Client {
@@ -80,7 +62,7 @@ fn make_calls(config: &Config, endpoints: &[Endpoint], requests: &Receiver<Reque
             let _ = outcome.context.send(outcome.result); // the caller waits for it
         }
     };
-    while let Err(error) = EventLoop::new(config, endpoints.to_vec(), requests, &stop, on_outcomes).run() {
+    while let Err(error) = run(config, endpoints.to_vec(), requests, &stop, on_outcomes) {
         log::info!("{error}");
     }
 }

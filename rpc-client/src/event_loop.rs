@@ -22,8 +22,44 @@ const QUEUE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// Receives how calls ended, in the order in which they ended.
 pub type OnOutcomes<'a, T> = dyn FnMut(Vec<Outcome<T>>) + 'a;
 
-/// What lasts longer than one session.
-pub(crate) struct EventLoop<'a, 'f, T> {
+/// Makes a call of each request, until `requests` or `stop` is disconnected. Runs on the calling thread.
+///
+/// Calls that are unanswered when a connection ends are sent again on the next one, under the same correlation id,
+/// until their deadline. When `stop` ends it, what is unanswered has no outcome.
+///
+/// # Errors
+/// [`Error::Connection`] or [`Error::ConsumeRefused`] when the broker cannot be reached or refuses us. It is the outcome
+/// of all pending calls, too; the other requests stay in the channel.
+pub fn run<T>(
+    config: &Config,
+    endpoints: Vec<Endpoint>,
+    requests: &Receiver<Request<T>>,
+    stop: &Receiver<Infallible>,
+    on_outcomes: &mut OnOutcomes<T>,
+) -> Result<(), Error> {
+    let now = Instant::now();
+    let mut event_loop = EventLoop {
+        config,
+        endpoints,
+        requests,
+        stop,
+        on_outcomes,
+        has_more_requests: true,
+        is_stopped: false,
+        pending: PendingCalls::new(),
+        outcomes: Vec::new(),
+        retry: Retry::new(now),
+        broker: String::new(),
+        next_queue_check: now + FIRST_QUEUE_CHECK,
+        cause: NoAnswerCause::Unknown,
+        has_warned: false,
+        discarded: 0,
+    };
+    event_loop.run()
+}
+
+/// The state of a run, which lasts longer than one session.
+struct EventLoop<'a, 'f, T> {
     config: &'a Config,
     /// Starts with the broker that was connected last.
     endpoints: Vec<Endpoint>,
@@ -46,36 +82,8 @@ pub(crate) struct EventLoop<'a, 'f, T> {
     discarded: u64,
 }
 
-impl<'a, 'f, T> EventLoop<'a, 'f, T> {
-    pub(crate) fn new(
-        config: &'a Config,
-        endpoints: Vec<Endpoint>,
-        requests: &'a Receiver<Request<T>>,
-        stop: &'a Receiver<Infallible>,
-        on_outcomes: &'a mut OnOutcomes<'f, T>,
-    ) -> Self {
-        let now = Instant::now();
-        EventLoop {
-            config,
-            endpoints,
-            requests,
-            stop,
-            on_outcomes,
-            has_more_requests: true,
-            is_stopped: false,
-            pending: PendingCalls::new(),
-            outcomes: Vec::new(),
-            retry: Retry::new(now),
-            broker: String::new(),
-            next_queue_check: now + FIRST_QUEUE_CHECK,
-            cause: NoAnswerCause::Unknown,
-            has_warned: false,
-            discarded: 0,
-        }
-    }
-
-    /// See [`crate::run`].
-    pub(crate) fn run(mut self) -> Result<(), Error> {
+impl<T> EventLoop<'_, '_, T> {
+    fn run(&mut self) -> Result<(), Error> {
         while self.wait_for_call() {
             let connect_deadline = self.pending.last_deadline().unwrap_or_else(|| self.first_deadline());
             let mut session = Session::start(self.endpoints.clone(), self.config, connect_deadline);

@@ -11,5 +11,5 @@ mod pending;
 mod session;
 
 pub use call::{Config, Error, NoAnswerCause, Outcome, ReplyTo, Request};
-pub use client::{run, Client};
-pub use event_loop::OnOutcomes;
+pub use client::Client;
+pub use event_loop::{run, OnOutcomes};

@@ -179,8 +179,8 @@ pub(crate) enum Progress {
 /// the request itself ends the run.
 pub(crate) fn ends_run(error: &ErrorKind, is_final: bool, progress: Progress) -> bool {
     match progress {
-        _ if matches!(error, ErrorKind::Refused(reason) if reason.code == ACCESS_REFUSED) => true,
-        Progress::NoCalls | Progress::Sent => false,
+        Progress::NoCalls => false, // the next call connects again
+        Progress::Sent => matches!(error, ErrorKind::Refused(reason) if reason.code == ACCESS_REFUSED),
         Progress::NothingSent { was_connected, time_left } => is_final || !was_connected || time_left <= MIN_PAUSE,
     }
 }
@@ -290,12 +290,11 @@ mod tests {
     }
 
     #[test]
-    fn without_calls_or_after_the_first_publish_only_a_refusal_of_access_ends_the_run() {
+    fn after_the_first_publish_only_a_refusal_of_access_ends_the_run() {
         let refused = ErrorKind::Refused(Reason { code: ACCESS_REFUSED, text: "no".into() });
-        for progress in [Progress::NoCalls, Progress::Sent] {
-            assert!(!ends_run(&LOST, true, progress));
-            assert!(ends_run(&refused, false, progress));
-        }
+        assert!(!ends_run(&LOST, true, Progress::Sent));
+        assert!(ends_run(&refused, false, Progress::Sent));
+        assert!(!ends_run(&refused, true, Progress::NoCalls));
     }
 
     /// Something that happens to the calls; a number picks one of those that have begun.

@@ -1,7 +1,6 @@
-//! A batch: many calls at once, with input and output in a fixed order.
+//! The calls of a command line: one, or many at once with their input and output in order.
 //!
-//! Three loops run at the same time, each on a thread of its own, and share nothing but channels. (A single call does
-//! without these threads.)
+//! Many calls are made by three loops, each on a thread of its own, that share nothing but channels:
 //!
 //! - the [`reader`] reads numbers and sends a request for each of them to the calls;
 //! - the calls ([`rpc_client::run`]) send every outcome to the printer;
@@ -9,10 +8,12 @@
 
 use crate::cli::Cli;
 use crate::error::Error;
+use crate::input::{Argument, Input};
 use crate::printer::{Event, Printer};
 use crate::reader;
 use crossbeam_channel::bounded;
 use rpc_client::Error as CallError;
+use rpc_common::connection::Endpoint;
 use rpc_common::exit::ExitCode;
 use std::io::{self, BufWriter};
 use std::sync::mpsc;
@@ -24,35 +25,52 @@ const LINES_PER_PERMIT: u64 = 8;
 const PERMITS: usize = 2;
 
 /// Makes all calls and prints their answers. Returns the largest exit code of the calls.
-pub(crate) fn run(cli: &Cli) -> Result<ExitCode, Error> {
+pub(crate) fn make_calls(cli: &Cli) -> Result<ExitCode, Error> {
     let endpoints = cli.config.broker.endpoints().map_err(CallError::from)?;
-    let lines_per_permit = LINES_PER_PERMIT * u64::from(cli.config.in_flight);
-    let (permits, reader_permits) = bounded(PERMITS);
-    (0..PERMITS).try_for_each(|_| permits.send(())).expect("the channel has room for them");
-    // Bounded by the permits. Not crossbeam's channel: its receiver yields the processor several times before it
-    // sleeps, which took a third more CPU time here.
-    let (events, printer_events) = mpsc::channel();
-    let (stop, stopped) = bounded(0);
-    let printer = Printer::new(BufWriter::new(io::stdout()), cli.output.clone(), permits, lines_per_permit);
-    let print = move || {
-        let _stop = stop; // dropped when the printer has ended; then the calls stop
-        printer.run(&printer_events)
-    };
-    let requests = reader::start(cli, events.clone(), reader_permits, lines_per_permit);
-    let make_calls = || {
-        // An error of the run is the outcome of its calls, too.
-        let _ = rpc_client::run(&cli.config, endpoints, &requests, &stopped, &mut |outcomes| {
-            let _ = events.send(Event::Outcomes(outcomes)); // fails if the printer has ended
-        });
-        let _ = events.send(Event::RunEnded);
-    };
-    let result = if cli.is_single_call() {
-        make_calls();
-        print() // there is nothing to print before; a thread costs a call about 0.1 ms and 0.1 MiB
-    } else {
-        let printer = thread::spawn(print);
-        make_calls();
-        printer.join().expect("the printer does not panic")
+    let result = match cli.arguments[..] {
+        [Argument::Number(n)] if cli.repeat == 1 => make_one_call(cli, endpoints, n),
+        _ => make_many_calls(cli, endpoints),
     };
     result.map_err(Error::Output)
+}
+
+/// Without the threads of many calls, each of which would cost about 0.1 ms and 0.1 MiB.
+fn make_one_call(cli: &Cli, endpoints: Vec<Endpoint>, n: u64) -> io::Result<ExitCode> {
+    let (request_sender, requests) = bounded(1);
+    let (_running, stop) = bounded(0);
+    let (permits, _) = bounded(0);
+    let mut printer = Printer::new(BufWriter::new(io::stdout()), cli.output.clone(), permits, 1);
+    if cli.output.announces() {
+        reader::announce(n);
+    }
+    let _ = request_sender.send(Input { index: 0, n, line: None }.into()); // there is room for it
+    drop(request_sender);
+    let mut result = Ok(());
+    // An error of the run is the outcome of the call, too. It is printed before the connection is closed.
+    let _ = rpc_client::run(&cli.config, endpoints, &requests, &stop, &mut |outcomes| {
+        result = printer.handle(Event::Outcomes(outcomes)).and_then(|()| printer.flush());
+    });
+    result.and_then(|()| printer.finish())
+}
+
+fn make_many_calls(cli: &Cli, endpoints: Vec<Endpoint>) -> io::Result<ExitCode> {
+    let lines_per_permit = LINES_PER_PERMIT * u64::from(cli.config.in_flight);
+    let (permit_sender, permits) = bounded(PERMITS);
+    (0..PERMITS).try_for_each(|_| permit_sender.send(())).expect("the channel has room for them");
+    // Bounded by the permits. Not crossbeam's channel: its receiver yields the processor several times before it
+    // sleeps, which took a third more CPU time here.
+    let (event_sender, events) = mpsc::channel();
+    let (running, stop) = bounded(0);
+    let printer = Printer::new(BufWriter::new(io::stdout()), cli.output.clone(), permit_sender, lines_per_permit);
+    let printer = thread::spawn(move || {
+        let _running = running; // dropped when the printer has ended; that stops the calls
+        printer.print_all(&events)
+    });
+    let requests = reader::start(cli, event_sender.clone(), permits, lines_per_permit);
+    // An error of the run is the outcome of its calls, too.
+    let _ = rpc_client::run(&cli.config, endpoints, &requests, &stop, &mut |outcomes| {
+        let _ = event_sender.send(Event::Outcomes(outcomes)); // fails if the printer has ended
+    });
+    let _ = event_sender.send(Event::RunEnded);
+    printer.join().expect("the printer does not panic")
 }

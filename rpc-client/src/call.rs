@@ -83,7 +83,7 @@ pub enum Error {
     ConsumeRefused(ConnectionError),
     /// The request queue does not exist: nothing ran.
     #[error("no queue '{queue}' on {broker}: is rpc-server running?")]
-    NoServer {
+    NoQueue {
         /// The request queue.
         queue: String,
         /// Host and port of the broker.
@@ -121,7 +121,7 @@ impl Error {
 /// What is known of why there is no answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum NoAnswerCause {
-    /// Nothing.
+    /// Nothing but the silence.
     #[default]
     Unknown,
     /// The request queue when it was last looked at.
@@ -135,14 +135,14 @@ pub enum NoAnswerCause {
 }
 
 impl NoAnswerCause {
-    /// The connection was lost. A timeout is no news where the cause is known already.
-    pub(crate) fn on_connection_lost(&mut self, error: &ConnectionError) {
+    /// What is known after the connection was lost. A timeout is no news where the cause is known already.
+    pub(crate) fn after(self, error: &ConnectionError) -> Self {
         use NoAnswerCause::{Blocked, Disconnected, Queue, Waiting};
-        *self = match (&error.kind, &self) {
-            (ErrorKind::TimedOut(..), Blocked(_) | Queue(_)) => return,
+        match (&error.kind, self) {
+            (ErrorKind::TimedOut(..), known @ (Blocked(_) | Queue(_))) => known,
             (ErrorKind::TimedOut(_, step), _) => Waiting(step),
             _ => Disconnected(error.to_string()),
-        };
+        }
     }
 }
 
@@ -183,13 +183,12 @@ mod tests {
         let timeout = lost(ErrorKind::TimedOut("1s".into(), "starting a consumer"));
         let reset = lost(ErrorKind::ConnectionLost("reset".into()));
         let blocked = || NoAnswerCause::Blocked("low on memory".into());
-        for (mut cause, error, expected) in [
+        for (cause, error, expected) in [
             (NoAnswerCause::Unknown, &timeout, "timed out while starting a consumer"),
             (blocked(), &timeout, "the broker blocks publishers: low on memory"),
             (blocked(), &reset, "rabbit:5672 was disconnected: reset"),
         ] {
-            cause.on_connection_lost(error);
-            assert_eq!(cause.to_string(), expected);
+            assert_eq!(cause.after(error).to_string(), expected);
         }
     }
 

@@ -25,7 +25,7 @@ pub(crate) struct Cli {
     pub(crate) arguments: Vec<Argument>,
 
     /// Make every call N times
-    // Declared before the options of `output` so that "Calls" comes first in the help, shown behind those of `config`.
+    // The groups of the help are in the order in which their first option is declared: so "Calls" is the first.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     #[arg(help_heading = "Calls", display_order = 100)]
     pub(crate) repeat: u64,
@@ -66,7 +66,7 @@ pub(crate) struct OutputOptions {
 /// The format of the answers on standard output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Format {
-    /// `Text` on a terminal, else `Raw`; replaced while the command line is parsed.
+    /// `Text` on a terminal, else `Raw`. Parsing replaces it, so that it occurs nowhere else.
     Auto,
     /// A line as in the tutorial, ` [.] Got 832040`; no line for a failed call.
     Text,
@@ -90,16 +90,19 @@ impl Cli {
         self.log.start_for_prompt("rpc-client", level);
     }
 
-    pub(crate) fn is_single_call(&self) -> bool {
-        self.repeat == 1 && matches!(self.arguments[..], [Argument::Number(_)])
-    }
-
-    /// Refuses options that exclude each other.
+    /// Refuses options that do not go together.
     pub(crate) fn check(&self) -> Result<(), Error> {
         if self.output.unordered && self.output.format != Format::Json {
             return Err(Error::Usage("--unordered needs --output json, or answers cannot be told apart"));
         }
         Ok(())
+    }
+}
+
+impl OutputOptions {
+    /// Whether requests are announced on standard error, as in the tutorial.
+    pub(crate) fn announces(&self) -> bool {
+        self.format == Format::Text && !self.quiet
     }
 }
 

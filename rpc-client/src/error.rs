@@ -26,7 +26,7 @@ pub(crate) enum Error {
     Input(io::Error),
     #[error("cannot write to standard output: {}", describe_io_error(.0))]
     Output(io::Error),
-    /// Options that exclude each other.
+    /// Options that do not go together.
     #[error("{0}; see --help")]
     Usage(&'static str),
 }
@@ -39,7 +39,7 @@ impl Error {
     pub(crate) fn code(&self) -> &str {
         match self {
             Error::Call(CallError::Connection(_) | CallError::ConsumeRefused(_)) => "unreachable",
-            Error::Call(CallError::NoServer { .. }) => "no-server",
+            Error::Call(CallError::NoQueue { .. }) => "no-server",
             Error::Call(CallError::NoAnswer { .. }) => "timeout",
             Error::Call(CallError::Failed(failure)) => match failure.code.as_str() {
                 code if CLIENT_CODES.contains(&code) => "internal",
@@ -54,7 +54,7 @@ impl Error {
     pub(crate) fn exit_code(&self) -> ExitCode {
         match self {
             Error::Call(CallError::Connection(error)) => error.into(),
-            Error::Call(CallError::NoServer { .. }) => ExitCode::NoServer,
+            Error::Call(CallError::NoQueue { .. }) => ExitCode::NoServer,
             Error::Call(CallError::NoAnswer { .. } | CallError::ConsumeRefused(_)) => ExitCode::NoAnswer,
             Error::Call(CallError::Failed(_)) | Error::BadReply { .. } => ExitCode::RemoteError,
             Error::BadLine(_) | Error::Input(_) | Error::Usage(_) => ExitCode::Usage,
@@ -65,8 +65,8 @@ impl Error {
 
     /// Whether the error is the same for every call, so that its message needs no number.
     pub(crate) fn concerns_every_call(&self) -> bool {
-        use CallError::{Connection, ConsumeRefused, NoServer};
-        matches!(self, Error::Call(Connection(_) | ConsumeRefused(_) | NoServer { .. }))
+        use CallError::{Connection, ConsumeRefused, NoQueue};
+        matches!(self, Error::Call(Connection(_) | ConsumeRefused(_) | NoQueue { .. }))
     }
 }
 

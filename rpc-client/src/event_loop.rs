@@ -1,18 +1,19 @@
 //! The event loop: begins calls, sends their requests, receives replies, and connects again when a connection ends.
 
 use crate::call::{Config, Error, NoAnswerCause, Outcome, Request};
-use crate::pending::{ends_run, Call, PendingCalls, Returned, MIN_PAUSE};
+use crate::pending::{Call, PendingCalls, Returned};
+use crate::retry::{ends_run, MIN_PAUSE};
 use crate::session::{Session, SessionEvent};
 use amiquip::{ConnectionBlockedNotification, ConsumerMessage, Delivery, Return};
 use crossbeam_channel::{never, select, Receiver, RecvError};
 use rpc_common::connection::{
     delivery, start_at, Deadline, Endpoint, Error as ConnectionError, ErrorKind, QueueStats, Retry,
 };
-use rpc_common::message::{decode_reply, unix_time_ms, Request as WireRequest};
+use rpc_common::message::decode_reply;
 use rpc_common::text::{escape, format_duration};
 use std::convert::Infallible;
 use std::mem;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 /// After how much silence the request queue is looked at, and how often then.
@@ -51,11 +52,12 @@ pub fn run<T>(
         retry: Retry::new(now),
         broker: String::new(),
         next_queue_check: now + FIRST_QUEUE_CHECK,
+        blocked: None,
         cause: NoAnswerCause::Unknown,
         has_warned: false,
         discarded: 0,
     };
-    event_loop.run()
+    event_loop.make_calls()
 }
 
 /// The state of a run, which lasts longer than one session.
@@ -76,6 +78,9 @@ struct EventLoop<'a, 'f, T> {
     broker: String,
     /// When to look at the request queue, if nothing arrives before.
     next_queue_check: Instant,
+    /// Why the broker blocks publishers, while it does. Then nothing is published.
+    blocked: Option<String>,
+    /// What else is known of why there is no answer.
     cause: NoAnswerCause,
     has_warned: bool,
     /// How many replies belonged to no pending call.
@@ -83,16 +88,15 @@ struct EventLoop<'a, 'f, T> {
 }
 
 impl<T> EventLoop<'_, '_, T> {
-    fn run(&mut self) -> Result<(), Error> {
+    fn make_calls(&mut self) -> Result<(), Error> {
         while self.wait_for_call() {
-            let connect_deadline = self.pending.last_deadline().unwrap_or_else(|| self.first_deadline());
-            let mut session = Session::start(self.endpoints.clone(), self.config, connect_deadline);
-            let mut close_deadline = connect_deadline;
-            let result = self.run_session(&mut session, &mut close_deadline);
+            let deadline = self.pending.connect_deadline();
+            let mut session = Session::start(self.endpoints.clone(), self.config, deadline);
+            let result = self.use_session(&mut session);
             if result.is_err() {
                 self.take_what_has_arrived(&session);
             }
-            session.close(&close_deadline);
+            session.close();
             self.deliver_outcomes();
             match result {
                 Ok(()) => break,
@@ -114,19 +118,22 @@ impl<T> EventLoop<'_, '_, T> {
     }
 
     /// Makes calls on one session, until every request has its outcome or the session ends.
-    fn run_session(&mut self, session: &mut Session, close_deadline: &mut Deadline) -> Result<(), Error> {
+    fn use_session(&mut self, session: &mut Session) -> Result<(), Error> {
         let no_requests = never();
         while (self.has_more_requests || !self.pending.is_empty()) && !self.is_stopped {
-            session.flush();
+            if let Some(publisher) = &session.publisher {
+                publisher.flush();
+            }
             if let Some(deadline) = self.pending.first_deadline() {
-                *close_deadline = deadline; // if the session ends now, closing must not delay the call
+                session.close_deadline = deadline;
             }
             if self.until_next_timer(session).is_zero() {
                 self.on_timer(session)?; // even if the peer never stops sending
             }
             // Outcomes are delivered when nothing else is ready.
             let timeout = if self.outcomes.is_empty() { self.until_next_timer(session) } else { Duration::ZERO };
-            let takes_requests = session.is_consuming || (session.link.is_some() && self.is_blocked());
+            // While the broker blocks us, calls begin and expire as they would otherwise.
+            let takes_requests = session.is_consuming || self.blocked.is_some();
             let requests = if takes_requests && self.has_room() { self.requests } else { &no_requests };
             select! {
                 recv(session.replies) -> message => {
@@ -154,7 +161,7 @@ impl<T> EventLoop<'_, '_, T> {
                 },
                 recv(session.events) -> event => match event {
                     Ok(event) => self.on_session_event(session, event)?,
-                    Err(RecvError) => session.events = never(), // not before it has reported its end
+                    Err(RecvError) => return Err(self.connection_lost("the session has ended").into()),
                 },
                 recv(self.stop) -> _ => self.is_stopped = true,
                 default(timeout) => self.on_timer(session)?,
@@ -166,21 +173,20 @@ impl<T> EventLoop<'_, '_, T> {
 
     fn on_session_event(&mut self, session: &mut Session, event: SessionEvent) -> Result<(), Error> {
         match event {
-            SessionEvent::Connected(link, returns, notifications) => {
-                log::info!("connected to {}", link.broker);
-                start_at(&mut self.endpoints, &link.broker);
-                self.broker.clone_from(&link.broker);
+            SessionEvent::Connected(publisher, returns, notifications) => {
+                log::info!("connected to {}", publisher.broker);
+                start_at(&mut self.endpoints, &publisher.broker);
+                self.broker.clone_from(&publisher.broker);
                 self.retry.on_connected();
                 self.cause = NoAnswerCause::Waiting("starting a consumer");
-                (session.returns, session.notifications, session.link) = (returns, notifications, Some(link));
+                (session.returns, session.notifications) = (returns, notifications);
+                session.publisher = Some(publisher);
                 self.pending.mark_all_unsent();
                 self.publish_unsent(session);
             }
             SessionEvent::Consuming(replies) => {
                 (session.replies, session.is_consuming) = (replies, true);
-                if !self.is_blocked() {
-                    self.cause = NoAnswerCause::Unknown;
-                }
+                self.cause = NoAnswerCause::Unknown;
                 self.next_queue_check = Instant::now() + FIRST_QUEUE_CHECK;
             }
             SessionEvent::QueueChecked(stats) => self.on_queue_checked(stats),
@@ -192,7 +198,8 @@ impl<T> EventLoop<'_, '_, T> {
     /// Pauses before the next session, unless the error ends the run.
     fn on_session_error(&mut self, error: Error) -> Result<(), Error> {
         let Error::Connection(cause) = &error else { return Err(self.end_all(error)) };
-        self.cause.on_connection_lost(cause);
+        self.cause = self.no_answer_cause().after(cause);
+        self.blocked = None;
         let decision = self.retry.on_error(cause, Instant::now());
         let was_connected = !self.broker.is_empty();
         if ends_run(&cause.kind, decision.is_final, self.pending.progress(was_connected)) {
@@ -222,26 +229,21 @@ impl<T> EventLoop<'_, '_, T> {
 
     /// Begins the call of a request; it is not sent yet.
     fn on_request(&mut self, request: Result<Request<T>, RecvError>) {
-        match request {
-            Ok(request) => self.pending.begin(Uuid::new_v4(), request, Deadline::after(self.config.timeout)),
-            Err(RecvError) => self.has_more_requests = false,
+        let Ok(request) = request else {
+            self.has_more_requests = false;
+            return;
+        };
+        if self.pending.is_empty() {
+            self.next_queue_check = Instant::now() + FIRST_QUEUE_CHECK;
         }
+        self.pending.begin(Uuid::new_v4(), request, Deadline::after(self.config.timeout));
     }
 
     /// Buffers the unsent requests, unless the broker blocks us: it would run them when their callers have gone.
     fn publish_unsent(&mut self, session: &Session) {
-        let Some(link) = session.link.as_ref().filter(|_| !self.is_blocked()) else { return };
+        let (Some(publisher), None) = (&session.publisher, &self.blocked) else { return };
         while let Some(call) = self.pending.next_unsent() {
-            let id = call.id.to_string();
-            let time_left = call.deadline.remaining();
-            let request = WireRequest {
-                body: &call.request.body,
-                reply_to: Some(&link.reply_queue),
-                correlation_id: Some(&id),
-                deadline_ms: Some(unix_time_ms(SystemTime::now() + time_left)),
-            };
-            link.publisher.publish(request.encode(&self.config.queue, Some(time_left)), None);
-            call.mark_sent(Instant::now());
+            publisher.publish(&self.config.queue, call);
         }
     }
 
@@ -253,10 +255,7 @@ impl<T> EventLoop<'_, '_, T> {
     ) -> Result<(), ConnectionError> {
         match delivery(message) {
             Ok(Some(delivery)) => self.on_reply(delivery),
-            Ok(None) => {
-                let reason = ErrorKind::ConnectionLost("the reply queue was deleted".into());
-                return Err(ConnectionError::new(&self.broker, reason));
-            }
+            Ok(None) => return Err(self.connection_lost("the reply queue was deleted")),
             Err(amiquip::Error::EventLoopDropped) => {
                 session.replies = never();
                 session.ask_for_cause();
@@ -291,21 +290,21 @@ impl<T> EventLoop<'_, '_, T> {
     fn on_timer(&mut self, session: &mut Session) -> Result<(), ConnectionError> {
         self.take_messages(session)?; // an answer that has arrived does not expire
         let has_expired = self.has_deadlines(session) && self.expire();
-        if has_expired && self.pending.is_empty() && !session.is_consuming && !self.is_blocked() {
-            session.shut_down(); // the broker does not answer; one that blocks us is waited for by the next calls
+        if has_expired && self.pending.is_empty() && !session.is_consuming && self.blocked.is_none() {
+            session.shut_down(); // the broker has not answered; one that blocks us is waited for by the next calls
         }
         self.deliver_outcomes();
         let now = Instant::now();
         self.pending.start_resends(now);
         self.publish_unsent(session);
-        session.flush();
         if now >= self.next_queue_check {
             self.next_queue_check = now + QUEUE_CHECK_INTERVAL;
             // A broker that blocks us does not answer.
-            if session.is_consuming && !self.pending.is_empty() && !self.is_blocked() {
+            if session.is_consuming && !self.pending.is_empty() && self.blocked.is_none() {
                 session.check_queue();
                 if self.cause == NoAnswerCause::Unknown {
                     self.cause = NoAnswerCause::Waiting("looking at the queue");
+                    // until the broker has answered
                 }
             }
         }
@@ -313,9 +312,6 @@ impl<T> EventLoop<'_, '_, T> {
     }
 
     fn on_queue_checked(&mut self, stats: Option<QueueStats>) {
-        if self.is_blocked() {
-            return;
-        }
         self.cause = stats.map_or(NoAnswerCause::Unknown, NoAnswerCause::Queue);
         if stats.is_some_and(|stats| stats.consumers == 0) && !self.has_warned {
             let (queue, limit) = (&self.config.queue, format_duration(self.config.timeout));
@@ -338,24 +334,24 @@ impl<T> EventLoop<'_, '_, T> {
 
     fn on_return(&mut self, request: &Return) {
         let id = request.properties.correlation_id().as_deref();
-        let error = Error::NoServer { queue: self.config.queue.clone(), broker: self.broker.clone() };
+        let error = Error::NoQueue { queue: self.config.queue.clone(), broker: self.broker.clone() };
         match self.pending.on_return(id, Instant::now()) {
             Some(Returned::Ended(call)) => self.end(call, Err(error)),
-            Some(Returned::SentAgain) => log::info!("{error} sending again"),
+            Some(Returned::WillResend) => log::info!("{error} sending again"),
             None => {}
         }
     }
 
     fn on_notification(&mut self, notification: ConnectionBlockedNotification) {
-        self.cause = match notification {
+        self.blocked = match notification {
             ConnectionBlockedNotification::Blocked(reason) => {
                 let reason = escape(reason.as_bytes()).to_string();
                 log::warn!("{} blocks publishers: {reason}; waiting", self.broker);
-                NoAnswerCause::Blocked(reason)
+                Some(reason)
             }
             ConnectionBlockedNotification::Unblocked => {
                 log::info!("{} no longer blocks publishers", self.broker);
-                NoAnswerCause::Unknown
+                None
             }
         };
     }
@@ -365,7 +361,7 @@ impl<T> EventLoop<'_, '_, T> {
         let (now, before) = (Instant::now(), self.pending.len());
         while let Some(call) = self.pending.expire(now) {
             let (queue, broker) = (self.config.queue.clone(), self.broker.clone());
-            let (limit, cause) = (call.deadline.to_string(), self.cause.clone());
+            let (limit, cause) = (call.deadline.to_string(), self.no_answer_cause());
             self.end(call, Err(Error::NoAnswer { queue, broker, limit, cause }));
         }
         self.pending.len() < before
@@ -383,23 +379,23 @@ impl<T> EventLoop<'_, '_, T> {
         }
     }
 
-    fn is_blocked(&self) -> bool {
-        matches!(self.cause, NoAnswerCause::Blocked(_))
+    /// What is known of why there is no answer.
+    fn no_answer_cause(&self) -> NoAnswerCause {
+        self.blocked.clone().map_or_else(|| self.cause.clone(), NoAnswerCause::Blocked)
+    }
+
+    fn connection_lost(&self, reason: &str) -> ConnectionError {
+        ConnectionError::new(&self.broker, ErrorKind::ConnectionLost(reason.into()))
     }
 
     fn has_room(&self) -> bool {
         self.has_more_requests && self.pending.len() < self.config.in_flight.into()
     }
 
-    /// The deadline of the oldest pending call, or of a call that would begin now.
-    fn first_deadline(&self) -> Deadline {
-        self.pending.first_deadline().unwrap_or_else(|| Deadline::after(self.config.timeout))
-    }
-
-    /// Whether calls expire. Not while we connect and nothing was sent: then the error of connecting, which has the same
-    /// deadline, says more.
+    /// Whether calls expire. Not while we connect and nothing was sent: connecting ends with the first deadline, and its
+    /// error says more.
     fn has_deadlines(&self, session: &Session) -> bool {
-        session.link.is_some() || self.pending.any_sent()
+        session.publisher.is_some() || self.pending.any_sent()
     }
 
     fn until_next_timer(&self, session: &Session) -> Duration {

@@ -1,5 +1,6 @@
 //! The input: the numbers of the command line, and the lines of standard input for `-`.
 
+use rpc_client::Request;
 use rpc_common::message::{parse_number, NumberError};
 use rpc_common::text::escape;
 use std::io::{self, BufRead, Read};
@@ -35,6 +36,13 @@ pub(crate) struct Input {
     pub(crate) n: u64,
     /// The line of standard input that n comes from, if it comes from there.
     pub(crate) line: Option<u64>,
+}
+
+/// The request for fib(n).
+impl From<Input> for Request<Input> {
+    fn from(input: Input) -> Self {
+        Request { context: input, body: input.n.to_string().into() }
+    }
 }
 
 /// A line of standard input that is not a number.

@@ -1,13 +1,14 @@
 //! Calls a function over RabbitMQ RPC, and waits for the answer.
 //!
 //! [`run`] is the loop that makes calls; [`Client`] is a thread that runs it, for programs that make one call at a time.
-//! Read in this order: `call` says what a call is, `event_loop` makes calls, `pending` keeps those that are unanswered,
-//! `session` is one connection with its reply queue.
+//! Read in this order: `call` has the options, requests, outcomes and errors; `event_loop` makes calls; `pending` keeps
+//! those that are unanswered; `session` is one connection with its reply queue; `retry` decides when an error ends a run.
 
 mod call;
 mod client;
 mod event_loop;
 mod pending;
+mod retry;
 mod session;
 
 pub use call::{Config, Error, NoAnswerCause, Outcome, ReplyTo, Request};

@@ -43,5 +43,5 @@ fn main() -> process::ExitCode {
 /// of the calls' exit codes.
 fn run(cli: &Cli) -> Result<ExitCode, Error> {
     cli.check()?;
-    batch::run(cli)
+    batch::make_calls(cli)
 }

@@ -3,14 +3,12 @@
 //! Pure: no socket, and no clock but the instants that are passed in.
 
 use crate::call::Request;
-use rpc_common::connection::{Deadline, ErrorKind, ACCESS_REFUSED};
+use crate::retry::Progress;
+use rpc_common::connection::Deadline;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::iter;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
-
-/// The shortest pause between two attempts to connect.
-pub(crate) const MIN_PAUSE: Duration = Duration::from_millis(10);
 
 /// How long a returned request waits before it is sent again.
 const RESEND_DELAY: Duration = Duration::from_millis(250);
@@ -41,8 +39,8 @@ impl<T> Call<T> {
 pub(crate) enum Returned<T> {
     /// The call has ended: there is no request queue.
     Ended(Call<T>),
-    /// There was a queue when the request was sent before, and it may come back: the request is sent again.
-    SentAgain,
+    /// The request will be sent again: there was a queue when it was sent before, and it may come back.
+    WillResend,
 }
 
 /// The calls that have begun and not ended.
@@ -108,8 +106,7 @@ impl<T> PendingCalls<T> {
     /// Ends the call that a reply belongs to. `None` if it belongs to no pending call.
     pub(crate) fn on_reply(&mut self, correlation_id: Option<&str>) -> Option<Call<T>> {
         let id = Uuid::try_parse(correlation_id?).ok()?;
-        let index = self.index_of.remove(&id)?;
-        self.calls.remove(&index)
+        self.remove(id)
     }
 
     /// The broker returned a request: there is no queue. `None` if it belongs to no pending call.
@@ -118,9 +115,14 @@ impl<T> PendingCalls<T> {
         let call = self.calls.get(self.index_of.get(&id)?)?;
         if call.sends > 1 {
             self.resends.push_back((now + RESEND_DELAY, call.index));
-            return Some(Returned::SentAgain);
+            return Some(Returned::WillResend);
         }
-        self.on_reply(correlation_id).map(Returned::Ended)
+        self.remove(id).map(Returned::Ended)
+    }
+
+    fn remove(&mut self, id: Uuid) -> Option<Call<T>> {
+        let index = self.index_of.remove(&id)?;
+        self.calls.remove(&index)
     }
 
     /// The deadline that passes first.
@@ -128,9 +130,15 @@ impl<T> PendingCalls<T> {
         self.calls.first_key_value().map(|(_, call)| call.deadline)
     }
 
-    /// The deadline that passes last.
-    pub(crate) fn last_deadline(&self) -> Option<Deadline> {
-        self.calls.last_key_value().map(|(_, call)| call.deadline)
+    /// The deadline of connecting. Before anything is sent, it is the first of the calls: a broker that is not reached by
+    /// then ends the run. After that it is the last: the calls that expire earlier are reported while we connect.
+    ///
+    /// # Panics
+    /// When no call is pending.
+    pub(crate) fn connect_deadline(&self) -> Deadline {
+        let (first, last) = (self.calls.values().next(), self.calls.values().next_back());
+        let call = if self.any_sent() { last } else { first };
+        call.expect("a call is pending").deadline
     }
 
     /// When a call expires or a request is to be sent again, whichever comes first.
@@ -151,9 +159,8 @@ impl<T> PendingCalls<T> {
 
     /// Ends the oldest call.
     pub(crate) fn pop(&mut self) -> Option<Call<T>> {
-        let (_, call) = self.calls.pop_first()?;
-        self.index_of.remove(&call.id);
-        Some(call)
+        let id = self.calls.values().next()?.id;
+        self.remove(id)
     }
 
     /// Ends a call whose deadline has passed.
@@ -166,30 +173,10 @@ impl<T> PendingCalls<T> {
     }
 }
 
-/// How far the pending calls have come.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Progress {
-    NoCalls,
-    NothingSent { was_connected: bool, time_left: Duration },
-    Sent,
-}
-
-/// Whether an error ends a run, and not only its session. Before anything is sent, the run ends at once if it was never
-/// connected, and else when retrying cannot help or the time is up. What was sent may have run: then only a refusal of
-/// the request itself ends the run.
-pub(crate) fn ends_run(error: &ErrorKind, is_final: bool, progress: Progress) -> bool {
-    match progress {
-        Progress::NoCalls => false, // the next call connects again
-        Progress::Sent => matches!(error, ErrorKind::Refused(reason) if reason.code == ACCESS_REFUSED),
-        Progress::NothingSent { was_connected, time_left } => is_final || !was_connected || time_left <= MIN_PAUSE,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use rpc_common::connection::Reason;
 
     const ID: Uuid = Uuid::from_u128(1);
     const OTHER: Uuid = Uuid::from_u128(2);
@@ -247,7 +234,7 @@ mod tests {
         begin(&mut calls, ID, 2);
         let now = Instant::now();
         let returned = calls.on_return(Some(&text(ID)), now);
-        assert!(matches!(returned, Some(Returned::SentAgain)));
+        assert!(matches!(returned, Some(Returned::WillResend)));
         assert_eq!(calls.next_timer(), Some(now + RESEND_DELAY));
         assert!(resend(&mut calls, now).is_none());
         assert_eq!(resend(&mut calls, now + RESEND_DELAY), Some(ID));
@@ -270,31 +257,6 @@ mod tests {
         assert!(calls.expire(second).is_none());
         assert!(calls.is_empty());
         assert!(calls.on_reply(Some(&text(ID))).is_none(), "an expired call has ended");
-    }
-
-    const LOST: ErrorKind = ErrorKind::TooManyChannels; // any kind that is no refusal
-    const TIME_LEFT: Duration = Duration::from_secs(30);
-
-    #[test]
-    fn a_run_that_was_never_connected_ends_with_the_first_error() {
-        let progress = Progress::NothingSent { was_connected: false, time_left: TIME_LEFT };
-        assert!(ends_run(&LOST, false, progress));
-    }
-
-    #[test]
-    fn a_run_that_was_connected_ends_when_retrying_cannot_help_or_the_time_is_up() {
-        let progress = |time_left| Progress::NothingSent { was_connected: true, time_left };
-        assert!(!ends_run(&LOST, false, progress(TIME_LEFT)));
-        assert!(ends_run(&LOST, true, progress(TIME_LEFT)));
-        assert!(ends_run(&LOST, false, progress(MIN_PAUSE)));
-    }
-
-    #[test]
-    fn after_the_first_publish_only_a_refusal_of_access_ends_the_run() {
-        let refused = ErrorKind::Refused(Reason { code: ACCESS_REFUSED, text: "no".into() });
-        assert!(!ends_run(&LOST, true, Progress::Sent));
-        assert!(ends_run(&refused, false, Progress::Sent));
-        assert!(!ends_run(&refused, true, Progress::NoCalls));
     }
 
     /// Something that happens to the calls; a number picks one of those that have begun.
@@ -351,7 +313,7 @@ mod tests {
                     Event::Return(nth) => if let Some(call) = model.get_mut(nth) {
                         match calls.on_return(Some(&text(call.id)), now) {
                             None => prop_assert!(call.has_ended),
-                            Some(Returned::SentAgain) => prop_assert!(!call.has_ended && call.sends > 1),
+                            Some(Returned::WillResend) => prop_assert!(!call.has_ended && call.sends > 1),
                             Some(Returned::Ended(ended)) => {
                                 prop_assert!(!call.has_ended && call.sends == 1 && ended.id == call.id);
                                 call.has_ended = true;

@@ -60,39 +60,48 @@ impl<W: Write> Printer<W> {
     ///
     /// # Errors
     /// The output cannot be written.
-    pub(crate) fn run(mut self, events: &Receiver<Event>) -> io::Result<ExitCode> {
+    pub(crate) fn print_all(mut self, events: &Receiver<Event>) -> io::Result<ExitCode> {
         loop {
-            match self.next_event(events)? {
-                Event::Outcomes(outcomes) => {
-                    for outcome in outcomes {
-                        self.print_in_order(Line::from_outcome(outcome))?;
-                    }
-                }
-                Event::BadLine(index, bad_line) => {
-                    self.print_in_order(Line::from_bad_line(index, bad_line))?;
-                }
-                Event::ReadError(error) => {
-                    let error = Error::Input(error);
-                    self.print_error(&error, error.to_string());
-                }
-                Event::RunEnded => break,
+            // What is printed can be read while nothing else happens.
+            let event = events.try_recv().or_else(|_| {
+                self.flush()?;
+                Ok::<_, io::Error>(events.recv().unwrap_or(Event::RunEnded))
+            })?;
+            if matches!(event, Event::RunEnded) {
+                // If the run ended early, bad lines of input may still wait behind a number that was not called.
+                return self.finish();
             }
+            self.handle(event)?;
         }
-        // If the run ended early, bad lines of input may still wait behind a number that was not called.
-        self.output.flush()?;
+    }
+
+    /// Prints what an event brings.
+    pub(crate) fn handle(&mut self, event: Event) -> io::Result<()> {
+        match event {
+            Event::Outcomes(outcomes) => {
+                outcomes.into_iter().try_for_each(|outcome| self.print_in_order(Line::from_outcome(outcome)))?;
+            }
+            Event::BadLine(index, bad_line) => self.print_in_order(Line::from_bad_line(index, bad_line))?,
+            Event::ReadError(error) => {
+                let error = Error::Input(error);
+                self.print_error(&error, error.to_string());
+            }
+            Event::RunEnded => {}
+        }
+        Ok(())
+    }
+
+    pub(crate) fn flush(&mut self) -> io::Result<()> {
+        self.output.flush()
+    }
+
+    /// Prints the summary. Returns the largest exit code.
+    pub(crate) fn finish(mut self) -> io::Result<ExitCode> {
+        self.flush()?;
         if let Some(format) = self.options.summary {
             self.summary.print(format);
         }
         Ok(self.exit_code)
-    }
-
-    /// Waits for the next event. What was printed so far can be read meanwhile.
-    fn next_event(&mut self, events: &Receiver<Event>) -> io::Result<Event> {
-        if let Ok(event) = events.try_recv() {
-            return Ok(event);
-        }
-        self.output.flush()?;
-        Ok(events.recv().unwrap_or(Event::RunEnded))
     }
 
     /// Prints a line when all lines before it are printed.
@@ -169,7 +178,7 @@ mod tests {
             sender.send(event).unwrap();
         }
         sender.send(Event::RunEnded).unwrap();
-        Printer::new(output, cli.output, permits, 2).run(&receiver)
+        Printer::new(output, cli.output, permits, 2).print_all(&receiver)
     }
 
     fn printed(options: &[&str], events: Vec<Event>) -> (String, ExitCode) {

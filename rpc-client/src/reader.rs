@@ -1,6 +1,6 @@
 //! The reader: from the arguments and lines of the input to requests.
 
-use crate::cli::{Cli, Format};
+use crate::cli::Cli;
 use crate::input::{parse_line, read_lines, Argument, BadLine, Input};
 use crate::printer::Event;
 use crossbeam_channel::{bounded, unbounded, Receiver, Sender};
@@ -9,33 +9,29 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::sync::mpsc;
 use std::thread;
 
-/// Starts to read the input, and returns the requests. Bad lines go to the printer directly.
+/// Starts to read the input on a thread of its own, and returns the requests. Bad lines go to the printer directly.
 pub(crate) fn start(
     cli: &Cli,
     events: mpsc::Sender<Event>,
     permits: Receiver<()>,
     lines_per_permit: u64,
 ) -> Receiver<Request<Input>> {
-    let in_flight = cli.config.in_flight;
-    let announces = cli.output.format == Format::Text && !cli.output.quiet;
-    let (sender, requests) = if announces {
-        bounded(in_flight.into()) // so that a request is announced not long before it is sent
+    let announces = cli.output.announces();
+    let (request_sender, requests) = if announces {
+        bounded(cli.config.in_flight.into()) // so that a request is announced not long before it is sent
     } else {
         unbounded() // bounded by the permits
     };
-    let repeat = cli.repeat;
-    let reader = Reader { requests: sender, events, permits, lines_per_permit, announces, repeat, index: 0 };
-
-    let arguments = cli.arguments.clone();
-    let calls = repeat.saturating_mul(arguments.len() as u64);
-    let reads_input = arguments.contains(&Argument::StandardInput);
-    let read = move || reader.read(&arguments, BufReader::new(io::stdin()));
-    if calls <= in_flight.into() && !reads_input {
-        read(); // the channels have room for it, and a thread costs a single call about 0.1 ms
-    } else {
-        thread::spawn(read); // not joined: when the calls end early, it may still wait for input
-    }
+    let (arguments, repeat) = (cli.arguments.clone(), cli.repeat);
+    let reader = Reader { requests: request_sender, events, permits, lines_per_permit, announces, repeat, index: 0 };
+    // Not joined: when the calls end early, it may still wait for input.
+    thread::spawn(move || reader.read(&arguments, BufReader::new(io::stdin())));
     requests
+}
+
+/// Prints the line of the tutorial.
+pub(crate) fn announce(n: u64) {
+    let _ = writeln!(io::stderr(), " [x] Requesting fib({n})"); // if it cannot be printed, the call is made all the same
 }
 
 struct Reader {
@@ -80,9 +76,9 @@ impl Reader {
         for _ in 0..self.repeat {
             let context = Input { index: self.next_index()?, n, line };
             if self.announces {
-                let _ = writeln!(io::stderr(), " [x] Requesting fib({n})");
+                announce(n);
             }
-            self.requests.send(Request { context, body: n.to_string().into() }).ok()?;
+            self.requests.send(context.into()).ok()?;
         }
         Some(())
     }

@@ -1,17 +1,19 @@
 //! A session: one connection with its reply queue, on a thread of its own.
 //!
-//! The thread makes the blocking calls, one after the other, so that the event loop never blocks: connecting, consuming,
-//! looking at the request queue, closing. Requests and replies do not pass through it.
+//! The thread makes the blocking calls, one after the other, so that the event loop never blocks: connecting, starting the
+//! consumer, looking at the request queue, closing. Requests and replies do not pass through it.
 
 use crate::call::{Config, Error, ReplyTo};
+use crate::pending::Call;
 use amiquip::{ConnectionBlockedNotification, ConsumerMessage, ConsumerOptions, Return};
 use crossbeam_channel::{never, unbounded, Receiver, Sender};
 use rpc_common::connection::{
-    Connection, Deadline, Endpoint, Error as ConnectionError, ErrorKind, Publisher, QueueStats, Watchdog,
+    close_timeout, Connection, Deadline, Endpoint, Error as ConnectionError, ErrorKind, Publisher, QueueStats, Watchdog,
 };
+use rpc_common::message::{unix_time_ms, Request};
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
 use uuid::Uuid;
 
 /// The queue name that means direct reply-to.
@@ -22,15 +24,12 @@ const DIRECT_REPLY_TO: &str = "amq.rabbitmq.reply-to";
 const MAX_UNREAD_PER_CALL: usize = 8;
 const MAX_UNREAD: usize = 1_000;
 
-/// How long closing may take, at least and at most.
-const CLOSE_TIMEOUTS: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
-
 /// A **session**, as the event loop sees it.
 pub(crate) struct Session {
     commands: Sender<Command>,
     pub(crate) events: Receiver<SessionEvent>,
     /// `None` until it is connected.
-    pub(crate) link: Option<Link>,
+    pub(crate) publisher: Option<RequestPublisher>,
     /// Requests that the broker could not route to a queue.
     pub(crate) returns: Receiver<Return>,
     /// Whether the broker blocks publishers, each time that this changes. Disconnected when the connection ends.
@@ -38,14 +37,38 @@ pub(crate) struct Session {
     /// Silent until the consumer is started.
     pub(crate) replies: Receiver<ConsumerMessage>,
     pub(crate) is_consuming: bool,
+    /// Closing must not take longer.
+    pub(crate) close_deadline: Deadline,
 }
 
-/// What a connected session publishes with.
-pub(crate) struct Link {
+/// Publishes requests on a connected session.
+pub(crate) struct RequestPublisher {
+    /// Host and port of the broker.
     pub(crate) broker: String,
-    pub(crate) publisher: Publisher,
-    pub(crate) reply_queue: String,
+    publisher: Publisher,
+    reply_queue: String,
     watchdog: Arc<Watchdog>,
+}
+
+impl RequestPublisher {
+    /// Buffers the request of a call and marks it sent; [`flush`](Self::flush) writes it.
+    pub(crate) fn publish<T>(&self, queue: &str, call: &mut Call<T>) {
+        let id = call.id.to_string();
+        let time_left = call.deadline.remaining();
+        let request = Request {
+            body: &call.request.body,
+            reply_to: Some(&self.reply_queue),
+            correlation_id: Some(&id),
+            deadline_ms: Some(unix_time_ms(SystemTime::now() + time_left)),
+        };
+        self.publisher.publish(request.encode(queue, Some(time_left)), None);
+        call.mark_sent(Instant::now());
+    }
+
+    /// Writes the buffered requests.
+    pub(crate) fn flush(&self) {
+        let _ = self.publisher.flush(); // fails on a closed channel: the replies report that
+    }
 }
 
 /// What the thread does on request.
@@ -57,12 +80,12 @@ enum Command {
 /// What the thread reports.
 pub(crate) enum SessionEvent {
     /// Requests can be published.
-    Connected(Link, Receiver<Return>, Receiver<ConnectionBlockedNotification>),
+    Connected(RequestPublisher, Receiver<Return>, Receiver<ConnectionBlockedNotification>),
     /// Replies can be received.
     Consuming(Receiver<ConsumerMessage>),
     /// The request queue; `None` if the broker gives no numbers.
     QueueChecked(Option<QueueStats>),
-    /// The session has ended.
+    /// The session has ended with an error.
     Ended(Error),
 }
 
@@ -73,19 +96,13 @@ impl Session {
         let (sender, events) = unbounded();
         let config = config.clone();
         thread::spawn(move || {
-            if let Err(error) = run(&endpoints, &config, &deadline, &sender, &received) {
+            if let Err(error) = run_session(&endpoints, &config, &deadline, &sender, &received) {
                 let _ = sender.send(SessionEvent::Ended(error)); // fails if the event loop has ended
             }
         });
         let (returns, notifications, replies) = (never(), never(), never());
-        Session { commands, events, link: None, returns, notifications, replies, is_consuming: false }
-    }
-
-    /// Writes the requests that are buffered.
-    pub(crate) fn flush(&self) {
-        if let Some(link) = &self.link {
-            let _ = link.publisher.send(); // fails on a closed channel: the replies report that
-        }
+        let (publisher, is_consuming, close_deadline) = (None, false, deadline);
+        Session { commands, events, publisher, returns, notifications, replies, is_consuming, close_deadline }
     }
 
     /// Asks for [`SessionEvent::QueueChecked`].
@@ -93,30 +110,29 @@ impl Session {
         let _ = self.commands.send(Command::CheckQueue); // fails if the session has ended
     }
 
-    /// Asks for the cause of the end of the connection, [`SessionEvent::Ended`].
+    /// The connection has ended: asks for the cause, [`SessionEvent::Ended`].
     pub(crate) fn ask_for_cause(&self) {
-        let _ = self.commands.send(Command::Close(Deadline::after(Duration::ZERO)));
+        let _ = self.commands.send(Command::Close(self.close_deadline)); // amiquip tells the cause when it closes
     }
 
-    /// Ends a blocking call of the thread, and with it the connection.
+    /// Ends the connection, and with it a blocking call of the thread.
     pub(crate) fn shut_down(&self) {
-        if let Some(link) = &self.link {
-            link.watchdog.shut_down();
+        if let Some(publisher) = &self.publisher {
+            publisher.watchdog.shut_down();
         }
     }
 
-    /// Closes the connection. Waits for the broker until the deadline, but 10 ms at least and 1 s at most.
-    pub(crate) fn close(self, deadline: &Deadline) {
-        let _ = self.commands.send(Command::Close(*deadline));
-        let timeout = deadline.remaining().clamp(CLOSE_TIMEOUTS.0, CLOSE_TIMEOUTS.1);
-        let end = Deadline::after(timeout).instant();
-        while self.events.recv_deadline(end).is_ok() {} // until the thread has ended
-        self.shut_down();
+    /// Closes the connection. Waits for the broker no longer than [`Connection`] does.
+    pub(crate) fn close(self) {
+        let _ = self.commands.send(Command::Close(self.close_deadline));
+        let limit = Deadline::after(close_timeout(Some(&self.close_deadline)));
+        while self.events.recv_deadline(limit.instant()).is_ok() {} // until the thread has ended
+        self.shut_down(); // it may be in another blocking call
     }
 }
 
-/// The session from its beginning to its end.
-fn run(
+/// The session from its beginning to its end, on its thread.
+fn run_session(
     endpoints: &[Endpoint],
     config: &Config,
     deadline: &Deadline,
@@ -134,23 +150,24 @@ fn run(
     };
     if config.reply_to == ReplyTo::Queue {
         publisher.declare_exclusive_queue(&reply_queue); // if it fails, so does the consumer
-        let _ = publisher.send();
+        let _ = publisher.flush();
     }
     let (broker, watchdog) = (connection.broker().to_owned(), connection.watchdog());
-    let link = Link { broker, publisher, reply_queue: reply_queue.clone(), watchdog };
-    let connected = SessionEvent::Connected(link, channel.returns.clone(), notifications);
+    let publisher = RequestPublisher { broker, publisher, reply_queue: reply_queue.clone(), watchdog };
+    let connected = SessionEvent::Connected(publisher, channel.returns.clone(), notifications);
 
     let options = ConsumerOptions { no_ack: true, exclusive: true, ..ConsumerOptions::default() };
     let consume = |connection: &mut Connection, deadline: &Deadline| {
         connection.call(deadline, "starting a consumer", |_| channel.consume(&reply_queue, options.clone()))
     };
     let consumer = if config.reply_to == ReplyTo::Direct {
-        let consumer = consume(&mut connection, deadline)?; // has to be there before the first request
+        let consumer = consume(&mut connection, deadline)?; // must be there before the first request
         send(connected);
         consumer
     } else {
-        // Requests are published meanwhile: replies wait in their queue. A broker that blocks publishers does not
-        // answer, so the event loop ends this.
+        // Requests are published meanwhile, and their replies wait in the queue. This has no deadline: a broker that
+        // blocks publishers answers when it unblocks them. Any other broker that lets all calls expire is shut down by
+        // the event loop.
         send(connected);
         let consumer = consume(&mut connection, &Deadline::after(Duration::MAX));
         consumer.map_err(|error| explain_refusal(&mut connection, &reply_queue, error, deadline))?
@@ -167,11 +184,12 @@ fn run(
         }
     }
     connection.close()?; // before the consumer is dropped, which would wait for the broker
-    Err(connection.lost("the connection has ended").into())
+    Ok(())
 }
 
-/// Tells whether requests that were sent before the consumer was refused can have run: not if it was the reply queue or
-/// the default exchange that was refused.
+/// Whether the requests, which were published before the broker refused the consumer, can have run. What is refused (403)
+/// is the declaration of the reply queue (the permission "configure"), the requests ("write", on the default exchange), or
+/// the consumer ("read"). Only after the last one, for which the queue must exist, the requests have run.
 fn explain_refusal(
     connection: &mut Connection,
     reply_queue: &str,
@@ -189,7 +207,7 @@ fn explain_refusal(
 }
 
 fn check_queue(connection: &mut Connection, queue: &str) -> Result<Option<QueueStats>, ConnectionError> {
-    // Without a limit, because the end of it would be the end of the connection. Heartbeats bound it.
+    // Without a deadline, which would end the connection when it passes. Heartbeats bound it.
     match connection.queue_stats(queue, &Deadline::after(Duration::MAX)) {
         Ok(stats) => Ok(Some(stats)),
         Err(error) if error.ends_connection() => Err(error),

@@ -95,7 +95,7 @@ impl State {
             Err(error) => return Published::Unknown(error),
         };
         open.publisher.publish(reply, correlation_id);
-        let _ = open.publisher.send(); // the round trip returns the cause
+        let _ = open.publisher.flush(); // the round trip returns the cause
         match open.wait_for_broker(&deadline) {
             Ok(open) => {
                 self.open = Some(open);

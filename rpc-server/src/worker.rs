@@ -235,7 +235,7 @@ impl Worker<'_> {
 
     /// Sends what the publisher has buffered.
     fn send(&self, channel: &WorkerChannel) -> Result<(), Error> {
-        match channel.publisher.send() {
+        match channel.publisher.flush() {
             Ok(()) => Ok(()),
             // Any synchronous call on the channel returns the cause.
             Err(ChannelClosed) => channel.call(|| channel.channel.amqp.qos(0, self.prefetch, false)),

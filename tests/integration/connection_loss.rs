@@ -132,7 +132,7 @@ fn a_library_client_reconnects_for_its_next_call() {
     server.stop();
     Peer::connect().delete_queue(&queue);
     let error = client.call(b"30").expect_err("there is no server");
-    assert!(matches!(error, Error::NoServer { .. }), "{error}");
+    assert!(matches!(error, Error::NoQueue { .. }), "{error}");
 }
 
 /// The queue was transient and went with the broker. The call waits until a server declares the queue again.

@@ -268,9 +268,7 @@ impl Connection {
     /// What the broker answered in place of close-ok.
     pub fn close(&mut self) -> Result<(), Error> {
         let Some(amqp) = self.amqp.take() else { return Ok(()) };
-        let timeout = self
-            .close_deadline
-            .map_or(CLOSE_TIMEOUT, |deadline| deadline.remaining().clamp(MIN_CLOSE_TIMEOUT, CLOSE_TIMEOUT));
+        let timeout = close_timeout(self.close_deadline.as_ref());
         let closed = self.watchdog.run_until(&Deadline::after(timeout), || amqp.close());
         // Other handles of the socket must not keep the connection open.
         self.watchdog.shut_down();
@@ -282,6 +280,12 @@ impl Drop for Connection {
     fn drop(&mut self) {
         let _ = self.close();
     }
+}
+
+/// How long closing a connection waits for the broker: until this deadline, but 10 ms at least and 1 s at most.
+pub fn close_timeout(deadline: Option<&Deadline>) -> Duration {
+    let remaining = deadline.map_or(CLOSE_TIMEOUT, Deadline::remaining);
+    remaining.clamp(MIN_CLOSE_TIMEOUT, CLOSE_TIMEOUT)
 }
 
 /// What RabbitMQ shows in its list of connections; amiquip can set no other client property.

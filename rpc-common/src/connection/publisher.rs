@@ -28,12 +28,13 @@ const MAX_PAYLOAD: usize = 4096 - FRAME_OVERHEAD;
 const FRAME_SPACE: usize = 512;
 const MAX_KEPT: usize = 64 << 10;
 
-/// A **publisher** publishes and acknowledges on one channel, without waiting for the broker.
+/// A **publisher** publishes and acknowledges on one channel, without waiting for the broker. It buffers what it is given
+/// until [`flush`](Self::flush).
 pub struct Publisher {
     writer: Arc<FrameWriter>,
     state: Arc<ChannelState>,
     channel: u16,
-    /// The frames that [`send`](Self::send) writes.
+    /// The frames that [`flush`](Self::flush) writes.
     frames: RefCell<Vec<u8>>,
 }
 
@@ -127,7 +128,7 @@ impl Publisher {
     /// # Errors
     /// [`ChannelClosed`]; then nothing is written. The end of the connection is no error here: the channel's receivers
     /// report it.
-    pub fn send(&self) -> Result<(), ChannelClosed> {
+    pub fn flush(&self) -> Result<(), ChannelClosed> {
         let mut frames = self.frames.borrow_mut();
         if frames.is_empty() {
             return Ok(());
@@ -180,7 +181,7 @@ mod tests {
         publisher.publish(message, None);
         publisher.publish(Publish::new(b"", "empty"), None);
         publisher.ack(9);
-        publisher.send().unwrap();
+        publisher.flush().unwrap();
         drop(publisher);
 
         let bytes = received(peer);
@@ -211,7 +212,7 @@ mod tests {
         channels.close(7);
         let send = |publisher: &Publisher| {
             publisher.ack(1);
-            publisher.send()
+            publisher.flush()
         };
         assert_eq!((send(&closed), send(&other)), (Err(ChannelClosed), Ok(())));
         let reopened = open(7);

@@ -8,10 +8,10 @@
 use amiquip::{Publish, Return};
 use rpc_common::connection::{Connection, Deadline, Endpoint, Error, OpenChannel, Publisher};
 use rpc_common::text::escape;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// After how long without a reply the connection is closed.
+/// How often the connection is closed, so that it does not stay open for good.
 pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long one reply may take; and for how long none is tried after one that got no answer.
@@ -31,10 +31,12 @@ pub(crate) enum Published {
 }
 
 /// Publishes replies one at a time, for all workers.
+#[derive(Default)]
 pub(crate) struct IsolatedPublisher(Mutex<State>);
 
+#[derive(Default)]
 struct State {
-    endpoints: Vec<Endpoint>,
+    /// Kept open after a reply that was accepted.
     open: Option<Open>,
     /// Why the latest reply got no answer, and until when no other is tried.
     failure: Option<(Error, Instant)>,
@@ -45,59 +47,43 @@ struct Open {
     connection: Connection, // first, so that it is closed first: then closing the channel does not wait
     channel: OpenChannel,
     publisher: Publisher,
-    last_used: Instant,
 }
 
 impl IsolatedPublisher {
-    /// It connects with the first reply.
-    pub(crate) fn new(endpoints: Vec<Endpoint>) -> Self {
-        IsolatedPublisher(Mutex::new(State { endpoints, open: None, failure: None }))
-    }
-
-    /// The next connection goes to the broker that the requests come from.
-    pub(crate) fn use_endpoint(&self, endpoint: &Endpoint) {
-        self.lock().endpoints = vec![endpoint.clone()];
-    }
-
-    /// Publishes a reply and waits for the broker. See [`Publisher::publish`] for `correlation_id`.
-    pub(crate) fn publish(&self, reply: Publish, correlation_id: Option<&[u8]>) -> Published {
-        let mut state = self.lock();
+    /// Publishes a reply and waits for the broker. If it has no connection, it connects to `endpoint`. See
+    /// [`Publisher::publish`] for `correlation_id`.
+    pub(crate) fn publish(&self, endpoint: &Endpoint, reply: Publish, correlation_id: Option<&[u8]>) -> Published {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match &state.failure {
             Some((error, until)) if Instant::now() < *until => return Published::Unknown(error.clone()),
             _ => state.failure = None,
         }
-        let published = state.publish(reply, correlation_id);
+        let published = state.publish(endpoint, reply, correlation_id);
         if let Published::Unknown(error) = &published {
             state.failure = Some((error.clone(), Instant::now() + PUBLISH_TIMEOUT));
         }
         published
     }
 
-    /// Closes the connection if it was not used for a while.
-    pub(crate) fn close_idle(&self) {
+    /// Closes the connection, if it is not in use. The next reply opens another one.
+    pub(crate) fn close_unused(&self) {
         if let Ok(mut state) = self.0.try_lock() {
-            state.open.take_if(|open| open.last_used.elapsed() >= IDLE_TIMEOUT);
+            state.open = None;
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl State {
-    fn publish(&mut self, reply: Publish, correlation_id: Option<&[u8]>) -> Published {
+    fn publish(&mut self, endpoint: &Endpoint, reply: Publish, correlation_id: Option<&[u8]>) -> Published {
         let deadline = Deadline::after(PUBLISH_TIMEOUT);
-        // An idle connection may have ended.
-        let open = self.open.take().and_then(|open| open.wait_for_broker(&deadline).ok());
-        let open = match open.map_or_else(|| Open::new(&self.endpoints, &deadline), Ok) {
+        let mut open = match self.open.take().map_or_else(|| Open::new(endpoint, &deadline), Ok) {
             Ok(open) => open,
             Err(error) => return Published::Unknown(error),
         };
         open.publisher.publish(reply, correlation_id);
         let _ = open.publisher.send(); // the round trip returns the cause
         match open.wait_for_broker(&deadline) {
-            Ok(open) => {
+            Ok(()) => {
                 self.open = Some(open);
                 Published::Accepted
             }
@@ -108,19 +94,18 @@ impl State {
 }
 
 impl Open {
-    fn new(endpoints: &[Endpoint], deadline: &Deadline) -> Result<Self, Error> {
-        let mut connection = Connection::open_any(endpoints, "rpc-server", deadline)?;
+    fn new(endpoint: &Endpoint, deadline: &Deadline) -> Result<Self, Error> {
+        let mut connection = Connection::open(endpoint, "rpc-server", deadline)?;
         let (channel, publisher) = connection.open_channel(MAX_UNREAD, deadline)?;
-        Ok(Open { connection, channel, publisher, last_used: Instant::now() })
+        Ok(Open { connection, channel, publisher })
     }
 
     /// A round trip: when it succeeds, the broker has accepted what was published before.
-    fn wait_for_broker(mut self, deadline: &Deadline) -> Result<Self, Error> {
+    fn wait_for_broker(&mut self, deadline: &Deadline) -> Result<(), Error> {
         let channel = &self.channel.amqp;
         self.connection.call(deadline, "publishing a reply", |_| channel.qos(0, 0, false))?;
         self.channel.returns.try_iter().for_each(|reply| log_return(&reply));
-        self.last_used = Instant::now();
-        Ok(self)
+        Ok(())
     }
 }
 

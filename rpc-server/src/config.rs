@@ -3,8 +3,6 @@
 use crate::queue::QueueType;
 use rpc_common::options::{self, BrokerOptions};
 use rpc_common::text::parse_name;
-use std::num::NonZeroUsize;
-use std::thread;
 
 /// What to serve. The defaults are those of the command line.
 #[derive(Clone, Debug, clap::Args)]
@@ -34,15 +32,5 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         options::from_args(&[])
-    }
-}
-
-impl Config {
-    pub(crate) fn worker_count(&self) -> usize {
-        let cores = || thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        match self.workers {
-            0 => cores(),
-            workers => workers.into(),
-        }
     }
 }

@@ -7,6 +7,7 @@
 
 use amiquip::{Publish, Return};
 use rpc_common::connection::{Connection, Deadline, Endpoint, Error, OpenChannel, Publisher};
+use rpc_common::message::{encode_reply, ErrorCode, Failure, Reply, Request};
 use rpc_common::text::escape;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -24,7 +25,7 @@ const MAX_UNREAD: usize = 64;
 pub(crate) enum Published {
     /// The broker accepted it.
     Accepted,
-    /// The broker closed the channel or the connection because of it.
+    /// The broker closed the channel or the connection because of it, and because of the error in its place.
     Refused(Error),
     /// The connection could not be opened, or ended for another reason.
     Unknown(Error),
@@ -50,15 +51,30 @@ struct Open {
 }
 
 impl IsolatedPublisher {
-    /// Publishes a reply and waits for the broker. If it has no connection, it connects to `endpoint`. See
-    /// [`Publisher::publish`] for `correlation_id`.
-    pub(crate) fn publish(&self, endpoint: &Endpoint, reply: Publish, correlation_id: Option<&[u8]>) -> Published {
+    /// Publishes a reply and waits for the broker. If the broker refuses the reply, an error replaces it. Without a
+    /// connection, it connects to `endpoint`. See [`Publisher::publish`] for `correlation_id`.
+    pub(crate) fn publish(
+        &self,
+        endpoint: &Endpoint,
+        reply: &mut Reply,
+        request: &Request,
+        correlation_id: Option<&[u8]>,
+    ) -> Published {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match &state.failure {
-            Some((error, until)) if Instant::now() < *until => return Published::Unknown(error.clone()),
-            _ => state.failure = None,
+        if let Some((error, _)) = state.failure.as_ref().filter(|(_, until)| Instant::now() < *until) {
+            return Published::Unknown(error.clone());
         }
-        let published = state.publish(endpoint, reply, correlation_id);
+        let mut publish = |reply: &Reply| {
+            let message = encode_reply(reply, request.reply_to.unwrap_or_default(), request.correlation_id);
+            state.publish(endpoint, message, correlation_id)
+        };
+        let mut published = publish(reply);
+        if let Published::Refused(error) = &published {
+            log::warn!("the broker refused a reply, answering with an error: {error}");
+            let message = "internal error: the broker refused the answer, perhaps because of its size".into();
+            *reply = Err(Failure { code: ErrorCode::Internal, message });
+            published = publish(reply);
+        }
         if let Published::Unknown(error) = &published {
             state.failure = Some((error.clone(), Instant::now() + PUBLISH_TIMEOUT));
         }
@@ -80,9 +96,14 @@ impl State {
             Ok(open) => open,
             Err(error) => return Published::Unknown(error),
         };
-        open.publisher.publish(reply, correlation_id);
-        let _ = open.publisher.send(); // the round trip returns the cause
-        match open.wait_for_broker(&deadline) {
+        let Open { connection, channel, publisher } = &mut open;
+        publisher.publish(reply, correlation_id);
+        let _ = publisher.send(); // the call returns the cause
+
+        // A round trip: when it succeeds, the broker has accepted the reply.
+        let round_trip = connection.call(&deadline, "publishing a reply", |_| channel.amqp.qos(0, 0, false));
+        channel.returns.try_iter().for_each(|reply| log_return(&reply));
+        match round_trip {
             Ok(()) => {
                 self.open = Some(open);
                 Published::Accepted
@@ -98,14 +119,6 @@ impl Open {
         let mut connection = Connection::open(endpoint, "rpc-server", deadline)?;
         let (channel, publisher) = connection.open_channel(MAX_UNREAD, deadline)?;
         Ok(Open { connection, channel, publisher })
-    }
-
-    /// A round trip: when it succeeds, the broker has accepted what was published before.
-    fn wait_for_broker(&mut self, deadline: &Deadline) -> Result<(), Error> {
-        let channel = &self.channel.amqp;
-        self.connection.call(deadline, "publishing a reply", |_| channel.qos(0, 0, false))?;
-        self.channel.returns.try_iter().for_each(|reply| log_return(&reply));
-        Ok(())
     }
 }
 

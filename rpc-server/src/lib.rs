@@ -1,8 +1,8 @@
 //! Serves a function over RabbitMQ RPC: a blocking consumer loop, one request at a time per worker.
 //!
-//! [`serve`] serves any [`Handler`]; the program `rpc-server` serves [`fib_handler`]. Read in this order: `handler` is the
-//! function, `server` keeps the connection, `worker` takes requests to the handler and publishes its replies, `queue` finds
-//! or declares the request queue, `isolated` and `kept` are about requests that are delivered again.
+//! [`serve`] serves any [`Handler`]; the program `rpc-server` serves [`fib_handler`]. Read in this order: `config` is what to
+//! serve, `handler` the function, `server` keeps the connection, `worker` takes requests to the handler and publishes its
+//! replies, `queue` finds or declares the request queue, `isolated` and `kept` are about requests that are delivered again.
 
 mod config;
 mod handler;

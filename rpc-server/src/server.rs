@@ -7,12 +7,13 @@ use crate::kept::KeptReply;
 use crate::queue::{self, QueueType};
 use crate::signals::Stop;
 use crate::worker::{Service, Worker, WorkerChannel, WorkerEvent};
-use amiquip::ConnectionBlockedNotification;
+use amiquip::ConnectionBlockedNotification::{self, Blocked, Unblocked};
 use crossbeam_channel::{select_biased, unbounded, Receiver, Sender};
 use rpc_common::connection::{
     run_in_background, start_at, start_at_random, Connection, Deadline, Endpoint, Error, ErrorKind, Retry,
 };
 use rpc_common::text::escape;
+use std::num::NonZeroUsize;
 use std::sync::Once;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -41,7 +42,10 @@ pub fn serve(config: &Config, handler: &Handler, stop: &Stop, on_ready: &(dyn Fn
         Service { config, handler, stop, on_ready, ready: Once::new(), isolated: IsolatedPublisher::default() };
     let (event_sender, events) = unbounded();
     let (channel_sender, channels) = unbounded();
-    let workers = config.worker_count();
+    let workers = match config.workers {
+        0 => thread::available_parallelism().map_or(1, NonZeroUsize::get),
+        workers => workers.into(),
+    };
     thread::scope(|scope| {
         for index in 0..workers {
             let (events, channels) = (event_sender.clone(), channels.clone());
@@ -126,7 +130,10 @@ impl Server<'_> {
             select_biased! {
                 recv(self.service.stop) -> _ => break,
                 recv(notifications) -> notification => match notification {
-                    Ok(notification) => log_notification(connection.broker(), &notification),
+                    Ok(Blocked(reason)) => {
+                        log::warn!("{} blocks publishers: {}; waiting", connection.broker(), escape(reason.as_bytes()));
+                    }
+                    Ok(Unblocked) => log::info!("{} no longer blocks publishers", connection.broker()),
                     // Only this tells that the connection has ended: a worker's error may be about an earlier one.
                     Err(_) => return Err(connection.close_for_cause(amiquip::Error::EventLoopDropped)),
                 },
@@ -197,16 +204,5 @@ impl Server<'_> {
         let deadline = Deadline::after(ATTEMPT_TIMEOUT);
         log::info!("{}", queue::find_or_declare(connection, queue, self.queue_type, &deadline)?);
         Ok(())
-    }
-}
-
-fn log_notification(broker: &str, notification: &ConnectionBlockedNotification) {
-    match notification {
-        ConnectionBlockedNotification::Blocked(reason) => {
-            log::warn!("{broker} blocks publishers: {}; waiting", escape(reason.as_bytes()));
-        }
-        ConnectionBlockedNotification::Unblocked => {
-            log::info!("{broker} no longer blocks publishers");
-        }
     }
 }

@@ -5,7 +5,7 @@ use crate::handler::{self, Handler};
 use crate::isolated::{log_return, IsolatedPublisher, Published};
 use crate::kept::KeptReply;
 use crate::signals::Stop;
-use amiquip::{ConsumerMessage, ConsumerOptions, Delivery, Publish};
+use amiquip::{ConsumerMessage, ConsumerOptions, Delivery};
 use crossbeam_channel::{select_biased, Receiver, Sender};
 use rpc_common::connection::{
     delivery, Backoff, ChannelClosed, Connection, Deadline, Endpoint, Error, ErrorKind, OpenChannel, Publisher,
@@ -90,9 +90,8 @@ impl WorkerChannel {
     }
 
     fn close(self) {
-        let deadline = Deadline::after(BROKER_CALL_TIMEOUT);
-        let _ = self.watchdog.run_until(&deadline, || self.channel.amqp.close());
-        // it may have ended
+        // Fails if the channel has ended.
+        let _ = self.watchdog.run_until(&Deadline::after(BROKER_CALL_TIMEOUT), || self.channel.amqp.close());
     }
 
     /// How the channel ended. The server learns the end of the connection by itself.
@@ -151,14 +150,14 @@ impl Worker<'_> {
     fn serve(&mut self, channel: &WorkerChannel, deliveries: &Receiver<ConsumerMessage>) -> Result<(), Error> {
         let returns = &channel.channel.returns;
         loop {
-            returns.try_iter().for_each(|reply| log_return(&reply)); // even if there is always a delivery
+            returns.try_iter().for_each(|reply| log_return(&reply)); // also while there is always a delivery
             select_biased! {
                 recv(self.service.stop) -> _ => return Ok(()),
                 recv(deliveries) -> message => match delivery(message).map_err(|error| channel.error(error))? {
                     Some(delivery) => self.handle_delivery(channel, &delivery)?,
                     None => return Err(Error::new(&channel.endpoint.to_string(), ErrorKind::ConsumerCancelled)),
                 },
-                // Disconnected after `deliveries`.
+                // When it is disconnected, `deliveries` has the cause.
                 recv(returns) -> reply => reply.iter().for_each(log_return),
             }
         }
@@ -170,18 +169,18 @@ impl Worker<'_> {
         let tag = delivery.delivery_tag();
         let changes = channel.channel.take_changes(tag);
         let request = Request::decode(&delivery.properties, &delivery.body);
-        if request.reply_to.is_none() || changes.reply_to {
+        let (Some(reply_to), false) = (request.reply_to, changes.reply_to) else {
             let reason = if changes.reply_to { "its reply_to is not UTF-8" } else { "it has no reply_to" };
             log::warn!("rejected a request that cannot be answered, {reason}: '{}'", escape(request.body));
             channel.publisher.reject(tag);
             return channel.send();
-        }
+        };
         let mut reply = self.reply(&request);
         // The id as it was sent: amiquip's is changed if it was not UTF-8.
         let id = changes.correlation_id.as_deref();
         let mut is_published = false;
         if delivery.redelivered {
-            match self.publish_isolated(&channel.endpoint, &mut reply, &request, id) {
+            match self.service.isolated.publish(&channel.endpoint, &mut reply, &request, id) {
                 Published::Accepted => is_published = true,
                 Published::Refused(error) => {
                     log::warn!("rejected a request: the broker refuses its replies: {error}");
@@ -192,11 +191,11 @@ impl Worker<'_> {
             }
         }
         if !is_published {
-            channel.publisher.publish(encode(&reply, &request), id);
+            channel.publisher.publish(encode_reply(&reply, reply_to, request.correlation_id), id);
         }
         channel.publisher.ack(tag);
         let sent = channel.send();
-        if matches!(&sent, Err(Error { kind: ErrorKind::ChannelClosed(_), .. })) {
+        if sent.is_err() {
             self.kept.keep(&request, reply);
         }
         sent
@@ -216,30 +215,6 @@ impl Worker<'_> {
         }
         reply
     }
-
-    /// Publishes the reply to a redelivered request where the broker can close nothing because of another message. If it
-    /// refuses the reply, an error replaces it.
-    fn publish_isolated(
-        &self,
-        endpoint: &Endpoint,
-        reply: &mut Reply,
-        request: &Request,
-        id: Option<&[u8]>,
-    ) -> Published {
-        let isolated = &self.service.isolated;
-        let error = match isolated.publish(endpoint, encode(reply, request), id) {
-            Published::Refused(error) => error,
-            published => return published,
-        };
-        log::warn!("the broker refused a reply, answering with an error: {error}");
-        let message = "internal error: the broker refused the answer, perhaps because of its size".into();
-        *reply = Err(Failure { code: ErrorCode::Internal, message });
-        isolated.publish(endpoint, encode(reply, request), id)
-    }
-}
-
-fn encode<'a>(reply: &'a Reply, request: &Request) -> Publish<'a> {
-    encode_reply(reply, request.reply_to.unwrap_or_default(), request.correlation_id)
 }
 
 /// The answer to a request whose deadline has passed `late_ms` ago.

@@ -12,7 +12,7 @@ use rpc_common::text::escape;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How often the connection is closed, so that it does not stay open for good.
+/// After how long without an event the server closes the connection, so that it does not stay open for good.
 pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long one reply may take; and for how long none is tried after one that got no answer.

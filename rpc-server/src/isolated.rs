@@ -1,17 +1,18 @@
 //! Publishes replies to redelivered requests, each alone on a connection of its own.
 //!
-//! The broker may close the channel, or the whole connection, because of a reply: it is too large, or its queue does not
-//! exist or may not be written to. Then the request is delivered again, without end, and the broker does not say which
+//! The broker may close the channel, or the whole connection, because of a reply: it is too large, or its reply_to is a name
+//! that the broker does not accept. Then the request is delivered again, without end, and the broker does not say which
 //! reply it refused. So the reply to a redelivered request is published alone: if the broker closes something then, it is
 //! because of this reply, and no other request is affected.
 
 use amiquip::{Publish, Return};
 use rpc_common::connection::{Connection, Deadline, Endpoint, Error, OpenChannel, Publisher};
+use rpc_common::message::{encode_reply, ErrorCode, Failure, Reply, Request};
 use rpc_common::text::escape;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// After how long without a reply the connection is closed.
+/// After how long without an event the server closes the connection, so that it does not stay open for good.
 pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long one reply may take; and for how long none is tried after one that got no answer.
@@ -24,17 +25,19 @@ const MAX_UNREAD: usize = 64;
 pub(crate) enum Published {
     /// The broker accepted it.
     Accepted,
-    /// The broker closed the channel or the connection because of it.
+    /// The broker closed the channel or the connection because of it, and because of the error in its place.
     Refused(Error),
     /// The connection could not be opened, or ended for another reason.
     Unknown(Error),
 }
 
 /// Publishes replies one at a time, for all workers.
+#[derive(Default)]
 pub(crate) struct IsolatedPublisher(Mutex<State>);
 
+#[derive(Default)]
 struct State {
-    endpoints: Vec<Endpoint>,
+    /// Kept open after a reply that was accepted.
     open: Option<Open>,
     /// Why the latest reply got no answer, and until when no other is tried.
     failure: Option<(Error, Instant)>,
@@ -45,59 +48,64 @@ struct Open {
     connection: Connection, // first, so that it is closed first: then closing the channel does not wait
     channel: OpenChannel,
     publisher: Publisher,
-    last_used: Instant,
 }
 
 impl IsolatedPublisher {
-    /// It connects with the first reply.
-    pub(crate) fn new(endpoints: Vec<Endpoint>) -> Self {
-        IsolatedPublisher(Mutex::new(State { endpoints, open: None, failure: None }))
-    }
-
-    /// The next connection goes to the broker that the requests come from.
-    pub(crate) fn use_endpoint(&self, endpoint: &Endpoint) {
-        self.lock().endpoints = vec![endpoint.clone()];
-    }
-
-    /// Publishes a reply and waits for the broker. See [`Publisher::publish`] for `correlation_id`.
-    pub(crate) fn publish(&self, reply: Publish, correlation_id: Option<&[u8]>) -> Published {
-        let mut state = self.lock();
-        match &state.failure {
-            Some((error, until)) if Instant::now() < *until => return Published::Unknown(error.clone()),
-            _ => state.failure = None,
+    /// Publishes a reply and waits for the broker. If the broker refuses the reply, an error replaces it. Without a
+    /// connection, it connects to `endpoint`. See [`Publisher::publish`] for `correlation_id`.
+    pub(crate) fn publish(
+        &self,
+        endpoint: &Endpoint,
+        reply: &mut Reply,
+        request: &Request,
+        correlation_id: Option<&[u8]>,
+    ) -> Published {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((error, _)) = state.failure.as_ref().filter(|(_, until)| Instant::now() < *until) {
+            return Published::Unknown(error.clone());
         }
-        let published = state.publish(reply, correlation_id);
+        let mut publish = |reply: &Reply| {
+            let message = encode_reply(reply, request.reply_to.unwrap_or_default(), request.correlation_id);
+            state.publish(endpoint, message, correlation_id)
+        };
+        let mut published = publish(reply);
+        if let Published::Refused(error) = &published {
+            log::warn!("the broker refused a reply, answering with an error: {error}");
+            let message = "internal error: the broker refused the answer, perhaps because of its size".into();
+            *reply = Err(Failure { code: ErrorCode::Internal, message });
+            published = publish(reply);
+        }
         if let Published::Unknown(error) = &published {
             state.failure = Some((error.clone(), Instant::now() + PUBLISH_TIMEOUT));
         }
         published
     }
 
-    /// Closes the connection if it was not used for a while.
-    pub(crate) fn close_idle(&self) {
+    /// Closes the connection, if it is not in use. The next reply opens another one.
+    pub(crate) fn close_unused(&self) {
         if let Ok(mut state) = self.0.try_lock() {
-            state.open.take_if(|open| open.last_used.elapsed() >= IDLE_TIMEOUT);
+            state.open = None;
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl State {
-    fn publish(&mut self, reply: Publish, correlation_id: Option<&[u8]>) -> Published {
+    fn publish(&mut self, endpoint: &Endpoint, reply: Publish, correlation_id: Option<&[u8]>) -> Published {
         let deadline = Deadline::after(PUBLISH_TIMEOUT);
-        // An idle connection may have ended.
-        let open = self.open.take().and_then(|open| open.wait_for_broker(&deadline).ok());
-        let open = match open.map_or_else(|| Open::new(&self.endpoints, &deadline), Ok) {
+        let mut open = match self.open.take().map_or_else(|| Open::new(endpoint, &deadline), Ok) {
             Ok(open) => open,
             Err(error) => return Published::Unknown(error),
         };
-        open.publisher.publish(reply, correlation_id);
-        let _ = open.publisher.flush(); // the round trip returns the cause
-        match open.wait_for_broker(&deadline) {
-            Ok(open) => {
+        let Open { connection, channel, publisher } = &mut open;
+        publisher.publish(reply, correlation_id);
+        let _ = publisher.flush(); // the call returns the cause
+
+        // A round trip. The broker handles a channel's methods in order: when it answers, it has not refused the reply.
+        // (A publisher confirm would tell the same, and would have to be enabled by another round trip.)
+        let round_trip = connection.call(&deadline, "publishing a reply", |_| channel.amqp.qos(0, 0, false));
+        channel.returns.try_iter().for_each(|reply| log_return(&reply));
+        match round_trip {
+            Ok(()) => {
                 self.open = Some(open);
                 Published::Accepted
             }
@@ -108,19 +116,10 @@ impl State {
 }
 
 impl Open {
-    fn new(endpoints: &[Endpoint], deadline: &Deadline) -> Result<Self, Error> {
-        let mut connection = Connection::open_any(endpoints, "rpc-server", deadline)?;
+    fn new(endpoint: &Endpoint, deadline: &Deadline) -> Result<Self, Error> {
+        let mut connection = Connection::open(endpoint, "rpc-server", deadline)?;
         let (channel, publisher) = connection.open_channel(MAX_UNREAD, deadline)?;
-        Ok(Open { connection, channel, publisher, last_used: Instant::now() })
-    }
-
-    /// A round trip: when it succeeds, the broker has accepted what was published before.
-    fn wait_for_broker(mut self, deadline: &Deadline) -> Result<Self, Error> {
-        let channel = &self.channel.amqp;
-        self.connection.call(deadline, "publishing a reply", |_| channel.qos(0, 0, false))?;
-        self.channel.returns.try_iter().for_each(|reply| log_return(&reply));
-        self.last_used = Instant::now();
-        Ok(self)
+        Ok(Open { connection, channel, publisher })
     }
 }
 

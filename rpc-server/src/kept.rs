@@ -18,9 +18,8 @@ impl KeptReply {
 
     /// Returns the reply that was kept for this request.
     pub(crate) fn take(&mut self, request: &Request) -> Option<Reply> {
-        // Nearly always there is none, and the body is not hashed.
-        let is_for_request = self.0.as_ref().is_some_and(|(kept, _)| *kept == key(request));
-        self.0.take_if(|_| is_for_request).map(|(_, reply)| reply)
+        // Without a kept reply, which is nearly always, the body is not hashed.
+        self.0.take_if(|(kept, _)| *kept == key(request)).map(|(_, reply)| reply)
     }
 }
 

@@ -1,9 +1,10 @@
 //! Serves a function over RabbitMQ RPC: a blocking consumer loop, one request at a time per worker.
 //!
-//! [`serve`] serves any [`Handler`]; the program `rpc-server` serves [`fib_handler`]. Read in this order: `handler` is the
-//! function, `server` keeps the connection, `worker` takes requests to the handler and publishes its replies, `queue` finds
-//! or declares the request queue, `isolated` and `kept` are about requests that are delivered again.
+//! [`serve`] serves any [`Handler`]; the program `rpc-server` serves [`fib_handler`]. Read in this order: `config` is what to
+//! serve, `handler` the function, `server` keeps the connection, `worker` takes requests to the handler and publishes its
+//! replies, `queue` finds or declares the request queue, `isolated` and `kept` are about requests that are delivered again.
 
+mod config;
 mod handler;
 mod isolated;
 mod kept;
@@ -12,8 +13,8 @@ mod server;
 mod signals;
 mod worker;
 
+pub use config::Config;
 pub use handler::{fib_handler, Handler};
 pub use queue::QueueType;
-pub use server::{serve, Config};
-pub use signals::stop_signal;
-pub use worker::Stop;
+pub use server::serve;
+pub use signals::{stop_signal, Stop};

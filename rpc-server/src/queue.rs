@@ -16,16 +16,6 @@ pub enum QueueType {
     Quorum,
 }
 
-impl QueueType {
-    fn name(self) -> &'static str {
-        match self {
-            QueueType::Auto | QueueType::Transient => "transient",
-            QueueType::Classic => "classic",
-            QueueType::Quorum => "quorum",
-        }
-    }
-}
-
 /// How often another server may declare the queue between our check and our declaration.
 const MAX_ATTEMPTS: u32 = 5;
 
@@ -40,19 +30,31 @@ pub(crate) fn find_or_declare(
     queue_type: QueueType,
     deadline: &Deadline,
 ) -> Result<String, Error> {
-    let mut attempts = 0;
+    let (name, durable) = match queue_type {
+        QueueType::Auto | QueueType::Transient => ("transient", false),
+        QueueType::Classic => ("classic", true),
+        QueueType::Quorum => ("quorum", true),
+    };
+    let mut arguments = FieldTable::new();
+    if queue_type == QueueType::Quorum {
+        arguments.insert("x-queue-type".into(), AmqpValue::LongString("quorum".into()));
+    }
+    let options = QueueDeclareOptions { durable, arguments, ..QueueDeclareOptions::default() };
+    let mut other_attempts = 1..MAX_ATTEMPTS;
     loop {
-        attempts += 1;
         match connection.queue_stats(queue, deadline) {
             Ok(_) => return Ok(format!("using existing queue '{queue}'")),
             Err(error) if closed_with(&error, NOT_FOUND) => {}
             Err(error) => return Err(error),
         }
-        match declare(connection, queue, queue_type, deadline) {
-            Ok(()) => return Ok(format!("declared queue '{queue}' ({})", queue_type.name())),
+        let declared = connection.call(deadline, "declaring a queue", |amqp| {
+            let channel = amqp.open_channel(None)?; // dropped in this call, so that its closing has the deadline, too
+            channel.queue_declare(queue, options.clone()).map(drop)
+        });
+        match declared {
             // Another server has declared it in another way: look for it again.
-            Err(error) if closed_with(&error, PRECONDITION_FAILED) && attempts < MAX_ATTEMPTS => {}
-            Err(error) => return Err(error),
+            Err(error) if closed_with(&error, PRECONDITION_FAILED) && other_attempts.next().is_some() => {}
+            declared => return declared.map(|()| format!("declared queue '{queue}' ({name})")),
         }
     }
 }
@@ -65,17 +67,4 @@ fn closed_with(error: &Error, code: u16) -> bool {
 /// close the connection with 541 and this name.
 pub(crate) fn forbids_transient(error: &Error) -> bool {
     matches!(&error.kind, ErrorKind::ConnectionClosed(reason) if reason.text.contains("transient_nonexcl_queues"))
-}
-
-fn declare(connection: &mut Connection, queue: &str, queue_type: QueueType, deadline: &Deadline) -> Result<(), Error> {
-    let mut arguments = FieldTable::new();
-    if queue_type == QueueType::Quorum {
-        arguments.insert("x-queue-type".into(), AmqpValue::LongString("quorum".into()));
-    }
-    let durable = matches!(queue_type, QueueType::Classic | QueueType::Quorum);
-    let options = QueueDeclareOptions { durable, arguments, ..QueueDeclareOptions::default() };
-    connection.call(deadline, "declaring a queue", |amqp| {
-        let channel = amqp.open_channel(None)?; // closed here, before the deadline, too
-        channel.queue_declare(queue, options).map(drop)
-    })
 }

@@ -1,63 +1,25 @@
 //! Serves a function: keeps the connection and the request queue, and gives channels to the workers.
+//!
+//! All workers wait for a channel at first, and again when theirs has ended. When the server ends, they end with the
+//! disconnection of that wait, or with the stop signal.
 
+use crate::config::Config;
 use crate::handler::Handler;
 use crate::isolated::{IsolatedPublisher, IDLE_TIMEOUT};
 use crate::kept::KeptReply;
 use crate::queue::{self, QueueType};
-use crate::worker::{Stop, Worker, WorkerChannel, WorkerEvent};
-use amiquip::ConnectionBlockedNotification;
-use crossbeam_channel::{bounded, select_biased, unbounded, Receiver, Sender};
+use crate::signals::Stop;
+use crate::worker::{Service, Worker, WorkerChannel, WorkerEvent};
+use amiquip::ConnectionBlockedNotification::{self, Blocked, Unblocked};
+use crossbeam_channel::{select_biased, unbounded, Receiver, Sender};
 use rpc_common::connection::{
     run_in_background, start_at, start_at_random, Connection, Deadline, Endpoint, Error, ErrorKind, Retry,
 };
-use rpc_common::options::{self, BrokerOptions};
-use rpc_common::text::{escape, parse_name};
-use std::mem;
+use rpc_common::text::escape;
 use std::num::NonZeroUsize;
 use std::sync::Once;
 use std::thread;
 use std::time::{Duration, Instant};
-
-/// What to serve. The defaults are those of the command line.
-#[derive(Clone, Debug, clap::Args)]
-#[command(next_help_heading = "Requests")]
-pub struct Config {
-    /// Request queue
-    #[arg(long, value_name = "NAME", default_value = "rpc_queue", value_parser = parse_name)]
-    pub queue: String,
-
-    /// auto | transient | classic | quorum: how to declare the queue if it does not exist
-    #[arg(long, value_name = "TYPE", default_value = "auto", hide_possible_values = true)]
-    pub queue_type: QueueType,
-
-    /// Requests served at once, each on a channel of its own; 0: one per core
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(..=1024))]
-    pub workers: u16,
-
-    /// Unacknowledged requests per worker (basic.qos)
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
-    pub prefetch: u16,
-
-    /// Where the broker is.
-    #[command(flatten)]
-    pub broker: BrokerOptions,
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        options::from_args(&[])
-    }
-}
-
-impl Config {
-    fn worker_count(&self) -> usize {
-        let cores = || thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        match self.workers {
-            0 => cores(),
-            workers => workers.into(),
-        }
-    }
-}
 
 /// How long an attempt to connect and to find or declare the queue may take, for each broker; and opening a channel.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -79,98 +41,73 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 pub fn serve(config: &Config, handler: &Handler, stop: &Stop, on_ready: &(dyn Fn() + Sync)) -> Result<(), Error> {
     let mut endpoints = config.broker.endpoints()?;
     start_at_random(&mut endpoints);
+    let service =
+        Service { config, handler, stop, on_ready, ready: Once::new(), isolated: IsolatedPublisher::default() };
     let (event_sender, events) = unbounded();
-    let ready = Once::new();
-    let on_ready = || ready.call_once(on_ready);
-    let isolated = IsolatedPublisher::new(endpoints.clone());
-    let connection = thread::scope(|scope| {
-        let mut channel_senders = Vec::new();
-        for index in 0..config.worker_count() {
-            let (channel_sender, channels) = bounded(1);
-            channel_senders.push(channel_sender);
-            let worker = Worker {
-                index,
-                queue: &config.queue,
-                prefetch: config.prefetch,
-                handler,
-                stop,
-                on_ready: &on_ready,
-                isolated: &isolated,
-                events: event_sender.clone(),
-                channels,
-                kept: KeptReply::default(),
-            };
+    let (channel_sender, channels) = unbounded();
+    let workers = match config.workers {
+        0 => thread::available_parallelism().map_or(1, NonZeroUsize::get),
+        workers => workers.into(),
+    };
+    thread::scope(|scope| {
+        for index in 0..workers {
+            let (events, channels) = (event_sender.clone(), channels.clone());
+            let worker = Worker { service: &service, events, channels, kept: KeptReply::default() };
             thread::Builder::new()
                 .name(format!("worker-{index}"))
                 .spawn_scoped(scope, move || worker.run())
                 .expect("the system provides a thread");
         }
         drop(event_sender);
-        let mut server = Server {
-            config,
+        let server = Server {
+            service: &service,
             endpoints,
-            stop,
-            ready: &ready,
-            isolated: &isolated,
             events,
-            channel_senders,
-            waiting: Vec::new(),
+            channels: channel_sender,
+            waiting: workers,
             queue_type: config.queue_type,
+            retry: Retry::new(Instant::now()),
             last_error: None,
-            is_consuming: false,
         };
         server.run()
-        // The scope waits for the workers. They end before the connection is closed.
     })?;
-    if let Some(Err(error)) = connection.map(|mut connection| connection.close()) {
-        log::warn!("{error}"); // what was not acknowledged is in the queue again
-    }
     log::info!("stopped");
     Ok(())
 }
 
 struct Server<'a> {
-    config: &'a Config,
+    service: &'a Service<'a>,
     /// Starts with the broker that was connected last.
     endpoints: Vec<Endpoint>,
-    stop: &'a Stop,
-    /// Completed when a worker has consumed for the first time.
-    ready: &'a Once,
-    isolated: &'a IsolatedPublisher,
+    /// Disconnected when all workers have ended.
     events: Receiver<WorkerEvent>,
-    /// By the workers' index.
-    channel_senders: Vec<Sender<WorkerChannel>>,
-    /// The workers that wait for a channel.
-    waiting: Vec<usize>,
+    channels: Sender<WorkerChannel>,
+    /// How many workers wait for a channel.
+    waiting: usize,
     /// As configured, or quorum where the broker does not permit transient queues.
     queue_type: QueueType,
+    retry: Retry,
     /// The error that was logged last, until a worker consumes.
     last_error: Option<Error>,
-    /// Whether a worker consumes on this connection.
-    is_consuming: bool,
 }
 
 /// A connection, what the broker notifies, and what was found out or done about the queue.
 type Connected = (Connection, Receiver<ConnectionBlockedNotification>, String);
 
 impl Server<'_> {
-    /// Connects, again and again. When it is time to stop, returns the connection, if there is one.
-    fn run(&mut self) -> Result<Option<Connection>, Error> {
-        let mut retry = Retry::new(Instant::now());
+    /// Connects, again and again, until it is time to stop.
+    fn run(mut self) -> Result<(), Error> {
         loop {
-            let error = match self.run_connection(&mut retry) {
-                Ok(connection) => return Ok(connection),
-                Err(error) => error,
-            };
+            let Err(error) = self.run_connection() else { return Ok(()) };
             let forbids_transient = queue::forbids_transient(&error);
             if forbids_transient && self.queue_type == QueueType::Auto {
                 log::info!("this broker permits no transient queues: using a quorum queue");
                 self.queue_type = QueueType::Quorum;
                 continue;
             }
-            let decision = retry.on_error(&error, Instant::now());
+            let decision = self.retry.on_error(&error, Instant::now());
             let cannot_help = decision.is_final || forbids_transient;
-            let has_served = self.ready.is_completed();
+            let has_served = self.service.ready.is_completed();
             if (cannot_help && !has_served) || error.kind == ErrorKind::TooManyChannels {
                 return Err(error);
             }
@@ -178,83 +115,90 @@ impl Server<'_> {
                 log::warn!("{error}; retrying");
             }
             self.last_error = Some(error);
-            if self.stop.recv_timeout(decision.pause).is_err_and(|end| end.is_disconnected()) {
-                return Ok(None);
+            if self.service.stop.recv_timeout(decision.pause).is_err_and(|end| end.is_disconnected()) {
+                return Ok(());
             }
         }
     }
 
-    /// One connection, from opening it to its end. When it is time to stop, returns it, if there is one.
-    fn run_connection(&mut self, retry: &mut Retry) -> Result<Option<Connection>, Error> {
-        let connecting = self.connect();
-        let (mut connection, notifications, queue_report) = select_biased! {
-            recv(self.stop) -> _ => {
-                // If it is opened soon, it is closed properly.
-                let connected = connecting.recv_timeout(STOP_TIMEOUT).ok().and_then(Result::ok);
-                return Ok(connected.map(|(connection, ..)| connection));
-            }
-            recv(connecting) -> connected => connected.expect("connecting does not panic")?,
-        };
-        retry.on_connected();
-        self.is_consuming = false;
+    /// One connection, from opening it to its end, or until it is time to stop.
+    fn run_connection(&mut self) -> Result<(), Error> {
+        let Some((mut connection, notifications, queue_report)) = self.connect()? else { return Ok(()) };
+        self.retry.on_connected();
         start_at(&mut self.endpoints, connection.broker());
-        self.isolated.use_endpoint(connection.endpoint());
+        self.service.isolated.close_unused(); // it may have lost its broker, too
+        let mut queue_report = Some(queue_report); // until it is logged
         loop {
             self.open_channels(&mut connection)?;
             select_biased! {
-                recv(self.stop) -> _ => return Ok(Some(connection)),
+                recv(self.service.stop) -> _ => break,
                 recv(notifications) -> notification => match notification {
-                    Ok(notification) => log_notification(connection.broker(), &notification),
+                    Ok(Blocked(reason)) => {
+                        log::warn!("{} blocks publishers: {}; waiting", connection.broker(), escape(reason.as_bytes()));
+                    }
+                    Ok(Unblocked) => log::info!("{} no longer blocks publishers", connection.broker()),
                     // Only this tells that the connection has ended: a worker's error may be about an earlier one.
                     Err(_) => return Err(connection.close_for_cause(amiquip::Error::EventLoopDropped)),
                 },
                 recv(self.events) -> event => match event {
                     Ok(WorkerEvent::Consuming) => {
-                        if !mem::replace(&mut self.is_consuming, true) {
-                            log::info!("connected to {}; {queue_report}", connection.broker());
+                        if let Some(report) = queue_report.take() {
+                            log::info!("connected to {}; {report}", connection.broker());
                             self.last_error = None;
                         }
                     }
-                    Ok(WorkerEvent::NeedsChannel { worker, lost }) => {
-                        self.waiting.push(worker);
-                        if let Some(error) = lost {
-                            self.recover_queue(&mut connection, error)?;
-                        }
+                    Ok(WorkerEvent::LostChannel(error)) => {
+                        self.waiting += 1;
+                        self.recover_queue(&mut connection, error)?;
                     }
-                    Err(_) => return Ok(Some(connection)), // the workers have stopped
+                    Err(_) => break, // the workers have ended
                 },
-                default(IDLE_TIMEOUT) => self.isolated.close_idle(),
+                default(IDLE_TIMEOUT) => self.service.isolated.close_unused(),
             }
         }
+        self.events.iter().for_each(drop); // the workers end before the connection is closed
+        if let Err(error) = connection.close() {
+            log::warn!("{error}"); // what was not acknowledged is in the queue again
+        }
+        Ok(())
     }
 
-    /// Connects, and finds or declares the queue, in the background: the stop signal may come meanwhile.
-    fn connect(&self) -> Receiver<Result<Connected, Error>> {
+    /// Connects, and finds or declares the queue, in the background: the stop signal may come meanwhile. `None` when it is
+    /// time to stop.
+    fn connect(&self) -> Result<Option<Connected>, Error> {
         let (endpoints, queue_type) = (self.endpoints.clone(), self.queue_type);
-        let queue = self.config.queue.clone();
-        run_in_background(move || {
-            let deadline = Deadline::after(endpoints.iter().map(|_| ATTEMPT_TIMEOUT).sum());
+        let queue = self.service.config.queue.clone();
+        let connecting = run_in_background(move || {
+            let timeout = endpoints.iter().map(|_| ATTEMPT_TIMEOUT).sum(); // for all of them
+            let deadline = Deadline::after(timeout);
             let mut connection = Connection::open_any(&endpoints, "rpc-server", &deadline)?;
             let notifications = connection.blocked_notifications(&deadline)?;
             let report = queue::find_or_declare(&mut connection, &queue, queue_type, &deadline)?;
             Ok((connection, notifications, report))
-        })
+        });
+        select_biased! {
+            recv(self.service.stop) -> _ => {
+                let _ = connecting.recv_timeout(STOP_TIMEOUT); // if it is opened soon, it is closed properly
+                Ok(None)
+            }
+            recv(connecting) -> connected => connected.expect("connecting does not panic").map(Some),
+        }
     }
 
     /// Opens a channel for each worker that waits for one.
     fn open_channels(&mut self, connection: &mut Connection) -> Result<(), Error> {
         let deadline = Deadline::after(ATTEMPT_TIMEOUT);
-        while let Some(&worker) = self.waiting.last() {
-            let channel = WorkerChannel::open(connection, self.config.prefetch, &deadline)?;
-            let _ = self.channel_senders[worker].send(channel); // fails if it has stopped
-            self.waiting.pop();
+        while self.waiting > 0 {
+            let channel = WorkerChannel::open(connection, self.service.config.prefetch, &deadline)?;
+            let _ = self.channels.send(channel); // fails if the workers have ended
+            self.waiting -= 1;
         }
         Ok(())
     }
 
     /// A worker has lost its channel while the connection works: finds or declares the queue.
     fn recover_queue(&mut self, connection: &mut Connection, error: Error) -> Result<(), Error> {
-        let queue = &self.config.queue;
+        let queue = &self.service.config.queue;
         match &error.kind {
             ErrorKind::ConsumerCancelled => log::warn!("queue '{queue}' was deleted"),
             ErrorKind::ChannelClosed(_) => log::warn!("{error}"),
@@ -264,16 +208,5 @@ impl Server<'_> {
         let deadline = Deadline::after(ATTEMPT_TIMEOUT);
         log::info!("{}", queue::find_or_declare(connection, queue, self.queue_type, &deadline)?);
         Ok(())
-    }
-}
-
-fn log_notification(broker: &str, notification: &ConnectionBlockedNotification) {
-    match notification {
-        ConnectionBlockedNotification::Blocked(reason) => {
-            log::warn!("{broker} blocks publishers: {}; waiting", escape(reason.as_bytes()));
-        }
-        ConnectionBlockedNotification::Unblocked => {
-            log::info!("{broker} no longer blocks publishers");
-        }
     }
 }

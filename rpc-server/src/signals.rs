@@ -1,10 +1,14 @@
 //! SIGINT and SIGTERM as a channel to wait on.
 
-use crate::worker::Stop;
+use crossbeam_channel::Receiver;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
+use std::convert::Infallible;
 use std::{io, thread};
+
+/// The **stop** signal: a channel on which nothing is sent. It is disconnected when it is time to stop.
+pub type Stop = Receiver<Infallible>;
 
 /// A stop signal that the first SIGINT or SIGTERM gives. The second one ends the process, as if it was not handled.
 ///

@@ -1,0 +1,36 @@
+//! What to serve: options of the command line, and of a program that uses the library.
+
+use crate::queue::QueueType;
+use rpc_common::options::{self, BrokerOptions};
+use rpc_common::text::parse_name;
+
+/// What to serve. The defaults are those of the command line.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Requests")]
+pub struct Config {
+    /// Request queue
+    #[arg(long, value_name = "NAME", default_value = "rpc_queue", value_parser = parse_name)]
+    pub queue: String,
+
+    /// auto | transient | classic | quorum: how to declare the queue if it does not exist
+    #[arg(long, value_name = "TYPE", default_value = "auto", hide_possible_values = true)]
+    pub queue_type: QueueType,
+
+    /// Requests served at once, each on a channel of its own; 0: one per core
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(..=1024))]
+    pub workers: u16,
+
+    /// Unacknowledged requests per worker (basic.qos)
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    pub prefetch: u16,
+
+    /// Where the broker is.
+    #[command(flatten)]
+    pub broker: BrokerOptions,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        options::from_args(&[])
+    }
+}

@@ -4,10 +4,10 @@
 //! some properties that a message's publisher can choose. So it gets only whole frames whose sizes are plausible, and
 //! which went through [`sanitize`].
 
-use super::channel::Channels;
+use super::channel::ConnectionState;
 use super::sanitize::sanitize;
-use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use thiserror::Error;
@@ -45,9 +45,8 @@ const TLS_ALERT: [u8; 2] = [21, 3];
 const MAX_NOTIFICATIONS: u32 = 100;
 const NOTIFICATION_PERIOD: Duration = Duration::from_secs(60);
 
-/// How many bytes are read at once: at first, and when more arrives.
-const FIRST_READ: usize = 4 << 10;
-const LARGEST_READ: usize = 64 << 10;
+/// How many bytes are read at once. The system provides memory only for what is read.
+const READ_SIZE: usize = 64 << 10;
 
 /// What the peer must not send.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -70,27 +69,24 @@ pub(crate) enum FrameError {
 
 /// A **frame inspector** takes bytes in pieces of any size, and gives out whole frames that are inspected.
 pub(crate) struct FrameInspector {
-    channels: Arc<Channels>,
+    state: Arc<ConnectionState>,
     buffer: Vec<u8>,
     /// The buffer is given out up to here, inspected up to `inspected`, and filled up to `filled`.
     read: usize,
     inspected: usize,
     filled: usize,
-    /// The delivery tag of the latest delivery of each channel: the next content header belongs to it.
-    delivery_tags: HashMap<u16, u64>,
     notifications: u32,
     notification_period_start: Instant,
 }
 
 impl FrameInspector {
-    pub(crate) fn new(channels: Arc<Channels>) -> Self {
+    pub(crate) fn new(state: Arc<ConnectionState>) -> Self {
         FrameInspector {
-            channels,
-            buffer: vec![0; FIRST_READ],
+            state,
+            buffer: vec![0; READ_SIZE],
             read: 0,
             inspected: 0,
             filled: 0,
-            delivery_tags: HashMap::new(),
             notifications: 0,
             notification_period_start: Instant::now(),
         }
@@ -106,18 +102,12 @@ impl FrameInspector {
 
     /// Where the next bytes from the peer go, when [`read`](Self::read) has returned 0.
     pub(crate) fn space(&mut self) -> &mut [u8] {
-        let was_full = self.filled == self.buffer.len();
         self.buffer.copy_within(self.read..self.filled, 0);
         self.filled -= self.read;
         (self.read, self.inspected) = (0, 0);
-        let len = match self.next_frame_len() {
-            Some(len) if len > self.buffer.len() => len,
-            _ if was_full && self.buffer.len() < LARGEST_READ => self.buffer.len() * 2,
-            _ if self.filled == 0 && self.buffer.len() > LARGEST_READ => LARGEST_READ,
-            _ => self.buffer.len(),
-        };
+        let len = self.next_frame_len().map_or(READ_SIZE, |len| len.max(READ_SIZE));
         self.buffer.resize(len, 0);
-        self.buffer.shrink_to(LARGEST_READ);
+        self.buffer.shrink_to(len);
         &mut self.buffer[self.filled..]
     }
 
@@ -128,47 +118,41 @@ impl FrameInspector {
     }
 
     /// Inspects the frames that are complete now that `count` bytes were put into [`space`](Self::space).
-    ///
-    /// Returns whether there was one.
-    pub(crate) fn advance(&mut self, count: usize) -> Result<bool, FrameError> {
+    pub(crate) fn advance(&mut self, count: usize) -> Result<(), FrameError> {
         self.filled += count;
-        let start = self.inspected;
         while let Some(len) = self.next_frame_len() {
             check_header(&self.buffer[self.inspected..self.filled])?;
             if self.filled - self.inspected < len {
                 break;
             }
-            let end = self.inspected + len;
-            self.inspect(self.inspected..end)?;
-            self.inspected = end;
+            self.inspect(self.inspected..self.inspected + len)?;
+            self.inspected += len;
         }
-        Ok(self.inspected > start)
+        Ok(())
     }
 
     fn inspect(&mut self, frame: Range<usize>) -> Result<(), FrameError> {
         let frame = &mut self.buffer[frame];
         let changes = sanitize(frame).map_err(|_| FrameError::Malformed)?;
-        let number = u16::from_be_bytes([frame[1], frame[2]]);
+        self.state.saw_frame.store(true, Ordering::Relaxed);
+        let channel = u16::from_be_bytes([frame[1], frame[2]]);
         match (frame[0], frame.get(METHOD).and_then(<[u8]>::first_chunk::<4>)) {
             // Before amiquip sees it and confirms it: afterwards the channel number is invalid.
-            (TYPE_METHOD, Some(&CHANNEL_CLOSE)) => self.channels.close(number),
+            (TYPE_METHOD, Some(&CHANNEL_CLOSE)) => self.state.close(channel),
             (TYPE_METHOD, Some(&BASIC_DELIVER)) => {
                 let tag = METHOD.end + 1 + usize::from(frame[METHOD.end]); // behind the consumer tag
-                self.delivery_tags.insert(number, read_number(&frame[tag..tag + 8]));
-                self.check_flood(number)?;
+                let delivery_tag = read_number(&frame[tag..tag + 8]);
+                self.begin_message(channel, delivery_tag)?;
             }
-            (TYPE_METHOD, Some(&BASIC_RETURN)) => self.check_flood(number)?,
-            (TYPE_METHOD, Some(&CONNECTION_BLOCKED | &CONNECTION_UNBLOCKED)) => {
-                self.count_notification()?;
-            }
+            (TYPE_METHOD, Some(&BASIC_RETURN)) => self.begin_message(channel, 0)?,
+            (TYPE_METHOD, Some(&CONNECTION_BLOCKED | &CONNECTION_UNBLOCKED)) => self.count_notification()?,
             (TYPE_CONTENT_HEADER, _) => {
                 let body_size = frame.get(BODY_SIZE).map_or(0, read_number);
                 if body_size > BODY_MAX {
                     return Err(FrameError::BodySize(body_size));
                 }
-                let tag = self.delivery_tags.remove(&number).filter(|_| !changes.is_empty());
-                if let (Some(tag), Some(channel)) = (tag, self.channels.get(number)) {
-                    channel.keep_changes(tag, changes);
+                if !changes.is_empty() {
+                    self.state.channel(channel).inspect(|channel| channel.keep_changes(changes));
                 }
             }
             _ => {}
@@ -176,11 +160,14 @@ impl FrameInspector {
         Ok(())
     }
 
-    fn check_flood(&self, number: u16) -> Result<(), FrameError> {
-        match self.channels.get(number) {
-            Some(channel) if channel.is_flooded() => Err(FrameError::TooManyMessages),
-            _ => Ok(()),
+    /// A delivery or a return begins: its content header follows.
+    fn begin_message(&self, channel: u16, delivery_tag: u64) -> Result<(), FrameError> {
+        let Some(channel) = self.state.channel(channel) else { return Ok(()) };
+        channel.delivery_tag.store(delivery_tag, Ordering::Relaxed);
+        if channel.is_flooded() {
+            return Err(FrameError::TooManyMessages);
         }
+        Ok(())
     }
 
     fn count_notification(&mut self) -> Result<(), FrameError> {
@@ -272,9 +259,9 @@ mod tests {
 
     #[test]
     fn a_channel_is_marked_closed_before_its_close_frame_is_given_out() {
-        let channels = Arc::new(Channels::default());
-        let state = channels.open(1, 10, crossbeam_channel::never());
-        let mut inspector = FrameInspector::new(channels);
+        let connection = Arc::new(ConnectionState::default());
+        let state = connection.open(1, 10, crossbeam_channel::never());
+        let mut inspector = FrameInspector::new(connection);
         let close = [&[0, 20, 0, 40][..], &[1, 144, 0, 0, 0, 0, 0]].concat();
         for (kind, is_open) in [(TYPE_BODY, true), (TYPE_METHOD, false)] {
             let bytes = frame(kind, &close); // a body may contain the same bytes
@@ -288,9 +275,9 @@ mod tests {
     #[test]
     fn more_returns_than_expected_are_an_error() {
         let (sender, returns) = crossbeam_channel::unbounded();
-        let channels = Arc::new(Channels::default());
-        channels.open(1, 0, returns);
-        let mut inspector = FrameInspector::new(channels);
+        let connection = Arc::new(ConnectionState::default());
+        connection.open(1, 0, returns);
+        let mut inspector = FrameInspector::new(connection);
         let returned = frame(1, &[0, 60, 0, 50, 1, 56, 0, 0, 0]);
         assert!(inspect_all(&mut inspector, [&returned[..]]).is_ok());
         let (exchange, routing_key, properties) = (String::new(), String::new(), amiquip::AmqpProperties::default());

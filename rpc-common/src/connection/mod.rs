@@ -8,31 +8,25 @@ mod deadline;
 mod endpoint;
 mod error;
 mod frames;
-mod publisher;
 mod retry;
 pub mod sanitize;
 mod socket;
 mod stream;
 mod tls;
-mod transport;
 mod writer;
 
+pub use channel::{ChannelClosed, OpenChannel, Publisher};
 pub use deadline::{run_in_background, Deadline, Watchdog};
 pub use endpoint::{start_at, start_at_random, Endpoint, Secret, DEFAULT_HEARTBEAT};
 pub use error::{Error, ErrorKind, Reason, ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED};
-pub use publisher::{ChannelClosed, Publisher};
 pub use retry::{Backoff, Retry};
 pub use tls::TlsFiles;
 
-use amiquip::{
-    Channel, ConnectionBlockedNotification, ConnectionTuning, Consumer, ConsumerMessage, ConsumerOptions, Delivery,
-    Return,
-};
-use channel::{lock, ChannelState, Channels};
+use amiquip::{ConnectionBlockedNotification, ConnectionTuning, ConsumerMessage, Delivery};
+use channel::ConnectionState;
 use crossbeam_channel::{Receiver, RecvError};
-use frames::{FrameError, FRAME_MAX};
-use sanitize::Changes;
-use std::sync::atomic::{AtomicBool, Ordering};
+use frames::{FrameError, FrameInspector, FRAME_MAX};
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
 use std::{fs, process};
@@ -52,36 +46,10 @@ pub struct Connection {
     amqp: Option<amiquip::Connection>,
     watchdog: Arc<Watchdog>,
     writer: Arc<FrameWriter>,
-    channels: Arc<Channels>,
+    state: Arc<ConnectionState>,
     endpoint: Endpoint,
     broker: String,
     close_deadline: Option<Deadline>,
-}
-
-/// An open channel. Its [`Publisher`] publishes and acknowledges on it.
-pub struct OpenChannel {
-    /// amiquip's channel, for everything but publishing, acknowledging and consuming.
-    pub amqp: Channel,
-    /// Published messages that the broker could not route to a queue.
-    pub returns: Receiver<Return>,
-    state: Arc<ChannelState>,
-}
-
-impl OpenChannel {
-    /// Starts the channel's consumer; there can be one. Blocks: see [`Connection::call`].
-    ///
-    /// # Errors
-    /// How the channel or the connection ended.
-    pub fn consume(&self, queue: &str, options: ConsumerOptions) -> amiquip::Result<Consumer<'_>> {
-        let consumer = self.amqp.basic_consume(queue, options)?;
-        let _ = self.state.deliveries.set(consumer.receiver().clone());
-        Ok(consumer)
-    }
-
-    /// Takes what was changed in a delivery to make it readable.
-    pub fn take_changes(&self, delivery_tag: u64) -> Changes {
-        lock(&self.state.changes).remove(&delivery_tag).unwrap_or_default()
-    }
 }
 
 /// The number of messages and consumers of a queue.
@@ -106,11 +74,9 @@ impl Connection {
     fn try_open(endpoint: &Endpoint, program: &str, deadline: &Deadline) -> Result<Self, ErrorKind> {
         let options = endpoint.options()?;
         let (transport, watchdog) = socket::connect(endpoint, deadline)?;
-        let channels = Arc::new(Channels::default());
-        let saw_frame = Arc::new(AtomicBool::new(false));
-        let stream = Stream::new(transport, channels.clone(), saw_frame.clone())
+        let state = Arc::new(ConnectionState::default());
+        let (stream, writer) = Stream::new(transport, FrameInspector::new(state.clone()))
             .map_err(|error| ErrorKind::ConnectionLost(error.to_string()))?;
-        let writer = stream.writer();
         let handshake = watchdog.run_until(deadline, || {
             amiquip::Connection::insecure_open_stream(
                 stream,
@@ -122,7 +88,7 @@ impl Connection {
         });
         let Some(amqp) = handshake else {
             // RabbitMQ sends a frame before we log in, and delays the refusal of a password.
-            let is_login = saw_frame.load(Ordering::Relaxed);
+            let is_login = state.saw_frame.load(Ordering::Relaxed);
             let login = "logging in: is the password right?";
             let step = if is_login { login } else { "waiting for the AMQP handshake" };
             return Err(ErrorKind::TimedOut(deadline.to_string(), step));
@@ -130,7 +96,7 @@ impl Connection {
         let amqp = amqp.map_err(|error| handshake_error(endpoint, error))?;
         let (amqp, watchdog) = (Some(amqp), watchdog.into());
         let (endpoint, broker) = (endpoint.clone(), endpoint.to_string());
-        Ok(Connection { amqp, watchdog, writer, channels, endpoint, broker, close_deadline: None })
+        Ok(Connection { amqp, watchdog, writer, state, endpoint, broker, close_deadline: None })
     }
 
     /// Connects to the first endpoint that accepts us. The endpoints divide the remaining time.
@@ -202,7 +168,7 @@ impl Connection {
             Ok((channel, returns))
         })?;
         let number = amqp.channel_id();
-        let state = self.channels.open(number, max_unread, returns.clone());
+        let state = self.state.open(number, max_unread, returns.clone());
         let publisher = Publisher::new(self.writer.clone(), state.clone(), number);
         Ok((OpenChannel { amqp, returns, state }, publisher))
     }

@@ -3,8 +3,8 @@
 use super::deadline::{run_in_background, Deadline, Watchdog};
 use super::endpoint::Endpoint;
 use super::error::ErrorKind;
-use super::tls::describe_tls_error;
-use super::transport::{TlsStream, Transport};
+use super::tls::{describe_tls_error, TlsStream};
+use super::writer::Transport;
 use crate::text::describe_io_error;
 use crossbeam_channel::RecvTimeoutError;
 use socket2::{SockRef, TcpKeepalive};

@@ -161,7 +161,7 @@ fn run(
         match command {
             Command::CheckQueue => send(SessionEvent::QueueChecked(check_queue(&mut connection, &config.queue)?)),
             Command::Close(deadline) => {
-                connection.set_close_deadline(&deadline);
+                connection.close_by(&deadline)?;
                 break;
             }
         }

@@ -1,8 +1,8 @@
 //! Exit codes: one documented type, printed by `--help` and repeated in the documentation.
 
 use crate::connection::{Error, ErrorKind};
-use std::fmt::{Display, Write as _};
-use std::io::{self, Write as _};
+use std::fmt::Display;
+use std::io::{self, Write};
 use std::process;
 
 /// An **exit code** tells a script how a program ended.
@@ -61,11 +61,8 @@ pub const SERVER_EXIT_CODES: &[(ExitCode, &str)] = &[
 
 /// Formats a table of exit codes for the end of `--help`.
 pub fn exit_codes_help(codes: &[(ExitCode, &str)]) -> String {
-    let mut text = String::from("Exit codes:");
-    for (code, meaning) in codes {
-        let _ = write!(text, "\n  {:>3}  {meaning}", *code as u8);
-    }
-    text
+    let lines = codes.iter().map(|(code, meaning)| format!("\n  {:>3}  {meaning}", *code as u8));
+    "Exit codes:".to_owned() + &lines.collect::<String>()
 }
 
 /// Prints why a program or a call failed to standard error.
@@ -78,7 +75,7 @@ pub fn print_error(program: &str, error: impl Display) {
 impl From<&Error> for ExitCode {
     fn from(error: &Error) -> Self {
         match error.kind {
-            ErrorKind::BadUrl(..) | ErrorKind::BadFile(..) => ExitCode::Usage,
+            ErrorKind::Configuration(_) => ExitCode::Usage,
             _ => ExitCode::Unreachable,
         }
     }

@@ -3,7 +3,6 @@
 use crate::connection::{Endpoint, Error, ErrorKind, Secret, TlsFiles, DEFAULT_HEARTBEAT};
 use crate::exit::{print_error, ExitCode};
 use clap::error::ErrorKind as ClapErrorKind;
-use std::convert::Infallible;
 use std::env;
 use std::error::Error as _;
 use std::path::PathBuf;
@@ -74,8 +73,8 @@ pub struct BrokerOptions {
     /// amqp(s)://user:password@host:port/vhost, repeatable: tried in turn
     /// [env: AMQP_URL, else amqp://localhost]
     // Not clap's `env`, and parsed after clap: clap would print the value, with its password.
-    #[arg(long = "url", value_name = "URL", value_parser = parse_secret, action = clap::ArgAction::Append)]
-    urls: Vec<Secret<String>>,
+    #[arg(long = "url", value_name = "URL", action = clap::ArgAction::Append)]
+    urls: Vec<Secret>,
 
     /// Read the password from FILE, again for every connection
     #[arg(long, value_name = "FILE")]
@@ -92,7 +91,7 @@ pub struct BrokerOptions {
 impl BrokerOptions {
     /// The options of a program that is given this URL and nothing else.
     pub fn from_url(url: &str) -> Self {
-        BrokerOptions { urls: vec![Secret(url.into())], ..from_args(&[]) }
+        from_args(&[&format!("--url={url}")])
     }
 
     /// The brokers that the options name, or else the environment variable `AMQP_URL`. Logs a warning if an option
@@ -126,8 +125,8 @@ impl BrokerOptions {
         endpoint.options()?;
         if !self.tls.is_empty() {
             if endpoint.tls.is_none() {
-                let reason = "--ca-file, --cert-file and --key-file need an amqps:// URL".into();
-                return Err(ErrorKind::BadUrl(endpoint.source_name, reason));
+                let reason = "--ca-file, --cert-file and --key-file need an amqps:// URL";
+                return Err(ErrorKind::bad_url(endpoint.source_name, reason));
             }
             self.tls.client_config()?;
             endpoint.tls = Some(self.tls.clone());
@@ -140,14 +139,8 @@ fn endpoint_from_env() -> Result<Endpoint, ErrorKind> {
     match env::var("AMQP_URL") {
         Ok(url) if !url.is_empty() => Endpoint::parse(&url, "AMQP_URL"),
         Ok(_) | Err(env::VarError::NotPresent) => Endpoint::parse("amqp://localhost", "the default"),
-        Err(env::VarError::NotUnicode(_)) => Err(ErrorKind::BadUrl("AMQP_URL", "not valid UTF-8".into())),
+        Err(env::VarError::NotUnicode(_)) => Err(ErrorKind::bad_url("AMQP_URL", "not valid UTF-8")),
     }
-}
-
-// clap wants a function that can fail.
-#[allow(clippy::unnecessary_wraps)]
-fn parse_secret(text: &str) -> Result<Secret<String>, Infallible> {
-    Ok(Secret(text.into()))
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use super::tls::TlsFiles;
 use crate::text::{describe_io_error, escape, parse_name};
 use amiquip::{Auth, ConnectionOptions};
 use percent_encoding::percent_decode_str;
-use std::fmt::{self, Debug, Display};
+use std::fmt::{self, Debug};
 use std::fs;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::PathBuf;
@@ -23,12 +23,14 @@ const CONTROL_CHARACTERS: &str = "must not contain control characters";
 /// An **endpoint** is a broker's address, and how to log in there.
 #[derive(Clone, Debug)]
 pub struct Endpoint {
+    /// Host and port, as messages name the broker.
+    pub broker: String,
     pub(crate) host: String,
     pub(crate) port: u16,
     pub(crate) vhost: String,
     pub(crate) user: String,
     /// `None`: the URL has no password.
-    password: Option<Secret<String>>,
+    password: Option<Secret>,
     uses_certificate_login: bool,
     /// Where the URL comes from, for messages.
     pub(crate) source_name: &'static str,
@@ -46,9 +48,9 @@ impl Endpoint {
     /// from, for messages.
     ///
     /// # Errors
-    /// [`ErrorKind::BadUrl`]
+    /// [`ErrorKind::Configuration`]
     pub fn parse(url: &str, source_name: &'static str) -> Result<Self, ErrorKind> {
-        parse(url, source_name).map_err(|reason| ErrorKind::BadUrl(source_name, reason))
+        parse(url, source_name).map_err(|reason| ErrorKind::bad_url(source_name, &reason))
     }
 
     /// Whether the URL contains a password.
@@ -59,7 +61,7 @@ impl Endpoint {
     /// What amiquip sends in the handshake. Reads the password file.
     ///
     /// # Errors
-    /// [`ErrorKind::BadFile`]
+    /// [`ErrorKind::Configuration`]
     pub(crate) fn options(&self) -> Result<ConnectionOptions<Auth>, ErrorKind> {
         Ok(ConnectionOptions::default().auth(self.auth()?).virtual_host(&self.vhost).heartbeat(self.heartbeat))
     }
@@ -125,9 +127,11 @@ fn parse(url: &str, source_name: &'static str) -> Result<Endpoint, String> {
         "" => "guest".into(),
         name => decode(name)?,
     };
+    let port = url.port().unwrap_or(default_port);
     Ok(Endpoint {
+        broker: if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") },
         host,
-        port: url.port().unwrap_or(default_port),
+        port,
         vhost,
         user,
         password: url.password().map(decode).transpose()?.map(Secret),
@@ -171,17 +175,6 @@ fn decode(part: &str) -> Result<String, String> {
     }
 }
 
-/// The host and port, as messages name a broker.
-impl Display for Endpoint {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.host.contains(':') {
-            write!(f, "[{}]:{}", self.host, self.port)
-        } else {
-            write!(f, "{}:{}", self.host, self.port)
-        }
-    }
-}
-
 /// Rotates the endpoints, the nodes of a cluster, to start at a random one, so that many servers spread over the nodes.
 pub fn start_at_random(endpoints: &mut [Endpoint]) {
     // The standard library seeds its hashers at random.
@@ -191,15 +184,21 @@ pub fn start_at_random(endpoints: &mut [Endpoint]) {
 
 /// Rotates the endpoints to start at this broker (host and port), if it is one of them.
 pub fn start_at(endpoints: &mut [Endpoint], broker: &str) {
-    let index = endpoints.iter().position(|endpoint| endpoint.to_string() == broker);
+    let index = endpoints.iter().position(|endpoint| endpoint.broker == broker);
     endpoints.rotate_left(index.unwrap_or_default());
 }
 
-/// A value that no message and no log shows.
+/// A text that no message and no log shows.
 #[derive(Clone)]
-pub struct Secret<T>(pub(crate) T);
+pub(crate) struct Secret(pub(crate) String);
 
-impl<T> Debug for Secret<T> {
+impl From<String> for Secret {
+    fn from(text: String) -> Self {
+        Secret(text)
+    }
+}
+
+impl Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("***")
     }
@@ -215,7 +214,7 @@ mod tests {
             Auth::Plain { username, password } => (username, password),
             Auth::External => ("(external)".into(), String::new()),
         };
-        (endpoint.to_string(), user, password, endpoint.vhost)
+        (endpoint.broker, user, password, endpoint.vhost)
     }
 
     #[test]
@@ -239,7 +238,7 @@ mod tests {
     #[test]
     fn endpoints_start_at_random_or_at_a_given_one() {
         let endpoints = ["a:1", "b:2", "c:3"].map(|name| Endpoint::parse(&format!("amqp://{name}"), "--url").unwrap());
-        let order = |endpoints: &[Endpoint]| endpoints.iter().map(ToString::to_string).collect::<Vec<_>>().concat();
+        let order = |endpoints: &[Endpoint]| endpoints.iter().map(|endpoint| &*endpoint.broker).collect::<String>();
         let random_order = || {
             let mut endpoints = endpoints.clone();
             start_at_random(&mut endpoints);

@@ -17,7 +17,8 @@ mod writer;
 
 pub use channel::{ChannelClosed, OpenChannel, Publisher};
 pub use deadline::{run_in_background, Deadline, Watchdog};
-pub use endpoint::{start_at, start_at_random, Endpoint, Secret, DEFAULT_HEARTBEAT};
+pub(crate) use endpoint::Secret;
+pub use endpoint::{start_at, start_at_random, Endpoint, DEFAULT_HEARTBEAT};
 pub use error::{Error, ErrorKind, Reason, ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED};
 pub use retry::{Backoff, Retry};
 pub use tls::TlsFiles;
@@ -33,8 +34,8 @@ use std::{fs, process};
 use stream::Stream;
 use writer::FrameWriter;
 
-/// How long closing waits for the broker before it shuts the socket down: without a deadline, and at least.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long closing waits for the broker before it shuts the socket down: at most, and at least.
+const MAX_CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 const MIN_CLOSE_TIMEOUT: Duration = Duration::from_millis(10);
 
 /// How long one of several brokers is tried: longer than RabbitMQ takes to refuse a password.
@@ -48,8 +49,6 @@ pub struct Connection {
     writer: Arc<FrameWriter>,
     state: Arc<ConnectionState>,
     endpoint: Endpoint,
-    broker: String,
-    close_deadline: Option<Deadline>,
 }
 
 /// The number of messages and consumers of a queue.
@@ -68,7 +67,7 @@ impl Connection {
     /// Any [`ErrorKind`] up to [`ErrorKind::Refused`], and [`ErrorKind::TimedOut`].
     pub fn open(endpoint: &Endpoint, program: &str, deadline: &Deadline) -> Result<Self, Error> {
         let opened = Self::try_open(endpoint, program, deadline);
-        opened.map_err(|kind| Error::new(&endpoint.to_string(), kind))
+        opened.map_err(|kind| Error::new(&endpoint.broker, kind))
     }
 
     fn try_open(endpoint: &Endpoint, program: &str, deadline: &Deadline) -> Result<Self, ErrorKind> {
@@ -95,8 +94,7 @@ impl Connection {
         };
         let amqp = amqp.map_err(|error| handshake_error(endpoint, error))?;
         let (amqp, watchdog) = (Some(amqp), watchdog.into());
-        let (endpoint, broker) = (endpoint.clone(), endpoint.to_string());
-        Ok(Connection { amqp, watchdog, writer, state, endpoint, broker, close_deadline: None })
+        Ok(Connection { amqp, watchdog, writer, state, endpoint: endpoint.clone() })
     }
 
     /// Connects to the first endpoint that accepts us. The endpoints divide the remaining time.
@@ -124,7 +122,7 @@ impl Connection {
 
     /// Host and port of the broker, for messages.
     pub fn broker(&self) -> &str {
-        &self.broker
+        &self.endpoint.broker
     }
 
     /// The endpoint that is connected.
@@ -152,7 +150,7 @@ impl Connection {
         };
         match self.watchdog.run_until(deadline, || call(amqp)) {
             Some(result) => result.map_err(|error| self.close_for_cause(error)),
-            None => Err(Error::new(&self.broker, ErrorKind::TimedOut(deadline.to_string(), step))),
+            None => Err(Error::new(self.broker(), ErrorKind::TimedOut(deadline.to_string(), step))),
         }
     }
 
@@ -212,35 +210,35 @@ impl Connection {
         );
         match if has_ended { self.close() } else { Ok(()) } {
             Err(cause) => cause,
-            Ok(()) => Error::new(&self.broker, error.into()),
+            Ok(()) => Error::new(self.broker(), error.into()),
         }
     }
 
     /// The error of a connection that cannot be used any more, for a reason that amiquip does not know.
     pub fn lost(&self, reason: &str) -> Error {
-        Error::new(&self.broker, ErrorKind::ConnectionLost(reason.into()))
+        Error::new(self.broker(), ErrorKind::ConnectionLost(reason.into()))
     }
 
-    /// Makes [`close`](Self::close) wait for the broker no longer than this, but at least 10 ms. What was sent before
-    /// is delivered all the same.
-    pub fn set_close_deadline(&mut self, deadline: &Deadline) {
-        self.close_deadline = Some(*deadline);
-    }
-
-    /// Closes the connection in one round trip. Shuts it down if that takes longer than a second, or than the
-    /// [close deadline](Self::set_close_deadline).
+    /// Closes the connection in one round trip. Shuts it down if that takes longer than a second.
     ///
     /// # Errors
     /// What the broker answered in place of close-ok.
     pub fn close(&mut self) -> Result<(), Error> {
+        self.close_by(&Deadline::after(MAX_CLOSE_TIMEOUT))
+    }
+
+    /// Closes the connection as [`close`](Self::close) does, but waits for the broker until the deadline: 10 ms at
+    /// least, and a second at most. What was sent before is delivered all the same.
+    ///
+    /// # Errors
+    /// As [`close`](Self::close).
+    pub fn close_by(&mut self, deadline: &Deadline) -> Result<(), Error> {
         let Some(amqp) = self.amqp.take() else { return Ok(()) };
-        let timeout = self
-            .close_deadline
-            .map_or(CLOSE_TIMEOUT, |deadline| deadline.remaining().clamp(MIN_CLOSE_TIMEOUT, CLOSE_TIMEOUT));
+        let timeout = deadline.remaining().clamp(MIN_CLOSE_TIMEOUT, MAX_CLOSE_TIMEOUT);
         let closed = self.watchdog.run_until(&Deadline::after(timeout), || amqp.close());
         // Other handles of the socket must not keep the connection open.
         self.watchdog.shut_down();
-        closed.unwrap_or(Ok(())).map_err(|error| Error::new(&self.broker, error.into()))
+        closed.unwrap_or(Ok(())).map_err(|error| Error::new(self.broker(), error.into()))
     }
 }
 
@@ -257,18 +255,21 @@ fn client_information(program: &str) -> String {
 }
 
 fn handshake_error(endpoint: &Endpoint, error: amiquip::Error) -> ErrorKind {
-    if let amiquip::Error::IoErrorReadingSocket { source } = &error {
-        match source.get_ref().and_then(|inner| inner.downcast_ref()) {
-            Some(FrameError::NotAmqp) => return ErrorKind::NotAmqp,
-            Some(FrameError::Tls) => return ErrorKind::TlsExpected,
-            _ => {}
-        }
+    let frame_error = match &error {
+        amiquip::Error::IoErrorReadingSocket { source } => source.get_ref().and_then(|inner| inner.downcast_ref()),
+        _ => None,
+    };
+    match frame_error {
+        Some(FrameError::NotAmqp) => return ErrorKind::NotConnected("is not an AMQP server".into()),
+        Some(FrameError::Tls) => return ErrorKind::NotConnected("answered with TLS: use amqps://".into()),
+        _ => {}
     }
+    let failed = |reason| ErrorKind::NotConnected(format!("failed the AMQP handshake: {reason}"));
     match error {
         amiquip::Error::InvalidCredentials => ErrorKind::Credentials(endpoint.describe_login()),
         error => match ErrorKind::from(error) {
-            ErrorKind::ConnectionLost(reason) => ErrorKind::Handshake(reason),
-            ErrorKind::ConnectionClosed(reason) => ErrorKind::Handshake(reason.text),
+            ErrorKind::ConnectionLost(reason) => failed(reason),
+            ErrorKind::ConnectionClosed(reason) => failed(reason.text),
             kind => kind,
         },
     }

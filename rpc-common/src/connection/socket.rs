@@ -31,13 +31,16 @@ fn resolve(endpoint: &Endpoint, deadline: &Deadline) -> Result<Vec<SocketAddr>, 
     }
     let name = (endpoint.host.clone(), endpoint.port);
     let lookup = run_in_background(move || name.to_socket_addrs().map(Vec::from_iter));
-    match lookup.recv_deadline(deadline.instant()) {
-        Ok(Ok(addresses)) if addresses.is_empty() => Err(ErrorKind::Resolve("no address".into())),
-        Ok(Ok(addresses)) => Ok(addresses),
-        Ok(Err(error)) => Err(ErrorKind::Resolve(describe_io_error(&error))),
-        Err(RecvTimeoutError::Timeout) => Err(ErrorKind::TimedOut(deadline.to_string(), "resolving the host name")),
-        Err(RecvTimeoutError::Disconnected) => Err(ErrorKind::Resolve("the lookup failed".into())),
-    }
+    let reason = match lookup.recv_deadline(deadline.instant()) {
+        Ok(Ok(addresses)) if addresses.is_empty() => "no address".into(),
+        Ok(Ok(addresses)) => return Ok(addresses),
+        Ok(Err(error)) => describe_io_error(&error),
+        Err(RecvTimeoutError::Timeout) => {
+            return Err(ErrorKind::TimedOut(deadline.to_string(), "resolving the host name"));
+        }
+        Err(RecvTimeoutError::Disconnected) => "the lookup failed".into(),
+    };
+    Err(ErrorKind::NotConnected(format!("cannot be resolved: {reason}: is the host name right?")))
 }
 
 /// Connects to the first address that accepts. The addresses divide the remaining time.
@@ -58,7 +61,8 @@ fn connect_to_any(endpoint: &Endpoint, addresses: &[SocketAddr], deadline: &Dead
 }
 
 fn unreachable(endpoint: &Endpoint, error: &io::Error) -> ErrorKind {
-    ErrorKind::Unreachable(endpoint.source_name, describe_io_error(error))
+    let (source_name, reason) = (endpoint.source_name, describe_io_error(error));
+    ErrorKind::NotConnected(format!("cannot be reached (from {source_name}): {reason}: is RabbitMQ running there?"))
 }
 
 /// Sets the socket's options, and starts a watchdog for it.
@@ -85,10 +89,14 @@ fn start_tls(
 }
 
 fn tls_error(error: &io::Error, host: &str) -> ErrorKind {
-    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
-        Some(rustls::Error::InvalidMessage(_)) => ErrorKind::NotTls,
-        Some(error) => ErrorKind::Tls(describe_tls_error(error, host)),
-        None if error.kind() == io::ErrorKind::UnexpectedEof => ErrorKind::NotTls,
-        None => ErrorKind::Tls(describe_io_error(error)),
-    }
+    let reason = match error.get_ref().and_then(|inner| inner.downcast_ref()) {
+        Some(rustls::Error::InvalidMessage(_)) => None,
+        Some(error) => Some(describe_tls_error(error, host)),
+        None if error.kind() == io::ErrorKind::UnexpectedEof => None,
+        None => Some(describe_io_error(error)),
+    };
+    ErrorKind::NotConnected(match reason {
+        None => "did not answer with TLS (TLS is usually on port 5671)".into(),
+        Some(reason) => format!("failed the TLS handshake: {reason}"),
+    })
 }

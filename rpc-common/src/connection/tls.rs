@@ -37,7 +37,7 @@ impl TlsFiles {
     /// Reads the files. Done for every connection, so that a server uses renewed certificates without a restart.
     ///
     /// # Errors
-    /// [`ErrorKind::BadFile`] or [`ErrorKind::NoCaCertificates`].
+    /// [`ErrorKind::Configuration`] or [`ErrorKind::NoCaCertificates`].
     pub(crate) fn client_config(&self) -> Result<ClientConfig, ErrorKind> {
         let builder = ClientConfig::builder().with_root_certificates(self.roots()?);
         let (Some(cert_file), Some(key_file)) = (&self.cert, &self.key) else {
@@ -48,14 +48,11 @@ impl TlsFiles {
         let chain = read_certificates("--cert-file", cert_file)?;
         let key = PrivateKeyDer::from_pem_slice(&read("--key-file", key_file)?)
             .map_err(|_| bad_key("contains no unencrypted PEM private key"))?;
-        let config = builder.with_client_auth_cert(chain, key).map_err(|error| match error {
+        builder.with_client_auth_cert(chain, key).map_err(|error| match error {
             rustls::Error::InconsistentKeys(_) => bad_key("is not the key of --cert-file"),
-            rustls::Error::InvalidCertificate(error) => {
-                bad_cert(&format!("the certificate {}", describe_certificate_error(&error, "")))
-            }
+            error @ rustls::Error::InvalidCertificate(_) => bad_cert(&describe_tls_error(&error, "")),
             error => bad_key(&format!("cannot be used: {error}")),
-        })?;
-        Ok(config)
+        })
     }
 
     fn roots(&self) -> Result<RootCertStore, ErrorKind> {

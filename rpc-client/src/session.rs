@@ -136,7 +136,7 @@ fn run(
         publisher.declare_exclusive_queue(&reply_queue); // if it fails, so does the consumer
         let _ = publisher.send();
     }
-    let (broker, watchdog) = (connection.broker().to_owned(), connection.watchdog());
+    let (broker, watchdog) = (connection.broker().to_owned(), connection.watchdog.clone());
     let link = Link { broker, publisher, reply_queue: reply_queue.clone(), watchdog };
     let connected = SessionEvent::Connected(link, channel.returns.clone(), notifications);
 

@@ -198,7 +198,7 @@ impl Server<'_> {
         retry.on_connected();
         self.is_consuming = false;
         start_at(&mut self.endpoints, connection.broker());
-        self.isolated.use_endpoint(connection.endpoint());
+        self.isolated.use_endpoint(&connection.endpoint);
         loop {
             self.open_channels(&mut connection)?;
             select_biased! {

@@ -70,7 +70,7 @@ impl WorkerChannel {
             prefetch => 2 * usize::from(prefetch) + MAX_UNREAD,
         };
         let (channel, publisher) = connection.open_channel(max_unread, deadline)?;
-        let (broker, watchdog) = (connection.broker().to_owned(), connection.watchdog());
+        let (broker, watchdog) = (connection.broker().to_owned(), connection.watchdog.clone());
         Ok(WorkerChannel { broker, channel, publisher, watchdog })
     }
 

@@ -5,7 +5,7 @@
 //! which went through [`sanitize`].
 
 use super::channel::ConnectionState;
-use super::sanitize::sanitize;
+use super::sanitize::{sanitize, TYPE_CONTENT_HEADER, TYPE_METHOD};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
@@ -24,8 +24,6 @@ const BODY_MAX: u64 = 512 << 20;
 
 /// A frame is a type (1 byte), a channel (2), a size (4), the payload and an end byte (AMQP 0-9-1, 4.2.3).
 const FRAME_HEADER: usize = 7;
-const TYPE_METHOD: u8 = 1;
-const TYPE_CONTENT_HEADER: u8 = 2;
 const TYPE_BODY: u8 = 3;
 const TYPE_HEARTBEAT: u8 = 8;
 /// The payload of a content header starts with a class (2 bytes), a weight (2) and the size of the body (8).
@@ -56,7 +54,7 @@ pub(crate) enum FrameError {
     #[error("the peer answered with TLS")]
     Tls,
     #[error("the broker announced a frame of {0} bytes")]
-    FrameSize(u64),
+    FrameSize(u32),
     #[error("the broker announced a body of {0} bytes")]
     BodySize(u64),
     #[error("the broker sent a frame whose fields cannot be read")]
@@ -105,30 +103,39 @@ impl FrameInspector {
         self.buffer.copy_within(self.read..self.filled, 0);
         self.filled -= self.read;
         (self.read, self.inspected) = (0, 0);
-        let len = self.next_frame_len().map_or(READ_SIZE, |len| len.max(READ_SIZE));
+        let len = match self.next_frame_len() {
+            Ok(Some(len)) => len.max(READ_SIZE),
+            _ => READ_SIZE,
+        };
         self.buffer.resize(len, 0);
         self.buffer.shrink_to(len);
         &mut self.buffer[self.filled..]
     }
 
-    /// The length of the first frame that is not inspected yet, if its header is complete.
-    fn next_frame_len(&self) -> Option<usize> {
-        let header = self.buffer[self.inspected..self.filled].get(..FRAME_HEADER)?;
-        usize::try_from(read_number(&header[3..])).ok().map(|size| FRAME_HEADER + size + 1)
-    }
-
     /// Inspects the frames that are complete now that `count` bytes were put into [`space`](Self::space).
     pub(crate) fn advance(&mut self, count: usize) -> Result<(), FrameError> {
         self.filled += count;
-        while let Some(len) = self.next_frame_len() {
-            check_header(&self.buffer[self.inspected..self.filled])?;
-            if self.filled - self.inspected < len {
-                break;
-            }
+        while let Some(len) = self.next_frame_len()?.filter(|len| *len <= self.filled - self.inspected) {
             self.inspect(self.inspected..self.inspected + len)?;
             self.inspected += len;
         }
         Ok(())
+    }
+
+    /// The length of the first frame that is not inspected yet, if its header is complete.
+    fn next_frame_len(&self) -> Result<Option<usize>, FrameError> {
+        let bytes = &self.buffer[self.inspected..self.filled];
+        let Some(&[frame_type, second, _, a, b, c, d]) = bytes.first_chunk() else { return Ok(None) };
+        let max = match frame_type {
+            TYPE_CONTENT_HEADER => CONTENT_HEADER_MAX,
+            TYPE_METHOD | TYPE_BODY | TYPE_HEARTBEAT => FRAME_MAX,
+            _ if [frame_type, second] == TLS_ALERT => return Err(FrameError::Tls),
+            _ => return Err(FrameError::NotAmqp),
+        };
+        match u32::from_be_bytes([a, b, c, d]) {
+            size if size > max => Err(FrameError::FrameSize(size)),
+            size => Ok(Some(FRAME_HEADER + size as usize + 1)),
+        }
     }
 
     fn inspect(&mut self, frame: Range<usize>) -> Result<(), FrameError> {
@@ -179,22 +186,6 @@ impl FrameInspector {
             return Err(FrameError::TooManyNotifications);
         }
         Ok(())
-    }
-}
-
-/// Checks the first bytes of a frame, or of what a peer that does not speak AMQP sends.
-fn check_header(bytes: &[u8]) -> Result<(), FrameError> {
-    if bytes.starts_with(&TLS_ALERT) {
-        return Err(FrameError::Tls);
-    }
-    let max = match bytes[0] {
-        TYPE_CONTENT_HEADER => CONTENT_HEADER_MAX,
-        TYPE_METHOD | TYPE_BODY | TYPE_HEARTBEAT => FRAME_MAX,
-        _ => return Err(FrameError::NotAmqp),
-    };
-    match read_number(&bytes[3..FRAME_HEADER]) {
-        size if size > u64::from(max) => Err(FrameError::FrameSize(size)),
-        _ => Ok(()),
     }
 }
 

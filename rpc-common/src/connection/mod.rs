@@ -45,10 +45,12 @@ const MAX_ATTEMPT: Duration = Duration::from_secs(5);
 pub struct Connection {
     /// `None` once it is closed.
     amqp: Option<amiquip::Connection>,
-    watchdog: Arc<Watchdog>,
+    /// The watchdog of the socket, for blocking calls on a channel from another thread.
+    pub watchdog: Arc<Watchdog>,
+    /// Where it is connected.
+    pub endpoint: Endpoint,
     writer: Arc<FrameWriter>,
     state: Arc<ConnectionState>,
-    endpoint: Endpoint,
 }
 
 /// The number of messages and consumers of a queue.
@@ -123,16 +125,6 @@ impl Connection {
     /// Host and port of the broker, for messages.
     pub fn broker(&self) -> &str {
         &self.endpoint.broker
-    }
-
-    /// The endpoint that is connected.
-    pub fn endpoint(&self) -> &Endpoint {
-        &self.endpoint
-    }
-
-    /// The watchdog of the socket, for blocking calls on a channel from another thread.
-    pub fn watchdog(&self) -> Arc<Watchdog> {
-        self.watchdog.clone()
     }
 
     /// Runs a blocking call of amiquip on this connection. `step` says what it does, for the error that it timed out.

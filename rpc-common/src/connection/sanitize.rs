@@ -64,8 +64,8 @@ const SHORT: Layout = Fixed(2);
 const LONG: Layout = Fixed(4);
 const LONG_LONG: Layout = Fixed(8);
 
-const METHOD_FRAME: u8 = 1;
-const CONTENT_HEADER_FRAME: u8 = 2;
+pub(super) const TYPE_METHOD: u8 = 1;
+pub(super) const TYPE_CONTENT_HEADER: u8 = 2;
 /// A frame consists of a type (1 byte), a channel (2), the payload's size (4), the payload and an end byte.
 const SIZE_OFFSET: usize = 3;
 const END_LEN: usize = 1;
@@ -141,7 +141,7 @@ pub fn correlation_id_range(frame: &[u8]) -> Option<Range<usize>> {
 /// Returns the layouts of a frame's fields, and the range of their bytes.
 fn fields(frame: &[u8]) -> Result<(impl Iterator<Item = Layout>, Range<usize>), Malformed> {
     let mut rest = SIZE_OFFSET..frame.len();
-    let Some(&frame_type @ (METHOD_FRAME | CONTENT_HEADER_FRAME)) = frame.first() else {
+    let Some(&frame_type @ (TYPE_METHOD | TYPE_CONTENT_HEADER)) = frame.first() else {
         return Ok((present(&[], 0), rest));
     };
     let payload = split_off(frame, &mut rest, ByteArray)?;
@@ -150,7 +150,7 @@ fn fields(frame: &[u8]) -> Result<(impl Iterator<Item = Layout>, Range<usize>), 
     }
     rest = payload;
     let mut read = |layout| split_off(frame, &mut rest, layout).map(|content| number(&frame[content]));
-    let layouts = if frame_type == METHOD_FRAME {
+    let layouts = if frame_type == TYPE_METHOD {
         present(arguments(read(SHORT)?, read(SHORT)?)?, usize::MAX)
     } else {
         read(CONTENT_HEADER_START)?;

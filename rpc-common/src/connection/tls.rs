@@ -103,9 +103,7 @@ impl TlsStream {
     pub(crate) fn handshake(config: ClientConfig, host: &str, mut socket: TcpStream) -> io::Result<Self> {
         let host = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
         let mut connection = ClientConnection::new(Arc::new(config), host).map_err(io::Error::other)?;
-        while connection.is_handshaking() {
-            connection.complete_io(&mut socket)?;
-        }
+        connection.complete_io(&mut socket)?;
         Ok(TlsStream { connection, socket, unreported: 0 })
     }
 
@@ -133,9 +131,8 @@ impl TlsStream {
             self.unreported = self.connection.writer().write(bytes)?;
         }
         while self.connection.wants_write() {
-            if let Err(error) = self.connection.write_tls(&mut self.socket) {
-                return Err(self.explain_write_error(error));
-            }
+            let written = self.connection.write_tls(&mut self.socket);
+            written.map_err(|error| self.explain_write_error(error))?;
         }
         Ok(mem::take(&mut self.unreported))
     }
@@ -143,14 +140,11 @@ impl TlsStream {
     /// A broker that refuses our certificate sends an alert and closes the socket. The alert can still be read when
     /// writing fails.
     fn explain_write_error(&mut self, error: io::Error) -> io::Error {
-        if matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe) {
-            if let Err(cause) = self.receive() {
-                if cause.kind() == io::ErrorKind::InvalidData {
-                    return cause;
-                }
-            }
+        let is_closed = matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe);
+        match is_closed.then(|| self.receive()) {
+            Some(Err(cause)) if cause.kind() == io::ErrorKind::InvalidData => cause,
+            _ => error,
         }
-        error
     }
 }
 

@@ -9,7 +9,6 @@ use crossbeam_channel::{never, unbounded, Receiver, Sender};
 use rpc_common::connection::{
     Connection, Deadline, Endpoint, Error as ConnectionError, ErrorKind, Publisher, QueueStats, Watchdog,
 };
-use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 use uuid::Uuid;
@@ -45,7 +44,7 @@ pub(crate) struct Link {
     pub(crate) broker: String,
     pub(crate) publisher: Publisher,
     pub(crate) reply_queue: String,
-    watchdog: Arc<Watchdog>,
+    watchdog: Watchdog,
 }
 
 /// What the thread does on request.

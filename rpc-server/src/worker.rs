@@ -11,7 +11,6 @@ use rpc_common::connection::{
 use rpc_common::message::{encode_reply, unix_time_ms, ErrorCode, Failure, Reply, Request};
 use rpc_common::text::{escape, format_duration};
 use std::convert::Infallible;
-use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 /// The **stop** signal: a channel on which nothing is sent. It is disconnected when it is time to stop.
@@ -60,7 +59,7 @@ pub(crate) struct WorkerChannel {
     broker: String,
     channel: OpenChannel,
     publisher: Publisher,
-    watchdog: Arc<Watchdog>,
+    watchdog: Watchdog,
 }
 
 impl WorkerChannel {

@@ -56,9 +56,10 @@ impl Display for Deadline {
 ///
 /// amiquip's calls have no timeout of their own. It is one thread for each connection, not one for each call, because
 /// starting a thread costs a cold call 0.1 ms.
+#[derive(Clone)]
 pub struct Watchdog {
     watched: Arc<Watched>,
-    /// Wakes the thread; when it is dropped, the thread ends.
+    /// Wakes the thread; when the last clone is dropped, the thread ends.
     wake: Sender<()>,
 }
 
@@ -76,7 +77,7 @@ struct Calls {
 }
 
 impl Watchdog {
-    /// Starts the thread that watches this socket. It ends when the watchdog is dropped.
+    /// Starts the thread that watches this socket. It ends when the last clone of the watchdog is dropped.
     ///
     /// # Errors
     /// When the system refuses a thread.

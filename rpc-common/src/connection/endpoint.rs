@@ -14,11 +14,8 @@ use url::{Host, ParseError, Url};
 /// Seconds between heartbeats, if nothing else is configured.
 pub const DEFAULT_HEARTBEAT: u16 = 10;
 
-const DEFAULT_PORT: u16 = 5672;
-const DEFAULT_TLS_PORT: u16 = 5671;
 const URL_FORM: &str = "not of the form amqp://user:password@host:port/vhost";
 const BAD_PASSWORD: &str = "bad port: is # / ? or @ in the password percent-encoded?";
-const CONTROL_CHARACTERS: &str = "must not contain control characters";
 
 /// An **endpoint** is a broker's address, and how to log in there.
 #[derive(Clone, Debug)]
@@ -102,8 +99,8 @@ fn parse(url: &str, source_name: &'static str) -> Result<Endpoint, String> {
         error => error.to_string(),
     })?;
     let (tls, default_port) = match url.scheme() {
-        "amqp" => (None, DEFAULT_PORT),
-        "amqps" => (Some(TlsFiles::default()), DEFAULT_TLS_PORT),
+        "amqp" => (None, 5672),
+        "amqps" => (Some(TlsFiles::default()), 5671),
         other => return Err(format!("unknown scheme '{other}': use amqp or amqps")),
     };
     if url.cannot_be_a_base() || url.fragment().is_some() {
@@ -169,7 +166,7 @@ fn parse_parameters(url: &Url) -> Result<bool, String> {
 
 fn decode(part: &str) -> Result<String, String> {
     match percent_decode_str(part).decode_utf8() {
-        Ok(text) if text.contains(char::is_control) => Err(CONTROL_CHARACTERS.into()),
+        Ok(text) if text.contains(char::is_control) => Err("must not contain control characters".into()),
         Ok(text) => Ok(text.into_owned()),
         Err(_) => Err("the percent-encoded text is not valid UTF-8".into()),
     }

@@ -5,7 +5,8 @@
 //! which went through [`sanitize`].
 
 use super::channel::ConnectionState;
-use super::sanitize::{sanitize, TYPE_CONTENT_HEADER, TYPE_METHOD};
+use super::sanitize::sanitize;
+use amq_protocol::protocol::constants::{FRAME_BODY, FRAME_HEADER, FRAME_HEARTBEAT, FRAME_METHOD};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
@@ -23,13 +24,11 @@ const CONTENT_HEADER_MAX: u32 = 1 << 20;
 const BODY_MAX: u64 = 512 << 20;
 
 /// A frame is a type (1 byte), a channel (2), a size (4), the payload and an end byte (AMQP 0-9-1, 4.2.3).
-const FRAME_HEADER: usize = 7;
-const TYPE_BODY: u8 = 3;
-const TYPE_HEARTBEAT: u8 = 8;
+const FRAME_HEADER_LEN: usize = 7;
 /// The payload of a content header starts with a class (2 bytes), a weight (2) and the size of the body (8).
-const BODY_SIZE: Range<usize> = FRAME_HEADER + 4..FRAME_HEADER + 12;
+const BODY_SIZE: Range<usize> = FRAME_HEADER_LEN + 4..FRAME_HEADER_LEN + 12;
 /// The payload of a method starts with a class (2 bytes) and a method (2).
-const METHOD: Range<usize> = FRAME_HEADER..FRAME_HEADER + 4;
+const METHOD: Range<usize> = FRAME_HEADER_LEN..FRAME_HEADER_LEN + 4;
 const CONNECTION_BLOCKED: [u8; 4] = [0, 10, 0, 60];
 const CONNECTION_UNBLOCKED: [u8; 4] = [0, 10, 0, 61];
 const CHANNEL_CLOSE: [u8; 4] = [0, 20, 0, 40];
@@ -127,14 +126,14 @@ impl FrameInspector {
         let bytes = &self.buffer[self.inspected..self.filled];
         let Some(&[frame_type, second, _, a, b, c, d]) = bytes.first_chunk() else { return Ok(None) };
         let max = match frame_type {
-            TYPE_CONTENT_HEADER => CONTENT_HEADER_MAX,
-            TYPE_METHOD | TYPE_BODY | TYPE_HEARTBEAT => FRAME_MAX,
+            FRAME_HEADER => CONTENT_HEADER_MAX,
+            FRAME_METHOD | FRAME_BODY | FRAME_HEARTBEAT => FRAME_MAX,
             _ if [frame_type, second] == TLS_ALERT => return Err(FrameError::Tls),
             _ => return Err(FrameError::NotAmqp),
         };
         match u32::from_be_bytes([a, b, c, d]) {
             size if size > max => Err(FrameError::FrameSize(size)),
-            size => Ok(Some(FRAME_HEADER + size as usize + 1)),
+            size => Ok(Some(FRAME_HEADER_LEN + size as usize + 1)),
         }
     }
 
@@ -145,15 +144,15 @@ impl FrameInspector {
         let channel = u16::from_be_bytes([frame[1], frame[2]]);
         match (frame[0], frame.get(METHOD).and_then(<[u8]>::first_chunk::<4>)) {
             // Before amiquip sees it and confirms it: afterwards the channel number is invalid.
-            (TYPE_METHOD, Some(&CHANNEL_CLOSE)) => self.state.close(channel),
-            (TYPE_METHOD, Some(&BASIC_DELIVER)) => {
+            (FRAME_METHOD, Some(&CHANNEL_CLOSE)) => self.state.close(channel),
+            (FRAME_METHOD, Some(&BASIC_DELIVER)) => {
                 let tag = METHOD.end + 1 + usize::from(frame[METHOD.end]); // behind the consumer tag
                 let delivery_tag = read_number(&frame[tag..tag + 8]);
                 self.begin_message(channel, delivery_tag)?;
             }
-            (TYPE_METHOD, Some(&BASIC_RETURN)) => self.begin_message(channel, 0)?,
-            (TYPE_METHOD, Some(&CONNECTION_BLOCKED | &CONNECTION_UNBLOCKED)) => self.count_notification()?,
-            (TYPE_CONTENT_HEADER, _) => {
+            (FRAME_METHOD, Some(&BASIC_RETURN)) => self.begin_message(channel, 0)?,
+            (FRAME_METHOD, Some(&CONNECTION_BLOCKED | &CONNECTION_UNBLOCKED)) => self.count_notification()?,
+            (FRAME_HEADER, _) => {
                 let body_size = frame.get(BODY_SIZE).map_or(0, read_number);
                 if body_size > BODY_MAX {
                     return Err(FrameError::BodySize(body_size));
@@ -254,7 +253,7 @@ mod tests {
         let state = connection.open(1, 10, crossbeam_channel::never());
         let mut inspector = FrameInspector::new(connection);
         let close = [&[0, 20, 0, 40][..], &[1, 144, 0, 0, 0, 0, 0]].concat();
-        for (kind, is_open) in [(TYPE_BODY, true), (TYPE_METHOD, false)] {
+        for (kind, is_open) in [(FRAME_BODY, true), (FRAME_METHOD, false)] {
             let bytes = frame(kind, &close); // a body may contain the same bytes
             inspector.space()[..bytes.len()].copy_from_slice(&bytes);
             inspector.advance(bytes.len()).unwrap();

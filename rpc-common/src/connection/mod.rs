@@ -46,7 +46,7 @@ pub struct Connection {
     /// `None` once it is closed.
     amqp: Option<amiquip::Connection>,
     /// The watchdog of the socket, for blocking calls on a channel from another thread.
-    pub watchdog: Arc<Watchdog>,
+    pub watchdog: Watchdog,
     /// Where it is connected.
     pub endpoint: Endpoint,
     writer: Arc<FrameWriter>,
@@ -95,8 +95,7 @@ impl Connection {
             return Err(ErrorKind::TimedOut(deadline.to_string(), step));
         };
         let amqp = amqp.map_err(|error| handshake_error(endpoint, error))?;
-        let (amqp, watchdog) = (Some(amqp), watchdog.into());
-        Ok(Connection { amqp, watchdog, writer, state, endpoint: endpoint.clone() })
+        Ok(Connection { amqp: Some(amqp), watchdog, writer, state, endpoint: endpoint.clone() })
     }
 
     /// Connects to the first endpoint that accepts us. The endpoints divide the remaining time.

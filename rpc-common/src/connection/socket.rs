@@ -20,8 +20,13 @@ pub(crate) fn connect(endpoint: &Endpoint, deadline: &Deadline) -> Result<(Trans
     let addresses = resolve(endpoint, deadline)?;
     let socket = connect_to_any(endpoint, &addresses, deadline)?;
     let watchdog = configure(&socket).map_err(|error| unreachable(endpoint, &error))?;
-    let transport = start_tls(endpoint, socket, &watchdog, deadline)?;
-    Ok((transport, watchdog))
+    let Some(files) = &endpoint.tls else { return Ok((Transport::Plain(socket), watchdog)) };
+    let (config, host) = (files.client_config()?, &endpoint.host);
+    match watchdog.run_until(deadline, || TlsStream::handshake(config, host, socket)) {
+        Some(Ok(stream)) => Ok((Transport::Tls(Box::new(stream)), watchdog)),
+        Some(Err(error)) => Err(tls_error(&error, host)),
+        None => Err(ErrorKind::TimedOut(deadline.to_string(), "waiting for the TLS handshake")),
+    }
 }
 
 /// Looks the host up on a thread of its own: nothing can interrupt `getaddrinfo`. At worst the thread stays behind.
@@ -72,31 +77,12 @@ fn configure(socket: &TcpStream) -> io::Result<Watchdog> {
     Watchdog::new(socket.try_clone()?)
 }
 
-fn start_tls(
-    endpoint: &Endpoint,
-    socket: TcpStream,
-    watchdog: &Watchdog,
-    deadline: &Deadline,
-) -> Result<Transport, ErrorKind> {
-    let Some(files) = &endpoint.tls else { return Ok(Transport::Plain(socket)) };
-    let config = files.client_config()?;
-    let host = &endpoint.host;
-    match watchdog.run_until(deadline, || TlsStream::handshake(config, host, socket)) {
-        Some(Ok(stream)) => Ok(Transport::Tls(Box::new(stream))),
-        Some(Err(error)) => Err(tls_error(&error, host)),
-        None => Err(ErrorKind::TimedOut(deadline.to_string(), "waiting for the TLS handshake")),
-    }
-}
-
 fn tls_error(error: &io::Error, host: &str) -> ErrorKind {
-    let reason = match error.get_ref().and_then(|inner| inner.downcast_ref()) {
-        Some(rustls::Error::InvalidMessage(_)) => None,
-        Some(error) => Some(describe_tls_error(error, host)),
-        None if error.kind() == io::ErrorKind::UnexpectedEof => None,
-        None => Some(describe_io_error(error)),
-    };
-    ErrorKind::NotConnected(match reason {
-        None => "did not answer with TLS (TLS is usually on port 5671)".into(),
-        Some(reason) => format!("failed the TLS handshake: {reason}"),
-    })
+    let tls_error = error.get_ref().and_then(|inner| inner.downcast_ref());
+    let is_other_protocol = matches!(tls_error, Some(rustls::Error::InvalidMessage(_)));
+    if is_other_protocol || error.kind() == io::ErrorKind::UnexpectedEof {
+        return ErrorKind::NotConnected("did not answer with TLS (TLS is usually on port 5671)".into());
+    }
+    let reason = tls_error.map_or_else(|| describe_io_error(error), |error| describe_tls_error(error, host));
+    ErrorKind::NotConnected(format!("failed the TLS handshake: {reason}"))
 }

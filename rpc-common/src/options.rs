@@ -123,7 +123,7 @@ impl BrokerOptions {
         endpoint.heartbeat = self.heartbeat;
         endpoint.password_file.clone_from(&self.password_file);
         endpoint.options()?;
-        if !self.tls.is_empty() {
+        if self.tls != TlsFiles::default() {
             if endpoint.tls.is_none() {
                 let reason = "--ca-file, --cert-file and --key-file need an amqps:// URL";
                 return Err(ErrorKind::bad_url(endpoint.source_name, reason));

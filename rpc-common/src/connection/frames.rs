@@ -42,8 +42,9 @@ const TLS_ALERT: [u8; 2] = [21, 3];
 const MAX_NOTIFICATIONS: u32 = 100;
 const NOTIFICATION_PERIOD: Duration = Duration::from_secs(60);
 
-/// How many bytes are read at once. The system provides memory only for what is read.
-const READ_SIZE: usize = 64 << 10;
+/// How many bytes are read at once: at first, and when more arrives.
+const FIRST_READ: usize = 4 << 10;
+const LARGEST_READ: usize = 64 << 10;
 
 /// What the peer must not send.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -80,7 +81,7 @@ impl FrameInspector {
     pub(crate) fn new(state: Arc<ConnectionState>) -> Self {
         FrameInspector {
             state,
-            buffer: vec![0; READ_SIZE],
+            buffer: vec![0; FIRST_READ],
             read: 0,
             inspected: 0,
             filled: 0,
@@ -99,13 +100,13 @@ impl FrameInspector {
 
     /// Where the next bytes from the peer go, when [`read`](Self::read) has returned 0.
     pub(crate) fn space(&mut self) -> &mut [u8] {
+        let mut len = (2 * self.filled).max(self.buffer.len()).min(LARGEST_READ);
         self.buffer.copy_within(self.read..self.filled, 0);
         self.filled -= self.read;
         (self.read, self.inspected) = (0, 0);
-        let len = match self.next_frame_len() {
-            Ok(Some(len)) => len.max(READ_SIZE),
-            _ => READ_SIZE,
-        };
+        if let Ok(Some(frame_len)) = self.next_frame_len() {
+            len = len.max(frame_len);
+        }
         self.buffer.resize(len, 0);
         self.buffer.shrink_to(len);
         &mut self.buffer[self.filled..]

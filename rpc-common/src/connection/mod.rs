@@ -246,14 +246,12 @@ fn client_information(program: &str) -> String {
 }
 
 fn handshake_error(endpoint: &Endpoint, error: amiquip::Error) -> ErrorKind {
-    let frame_error = match &error {
-        amiquip::Error::IoErrorReadingSocket { source } => source.get_ref().and_then(|inner| inner.downcast_ref()),
-        _ => None,
-    };
-    match frame_error {
-        Some(FrameError::NotAmqp) => return ErrorKind::NotConnected("is not an AMQP server".into()),
-        Some(FrameError::Tls) => return ErrorKind::NotConnected("answered with TLS: use amqps://".into()),
-        _ => {}
+    if let amiquip::Error::IoErrorReadingSocket { source } = &error {
+        match source.get_ref().and_then(|inner| inner.downcast_ref()) {
+            Some(FrameError::NotAmqp) => return ErrorKind::NotConnected("is not an AMQP server".into()),
+            Some(FrameError::Tls) => return ErrorKind::NotConnected("answered with TLS: use amqps://".into()),
+            _ => {}
+        }
     }
     let failed = |reason| ErrorKind::NotConnected(format!("failed the AMQP handshake: {reason}"));
     match error {

@@ -29,11 +29,6 @@ pub struct TlsFiles {
 }
 
 impl TlsFiles {
-    /// Whether no file is given.
-    pub(crate) fn is_empty(&self) -> bool {
-        *self == TlsFiles::default()
-    }
-
     /// Reads the files. Done for every connection, so that a server uses renewed certificates without a restart.
     ///
     /// # Errors

@@ -100,15 +100,13 @@ impl FrameInspector {
 
     /// Where the next bytes from the peer go, when [`read`](Self::read) has returned 0.
     pub(crate) fn space(&mut self) -> &mut [u8] {
-        let mut len = (2 * self.filled).max(self.buffer.len()).min(LARGEST_READ);
+        let len = if self.filled == self.buffer.len() { 2 * self.filled } else { self.buffer.len() };
         self.buffer.copy_within(self.read..self.filled, 0);
         self.filled -= self.read;
         (self.read, self.inspected) = (0, 0);
-        if let Ok(Some(frame_len)) = self.next_frame_len() {
-            len = len.max(frame_len);
-        }
-        self.buffer.resize(len, 0);
-        self.buffer.shrink_to(len);
+        let frame_len = self.next_frame_len().ok().flatten().unwrap_or_default();
+        self.buffer.resize(len.min(LARGEST_READ).max(frame_len), 0);
+        self.buffer.shrink_to(LARGEST_READ);
         &mut self.buffer[self.filled..]
     }
 

@@ -17,7 +17,7 @@ mod error;
 
 use crate::cli::Cli;
 use crate::error::Error;
-use rpc_common::exit::{print_error, ExitCode};
+use rpc_common::exit::{print_message, ExitCode};
 use rpc_common::{logging, options};
 use std::process;
 
@@ -31,7 +31,7 @@ fn main() -> process::ExitCode {
     let code = run(&cli).unwrap_or_else(|error| {
         let code = error.exit_code();
         if code != ExitCode::BrokenPipe {
-            print_error("rpc-client", &error);
+            print_message("rpc-client", &error);
         }
         code
     });

@@ -7,7 +7,7 @@ use crate::output::Line;
 use crate::summary::Summary;
 use crossbeam_channel::Sender;
 use rpc_client::Outcome;
-use rpc_common::exit::{print_error, ExitCode};
+use rpc_common::exit::{print_message, ExitCode};
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::sync::mpsc::Receiver;
@@ -135,7 +135,7 @@ impl<W: Write> Printer<W> {
     fn print_error(&mut self, error: &Error, message: String) {
         self.exit_code = self.exit_code.max(error.exit_code());
         if self.last_error.as_ref() != Some(&message) {
-            print_error("rpc-client", &message);
+            print_message("rpc-client", &message);
             self.last_error = Some(message);
         }
     }

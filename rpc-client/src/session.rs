@@ -11,7 +11,6 @@ use rpc_common::connection::{
     close_timeout, Connection, Deadline, Endpoint, Error as ConnectionError, ErrorKind, Publisher, QueueStats, Watchdog,
 };
 use rpc_common::message::{unix_time_ms, Request};
-use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 use uuid::Uuid;
@@ -47,7 +46,7 @@ pub(crate) struct RequestPublisher {
     pub(crate) broker: String,
     publisher: Publisher,
     reply_queue: String,
-    watchdog: Arc<Watchdog>,
+    watchdog: Watchdog,
 }
 
 impl RequestPublisher {
@@ -125,7 +124,7 @@ impl Session {
     /// Closes the connection. Waits for the broker no longer than [`Connection`] does.
     pub(crate) fn close(self) {
         let _ = self.commands.send(Command::Close(self.close_deadline));
-        let limit = Deadline::after(close_timeout(Some(&self.close_deadline)));
+        let limit = Deadline::after(close_timeout(&self.close_deadline));
         while self.events.recv_deadline(limit.instant()).is_ok() {} // until the thread has ended
         self.shut_down(); // it may be in another blocking call
     }
@@ -152,7 +151,7 @@ fn run_session(
         publisher.declare_exclusive_queue(&reply_queue); // if it fails, so does the consumer
         let _ = publisher.flush();
     }
-    let (broker, watchdog) = (connection.broker().to_owned(), connection.watchdog());
+    let (broker, watchdog) = (connection.broker().to_owned(), connection.watchdog.clone());
     let publisher = RequestPublisher { broker, publisher, reply_queue: reply_queue.clone(), watchdog };
     let connected = SessionEvent::Connected(publisher, channel.returns.clone(), notifications);
 
@@ -178,12 +177,11 @@ fn run_session(
         match command {
             Command::CheckQueue => send(SessionEvent::QueueChecked(check_queue(&mut connection, &config.queue)?)),
             Command::Close(deadline) => {
-                connection.set_close_deadline(&deadline);
+                connection.close_by(&deadline)?; // before the consumer is dropped, which would wait for the broker
                 break;
             }
         }
     }
-    connection.close()?; // before the consumer is dropped, which would wait for the broker
     Ok(())
 }
 

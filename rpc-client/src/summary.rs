@@ -5,7 +5,7 @@ use crate::error::Error;
 use crate::output::{millis, Line};
 use hdrhistogram::Histogram;
 use rpc_client::Error as CallError;
-use rpc_common::exit::print_error;
+use rpc_common::exit::print_message;
 use rpc_common::message::{ErrorCode, Failure};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -54,7 +54,7 @@ impl Summary {
     pub(crate) fn print(&self, format: SummaryFormat) {
         let figures = self.figures();
         match format {
-            SummaryFormat::Text => print_error("rpc-client", &figures),
+            SummaryFormat::Text => print_message("rpc-client", &figures),
             SummaryFormat::Json => {
                 let json = serde_json::to_string(&figures).expect("figures are plain JSON");
                 let _ = writeln!(io::stderr(), "{json}"); // if it cannot be written, the exit code is left

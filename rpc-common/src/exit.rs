@@ -1,8 +1,8 @@
 //! Exit codes: one documented type, printed by `--help` and repeated in the documentation.
 
 use crate::connection::{Error, ErrorKind};
-use std::fmt::{Display, Write as _};
-use std::io::{self, Write as _};
+use std::fmt::Display;
+use std::io::{self, Write};
 use std::process;
 
 /// An **exit code** tells a script how a program ended.
@@ -17,7 +17,7 @@ pub enum ExitCode {
     RemoteError = 1,
     /// The command line, a file that it names, the environment, or a line of input is invalid.
     Usage = 2,
-    /// The client did not reach the broker or was refused; the server would be refused again.
+    /// The client did not reach the broker, or was refused. The server was refused, and retrying cannot help.
     Unreachable = 3,
     /// The request queue did not accept the request.
     NoServer = 4,
@@ -61,24 +61,21 @@ pub const SERVER_EXIT_CODES: &[(ExitCode, &str)] = &[
 
 /// Formats a table of exit codes for the end of `--help`.
 pub fn exit_codes_help(codes: &[(ExitCode, &str)]) -> String {
-    let mut text = String::from("Exit codes:");
-    for (code, meaning) in codes {
-        let _ = write!(text, "\n  {:>3}  {meaning}", *code as u8);
-    }
-    text
+    let lines = codes.iter().map(|(code, meaning)| format!("\n  {:>3}  {meaning}", *code as u8));
+    "Exit codes:".to_owned() + &lines.collect::<String>()
 }
 
-/// Prints why a program or a call failed to standard error.
-pub fn print_error(program: &str, error: impl Display) {
+/// Prints a message of a program, such as why it failed, on standard error.
+pub fn print_message(program: &str, message: impl Display) {
     // If standard error is closed, the exit code still reports the failure.
-    let _ = writeln!(io::stderr(), "{program}: {error}");
+    let _ = writeln!(io::stderr(), "{program}: {message}");
 }
 
 /// The exit code of a program that an error of the connection ends.
 impl From<&Error> for ExitCode {
     fn from(error: &Error) -> Self {
         match error.kind {
-            ErrorKind::BadUrl(..) | ErrorKind::BadFile(..) => ExitCode::Usage,
+            ErrorKind::Configuration(_) => ExitCode::Usage,
             _ => ExitCode::Unreachable,
         }
     }

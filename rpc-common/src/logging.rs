@@ -157,11 +157,11 @@ impl RateLimiter {
             last_suppressed: String::new(),
         });
         window.lines += 1;
-        let is_allowed = window.lines <= MAX_LINES;
-        if !is_allowed {
-            window.last_suppressed = record.args().to_string();
+        if window.lines <= MAX_LINES {
+            return true;
         }
-        is_allowed
+        window.last_suppressed = record.args().to_string();
+        false
     }
 
     /// Ends the windows that are at least `min_age` old, and returns those that suppressed lines.

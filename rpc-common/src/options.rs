@@ -1,9 +1,8 @@
 //! The command line: what both programs do alike.
 
 use crate::connection::{Endpoint, Error, ErrorKind, Secret, TlsFiles, DEFAULT_HEARTBEAT};
-use crate::exit::{print_error, ExitCode};
+use crate::exit::{print_message, ExitCode};
 use clap::error::ErrorKind as ClapErrorKind;
-use std::convert::Infallible;
 use std::env;
 use std::error::Error as _;
 use std::path::PathBuf;
@@ -16,7 +15,7 @@ use std::path::PathBuf;
 pub fn parse_args<Cli: clap::Parser>() -> Result<Cli, ExitCode> {
     Cli::try_parse().map_err(|error| {
         match describe_error(&error) {
-            Some(message) => print_error(Cli::command().get_name(), message),
+            Some(message) => print_message(Cli::command().get_name(), message),
             None => drop(error.print()), // if the output is closed, the exit code still tells
         }
         if error.use_stderr() {
@@ -64,7 +63,8 @@ fn reword(reason: &str) -> String {
 /// When the arguments are wrong.
 pub fn from_args<Options: clap::Args>(args: &[&str]) -> Options {
     let command = Options::augment_args(clap::Command::new("").no_binary_name(true));
-    Options::from_arg_matches(&command.get_matches_from(args)).expect("the arguments are right")
+    Options::from_arg_matches(&command.try_get_matches_from(args).expect("the arguments are right"))
+        .expect("clap has checked them")
 }
 
 /// The options that say where the broker is, and how to log in.
@@ -74,8 +74,8 @@ pub struct BrokerOptions {
     /// amqp(s)://user:password@host:port/vhost, repeatable: tried in turn
     /// [env: AMQP_URL, else amqp://localhost]
     // Not clap's `env`, and parsed after clap: clap would print the value, with its password.
-    #[arg(long = "url", value_name = "URL", value_parser = parse_secret, action = clap::ArgAction::Append)]
-    urls: Vec<Secret<String>>,
+    #[arg(long = "url", value_name = "URL", action = clap::ArgAction::Append)]
+    urls: Vec<Secret>,
 
     /// Read the password from FILE, again for every connection
     #[arg(long, value_name = "FILE")]
@@ -92,7 +92,7 @@ pub struct BrokerOptions {
 impl BrokerOptions {
     /// The options of a program that is given this URL and nothing else.
     pub fn from_url(url: &str) -> Self {
-        BrokerOptions { urls: vec![Secret(url.into())], ..from_args(&[]) }
+        from_args(&[&format!("--url={url}")])
     }
 
     /// The brokers that the options name, or else the environment variable `AMQP_URL`. Logs a warning if an option
@@ -124,10 +124,10 @@ impl BrokerOptions {
         endpoint.heartbeat = self.heartbeat;
         endpoint.password_file.clone_from(&self.password_file);
         endpoint.options()?;
-        if !self.tls.is_empty() {
+        if self.tls != TlsFiles::default() {
             if endpoint.tls.is_none() {
-                let reason = "--ca-file, --cert-file and --key-file need an amqps:// URL".into();
-                return Err(ErrorKind::BadUrl(endpoint.source_name, reason));
+                let reason = "--ca-file, --cert-file and --key-file need an amqps:// URL";
+                return Err(ErrorKind::bad_url(endpoint.source_name, reason));
             }
             self.tls.client_config()?;
             endpoint.tls = Some(self.tls.clone());
@@ -140,14 +140,8 @@ fn endpoint_from_env() -> Result<Endpoint, ErrorKind> {
     match env::var("AMQP_URL") {
         Ok(url) if !url.is_empty() => Endpoint::parse(&url, "AMQP_URL"),
         Ok(_) | Err(env::VarError::NotPresent) => Endpoint::parse("amqp://localhost", "the default"),
-        Err(env::VarError::NotUnicode(_)) => Err(ErrorKind::BadUrl("AMQP_URL", "not valid UTF-8".into())),
+        Err(env::VarError::NotUnicode(_)) => Err(ErrorKind::bad_url("AMQP_URL", "not valid UTF-8")),
     }
-}
-
-// clap wants a function that can fail.
-#[allow(clippy::unnecessary_wraps)]
-fn parse_secret(text: &str) -> Result<Secret<String>, Infallible> {
-    Ok(Secret(text.into()))
 }
 
 #[cfg(test)]

@@ -4,6 +4,9 @@ use std::fmt::{self, Display, Write};
 use std::io;
 use std::time::Duration;
 
+// In the form that `parse_duration` accepts.
+pub use humantime::format_duration;
+
 /// The number of bytes that [`escape`] shows.
 const MAX_ESCAPED_BYTES: usize = 200;
 
@@ -88,11 +91,6 @@ pub fn parse_timeout(text: &str) -> Result<Duration, String> {
         timeout if timeout < Duration::from_millis(1) => Err("must be at least 1ms".into()),
         timeout => Ok(timeout),
     }
-}
-
-/// Formats a duration in the form that [`parse_duration`] accepts.
-pub fn format_duration(duration: Duration) -> impl Display {
-    humantime::format_duration(duration)
 }
 
 #[cfg(test)]

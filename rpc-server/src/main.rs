@@ -5,7 +5,7 @@ mod cli;
 use cli::Cli;
 use log::LevelFilter;
 use rpc_common::connection::Error;
-use rpc_common::exit::{print_error, ExitCode};
+use rpc_common::exit::{print_message, ExitCode};
 use rpc_common::{logging, options};
 use rpc_server::{fib_handler, serve, stop_signal};
 use std::fmt::Display;
@@ -22,7 +22,7 @@ fn main() -> process::ExitCode {
     let code = match run(&cli) {
         Ok(()) => ExitCode::Success,
         Err(error) => {
-            print_error("rpc-server", &error);
+            print_message("rpc-server", &error);
             ExitCode::from(&error)
         }
     };

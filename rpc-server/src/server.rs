@@ -138,7 +138,7 @@ impl Server<'_> {
                     }
                     Ok(Unblocked) => log::info!("{} no longer blocks publishers", connection.broker()),
                     // Only this tells that the connection has ended: a worker's error may be about an earlier one.
-                    Err(_) => return Err(connection.close_for_cause(amiquip::Error::EventLoopDropped)),
+                    Err(_) => return Err(connection.close_ended()),
                 },
                 recv(self.events) -> event => match event {
                     Ok(WorkerEvent::Consuming) => {

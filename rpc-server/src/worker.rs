@@ -13,7 +13,7 @@ use rpc_common::connection::{
 };
 use rpc_common::message::{encode_reply, unix_time_ms, ErrorCode, Failure, Reply, Request};
 use rpc_common::text::{escape, format_duration};
-use std::sync::{Arc, Once};
+use std::sync::Once;
 use std::time::{Duration, Instant, SystemTime};
 
 /// Timeout of a worker's synchronous broker calls.
@@ -60,7 +60,7 @@ pub(crate) struct WorkerChannel {
     endpoint: Endpoint,
     channel: OpenChannel,
     publisher: Publisher,
-    watchdog: Arc<Watchdog>,
+    watchdog: Watchdog,
 }
 
 impl WorkerChannel {
@@ -70,7 +70,7 @@ impl WorkerChannel {
             prefetch => 2 * usize::from(prefetch) + MAX_UNREAD,
         };
         let (channel, publisher) = connection.open_channel(max_unread, deadline)?;
-        let (endpoint, watchdog) = (connection.endpoint().clone(), connection.watchdog());
+        let (endpoint, watchdog) = (connection.endpoint.clone(), connection.watchdog.clone());
         Ok(WorkerChannel { endpoint, channel, publisher, watchdog })
     }
 
@@ -101,7 +101,7 @@ impl WorkerChannel {
             amiquip::Error::ServerClosedChannel { .. } => error.into(),
             error => ErrorKind::ConnectionLost(error.to_string()),
         };
-        Error::new(&self.endpoint.to_string(), kind)
+        Error::new(&self.endpoint.broker, kind)
     }
 }
 
@@ -157,7 +157,7 @@ impl Worker<'_> {
                 recv(self.service.stop) -> _ => return Ok(()),
                 recv(deliveries) -> message => match delivery(message).map_err(|error| channel.error(error))? {
                     Some(delivery) => self.handle_delivery(channel, &delivery)?,
-                    None => return Err(Error::new(&channel.endpoint.to_string(), ErrorKind::ConsumerCancelled)),
+                    None => return Err(Error::new(&channel.endpoint.broker, ErrorKind::ConsumerCancelled)),
                 },
                 // When it is disconnected, `deliveries` has the cause.
                 recv(returns) -> reply => reply.iter().for_each(log_return),

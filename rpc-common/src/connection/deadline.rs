@@ -1,11 +1,11 @@
 //! Deadlines, and a watchdog that makes blocking calls keep them.
 
 use crate::text::format_duration;
-use crossbeam_channel::{bounded, Receiver};
-use std::collections::BTreeMap;
+use crossbeam_channel::{bounded, Receiver, RecvTimeoutError, Sender};
+use std::collections::HashMap;
 use std::fmt::{self, Display};
 use std::net::{Shutdown, TcpStream};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
@@ -26,7 +26,7 @@ impl Deadline {
         Deadline { instant: now.checked_add(limit).unwrap_or(now + MAX_DEADLINE), limit }
     }
 
-    /// The deadline of the first of `parts` steps that divide the remaining time equally; each gets at most `max`.
+    /// The deadline of the next of `parts` attempts: an equal share of the time that is left, but at most `max`.
     #[must_use]
     pub fn split(&self, parts: usize, max: Duration) -> Self {
         let parts = u32::try_from(parts).unwrap_or(u32::MAX).max(1);
@@ -56,97 +56,88 @@ impl Display for Deadline {
 ///
 /// amiquip's calls have no timeout of their own. It is one thread for each connection, not one for each call, because
 /// starting a thread costs a cold call 0.1 ms.
-pub struct Watchdog(Arc<Shared>);
-
-struct Shared {
-    socket: TcpStream,
-    state: Mutex<State>,
-    changed: Condvar,
+#[derive(Clone)]
+pub struct Watchdog {
+    watched: Arc<Watched>,
+    /// Wakes the thread; when the last clone is dropped, the thread ends.
+    wake: Sender<()>,
 }
 
-#[derive(Default)]
-struct State {
+struct Watched {
+    socket: TcpStream,
+    calls: Mutex<Calls>,
+}
+
+struct Calls {
     /// The deadlines of the calls that are running, by call number.
-    deadlines: BTreeMap<u64, Instant>,
-    calls: u64,
-    /// When the thread wakes up by itself; `None`: only when it is notified.
-    wakes_at: Option<Instant>,
-    is_dropped: bool,
+    deadlines: HashMap<u64, Instant>,
+    begun: u64,
+    /// When the thread wakes up by itself.
+    wakes_at: Instant,
 }
 
 impl Watchdog {
-    /// Starts the thread that watches this socket. It ends when the watchdog is dropped.
+    /// Starts the thread that watches this socket. It ends when the last clone of the watchdog is dropped.
     ///
     /// # Errors
     /// When the system refuses a thread.
     pub fn new(socket: TcpStream) -> io::Result<Self> {
-        let shared = Shared { socket, state: Mutex::default(), changed: Condvar::new() };
-        let shared = Arc::new(shared);
-        let watched = shared.clone();
-        thread::Builder::new().name("watchdog".into()).spawn(move || watched.run())?;
-        Ok(Watchdog(shared))
+        let (wake, woken) = bounded(1);
+        let calls = Calls { deadlines: HashMap::new(), begun: 0, wakes_at: Instant::now() + MAX_DEADLINE };
+        let watched = Arc::new(Watched { socket, calls: Mutex::new(calls) });
+        let thread = watched.clone();
+        thread::Builder::new().name("watchdog".into()).spawn(move || thread.watch(&woken))?;
+        Ok(Watchdog { watched, wake })
     }
 
     /// Runs a call that blocks on the socket, and shuts the socket down if the call is still running at the deadline;
     /// then the result is `None`, whatever the call returned.
     pub fn run_until<T>(&self, deadline: &Deadline, call: impl FnOnce() -> T) -> Option<T> {
-        let number = self.0.add(deadline.instant);
+        let number = self.add(deadline.instant);
         let result = call();
-        self.0.lock().deadlines.remove(&number).map(|_| result)
-    }
-
-    /// Shuts the socket down now.
-    pub fn shut_down(&self) {
-        self.0.shut_down();
-    }
-}
-
-impl Drop for Watchdog {
-    fn drop(&mut self) {
-        self.0.lock().is_dropped = true;
-        self.0.changed.notify_one();
-    }
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn shut_down(&self) {
-        let _ = self.socket.shutdown(Shutdown::Both); // fails only if it is shut down already
+        lock(&self.watched.calls).deadlines.remove(&number).map(|_| result)
     }
 
     fn add(&self, deadline: Instant) -> u64 {
-        let mut state = self.lock();
-        state.calls += 1;
-        let number = state.calls;
-        state.deadlines.insert(number, deadline);
-        if state.wakes_at.is_none_or(|wakes_at| deadline < wakes_at) {
-            self.changed.notify_one();
+        let mut calls = lock(&self.watched.calls);
+        calls.begun += 1;
+        let number = calls.begun;
+        calls.deadlines.insert(number, deadline);
+        if deadline < calls.wakes_at {
+            let _ = self.wake.try_send(()); // fails if the thread is about to wake up
         }
         number
     }
 
-    fn run(&self) {
-        let mut state = self.lock();
-        while !state.is_dropped {
+    /// Shuts the socket down now.
+    pub fn shut_down(&self) {
+        self.watched.shut_down();
+    }
+}
+
+impl Watched {
+    fn shut_down(&self) {
+        let _ = self.socket.shutdown(Shutdown::Both); // fails only if it is shut down already
+    }
+
+    /// Shuts the socket down each time that the deadline of a running call passes.
+    fn watch(&self, woken: &Receiver<()>) {
+        let mut wakes_at = Instant::now() + MAX_DEADLINE;
+        while woken.recv_deadline(wakes_at) != Err(RecvTimeoutError::Disconnected) {
+            let mut calls = lock(&self.calls);
             let now = Instant::now();
-            let running = state.deadlines.len();
-            state.deadlines.retain(|_, deadline| *deadline > now);
-            if state.deadlines.len() < running {
+            if calls.deadlines.extract_if(|_, deadline| *deadline <= now).count() > 0 {
                 self.shut_down();
             }
-            state.wakes_at = state.deadlines.values().min().copied();
-            state = match state.wakes_at {
-                Some(wakes_at) => {
-                    let woken = self.changed.wait_timeout(state, wakes_at - now);
-                    woken.unwrap_or_else(PoisonError::into_inner).0
-                }
-                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
-            };
+            wakes_at = calls.deadlines.values().copied().min().unwrap_or(now + MAX_DEADLINE);
+            calls.wakes_at = wakes_at;
         }
     }
+}
+
+/// Locks a mutex, also after a panic of another thread.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Runs `work` on a thread of its own. The receiver gets the result; it may be dropped before that.

@@ -5,7 +5,7 @@ use super::tls::TlsFiles;
 use crate::text::{describe_io_error, escape, parse_name};
 use amiquip::{Auth, ConnectionOptions};
 use percent_encoding::percent_decode_str;
-use std::fmt::{self, Debug, Display};
+use std::fmt::{self, Debug};
 use std::fs;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::PathBuf;
@@ -14,21 +14,20 @@ use url::{Host, ParseError, Url};
 /// Seconds between heartbeats, if nothing else is configured.
 pub const DEFAULT_HEARTBEAT: u16 = 10;
 
-const DEFAULT_PORT: u16 = 5672;
-const DEFAULT_TLS_PORT: u16 = 5671;
 const URL_FORM: &str = "not of the form amqp://user:password@host:port/vhost";
-const BAD_PASSWORD: &str = "bad port: is # / ? or @ in the password percent-encoded?";
-const CONTROL_CHARACTERS: &str = "must not contain control characters";
+const BAD_PORT: &str = "bad port: is # / ? or @ in the password percent-encoded?";
 
 /// An **endpoint** is a broker's address, and how to log in there.
 #[derive(Clone, Debug)]
 pub struct Endpoint {
+    /// Host and port, as messages name the broker.
+    pub broker: String,
     pub(crate) host: String,
     pub(crate) port: u16,
     pub(crate) vhost: String,
     pub(crate) user: String,
     /// `None`: the URL has no password.
-    password: Option<Secret<String>>,
+    password: Option<Secret>,
     uses_certificate_login: bool,
     /// Where the URL comes from, for messages.
     pub(crate) source_name: &'static str,
@@ -46,9 +45,9 @@ impl Endpoint {
     /// from, for messages.
     ///
     /// # Errors
-    /// [`ErrorKind::BadUrl`]
+    /// [`ErrorKind::Configuration`]
     pub fn parse(url: &str, source_name: &'static str) -> Result<Self, ErrorKind> {
-        parse(url, source_name).map_err(|reason| ErrorKind::BadUrl(source_name, reason))
+        parse(url, source_name).map_err(|reason| ErrorKind::bad_url(source_name, &reason))
     }
 
     /// Whether the URL contains a password.
@@ -59,7 +58,7 @@ impl Endpoint {
     /// What amiquip sends in the handshake. Reads the password file.
     ///
     /// # Errors
-    /// [`ErrorKind::BadFile`]
+    /// [`ErrorKind::Configuration`]
     pub(crate) fn options(&self) -> Result<ConnectionOptions<Auth>, ErrorKind> {
         Ok(ConnectionOptions::default().auth(self.auth()?).virtual_host(&self.vhost).heartbeat(self.heartbeat))
     }
@@ -96,19 +95,19 @@ impl Endpoint {
 fn parse(url: &str, source_name: &'static str) -> Result<Endpoint, String> {
     let url = Url::parse(url).map_err(|error| match error {
         ParseError::RelativeUrlWithoutBase => URL_FORM.into(),
-        ParseError::InvalidPort => BAD_PASSWORD.into(),
+        ParseError::InvalidPort => BAD_PORT.into(),
         error => error.to_string(),
     })?;
     let (tls, default_port) = match url.scheme() {
-        "amqp" => (None, DEFAULT_PORT),
-        "amqps" => (Some(TlsFiles::default()), DEFAULT_TLS_PORT),
+        "amqp" => (None, 5672),
+        "amqps" => (Some(TlsFiles::default()), 5671),
         other => return Err(format!("unknown scheme '{other}': use amqp or amqps")),
     };
     if url.cannot_be_a_base() || url.fragment().is_some() {
         return Err(URL_FORM.into());
     }
     if url.query().is_some_and(|query| query.contains('@')) {
-        return Err(BAD_PASSWORD.into());
+        return Err(BAD_PORT.into());
     }
     let host = match url.host() {
         None | Some(Host::Domain("")) => "localhost".into(),
@@ -125,9 +124,11 @@ fn parse(url: &str, source_name: &'static str) -> Result<Endpoint, String> {
         "" => "guest".into(),
         name => decode(name)?,
     };
+    let port = url.port().unwrap_or(default_port);
     Ok(Endpoint {
+        broker: if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") },
         host,
-        port: url.port().unwrap_or(default_port),
+        port,
         vhost,
         user,
         password: url.password().map(decode).transpose()?.map(Secret),
@@ -165,20 +166,9 @@ fn parse_parameters(url: &Url) -> Result<bool, String> {
 
 fn decode(part: &str) -> Result<String, String> {
     match percent_decode_str(part).decode_utf8() {
-        Ok(text) if text.contains(char::is_control) => Err(CONTROL_CHARACTERS.into()),
+        Ok(text) if text.contains(char::is_control) => Err("must not contain control characters".into()),
         Ok(text) => Ok(text.into_owned()),
         Err(_) => Err("the percent-encoded text is not valid UTF-8".into()),
-    }
-}
-
-/// The host and port, as messages name a broker.
-impl Display for Endpoint {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.host.contains(':') {
-            write!(f, "[{}]:{}", self.host, self.port)
-        } else {
-            write!(f, "{}:{}", self.host, self.port)
-        }
     }
 }
 
@@ -191,15 +181,21 @@ pub fn start_at_random(endpoints: &mut [Endpoint]) {
 
 /// Rotates the endpoints to start at this broker (host and port), if it is one of them.
 pub fn start_at(endpoints: &mut [Endpoint], broker: &str) {
-    let index = endpoints.iter().position(|endpoint| endpoint.to_string() == broker);
+    let index = endpoints.iter().position(|endpoint| endpoint.broker == broker);
     endpoints.rotate_left(index.unwrap_or_default());
 }
 
-/// A value that no message and no log shows.
+/// A text that no message and no log shows.
 #[derive(Clone)]
-pub struct Secret<T>(pub(crate) T);
+pub(crate) struct Secret(pub(crate) String);
 
-impl<T> Debug for Secret<T> {
+impl From<String> for Secret {
+    fn from(text: String) -> Self {
+        Secret(text)
+    }
+}
+
+impl Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("***")
     }
@@ -215,7 +211,7 @@ mod tests {
             Auth::Plain { username, password } => (username, password),
             Auth::External => ("(external)".into(), String::new()),
         };
-        (endpoint.to_string(), user, password, endpoint.vhost)
+        (endpoint.broker, user, password, endpoint.vhost)
     }
 
     #[test]
@@ -239,7 +235,7 @@ mod tests {
     #[test]
     fn endpoints_start_at_random_or_at_a_given_one() {
         let endpoints = ["a:1", "b:2", "c:3"].map(|name| Endpoint::parse(&format!("amqp://{name}"), "--url").unwrap());
-        let order = |endpoints: &[Endpoint]| endpoints.iter().map(ToString::to_string).collect::<Vec<_>>().concat();
+        let order = |endpoints: &[Endpoint]| endpoints.iter().map(|endpoint| &*endpoint.broker).collect::<String>();
         let random_order = || {
             let mut endpoints = endpoints.clone();
             start_at_random(&mut endpoints);

@@ -30,36 +30,16 @@ pub struct Error {
 /// What went wrong. As text it is the second half of a sentence about the broker. What the broker said is escaped.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ErrorKind {
-    /// The URL in this option or environment variable is wrong. The reason has no part of it that can hold a password.
-    #[error("bad {0}: {1}")]
-    BadUrl(&'static str, String),
-    /// The file in this option cannot be used, for this reason.
-    #[error("{0} {1}: {2}")]
-    BadFile(&'static str, String, String),
+    /// The command line, the environment, or a file that they name is wrong. The text has no part of a URL that can hold
+    /// a password.
+    #[error("{0}")]
+    Configuration(String),
     /// The system has no CA certificate that a broker's certificate could be signed with.
     #[error("this system has no CA certificates: specify one with --ca-file")]
     NoCaCertificates,
-    /// The host has no address, for this reason.
-    #[error("cannot be resolved: {0}: is the host name right?")]
-    Resolve(String),
-    /// No address accepted a connection. Where the address comes from, and what the system said.
-    #[error("cannot be reached (from {0}): {1}: is RabbitMQ running there?")]
-    Unreachable(&'static str, String),
-    /// The peer answered the TLS handshake with something else.
-    #[error("did not answer with TLS (TLS is usually on port 5671)")]
-    NotTls,
-    /// The TLS handshake failed, for this reason.
-    #[error("failed the TLS handshake: {0}")]
-    Tls(String),
-    /// The peer answered the AMQP handshake with something else.
-    #[error("is not an AMQP server")]
-    NotAmqp,
-    /// The peer answered the AMQP handshake with TLS.
-    #[error("answered with TLS: use amqps://")]
-    TlsExpected,
-    /// The AMQP handshake failed, for this reason.
-    #[error("failed the AMQP handshake: {0}")]
-    Handshake(String),
+    /// There is no way to the broker, or no broker that speaks AMQP or TLS as we do.
+    #[error("{0}")]
+    NotConnected(String),
     /// The broker closed the connection during this login.
     #[error("refused {0}")]
     Credentials(String),
@@ -135,22 +115,22 @@ impl Error {
 
 impl Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if !self.kind.is_configuration() {
-            write!(f, "{} ", self.broker)?;
+        match self.kind {
+            ErrorKind::Configuration(_) | ErrorKind::NoCaCertificates => {}
+            _ => write!(f, "{} ", self.broker)?,
         }
         self.kind.fmt(f)
     }
 }
 
 impl ErrorKind {
-    /// Whether this machine or the command line is wrong, and not the broker.
-    fn is_configuration(&self) -> bool {
-        matches!(self, ErrorKind::BadUrl(..) | ErrorKind::BadFile(..) | ErrorKind::NoCaCertificates)
+    pub(crate) fn bad_url(source_name: &str, reason: &str) -> Self {
+        ErrorKind::Configuration(format!("bad {source_name}: {reason}"))
     }
 
-    pub(crate) fn bad_file(option: &'static str, file: &Path, reason: &str) -> Self {
-        let file = escape(file.as_os_str().as_encoded_bytes()).to_string();
-        ErrorKind::BadFile(option, file, reason.into())
+    pub(crate) fn bad_file(option: &str, file: &Path, reason: &str) -> Self {
+        let file = escape(file.as_os_str().as_encoded_bytes());
+        ErrorKind::Configuration(format!("{option} {file}: {reason}"))
     }
 }
 

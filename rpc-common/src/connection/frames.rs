@@ -4,10 +4,11 @@
 //! some properties that a message's publisher can choose. So it gets only whole frames whose sizes are plausible, and
 //! which went through [`sanitize`].
 
-use super::channel::Channels;
+use super::channel::ConnectionState;
 use super::sanitize::sanitize;
-use std::collections::HashMap;
+use amq_protocol::protocol::constants::{FRAME_BODY, FRAME_HEADER, FRAME_HEARTBEAT, FRAME_METHOD};
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use thiserror::Error;
@@ -23,15 +24,11 @@ const CONTENT_HEADER_MAX: u32 = 1 << 20;
 const BODY_MAX: u64 = 512 << 20;
 
 /// A frame is a type (1 byte), a channel (2), a size (4), the payload and an end byte (AMQP 0-9-1, 4.2.3).
-const FRAME_HEADER: usize = 7;
-const TYPE_METHOD: u8 = 1;
-const TYPE_CONTENT_HEADER: u8 = 2;
-const TYPE_BODY: u8 = 3;
-const TYPE_HEARTBEAT: u8 = 8;
+const FRAME_HEADER_LEN: usize = 7;
 /// The payload of a content header starts with a class (2 bytes), a weight (2) and the size of the body (8).
-const BODY_SIZE: Range<usize> = FRAME_HEADER + 4..FRAME_HEADER + 12;
+const BODY_SIZE: Range<usize> = FRAME_HEADER_LEN + 4..FRAME_HEADER_LEN + 12;
 /// The payload of a method starts with a class (2 bytes) and a method (2).
-const METHOD: Range<usize> = FRAME_HEADER..FRAME_HEADER + 4;
+const METHOD: Range<usize> = FRAME_HEADER_LEN..FRAME_HEADER_LEN + 4;
 const CONNECTION_BLOCKED: [u8; 4] = [0, 10, 0, 60];
 const CONNECTION_UNBLOCKED: [u8; 4] = [0, 10, 0, 61];
 const CHANNEL_CLOSE: [u8; 4] = [0, 20, 0, 40];
@@ -57,7 +54,7 @@ pub(crate) enum FrameError {
     #[error("the peer answered with TLS")]
     Tls,
     #[error("the broker announced a frame of {0} bytes")]
-    FrameSize(u64),
+    FrameSize(u32),
     #[error("the broker announced a body of {0} bytes")]
     BodySize(u64),
     #[error("the broker sent a frame whose fields cannot be read")]
@@ -70,27 +67,24 @@ pub(crate) enum FrameError {
 
 /// A **frame inspector** takes bytes in pieces of any size, and gives out whole frames that are inspected.
 pub(crate) struct FrameInspector {
-    channels: Arc<Channels>,
+    state: Arc<ConnectionState>,
     buffer: Vec<u8>,
     /// The buffer is given out up to here, inspected up to `inspected`, and filled up to `filled`.
     read: usize,
     inspected: usize,
     filled: usize,
-    /// The delivery tag of the latest delivery of each channel: the next content header belongs to it.
-    delivery_tags: HashMap<u16, u64>,
     notifications: u32,
     notification_period_start: Instant,
 }
 
 impl FrameInspector {
-    pub(crate) fn new(channels: Arc<Channels>) -> Self {
+    pub(crate) fn new(state: Arc<ConnectionState>) -> Self {
         FrameInspector {
-            channels,
+            state,
             buffer: vec![0; FIRST_READ],
             read: 0,
             inspected: 0,
             filled: 0,
-            delivery_tags: HashMap::new(),
             notifications: 0,
             notification_period_start: Instant::now(),
         }
@@ -106,69 +100,64 @@ impl FrameInspector {
 
     /// Where the next bytes from the peer go, when [`read`](Self::read) has returned 0.
     pub(crate) fn space(&mut self) -> &mut [u8] {
-        let was_full = self.filled == self.buffer.len();
+        let len = if self.filled == self.buffer.len() { 2 * self.filled } else { self.buffer.len() };
         self.buffer.copy_within(self.read..self.filled, 0);
         self.filled -= self.read;
         (self.read, self.inspected) = (0, 0);
-        let len = match self.next_frame_len() {
-            Some(len) if len > self.buffer.len() => len,
-            _ if was_full && self.buffer.len() < LARGEST_READ => self.buffer.len() * 2,
-            _ if self.filled == 0 && self.buffer.len() > LARGEST_READ => LARGEST_READ,
-            _ => self.buffer.len(),
-        };
-        self.buffer.resize(len, 0);
+        let frame_len = self.next_frame_len().ok().flatten().unwrap_or_default();
+        self.buffer.resize(len.min(LARGEST_READ).max(frame_len), 0);
         self.buffer.shrink_to(LARGEST_READ);
         &mut self.buffer[self.filled..]
     }
 
-    /// The length of the first frame that is not inspected yet, if its header is complete.
-    fn next_frame_len(&self) -> Option<usize> {
-        let header = self.buffer[self.inspected..self.filled].get(..FRAME_HEADER)?;
-        usize::try_from(read_number(&header[3..])).ok().map(|size| FRAME_HEADER + size + 1)
+    /// Inspects the frames that are complete now that `count` bytes were put into [`space`](Self::space).
+    pub(crate) fn advance(&mut self, count: usize) -> Result<(), FrameError> {
+        self.filled += count;
+        while let Some(len) = self.next_frame_len()?.filter(|len| *len <= self.filled - self.inspected) {
+            self.inspect(self.inspected..self.inspected + len)?;
+            self.inspected += len;
+        }
+        Ok(())
     }
 
-    /// Inspects the frames that are complete now that `count` bytes were put into [`space`](Self::space).
-    ///
-    /// Returns whether there was one.
-    pub(crate) fn advance(&mut self, count: usize) -> Result<bool, FrameError> {
-        self.filled += count;
-        let start = self.inspected;
-        while let Some(len) = self.next_frame_len() {
-            check_header(&self.buffer[self.inspected..self.filled])?;
-            if self.filled - self.inspected < len {
-                break;
-            }
-            let end = self.inspected + len;
-            self.inspect(self.inspected..end)?;
-            self.inspected = end;
+    /// The length of the first frame that is not inspected yet, if its header is complete.
+    fn next_frame_len(&self) -> Result<Option<usize>, FrameError> {
+        let bytes = &self.buffer[self.inspected..self.filled];
+        let Some(&[frame_type, second, _, a, b, c, d]) = bytes.first_chunk() else { return Ok(None) };
+        let max = match frame_type {
+            FRAME_HEADER => CONTENT_HEADER_MAX,
+            FRAME_METHOD | FRAME_BODY | FRAME_HEARTBEAT => FRAME_MAX,
+            _ if [frame_type, second] == TLS_ALERT => return Err(FrameError::Tls),
+            _ => return Err(FrameError::NotAmqp),
+        };
+        match u32::from_be_bytes([a, b, c, d]) {
+            size if size > max => Err(FrameError::FrameSize(size)),
+            size => Ok(Some(FRAME_HEADER_LEN + size as usize + 1)),
         }
-        Ok(self.inspected > start)
     }
 
     fn inspect(&mut self, frame: Range<usize>) -> Result<(), FrameError> {
         let frame = &mut self.buffer[frame];
         let changes = sanitize(frame).map_err(|_| FrameError::Malformed)?;
-        let number = u16::from_be_bytes([frame[1], frame[2]]);
+        self.state.saw_frame.store(true, Ordering::Relaxed);
+        let channel = u16::from_be_bytes([frame[1], frame[2]]);
         match (frame[0], frame.get(METHOD).and_then(<[u8]>::first_chunk::<4>)) {
             // Before amiquip sees it and confirms it: afterwards the channel number is invalid.
-            (TYPE_METHOD, Some(&CHANNEL_CLOSE)) => self.channels.close(number),
-            (TYPE_METHOD, Some(&BASIC_DELIVER)) => {
+            (FRAME_METHOD, Some(&CHANNEL_CLOSE)) => self.state.close(channel),
+            (FRAME_METHOD, Some(&BASIC_DELIVER)) => {
                 let tag = METHOD.end + 1 + usize::from(frame[METHOD.end]); // behind the consumer tag
-                self.delivery_tags.insert(number, read_number(&frame[tag..tag + 8]));
-                self.check_flood(number)?;
+                let delivery_tag = read_number(&frame[tag..tag + 8]);
+                self.begin_message(channel, delivery_tag)?;
             }
-            (TYPE_METHOD, Some(&BASIC_RETURN)) => self.check_flood(number)?,
-            (TYPE_METHOD, Some(&CONNECTION_BLOCKED | &CONNECTION_UNBLOCKED)) => {
-                self.count_notification()?;
-            }
-            (TYPE_CONTENT_HEADER, _) => {
+            (FRAME_METHOD, Some(&BASIC_RETURN)) => self.begin_message(channel, 0)?,
+            (FRAME_METHOD, Some(&CONNECTION_BLOCKED | &CONNECTION_UNBLOCKED)) => self.count_notification()?,
+            (FRAME_HEADER, _) => {
                 let body_size = frame.get(BODY_SIZE).map_or(0, read_number);
                 if body_size > BODY_MAX {
                     return Err(FrameError::BodySize(body_size));
                 }
-                let tag = self.delivery_tags.remove(&number).filter(|_| !changes.is_empty());
-                if let (Some(tag), Some(channel)) = (tag, self.channels.get(number)) {
-                    channel.keep_changes(tag, changes);
+                if !changes.is_empty() {
+                    self.state.channel(channel).inspect(|channel| channel.keep_changes(changes));
                 }
             }
             _ => {}
@@ -176,11 +165,14 @@ impl FrameInspector {
         Ok(())
     }
 
-    fn check_flood(&self, number: u16) -> Result<(), FrameError> {
-        match self.channels.get(number) {
-            Some(channel) if channel.is_flooded() => Err(FrameError::TooManyMessages),
-            _ => Ok(()),
+    /// A delivery or a return begins: its content header follows.
+    fn begin_message(&self, channel: u16, delivery_tag: u64) -> Result<(), FrameError> {
+        let Some(channel) = self.state.channel(channel) else { return Ok(()) };
+        channel.delivery_tag.store(delivery_tag, Ordering::Relaxed);
+        if channel.is_flooded() {
+            return Err(FrameError::TooManyMessages);
         }
+        Ok(())
     }
 
     fn count_notification(&mut self) -> Result<(), FrameError> {
@@ -192,22 +184,6 @@ impl FrameInspector {
             return Err(FrameError::TooManyNotifications);
         }
         Ok(())
-    }
-}
-
-/// Checks the first bytes of a frame, or of what a peer that does not speak AMQP sends.
-fn check_header(bytes: &[u8]) -> Result<(), FrameError> {
-    if bytes.starts_with(&TLS_ALERT) {
-        return Err(FrameError::Tls);
-    }
-    let max = match bytes[0] {
-        TYPE_CONTENT_HEADER => CONTENT_HEADER_MAX,
-        TYPE_METHOD | TYPE_BODY | TYPE_HEARTBEAT => FRAME_MAX,
-        _ => return Err(FrameError::NotAmqp),
-    };
-    match read_number(&bytes[3..FRAME_HEADER]) {
-        size if size > u64::from(max) => Err(FrameError::FrameSize(size)),
-        _ => Ok(()),
     }
 }
 
@@ -272,11 +248,11 @@ mod tests {
 
     #[test]
     fn a_channel_is_marked_closed_before_its_close_frame_is_given_out() {
-        let channels = Arc::new(Channels::default());
-        let state = channels.open(1, 10, crossbeam_channel::never());
-        let mut inspector = FrameInspector::new(channels);
+        let connection = Arc::new(ConnectionState::default());
+        let state = connection.open(1, 10, crossbeam_channel::never());
+        let mut inspector = FrameInspector::new(connection);
         let close = [&[0, 20, 0, 40][..], &[1, 144, 0, 0, 0, 0, 0]].concat();
-        for (kind, is_open) in [(TYPE_BODY, true), (TYPE_METHOD, false)] {
+        for (kind, is_open) in [(FRAME_BODY, true), (FRAME_METHOD, false)] {
             let bytes = frame(kind, &close); // a body may contain the same bytes
             inspector.space()[..bytes.len()].copy_from_slice(&bytes);
             inspector.advance(bytes.len()).unwrap();
@@ -288,9 +264,9 @@ mod tests {
     #[test]
     fn more_returns_than_expected_are_an_error() {
         let (sender, returns) = crossbeam_channel::unbounded();
-        let channels = Arc::new(Channels::default());
-        channels.open(1, 0, returns);
-        let mut inspector = FrameInspector::new(channels);
+        let connection = Arc::new(ConnectionState::default());
+        connection.open(1, 0, returns);
+        let mut inspector = FrameInspector::new(connection);
         let returned = frame(1, &[0, 60, 0, 50, 1, 56, 0, 0, 0]);
         assert!(inspect_all(&mut inspector, [&returned[..]]).is_ok());
         let (exchange, routing_key, properties) = (String::new(), String::new(), amiquip::AmqpProperties::default());

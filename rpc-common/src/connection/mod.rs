@@ -8,80 +8,49 @@ mod deadline;
 mod endpoint;
 mod error;
 mod frames;
-mod publisher;
 mod retry;
 pub mod sanitize;
 mod socket;
 mod stream;
 mod tls;
-mod transport;
 mod writer;
 
+pub use channel::{ChannelClosed, OpenChannel, Publisher};
 pub use deadline::{run_in_background, Deadline, Watchdog};
-pub use endpoint::{start_at, start_at_random, Endpoint, Secret, DEFAULT_HEARTBEAT};
+pub(crate) use endpoint::Secret;
+pub use endpoint::{start_at, start_at_random, Endpoint, DEFAULT_HEARTBEAT};
 pub use error::{Error, ErrorKind, Reason, ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED};
-pub use publisher::{ChannelClosed, Publisher};
 pub use retry::{Backoff, Retry};
 pub use tls::TlsFiles;
 
-use amiquip::{
-    Channel, ConnectionBlockedNotification, ConnectionTuning, Consumer, ConsumerMessage, ConsumerOptions, Delivery,
-    Return,
-};
-use channel::{lock, ChannelState, Channels};
+use amiquip::{ConnectionBlockedNotification, ConnectionTuning, ConsumerMessage, Delivery};
+use channel::ConnectionState;
 use crossbeam_channel::{Receiver, RecvError};
-use frames::{FrameError, FRAME_MAX};
-use sanitize::Changes;
-use std::sync::atomic::{AtomicBool, Ordering};
+use frames::{FrameError, FrameInspector, FRAME_MAX};
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
 use std::{fs, process};
 use stream::Stream;
 use writer::FrameWriter;
 
-/// How long closing waits for the broker before it shuts the socket down: without a deadline, and at least.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long closing waits for the broker before it shuts the socket down: at most, and at least.
+const MAX_CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 const MIN_CLOSE_TIMEOUT: Duration = Duration::from_millis(10);
 
-/// How long one of several brokers is tried: longer than RabbitMQ takes to refuse a password.
+/// How long each of several brokers but the last is tried: longer than RabbitMQ takes to refuse a password.
 const MAX_ATTEMPT: Duration = Duration::from_secs(5);
 
 /// A **connection** is an open AMQP connection whose calls have deadlines. It is closed when it is dropped.
 pub struct Connection {
     /// `None` once it is closed.
     amqp: Option<amiquip::Connection>,
-    watchdog: Arc<Watchdog>,
+    /// The watchdog of the socket, for blocking calls on a channel from another thread.
+    pub watchdog: Watchdog,
+    /// Where it is connected.
+    pub endpoint: Endpoint,
     writer: Arc<FrameWriter>,
-    channels: Arc<Channels>,
-    endpoint: Endpoint,
-    broker: String,
-    close_deadline: Option<Deadline>,
-}
-
-/// An open channel. Its [`Publisher`] publishes and acknowledges on it.
-pub struct OpenChannel {
-    /// amiquip's channel, for everything but publishing, acknowledging and consuming.
-    pub amqp: Channel,
-    /// Published messages that the broker could not route to a queue.
-    pub returns: Receiver<Return>,
-    state: Arc<ChannelState>,
-}
-
-impl OpenChannel {
-    /// Starts the channel's consumer; there can be one. Blocks: see [`Connection::call`].
-    ///
-    /// # Errors
-    /// How the channel or the connection ended.
-    pub fn consume(&self, queue: &str, options: ConsumerOptions) -> amiquip::Result<Consumer<'_>> {
-        let consumer = self.amqp.basic_consume(queue, options)?;
-        let _ = self.state.deliveries.set(consumer.receiver().clone());
-        Ok(consumer)
-    }
-
-    /// Takes what was changed in a delivery to make it readable.
-    pub fn take_changes(&self, delivery_tag: u64) -> Changes {
-        lock(&self.state.changes).remove(&delivery_tag).unwrap_or_default()
-    }
+    state: Arc<ConnectionState>,
 }
 
 /// The number of messages and consumers of a queue.
@@ -97,20 +66,18 @@ impl Connection {
     /// Connects to an endpoint. `program` is the name that RabbitMQ shows in its list of connections.
     ///
     /// # Errors
-    /// Any [`ErrorKind`] up to [`ErrorKind::Refused`], and [`ErrorKind::TimedOut`].
+    /// Those of connecting and logging in, and [`ErrorKind::TimedOut`].
     pub fn open(endpoint: &Endpoint, program: &str, deadline: &Deadline) -> Result<Self, Error> {
         let opened = Self::try_open(endpoint, program, deadline);
-        opened.map_err(|kind| Error::new(&endpoint.to_string(), kind))
+        opened.map_err(|kind| Error::new(&endpoint.broker, kind))
     }
 
     fn try_open(endpoint: &Endpoint, program: &str, deadline: &Deadline) -> Result<Self, ErrorKind> {
         let options = endpoint.options()?;
         let (transport, watchdog) = socket::connect(endpoint, deadline)?;
-        let channels = Arc::new(Channels::default());
-        let saw_frame = Arc::new(AtomicBool::new(false));
-        let stream = Stream::new(transport, channels.clone(), saw_frame.clone())
+        let state = Arc::new(ConnectionState::default());
+        let (stream, writer) = Stream::new(transport, FrameInspector::new(state.clone()))
             .map_err(|error| ErrorKind::ConnectionLost(error.to_string()))?;
-        let writer = stream.writer();
         let handshake = watchdog.run_until(deadline, || {
             amiquip::Connection::insecure_open_stream(
                 stream,
@@ -122,15 +89,13 @@ impl Connection {
         });
         let Some(amqp) = handshake else {
             // RabbitMQ sends a frame before we log in, and delays the refusal of a password.
-            let is_login = saw_frame.load(Ordering::Relaxed);
+            let is_login = state.saw_frame.load(Ordering::Relaxed);
             let login = "logging in: is the password right?";
             let step = if is_login { login } else { "waiting for the AMQP handshake" };
             return Err(ErrorKind::TimedOut(deadline.to_string(), step));
         };
         let amqp = amqp.map_err(|error| handshake_error(endpoint, error))?;
-        let (amqp, watchdog) = (Some(amqp), watchdog.into());
-        let (endpoint, broker) = (endpoint.clone(), endpoint.to_string());
-        Ok(Connection { amqp, watchdog, writer, channels, endpoint, broker, close_deadline: None })
+        Ok(Connection { amqp: Some(amqp), watchdog, writer, state, endpoint: endpoint.clone() })
     }
 
     /// Connects to the first endpoint that accepts us. The endpoints divide the remaining time.
@@ -158,17 +123,7 @@ impl Connection {
 
     /// Host and port of the broker, for messages.
     pub fn broker(&self) -> &str {
-        &self.broker
-    }
-
-    /// The endpoint that is connected.
-    pub fn endpoint(&self) -> &Endpoint {
-        &self.endpoint
-    }
-
-    /// The watchdog of the socket, for blocking calls on a channel from another thread.
-    pub fn watchdog(&self) -> Arc<Watchdog> {
-        self.watchdog.clone()
+        &self.endpoint.broker
     }
 
     /// Runs a blocking call of amiquip on this connection. `step` says what it does, for the error that it timed out.
@@ -186,7 +141,7 @@ impl Connection {
         };
         match self.watchdog.run_until(deadline, || call(amqp)) {
             Some(result) => result.map_err(|error| self.close_for_cause(error)),
-            None => Err(Error::new(&self.broker, ErrorKind::TimedOut(deadline.to_string(), step))),
+            None => Err(Error::new(self.broker(), ErrorKind::TimedOut(deadline.to_string(), step))),
         }
     }
 
@@ -202,7 +157,7 @@ impl Connection {
             Ok((channel, returns))
         })?;
         let number = amqp.channel_id();
-        let state = self.channels.open(number, max_unread, returns.clone());
+        let state = self.state.open(number, max_unread, returns.clone());
         let publisher = Publisher::new(self.writer.clone(), state.clone(), number);
         Ok((OpenChannel { amqp, returns, state }, publisher))
     }
@@ -232,47 +187,49 @@ impl Connection {
         &mut self,
         deadline: &Deadline,
     ) -> Result<Receiver<ConnectionBlockedNotification>, Error> {
-        self.call(deadline, "opening a channel", amiquip::Connection::listen_for_connection_blocked)
+        self.call(deadline, "preparing the connection", amiquip::Connection::listen_for_connection_blocked)
     }
 
-    /// The cause of an error of amiquip on this connection or its channels. If the error says only that the connection
-    /// has ended, this closes the connection, because amiquip tells the cause in answer to that.
+    /// What an error of amiquip on this connection or its channels means. If it says only that the connection has ended,
+    /// this closes the connection for the cause.
     pub fn close_for_cause(&mut self, error: amiquip::Error) -> Error {
-        let has_ended = matches!(
-            error,
-            amiquip::Error::EventLoopDropped
-                | amiquip::Error::EventLoopClientDropped
-                | amiquip::Error::ClientClosedConnection
-        );
-        match if has_ended { self.close() } else { Ok(()) } {
-            Err(cause) => cause,
-            Ok(()) => Error::new(&self.broker, error.into()),
+        use amiquip::Error::{ClientClosedConnection, EventLoopClientDropped, EventLoopDropped};
+        match error {
+            EventLoopDropped | EventLoopClientDropped | ClientClosedConnection => self.close_ended(),
+            error => Error::new(self.broker(), error.into()),
         }
+    }
+
+    /// Closes a connection that has ended. Returns the cause: amiquip tells it in answer to closing.
+    pub fn close_ended(&mut self) -> Error {
+        self.close().err().unwrap_or_else(|| self.lost("it has ended"))
     }
 
     /// The error of a connection that cannot be used any more, for a reason that amiquip does not know.
     pub fn lost(&self, reason: &str) -> Error {
-        Error::new(&self.broker, ErrorKind::ConnectionLost(reason.into()))
+        Error::new(self.broker(), ErrorKind::ConnectionLost(reason.into()))
     }
 
-    /// Makes [`close`](Self::close) wait for the broker no longer than this, but at least 10 ms. What was sent before
-    /// is delivered all the same.
-    pub fn set_close_deadline(&mut self, deadline: &Deadline) {
-        self.close_deadline = Some(*deadline);
-    }
-
-    /// Closes the connection in one round trip. Shuts it down if that takes longer than a second, or than the
-    /// [close deadline](Self::set_close_deadline).
+    /// Closes the connection in one round trip. Shuts it down if that takes longer than a second.
     ///
     /// # Errors
     /// What the broker answered in place of close-ok.
     pub fn close(&mut self) -> Result<(), Error> {
+        self.close_by(&Deadline::after(MAX_CLOSE_TIMEOUT))
+    }
+
+    /// Closes the connection as [`close`](Self::close) does, but waits for the broker until the deadline: 10 ms at
+    /// least, and a second at most. What was sent before is delivered all the same.
+    ///
+    /// # Errors
+    /// As [`close`](Self::close).
+    pub fn close_by(&mut self, deadline: &Deadline) -> Result<(), Error> {
         let Some(amqp) = self.amqp.take() else { return Ok(()) };
-        let timeout = close_timeout(self.close_deadline.as_ref());
+        let timeout = close_timeout(deadline);
         let closed = self.watchdog.run_until(&Deadline::after(timeout), || amqp.close());
         // Other handles of the socket must not keep the connection open.
         self.watchdog.shut_down();
-        closed.unwrap_or(Ok(())).map_err(|error| Error::new(&self.broker, error.into()))
+        closed.unwrap_or(Ok(())).map_err(|error| Error::new(self.broker(), error.into()))
     }
 }
 
@@ -283,9 +240,8 @@ impl Drop for Connection {
 }
 
 /// How long closing a connection waits for the broker: until this deadline, but 10 ms at least and 1 s at most.
-pub fn close_timeout(deadline: Option<&Deadline>) -> Duration {
-    let remaining = deadline.map_or(CLOSE_TIMEOUT, Deadline::remaining);
-    remaining.clamp(MIN_CLOSE_TIMEOUT, CLOSE_TIMEOUT)
+pub fn close_timeout(deadline: &Deadline) -> Duration {
+    deadline.remaining().clamp(MIN_CLOSE_TIMEOUT, MAX_CLOSE_TIMEOUT)
 }
 
 /// What RabbitMQ shows in its list of connections; amiquip can set no other client property.
@@ -297,16 +253,17 @@ fn client_information(program: &str) -> String {
 fn handshake_error(endpoint: &Endpoint, error: amiquip::Error) -> ErrorKind {
     if let amiquip::Error::IoErrorReadingSocket { source } = &error {
         match source.get_ref().and_then(|inner| inner.downcast_ref()) {
-            Some(FrameError::NotAmqp) => return ErrorKind::NotAmqp,
-            Some(FrameError::Tls) => return ErrorKind::TlsExpected,
+            Some(FrameError::NotAmqp) => return ErrorKind::NotConnected("is not an AMQP server".into()),
+            Some(FrameError::Tls) => return ErrorKind::NotConnected("answered with TLS: use amqps://".into()),
             _ => {}
         }
     }
+    let failed = |reason| ErrorKind::NotConnected(format!("failed the AMQP handshake: {reason}"));
     match error {
         amiquip::Error::InvalidCredentials => ErrorKind::Credentials(endpoint.describe_login()),
         error => match ErrorKind::from(error) {
-            ErrorKind::ConnectionLost(reason) => ErrorKind::Handshake(reason),
-            ErrorKind::ConnectionClosed(reason) => ErrorKind::Handshake(reason.text),
+            ErrorKind::ConnectionLost(reason) => failed(reason),
+            ErrorKind::ConnectionClosed(reason) => failed(reason.text),
             kind => kind,
         },
     }

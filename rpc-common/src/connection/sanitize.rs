@@ -7,9 +7,9 @@
 //!
 //! This module is pure: no sockets, no recursion.
 
+use amq_protocol::protocol::constants::{FRAME_HEADER, FRAME_METHOD};
 use std::ops::Range;
 use std::str::from_utf8;
-use thiserror::Error;
 
 /// The maximum nesting depth of tables and arrays. The outermost table counts as 1.
 ///
@@ -33,8 +33,7 @@ impl Changes {
 }
 
 /// A **malformed** frame has fields that do not fit into it, or fields of an unknown type. RabbitMQ does not send any.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[error("the peer sent a frame whose fields cannot be read")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Malformed;
 
 /// How a field is encoded (AMQP 0-9-1, 4.2.5). A **field** is a property of a message, an argument of a method, or a
@@ -64,8 +63,6 @@ const SHORT: Layout = Fixed(2);
 const LONG: Layout = Fixed(4);
 const LONG_LONG: Layout = Fixed(8);
 
-const METHOD_FRAME: u8 = 1;
-const CONTENT_HEADER_FRAME: u8 = 2;
 /// A frame consists of a type (1 byte), a channel (2), the payload's size (4), the payload and an end byte.
 const SIZE_OFFSET: usize = 3;
 const END_LEN: usize = 1;
@@ -141,7 +138,7 @@ pub fn correlation_id_range(frame: &[u8]) -> Option<Range<usize>> {
 /// Returns the layouts of a frame's fields, and the range of their bytes.
 fn fields(frame: &[u8]) -> Result<(impl Iterator<Item = Layout>, Range<usize>), Malformed> {
     let mut rest = SIZE_OFFSET..frame.len();
-    let Some(&frame_type @ (METHOD_FRAME | CONTENT_HEADER_FRAME)) = frame.first() else {
+    let Some(&frame_type @ (FRAME_METHOD | FRAME_HEADER)) = frame.first() else {
         return Ok((present(&[], 0), rest));
     };
     let payload = split_off(frame, &mut rest, ByteArray)?;
@@ -150,7 +147,7 @@ fn fields(frame: &[u8]) -> Result<(impl Iterator<Item = Layout>, Range<usize>), 
     }
     rest = payload;
     let mut read = |layout| split_off(frame, &mut rest, layout).map(|content| number(&frame[content]));
-    let layouts = if frame_type == METHOD_FRAME {
+    let layouts = if frame_type == FRAME_METHOD {
         present(arguments(read(SHORT)?, read(SHORT)?)?, usize::MAX)
     } else {
         read(CONTENT_HEADER_START)?;

@@ -3,8 +3,8 @@
 use super::deadline::{run_in_background, Deadline, Watchdog};
 use super::endpoint::Endpoint;
 use super::error::ErrorKind;
-use super::tls::describe_tls_error;
-use super::transport::{TlsStream, Transport};
+use super::tls::{describe_tls_error, TlsStream};
+use super::writer::Transport;
 use crate::text::describe_io_error;
 use crossbeam_channel::RecvTimeoutError;
 use socket2::{SockRef, TcpKeepalive};
@@ -20,8 +20,13 @@ pub(crate) fn connect(endpoint: &Endpoint, deadline: &Deadline) -> Result<(Trans
     let addresses = resolve(endpoint, deadline)?;
     let socket = connect_to_any(endpoint, &addresses, deadline)?;
     let watchdog = configure(&socket).map_err(|error| unreachable(endpoint, &error))?;
-    let transport = start_tls(endpoint, socket, &watchdog, deadline)?;
-    Ok((transport, watchdog))
+    let Some(files) = &endpoint.tls else { return Ok((Transport::Plain(socket), watchdog)) };
+    let (config, host) = (files.client_config()?, &endpoint.host);
+    match watchdog.run_until(deadline, || TlsStream::handshake(config, host, socket)) {
+        Some(Ok(stream)) => Ok((Transport::Tls(Box::new(stream)), watchdog)),
+        Some(Err(error)) => Err(tls_error(&error, host)),
+        None => Err(ErrorKind::TimedOut(deadline.to_string(), "waiting for the TLS handshake")),
+    }
 }
 
 /// Looks the host up on a thread of its own: nothing can interrupt `getaddrinfo`. At worst the thread stays behind.
@@ -31,13 +36,16 @@ fn resolve(endpoint: &Endpoint, deadline: &Deadline) -> Result<Vec<SocketAddr>, 
     }
     let name = (endpoint.host.clone(), endpoint.port);
     let lookup = run_in_background(move || name.to_socket_addrs().map(Vec::from_iter));
-    match lookup.recv_deadline(deadline.instant()) {
-        Ok(Ok(addresses)) if addresses.is_empty() => Err(ErrorKind::Resolve("no address".into())),
-        Ok(Ok(addresses)) => Ok(addresses),
-        Ok(Err(error)) => Err(ErrorKind::Resolve(describe_io_error(&error))),
-        Err(RecvTimeoutError::Timeout) => Err(ErrorKind::TimedOut(deadline.to_string(), "resolving the host name")),
-        Err(RecvTimeoutError::Disconnected) => Err(ErrorKind::Resolve("the lookup failed".into())),
-    }
+    let reason = match lookup.recv_deadline(deadline.instant()) {
+        Ok(Ok(addresses)) if addresses.is_empty() => "no address".into(),
+        Ok(Ok(addresses)) => return Ok(addresses),
+        Ok(Err(error)) => describe_io_error(&error),
+        Err(RecvTimeoutError::Timeout) => {
+            return Err(ErrorKind::TimedOut(deadline.to_string(), "resolving the host name"));
+        }
+        Err(RecvTimeoutError::Disconnected) => "the lookup failed".into(),
+    };
+    Err(ErrorKind::NotConnected(format!("cannot be resolved: {reason}: is the host name right?")))
 }
 
 /// Connects to the first address that accepts. The addresses divide the remaining time.
@@ -58,7 +66,8 @@ fn connect_to_any(endpoint: &Endpoint, addresses: &[SocketAddr], deadline: &Dead
 }
 
 fn unreachable(endpoint: &Endpoint, error: &io::Error) -> ErrorKind {
-    ErrorKind::Unreachable(endpoint.source_name, describe_io_error(error))
+    let (source_name, reason) = (endpoint.source_name, describe_io_error(error));
+    ErrorKind::NotConnected(format!("cannot be reached (from {source_name}): {reason}: is RabbitMQ running there?"))
 }
 
 /// Sets the socket's options, and starts a watchdog for it.
@@ -68,27 +77,12 @@ fn configure(socket: &TcpStream) -> io::Result<Watchdog> {
     Watchdog::new(socket.try_clone()?)
 }
 
-fn start_tls(
-    endpoint: &Endpoint,
-    socket: TcpStream,
-    watchdog: &Watchdog,
-    deadline: &Deadline,
-) -> Result<Transport, ErrorKind> {
-    let Some(files) = &endpoint.tls else { return Ok(Transport::Plain(socket)) };
-    let config = files.client_config()?;
-    let host = &endpoint.host;
-    match watchdog.run_until(deadline, || TlsStream::handshake(config, host, socket)) {
-        Some(Ok(stream)) => Ok(Transport::Tls(Box::new(stream))),
-        Some(Err(error)) => Err(tls_error(&error, host)),
-        None => Err(ErrorKind::TimedOut(deadline.to_string(), "waiting for the TLS handshake")),
-    }
-}
-
 fn tls_error(error: &io::Error, host: &str) -> ErrorKind {
-    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
-        Some(rustls::Error::InvalidMessage(_)) => ErrorKind::NotTls,
-        Some(error) => ErrorKind::Tls(describe_tls_error(error, host)),
-        None if error.kind() == io::ErrorKind::UnexpectedEof => ErrorKind::NotTls,
-        None => ErrorKind::Tls(describe_io_error(error)),
+    let tls_error = error.get_ref().and_then(|inner| inner.downcast_ref());
+    let is_other_protocol = matches!(tls_error, Some(rustls::Error::InvalidMessage(_)));
+    if is_other_protocol || error.kind() == io::ErrorKind::UnexpectedEof {
+        return ErrorKind::NotConnected("did not answer with TLS (TLS is usually on port 5671)".into());
     }
+    let reason = tls_error.map_or_else(|| describe_io_error(error), |error| describe_tls_error(error, host));
+    ErrorKind::NotConnected(format!("failed the TLS handshake: {reason}"))
 }

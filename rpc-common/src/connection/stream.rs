@@ -1,40 +1,31 @@
 //! The stream under amiquip: reads by way of the frame inspector, and writes by way of the frame writer.
 
-use super::channel::Channels;
 use super::frames::FrameInspector;
-use super::transport::Transport;
-use super::writer::FrameWriter;
+use super::writer::{FrameWriter, Transport};
 use amiquip::IoStream;
 use mio::unix::EventedFd;
 use mio::{Evented, Poll, PollOpt, Ready, Token};
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 /// A non-blocking connection that amiquip's I/O thread reads and writes.
 pub(crate) struct Stream {
-    writer: Arc<FrameWriter>,
-    /// Without TLS: the socket, so that reading does not wait for writers.
-    plain: Option<TcpStream>,
     inspector: FrameInspector,
-    saw_frame: Arc<AtomicBool>,
+    writer: Arc<FrameWriter>,
+    socket: TcpStream,
+    has_tls: bool,
 }
 
 impl Stream {
-    /// Makes the transport non-blocking. `saw_frame` is set when the peer has sent a frame.
-    pub(crate) fn new(transport: Transport, channels: Arc<Channels>, saw_frame: Arc<AtomicBool>) -> io::Result<Self> {
-        transport.socket().set_nonblocking(true)?;
-        let plain = match &transport {
-            Transport::Plain(socket) => Some(socket.try_clone()?),
-            Transport::Tls(_) => None,
-        };
+    /// Makes the transport non-blocking. Returns the writer for publishers as well.
+    pub(crate) fn new(transport: Transport, inspector: FrameInspector) -> io::Result<(Self, Arc<FrameWriter>)> {
+        let socket = transport.socket().try_clone()?;
+        socket.set_nonblocking(true)?;
+        let has_tls = matches!(transport, Transport::Tls(_));
         let writer = Arc::new(FrameWriter::new(transport));
-        Ok(Stream { writer, plain, inspector: FrameInspector::new(channels), saw_frame })
-    }
-
-    pub(crate) fn writer(&self) -> Arc<FrameWriter> {
-        self.writer.clone()
+        Ok((Stream { inspector, writer: writer.clone(), socket, has_tls }, writer))
     }
 }
 
@@ -47,17 +38,12 @@ impl Read for Stream {
                 return Ok(count);
             }
             let space = self.inspector.space();
-            let count = match &mut self.plain {
-                Some(socket) => socket.read(space)?,
-                None => self.writer.read(space)?,
-            };
+            // Without TLS, reading does not wait for writers.
+            let count = if self.has_tls { self.writer.read(space)? } else { self.socket.read(space)? };
             if count == 0 {
                 return Ok(0);
             }
-            let inspected = self.inspector.advance(count);
-            if inspected.map_err(|error| io::Error::new(ErrorKind::InvalidData, error))? {
-                self.saw_frame.store(true, Ordering::Relaxed);
-            }
+            self.inspector.advance(count).map_err(|error| io::Error::new(ErrorKind::InvalidData, error))?;
         }
     }
 }
@@ -76,15 +62,15 @@ impl Write for Stream {
 // amiquip reads until `WouldBlock`, so that nothing decrypted stays behind in TLS.
 impl Evented for Stream {
     fn register(&self, poll: &Poll, token: Token, ready: Ready, opts: PollOpt) -> io::Result<()> {
-        EventedFd(&self.writer.fd()).register(poll, token, ready, opts)
+        EventedFd(&self.socket.as_raw_fd()).register(poll, token, ready, opts)
     }
 
     fn reregister(&self, poll: &Poll, token: Token, ready: Ready, opts: PollOpt) -> io::Result<()> {
-        EventedFd(&self.writer.fd()).reregister(poll, token, ready, opts)
+        EventedFd(&self.socket.as_raw_fd()).reregister(poll, token, ready, opts)
     }
 
     fn deregister(&self, poll: &Poll) -> io::Result<()> {
-        EventedFd(&self.writer.fd()).deregister(poll)
+        EventedFd(&self.socket.as_raw_fd()).deregister(poll)
     }
 }
 

@@ -1,13 +1,16 @@
-//! TLS: the CA certificates to trust, the client certificate, and the errors in plain words.
+//! TLS: the CA certificates to trust, the client certificate, the stream, and the errors in plain words.
 
 use super::error::ErrorKind;
 use crate::text::describe_io_error;
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{AlertDescription, CertificateError, ClientConfig, RootCertStore};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{AlertDescription, CertificateError, ClientConfig, ClientConnection, RootCertStore};
 use rustls_native_certs::load_native_certs;
-use std::fs;
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::{fs, mem};
 
 /// The files for TLS. By default the system's CA certificates are trusted, and there is no client certificate.
 #[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args)]
@@ -26,15 +29,10 @@ pub struct TlsFiles {
 }
 
 impl TlsFiles {
-    /// Whether no file is given.
-    pub(crate) fn is_empty(&self) -> bool {
-        *self == TlsFiles::default()
-    }
-
     /// Reads the files. Done for every connection, so that a server uses renewed certificates without a restart.
     ///
     /// # Errors
-    /// [`ErrorKind::BadFile`] or [`ErrorKind::NoCaCertificates`].
+    /// [`ErrorKind::Configuration`] or [`ErrorKind::NoCaCertificates`].
     pub(crate) fn client_config(&self) -> Result<ClientConfig, ErrorKind> {
         let builder = ClientConfig::builder().with_root_certificates(self.roots()?);
         let (Some(cert_file), Some(key_file)) = (&self.cert, &self.key) else {
@@ -45,14 +43,11 @@ impl TlsFiles {
         let chain = read_certificates("--cert-file", cert_file)?;
         let key = PrivateKeyDer::from_pem_slice(&read("--key-file", key_file)?)
             .map_err(|_| bad_key("contains no unencrypted PEM private key"))?;
-        let config = builder.with_client_auth_cert(chain, key).map_err(|error| match error {
+        builder.with_client_auth_cert(chain, key).map_err(|error| match error {
             rustls::Error::InconsistentKeys(_) => bad_key("is not the key of --cert-file"),
-            rustls::Error::InvalidCertificate(error) => {
-                bad_cert(&format!("the certificate {}", describe_certificate_error(&error, "")))
-            }
+            error @ rustls::Error::InvalidCertificate(_) => bad_cert(&describe_tls_error(&error, "")),
             error => bad_key(&format!("cannot be used: {error}")),
-        })?;
-        Ok(config)
+        })
     }
 
     fn roots(&self) -> Result<RootCertStore, ErrorKind> {
@@ -84,6 +79,68 @@ fn read_certificates(option: &'static str, file: &Path) -> Result<Vec<Certificat
 
 fn read(option: &'static str, file: &Path) -> Result<Vec<u8>, ErrorKind> {
     fs::read(file).map_err(|error| ErrorKind::bad_file(option, file, &describe_io_error(&error)))
+}
+
+/// A TCP connection with TLS.
+pub(crate) struct TlsStream {
+    connection: ClientConnection,
+    pub(crate) socket: TcpStream,
+    /// Plaintext that is encrypted but not yet reported as written; the caller passes the same bytes again.
+    unreported: usize,
+}
+
+impl TlsStream {
+    /// Does the TLS handshake on a blocking socket. The peer's certificate must be signed by a trusted CA, be valid
+    /// now, and match `host`, a host name or an IP address.
+    ///
+    /// # Errors
+    /// With a [`rustls::Error`] inside, where TLS itself failed.
+    pub(crate) fn handshake(config: ClientConfig, host: &str, mut socket: TcpStream) -> io::Result<Self> {
+        let host = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
+        let mut connection = ClientConnection::new(Arc::new(config), host).map_err(io::Error::other)?;
+        connection.complete_io(&mut socket)?;
+        Ok(TlsStream { connection, socket, unreported: 0 })
+    }
+
+    fn receive(&mut self) -> io::Result<()> {
+        self.connection.read_tls(&mut self.socket)?;
+        match self.connection.process_new_packets() {
+            Ok(_) => Ok(()),
+            Err(error) => Err(io::Error::new(io::ErrorKind::InvalidData, describe_tls_error(&error, ""))),
+        }
+    }
+
+    pub(crate) fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.connection.reader().read(buffer) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.receive()?,
+                // The peer closed the socket without close_notify.
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(0),
+                result => return result,
+            }
+        }
+    }
+
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.unreported == 0 {
+            self.unreported = self.connection.writer().write(bytes)?;
+        }
+        while self.connection.wants_write() {
+            let written = self.connection.write_tls(&mut self.socket);
+            written.map_err(|error| self.explain_write_error(error))?;
+        }
+        Ok(mem::take(&mut self.unreported))
+    }
+
+    /// A broker that refuses our certificate sends an alert and closes the socket. The alert can still be read when
+    /// writing fails.
+    fn explain_write_error(&mut self, error: io::Error) -> io::Error {
+        let is_closed = matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe);
+        match is_closed.then(|| self.receive()) {
+            Some(Err(cause)) if cause.kind() == io::ErrorKind::InvalidData => cause,
+            _ => error,
+        }
+    }
 }
 
 /// What rustls found wrong on a connection to `host`.

@@ -1,15 +1,49 @@
-//! Writes frames to the broker, for amiquip's I/O thread and for all publishers of a connection.
+//! The socket of a connection, with or without TLS, and the one way to write to it: whole frames, for amiquip's I/O
+//! thread and for all publishers.
 
-use super::channel::lock;
-use super::transport::Transport;
+use super::deadline::lock;
+use super::tls::TlsStream;
 use mio::unix::EventedFd;
 use mio::{Events, Poll, PollOpt, Ready, Token};
 use std::collections::VecDeque;
-use std::io;
-use std::net::Shutdown;
-use std::os::fd::{AsRawFd, RawFd};
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 use std::thread;
+
+/// A connection to the peer, with or without TLS.
+pub(crate) enum Transport {
+    Plain(TcpStream),
+    Tls(Box<TlsStream>),
+}
+
+impl Transport {
+    pub(crate) fn socket(&self) -> &TcpStream {
+        match self {
+            Transport::Plain(socket) => socket,
+            Transport::Tls(stream) => &stream.socket,
+        }
+    }
+
+    /// Writes until everything is written or the socket would block. Returns how many bytes were written.
+    fn write_available(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut written = 0;
+        while written < bytes.len() {
+            let result = match self {
+                Transport::Plain(socket) => socket.write(&bytes[written..]),
+                Transport::Tls(stream) => stream.write(&bytes[written..]),
+            };
+            match result {
+                Ok(count) => written += count,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(written)
+    }
+}
 
 /// A **frame writer** takes whole frames from any thread, one caller at a time, and never waits for the peer.
 pub(crate) struct FrameWriter(Mutex<State>);
@@ -26,14 +60,12 @@ impl FrameWriter {
         FrameWriter(Mutex::new(State { transport, backlog: VecDeque::new() }))
     }
 
-    /// The socket's file descriptor.
-    pub(crate) fn fd(&self) -> RawFd {
-        lock(&self.0).transport.socket().as_raw_fd()
-    }
-
     /// Reads from the transport. With TLS reading and writing share their state.
     pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        lock(&self.0).transport.read(buffer)
+        match &mut lock(&self.0).transport {
+            Transport::Plain(socket) => socket.read(buffer),
+            Transport::Tls(stream) => stream.read(buffer),
+        }
     }
 
     /// Takes all of these frames, and writes what the socket takes now.
@@ -42,29 +74,36 @@ impl FrameWriter {
     /// When the connection has ended. It is shut down, so that reading from it fails, too.
     pub(crate) fn write(self: &Arc<Self>, frames: &[u8]) -> io::Result<()> {
         let mut state = lock(&self.0);
-        let result = state.write(frames).and_then(|has_backlog| {
-            if has_backlog {
-                let writer = self.clone();
-                thread::Builder::new().name("backlog".into()).spawn(move || writer.drain_backlog())?;
-            }
-            Ok(())
-        });
+        if !state.backlog.is_empty() {
+            state.backlog.extend(frames); // a thread drains it
+            return Ok(());
+        }
+        let result = self.write_or_start_thread(&mut state, frames);
         if result.is_err() {
             state.shut_down();
         }
         result
     }
 
-    /// Writes the backlog as the socket takes it, until it is empty or the connection ends.
-    fn drain_backlog(&self) {
-        if self.try_drain_backlog().is_err() {
-            lock(&self.0).shut_down();
+    fn write_or_start_thread(self: &Arc<Self>, state: &mut State, frames: &[u8]) -> io::Result<()> {
+        let written = state.transport.write_available(frames)?;
+        if written < frames.len() {
+            state.backlog.extend(&frames[written..]);
+            let writer = self.clone();
+            thread::Builder::new().name("backlog".into()).spawn(move || {
+                if writer.drain_backlog().is_err() {
+                    lock(&writer.0).shut_down();
+                }
+            })?;
         }
+        Ok(())
     }
 
-    fn try_drain_backlog(&self) -> io::Result<()> {
+    /// Writes the backlog as the socket takes it, until it is empty.
+    fn drain_backlog(&self) -> io::Result<()> {
         let poll = Poll::new()?;
-        poll.register(&EventedFd(&self.fd()), Token(0), Ready::writable(), PollOpt::level())?;
+        let fd = lock(&self.0).transport.socket().as_raw_fd();
+        poll.register(&EventedFd(&fd), Token(0), Ready::writable(), PollOpt::level())?;
         loop {
             poll.poll(&mut Events::with_capacity(1), None)?;
             let mut state = lock(&self.0);
@@ -79,17 +118,6 @@ impl FrameWriter {
 }
 
 impl State {
-    /// Returns whether there is a backlog that no thread drains yet.
-    fn write(&mut self, frames: &[u8]) -> io::Result<bool> {
-        if !self.backlog.is_empty() {
-            self.backlog.extend(frames);
-            return Ok(false);
-        }
-        let written = self.transport.write_available(frames)?;
-        self.backlog.extend(&frames[written..]);
-        Ok(written < frames.len())
-    }
-
     fn shut_down(&mut self) {
         let _ = self.transport.socket().shutdown(Shutdown::Both); // fails only if it is shut down already
         self.backlog.clear();
@@ -99,8 +127,7 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Read;
-    use std::net::{TcpListener, TcpStream};
+    use std::net::TcpListener;
     use std::time::{Duration, Instant};
 
     fn writer() -> (Arc<FrameWriter>, TcpStream) {

@@ -26,7 +26,7 @@ pub(crate) fn url() -> &'static str {
 
 /// Host and port of the broker, as messages show them.
 pub(crate) fn authority() -> String {
-    Endpoint::parse(url(), "the test").expect("the broker's URL is well formed").to_string()
+    Endpoint::parse(url(), "the test").expect("the broker's URL is well formed").broker
 }
 
 /// The credentials (`user:password`) and the path of the broker's URL, still percent-encoded.

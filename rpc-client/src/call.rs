@@ -29,7 +29,7 @@ pub struct Config {
     #[arg(long, value_name = "KIND", default_value = "queue", hide_possible_values = true)]
     pub reply_to: ReplyTo,
 
-    /// where the broker is
+    /// Where the broker is.
     #[command(flatten)]
     pub broker: BrokerOptions,
 }

@@ -303,8 +303,8 @@ impl<T> EventLoop<'_, '_, T> {
             if session.is_consuming && !self.pending.is_empty() && self.blocked.is_none() {
                 session.check_queue();
                 if self.cause == NoAnswerCause::Unknown {
+                    // Until the broker has answered.
                     self.cause = NoAnswerCause::Waiting("looking at the queue");
-                    // until the broker has answered
                 }
             }
         }

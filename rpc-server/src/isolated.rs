@@ -92,19 +92,15 @@ impl IsolatedPublisher {
 impl State {
     fn publish(&mut self, endpoint: &Endpoint, reply: Publish, correlation_id: Option<&[u8]>) -> Published {
         let deadline = Deadline::after(PUBLISH_TIMEOUT);
-        let mut open = match self.open.take().map_or_else(|| Open::new(endpoint, &deadline), Ok) {
+        // One that is open may have ended since.
+        let open = self.open.take().and_then(|mut open| open.make_round_trip(&deadline).ok().map(|()| open));
+        let mut open = match open.map_or_else(|| Open::new(endpoint, &deadline), Ok) {
             Ok(open) => open,
             Err(error) => return Published::Unknown(error),
         };
-        let Open { connection, channel, publisher } = &mut open;
-        publisher.publish(reply, correlation_id);
-        let _ = publisher.flush(); // the call returns the cause
-
-        // A round trip. The broker handles a channel's methods in order: when it answers, it has not refused the reply.
-        // (A publisher confirm would tell the same, and would have to be enabled by another round trip.)
-        let round_trip = connection.call(&deadline, "publishing a reply", |_| channel.amqp.qos(0, 0, false));
-        channel.returns.try_iter().for_each(|reply| log_return(&reply));
-        match round_trip {
+        open.publisher.publish(reply, correlation_id);
+        let _ = open.publisher.flush(); // the round trip returns the cause
+        match open.make_round_trip(&deadline) {
             Ok(()) => {
                 self.open = Some(open);
                 Published::Accepted
@@ -120,6 +116,15 @@ impl Open {
         let mut connection = Connection::open(endpoint, "rpc-server", deadline)?;
         let (channel, publisher) = connection.open_channel(MAX_UNREAD, deadline)?;
         Ok(Open { connection, channel, publisher })
+    }
+
+    /// The broker handles a channel's methods in order: when it answers, it has not refused what was published before. (A
+    /// publisher confirm would tell the same, and would have to be enabled by another round trip.)
+    fn make_round_trip(&mut self, deadline: &Deadline) -> Result<(), Error> {
+        let amqp = &self.channel.amqp;
+        let result = self.connection.call(deadline, "publishing a reply", |_| amqp.qos(0, 0, false));
+        self.channel.returns.try_iter().for_each(|reply| log_return(&reply));
+        result
     }
 }
 

@@ -53,7 +53,12 @@ pub(crate) fn find_or_declare(
         });
         match declared {
             // Another server has declared it in another way: look for it again.
-            Err(error) if closed_with(&error, PRECONDITION_FAILED) && other_attempts.next().is_some() => {}
+            Err(Error { broker, kind: ErrorKind::ChannelClosed(reason) }) if reason.code == PRECONDITION_FAILED => {
+                if other_attempts.next().is_none() {
+                    return Err(Error { broker, kind: ErrorKind::Refused(reason) });
+                    // retrying cannot help
+                }
+            }
             declared => return declared.map(|()| format!("declared queue '{queue}' ({name})")),
         }
     }

@@ -91,8 +91,8 @@ impl WorkerChannel {
 
     fn close(self) {
         let deadline = Deadline::after(BROKER_CALL_TIMEOUT);
+        // Fails if the channel has ended.
         let _ = self.watchdog.run_until(&deadline, || self.channel.amqp.close());
-        // fails if the channel has ended
     }
 
     /// How the channel ended. The server learns the end of the connection by itself.

@@ -2,7 +2,7 @@
 
 use crate::support::broker;
 use crate::support::peer::Queue;
-use crate::support::programs::{assert_output, client, Program};
+use crate::support::programs::{assert_output, bash, client, Program};
 use std::fs;
 use std::path::Path;
 
@@ -29,6 +29,17 @@ fn a_password_file_supplies_the_password_of_the_url() {
     let _server = Program::start_server_at(&url, &queue, &["--password-file", name]);
     let mut call = client(&queue, &["--password-file", name, "30"]);
     assert_output(call.env("AMQP_URL", &url), 0, "832040\n", "");
+}
+
+/// A pipe can be read only once, so the check of the options must leave it to the connection.
+#[test]
+fn a_password_file_may_be_a_pipe() {
+    let queue = Queue::named("password_pipe");
+    let _server = Program::start_server(&queue, &[]);
+    let (user, password) = broker::credentials().split_once(':').expect("both are in the URL");
+    let url = broker::url_with_credentials(user);
+    let options = format!("--queue {} --url {url} --password-file <(echo '{password}')", &*queue);
+    bash(&format!("rpc-client {options} 30")).code(0).stdout("832040\n").stderr("");
 }
 
 #[test]

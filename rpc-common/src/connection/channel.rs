@@ -237,20 +237,13 @@ impl ChannelState {
 
 #[cfg(test)]
 mod tests {
-    use super::super::writer::Transport;
+    use super::super::writer::tests::writer;
     use super::*;
     use amiquip::AmqpProperties;
     use amq_protocol::frame::{parse_frame, AMQPFrame};
     use crossbeam_channel::never;
     use std::io::Read;
-    use std::net::{TcpListener, TcpStream};
-
-    fn writer() -> (Arc<FrameWriter>, TcpStream) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        socket.set_nonblocking(true).unwrap();
-        (Arc::new(FrameWriter::new(Transport::Plain(socket))), listener.accept().unwrap().0)
-    }
+    use std::net::TcpStream;
 
     fn received(mut peer: TcpStream) -> Vec<u8> {
         let mut bytes = Vec::new();

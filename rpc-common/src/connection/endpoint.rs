@@ -8,6 +8,7 @@ use percent_encoding::percent_decode_str;
 use std::fmt::{self, Debug};
 use std::fs;
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use url::{Host, ParseError, Url};
 
@@ -63,17 +64,32 @@ impl Endpoint {
         Ok(ConnectionOptions::default().auth(self.auth()?).virtual_host(&self.vhost).heartbeat(self.heartbeat))
     }
 
+    /// Checks the password file against the URL, and reads it, so that an error is known before anything is tried. A pipe
+    /// is left to the connection: it can be read only once.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Configuration`]
+    pub(crate) fn check_password_file(&self) -> Result<(), ErrorKind> {
+        let Some(file) = &self.password_file else { return Ok(()) };
+        let bad = |reason| Err(ErrorKind::bad_file("--password-file", file, reason));
+        if self.has_password() {
+            return bad("the URL has a password, too: remove one of them");
+        }
+        if self.uses_certificate_login {
+            return bad("auth_mechanism=external uses no password");
+        }
+        let is_pipe = fs::metadata(file).is_ok_and(|metadata| metadata.file_type().is_fifo());
+        if is_pipe {
+            return Ok(());
+        }
+        self.auth().map(drop)
+    }
+
     fn auth(&self) -> Result<Auth, ErrorKind> {
         let password = match &self.password_file {
             Some(file) => {
-                let bad = |reason: &str| ErrorKind::bad_file("--password-file", file, reason);
-                if self.has_password() {
-                    return Err(bad("the URL has a password, too: remove one of them"));
-                }
-                if self.uses_certificate_login {
-                    return Err(bad("auth_mechanism=external uses no password"));
-                }
-                let text = fs::read_to_string(file).map_err(|e| bad(&describe_io_error(&e)))?;
+                let text = fs::read_to_string(file)
+                    .map_err(|error| ErrorKind::bad_file("--password-file", file, &describe_io_error(&error)))?;
                 text.strip_suffix('\n').unwrap_or(&text).to_owned()
             }
             None if self.uses_certificate_login => return Ok(Auth::External),

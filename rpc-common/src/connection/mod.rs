@@ -23,6 +23,7 @@ pub use error::{Error, ErrorKind, Reason, ACCESS_REFUSED, NOT_FOUND, PRECONDITIO
 pub use retry::{Backoff, Retry};
 pub use tls::TlsFiles;
 
+use crate::text::describe_io_error;
 use amiquip::{ConnectionBlockedNotification, ConnectionTuning, ConsumerMessage, Delivery};
 use channel::ConnectionState;
 use crossbeam_channel::{Receiver, RecvError};
@@ -77,7 +78,7 @@ impl Connection {
         let (transport, watchdog) = socket::connect(endpoint, deadline)?;
         let state = Arc::new(ConnectionState::default());
         let (stream, writer) = Stream::new(transport, FrameInspector::new(state.clone()))
-            .map_err(|error| ErrorKind::ConnectionLost(error.to_string()))?;
+            .map_err(|error| ErrorKind::ConnectionLost(describe_io_error(&error)))?;
         let handshake = watchdog.run_until(deadline, || {
             amiquip::Connection::insecure_open_stream(
                 stream,

@@ -125,12 +125,13 @@ impl State {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use std::net::TcpListener;
     use std::time::{Duration, Instant};
 
-    fn writer() -> (Arc<FrameWriter>, TcpStream) {
+    /// A writer, and the peer that it writes to.
+    pub(crate) fn writer() -> (Arc<FrameWriter>, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         socket.set_nonblocking(true).unwrap();

@@ -38,8 +38,7 @@ pub(crate) fn make_calls(cli: &Cli) -> Result<ExitCode, Error> {
 fn make_one_call(cli: &Cli, endpoints: Vec<Endpoint>, n: u64) -> io::Result<ExitCode> {
     let (request_sender, requests) = bounded(1);
     let (_running, stop) = bounded(0);
-    let (permits, _) = bounded(0);
-    let mut printer = Printer::new(BufWriter::new(io::stdout()), cli.output.clone(), permits, 1);
+    let mut printer = Printer::new(BufWriter::new(io::stdout()), cli.output.clone());
     if cli.output.announces() {
         reader::announce(n);
     }
@@ -48,7 +47,7 @@ fn make_one_call(cli: &Cli, endpoints: Vec<Endpoint>, n: u64) -> io::Result<Exit
     let mut result = Ok(());
     // An error of the run is the outcome of the call, too. It is printed before the connection is closed.
     let _ = rpc_client::run(&cli.config, endpoints, &requests, &stop, &mut |outcomes| {
-        result = printer.handle(Event::Outcomes(outcomes)).and_then(|()| printer.flush());
+        result = printer.print_outcomes(outcomes).and_then(|()| printer.flush());
     });
     result.and_then(|()| printer.finish())
 }
@@ -61,10 +60,10 @@ fn make_many_calls(cli: &Cli, endpoints: Vec<Endpoint>) -> io::Result<ExitCode> 
     // sleeps, which took a third more CPU time here.
     let (event_sender, events) = mpsc::channel();
     let (running, stop) = bounded(0);
-    let printer = Printer::new(BufWriter::new(io::stdout()), cli.output.clone(), permit_sender, lines_per_permit);
+    let printer = Printer::new(BufWriter::new(io::stdout()), cli.output.clone());
     let printer = thread::spawn(move || {
         let _running = running; // dropped when the printer has ended; that stops the calls
-        printer.print_all(&events)
+        printer.print_all(&events, &permit_sender, lines_per_permit)
     });
     let requests = reader::start(cli, event_sender.clone(), permits, lines_per_permit);
     // An error of the run is the outcome of its calls, too.

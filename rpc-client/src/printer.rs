@@ -28,9 +28,6 @@ pub(crate) enum Event {
 pub(crate) struct Printer<W> {
     output: W,
     options: OutputOptions,
-    /// Lets the reader read on, as lines are printed.
-    permits: Sender<()>,
-    lines_per_permit: u64,
     /// Lines that wait for a line before them, by index.
     waiting: BTreeMap<u64, Line>,
     /// How many lines were printed. If they are ordered, this is the index of the next one.
@@ -38,57 +35,59 @@ pub(crate) struct Printer<W> {
     last_error: Option<String>,
     /// The largest one so far.
     exit_code: ExitCode,
-    summary: Summary,
+    summary: Option<Summary>,
 }
 
 impl<W: Write> Printer<W> {
-    pub(crate) fn new(output: W, options: OutputOptions, permits: Sender<()>, lines_per_permit: u64) -> Self {
+    pub(crate) fn new(output: W, options: OutputOptions) -> Self {
         Printer {
             output,
+            summary: options.summary.map(Summary::new),
             options,
-            permits,
-            lines_per_permit,
             waiting: BTreeMap::new(),
             printed: 0,
             last_error: None,
             exit_code: ExitCode::Success,
-            summary: Summary::new(),
         }
     }
 
-    /// Prints until the run has ended. Returns the largest exit code.
+    /// Prints until the run has ended. Lets the reader read on, by a permit for each `lines_per_permit` that are printed.
+    /// Returns the largest exit code.
     ///
     /// # Errors
     /// The output cannot be written.
-    pub(crate) fn print_all(mut self, events: &Receiver<Event>) -> io::Result<ExitCode> {
+    pub(crate) fn print_all(
+        mut self,
+        events: &Receiver<Event>,
+        permits: &Sender<()>,
+        lines_per_permit: u64,
+    ) -> io::Result<ExitCode> {
+        let mut permits_given = 0;
         loop {
             // What is printed can be read while nothing else happens.
             let event = events.try_recv().or_else(|_| {
                 self.flush()?;
                 Ok::<_, io::Error>(events.recv().unwrap_or(Event::RunEnded))
             })?;
-            if matches!(event, Event::RunEnded) {
+            match event {
+                Event::Outcomes(outcomes) => self.print_outcomes(outcomes)?,
+                Event::BadLine(index, bad_line) => self.print_in_order(Line::from_bad_line(index, bad_line))?,
+                Event::ReadError(error) => {
+                    let error = Error::Input(error);
+                    self.print_error(&error, error.to_string());
+                }
                 // If the run ended early, bad lines of input may still wait behind a number that was not called.
-                return self.finish();
+                Event::RunEnded => return self.finish(),
             }
-            self.handle(event)?;
+            for _ in permits_given..self.printed / lines_per_permit {
+                permits_given += 1;
+                let _ = permits.try_send(()); // fails if all input is read
+            }
         }
     }
 
-    /// Prints what an event brings.
-    pub(crate) fn handle(&mut self, event: Event) -> io::Result<()> {
-        match event {
-            Event::Outcomes(outcomes) => {
-                outcomes.into_iter().try_for_each(|outcome| self.print_in_order(Line::from_outcome(outcome)))?;
-            }
-            Event::BadLine(index, bad_line) => self.print_in_order(Line::from_bad_line(index, bad_line))?,
-            Event::ReadError(error) => {
-                let error = Error::Input(error);
-                self.print_error(&error, error.to_string());
-            }
-            Event::RunEnded => {}
-        }
-        Ok(())
+    pub(crate) fn print_outcomes(&mut self, outcomes: Vec<Outcome<Input>>) -> io::Result<()> {
+        outcomes.into_iter().try_for_each(|outcome| self.print_in_order(Line::from_outcome(outcome)))
     }
 
     pub(crate) fn flush(&mut self) -> io::Result<()> {
@@ -98,8 +97,8 @@ impl<W: Write> Printer<W> {
     /// Prints the summary. Returns the largest exit code.
     pub(crate) fn finish(mut self) -> io::Result<ExitCode> {
         self.flush()?;
-        if let Some(format) = self.options.summary {
-            self.summary.print(format);
+        if let Some(summary) = &self.summary {
+            summary.print();
         }
         Ok(self.exit_code)
     }
@@ -123,11 +122,10 @@ impl<W: Write> Printer<W> {
             self.print_error(error, line.error_message(error));
         }
         line.write(&mut self.output, self.options.format)?;
-        self.summary.count(line);
-        self.printed += 1;
-        if self.printed.is_multiple_of(self.lines_per_permit) {
-            let _ = self.permits.try_send(()); // fails if all input is read
+        if let Some(summary) = &mut self.summary {
+            summary.count(line);
         }
+        self.printed += 1;
         Ok(())
     }
 
@@ -178,7 +176,7 @@ mod tests {
             sender.send(event).unwrap();
         }
         sender.send(Event::RunEnded).unwrap();
-        Printer::new(output, cli.output, permits, 2).print_all(&receiver)
+        Printer::new(output, cli.output).print_all(&receiver, &permits, 2)
     }
 
     fn printed(options: &[&str], events: Vec<Event>) -> (String, ExitCode) {

@@ -19,17 +19,19 @@ const PRECISION: u8 = 3;
 
 /// Counts the lines of output.
 pub(crate) struct Summary {
+    format: SummaryFormat,
     begun: Instant,
     calls: u64,
     errors: BTreeMap<String, u64>,
-    /// In microseconds.
+    /// In microseconds. It takes 0.3 MB.
     latencies: Histogram<u64>,
 }
 
 impl Summary {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(format: SummaryFormat) -> Self {
         let latencies = Histogram::new_with_bounds(1, MAX_LATENCY, PRECISION);
         Summary {
+            format,
             begun: Instant::now(),
             calls: 0,
             errors: BTreeMap::new(),
@@ -51,9 +53,9 @@ impl Summary {
     }
 
     /// Prints the figures on standard error.
-    pub(crate) fn print(&self, format: SummaryFormat) {
+    pub(crate) fn print(&self) {
         let figures = self.figures();
-        match format {
+        match self.format {
             SummaryFormat::Text => print_message("rpc-client", &figures),
             SummaryFormat::Json => {
                 let json = serde_json::to_string(&figures).expect("figures are plain JSON");

@@ -37,7 +37,7 @@ pub(crate) fn make_calls(cli: &Cli) -> Result<ExitCode, Error> {
 /// Without the threads of many calls, each of which would cost about 0.1 ms and 0.1 MiB.
 fn make_one_call(cli: &Cli, endpoints: Vec<Endpoint>, n: u64) -> io::Result<ExitCode> {
     let (request_sender, requests) = bounded(1);
-    let (_running, stop) = bounded(0);
+    let (_running, stop) = bounded(0); // disconnected when this function ends
     let mut printer = Printer::new(BufWriter::new(io::stdout()), cli.output.clone());
     if cli.output.announces() {
         reader::announce(n);
@@ -45,7 +45,7 @@ fn make_one_call(cli: &Cli, endpoints: Vec<Endpoint>, n: u64) -> io::Result<Exit
     let _ = request_sender.send(Input { index: 0, n, line: None }.into()); // there is room for it
     drop(request_sender);
     let mut result = Ok(());
-    // An error of the run is the outcome of the call, too. It is printed before the connection is closed.
+    // An error of the run is the outcome of the call, too. An answer is printed before the connection is closed.
     let _ = rpc_client::run(&cli.config, endpoints, &requests, &stop, &mut |outcomes| {
         result = printer.print_outcomes(outcomes).and_then(|()| printer.flush());
     });

@@ -23,7 +23,8 @@ const QUEUE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// Receives how calls ended, in the order in which they ended.
 pub type OnOutcomes<'a, T> = dyn FnMut(Vec<Outcome<T>>) + 'a;
 
-/// Makes a call of each request, until `requests` or `stop` is disconnected. Runs on the calling thread.
+/// Makes a call of each request, until `requests` is disconnected and all calls have ended, or `stop` is disconnected. Runs
+/// on the calling thread.
 ///
 /// Calls that are unanswered when a connection ends are sent again on the next one, under the same correlation id,
 /// until their deadline. When `stop` ends it, what is unanswered has no outcome.
@@ -110,7 +111,7 @@ impl<T> EventLoop<'_, '_, T> {
     fn wait_for_call(&mut self) -> bool {
         if self.pending.is_empty() && self.has_more_requests {
             select! {
-                recv(self.requests) -> request => self.on_request(request),
+                recv(self.requests) -> request => self.on_request_or_end(request),
                 recv(self.stop) -> _ => self.is_stopped = true,
             }
         }
@@ -130,10 +131,11 @@ impl<T> EventLoop<'_, '_, T> {
             if self.until_next_timer(session).is_zero() {
                 self.on_timer(session)?; // even if the peer never stops sending
             }
-            // Outcomes are delivered when nothing else is ready.
+            // When nothing else is ready, `on_timer` delivers the outcomes.
             let timeout = if self.outcomes.is_empty() { self.until_next_timer(session) } else { Duration::ZERO };
-            // While the broker blocks us, calls begin and expire as they would otherwise.
-            let takes_requests = session.is_consuming || self.blocked.is_some();
+            // Until the consumer is started, one pending call is enough: more would end with the same error. But while the
+            // broker blocks us, calls begin and expire as usual.
+            let takes_requests = session.is_consuming || self.pending.is_empty() || self.blocked.is_some();
             let requests = if takes_requests && self.has_room() { self.requests } else { &no_requests };
             select! {
                 recv(session.replies) -> message => {
@@ -141,12 +143,12 @@ impl<T> EventLoop<'_, '_, T> {
                     self.take_messages(session)?;
                 }
                 recv(requests) -> request => {
-                    self.on_request(request);
+                    self.on_request_or_end(request);
                     while self.has_room() {
                         let Ok(request) = self.requests.try_recv() else { break };
-                        self.on_request(Ok(request));
+                        self.on_request(request);
                     }
-                    self.publish_unsent(session);
+                    self.publish_requests(session);
                 }
                 recv(session.returns) -> request => match request {
                     Ok(request) => self.on_return(&request),
@@ -154,7 +156,7 @@ impl<T> EventLoop<'_, '_, T> {
                 },
                 recv(session.notifications) -> notification => if let Ok(notification) = notification {
                     self.on_notification(notification);
-                    self.publish_unsent(session);
+                    self.publish_requests(session);
                 } else {
                     session.notifications = never();
                     session.ask_for_cause();
@@ -181,8 +183,8 @@ impl<T> EventLoop<'_, '_, T> {
                 self.cause = NoAnswerCause::Waiting("starting a consumer");
                 (session.returns, session.notifications) = (returns, notifications);
                 session.publisher = Some(publisher);
-                self.pending.mark_all_unsent();
-                self.publish_unsent(session);
+                self.pending.send_all_again();
+                self.publish_requests(session);
             }
             SessionEvent::Consuming(replies) => {
                 (session.replies, session.is_consuming) = (replies, true);
@@ -197,12 +199,12 @@ impl<T> EventLoop<'_, '_, T> {
 
     /// Pauses before the next session, unless the error ends the run.
     fn on_session_error(&mut self, error: Error) -> Result<(), Error> {
-        let Error::Connection(cause) = &error else { return Err(self.end_all(error)) };
-        self.cause = self.no_answer_cause().after(cause);
+        let Error::Connection(connection_error) = &error else { return Err(self.end_all(error)) };
+        self.cause = self.no_answer_cause().after(connection_error);
         self.blocked = None;
-        let decision = self.retry.on_error(cause, Instant::now());
+        let decision = self.retry.on_error(connection_error, Instant::now());
         let was_connected = !self.broker.is_empty();
-        if ends_run(&cause.kind, decision.is_final, self.pending.progress(was_connected)) {
+        if ends_run(&connection_error.kind, decision.is_final, self.pending.progress(was_connected)) {
             return Err(self.end_all(error));
         }
         log::info!("{error}: connecting again");
@@ -211,8 +213,8 @@ impl<T> EventLoop<'_, '_, T> {
             let pause = decision.pause.min(deadline.remaining() / 2).max(MIN_PAUSE);
             self.is_stopped = self.stop.recv_timeout(pause).is_err_and(|end| end.is_disconnected());
         }
-        if self.pending.any_sent() {
-            self.expire(); // else the next attempt says why nothing was sent
+        if self.calls_can_expire(None) {
+            self.expire();
         }
         self.deliver_outcomes();
         Ok(())
@@ -227,22 +229,26 @@ impl<T> EventLoop<'_, '_, T> {
         error
     }
 
+    /// Begins the call of a request, or learns that there are no more.
+    fn on_request_or_end(&mut self, request: Result<Request<T>, RecvError>) {
+        match request {
+            Ok(request) => self.on_request(request),
+            Err(RecvError) => self.has_more_requests = false,
+        }
+    }
+
     /// Begins the call of a request; it is not sent yet.
-    fn on_request(&mut self, request: Result<Request<T>, RecvError>) {
-        let Ok(request) = request else {
-            self.has_more_requests = false;
-            return;
-        };
+    fn on_request(&mut self, request: Request<T>) {
         if self.pending.is_empty() {
             self.next_queue_check = Instant::now() + FIRST_QUEUE_CHECK;
         }
         self.pending.begin(Uuid::new_v4(), request, Deadline::after(self.config.timeout));
     }
 
-    /// Buffers the unsent requests, unless the broker blocks us: it would run them when their callers have gone.
-    fn publish_unsent(&mut self, session: &Session) {
+    /// Buffers the requests that are to be sent, unless the broker blocks us: it would run them when their callers have gone.
+    fn publish_requests(&mut self, session: &Session) {
         let (Some(publisher), None) = (&session.publisher, &self.blocked) else { return };
-        while let Some(call) = self.pending.next_unsent() {
+        while let Some(call) = self.pending.next_to_send() {
             publisher.publish(&self.config.queue, call);
         }
     }
@@ -256,6 +262,7 @@ impl<T> EventLoop<'_, '_, T> {
         match delivery(message) {
             Ok(Some(delivery)) => self.on_reply(delivery),
             Ok(None) => return Err(self.connection_lost("the reply queue was deleted")),
+            // amiquip's I/O thread has ended.
             Err(amiquip::Error::EventLoopDropped) => {
                 session.replies = never();
                 session.ask_for_cause();
@@ -289,14 +296,16 @@ impl<T> EventLoop<'_, '_, T> {
     /// Ends expired calls, delivers outcomes, sends returned requests again, and looks at the request queue.
     fn on_timer(&mut self, session: &mut Session) -> Result<(), ConnectionError> {
         self.take_messages(session)?; // an answer that has arrived does not expire
-        let has_expired = self.has_deadlines(session) && self.expire();
+        let has_expired = self.calls_can_expire(Some(session)) && self.expire();
         if has_expired && self.pending.is_empty() && !session.is_consuming && self.blocked.is_none() {
-            session.shut_down(); // the broker has not answered; one that blocks us is waited for by the next calls
+            // The broker has not started the consumer in time. (If it blocks us, the next calls wait for it.) This ends the
+            // session thread's wait.
+            session.shut_down();
         }
         self.deliver_outcomes();
         let now = Instant::now();
         self.pending.start_resends(now);
-        self.publish_unsent(session);
+        self.publish_requests(session);
         if now >= self.next_queue_check {
             self.next_queue_check = now + QUEUE_CHECK_INTERVAL;
             // A broker that blocks us does not answer.
@@ -392,14 +401,14 @@ impl<T> EventLoop<'_, '_, T> {
         self.has_more_requests && self.pending.len() < self.config.in_flight.into()
     }
 
-    /// Whether calls expire. Not while we connect and nothing was sent: connecting ends with the first deadline, and its
-    /// error says more.
-    fn has_deadlines(&self, session: &Session) -> bool {
-        session.publisher.is_some() || self.pending.any_sent()
+    /// Whether calls expire by the timer. Before the first request is sent they do not: connecting has their deadline, and its
+    /// error, which ends the run, says more than that there is no answer.
+    fn calls_can_expire(&self, session: Option<&Session>) -> bool {
+        session.is_some_and(|session| session.publisher.is_some()) || self.pending.was_any_sent()
     }
 
     fn until_next_timer(&self, session: &Session) -> Duration {
-        if !self.has_deadlines(session) {
+        if !self.calls_can_expire(Some(session)) {
             return Duration::MAX;
         }
         let next_timer = self.pending.next_timer().map(|timer| timer.min(self.next_queue_check));

@@ -48,6 +48,7 @@ impl Line {
                 output.write_all(b"\n")
             }
             (Format::Text, Ok(answer)) => writeln!(output, " [.] Got {answer}"),
+            // Parsing has replaced `Auto`.
             (Format::Raw | Format::Auto, Ok(answer)) => writeln!(output, "{answer}"),
             (Format::Raw | Format::Auto, Err(_)) => writeln!(output),
             (Format::Text, Err(_)) => Ok(()),

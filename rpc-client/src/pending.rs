@@ -52,22 +52,22 @@ pub(crate) struct PendingCalls<T> {
     /// Returned requests to send again: when, and the call's index.
     resends: VecDeque<(Instant, u64)>,
     /// The calls to send on this connection.
-    unsent: VecDeque<u64>,
+    to_send: VecDeque<u64>,
     begun: u64,
 }
 
 impl<T> PendingCalls<T> {
     pub(crate) fn new() -> Self {
         let (calls, index_of) = (BTreeMap::new(), HashMap::new());
-        PendingCalls { calls, index_of, resends: VecDeque::new(), unsent: VecDeque::new(), begun: 0 }
+        PendingCalls { calls, index_of, resends: VecDeque::new(), to_send: VecDeque::new(), begun: 0 }
     }
 
-    /// Begins a call, which is unsent.
+    /// Begins a call, whose request is to be sent.
     pub(crate) fn begin(&mut self, id: Uuid, request: Request<T>, deadline: Deadline) {
         let index = self.begun;
         self.begun += 1;
         self.index_of.insert(id, index);
-        self.unsent.push_back(index);
+        self.to_send.push_back(index);
         self.calls.insert(index, Call { index, id, request, deadline, sends: 0, first_sent: None });
     }
 
@@ -79,28 +79,28 @@ impl<T> PendingCalls<T> {
         self.calls.is_empty()
     }
 
-    /// Whether the request of any pending call was sent.
-    pub(crate) fn any_sent(&self) -> bool {
+    /// Whether the request of any pending call was ever sent.
+    pub(crate) fn was_any_sent(&self) -> bool {
         self.calls.values().any(|call| call.sends > 0)
     }
 
     /// There is a new connection, on which nothing was sent yet.
-    pub(crate) fn mark_all_unsent(&mut self) {
+    pub(crate) fn send_all_again(&mut self) {
         self.resends.clear();
-        self.unsent = self.calls.keys().copied().collect();
+        self.to_send = self.calls.keys().copied().collect();
     }
 
     /// The next call to send.
-    pub(crate) fn next_unsent(&mut self) -> Option<&mut Call<T>> {
+    pub(crate) fn next_to_send(&mut self) -> Option<&mut Call<T>> {
         let calls = &self.calls;
-        let index = iter::from_fn(|| self.unsent.pop_front()).find(|index| calls.contains_key(index))?;
+        let index = iter::from_fn(|| self.to_send.pop_front()).find(|index| calls.contains_key(index))?;
         self.calls.get_mut(&index)
     }
 
-    /// Makes the returned requests unsent whose delay has passed.
+    /// Sends the returned requests again whose delay has passed.
     pub(crate) fn start_resends(&mut self, now: Instant) {
         let due = self.resends.partition_point(|(when, _)| *when <= now);
-        self.unsent.extend(self.resends.drain(..due).map(|(_, index)| index));
+        self.to_send.extend(self.resends.drain(..due).map(|(_, index)| index));
     }
 
     /// Ends the call that a reply belongs to. `None` if it belongs to no pending call.
@@ -137,7 +137,7 @@ impl<T> PendingCalls<T> {
     /// When no call is pending.
     pub(crate) fn connect_deadline(&self) -> Deadline {
         let (first, last) = (self.calls.values().next(), self.calls.values().next_back());
-        let call = if self.any_sent() { last } else { first };
+        let call = if self.was_any_sent() { last } else { first };
         call.expect("a call is pending").deadline
     }
 
@@ -152,7 +152,7 @@ impl<T> PendingCalls<T> {
     pub(crate) fn progress(&self, was_connected: bool) -> Progress {
         match self.first_deadline() {
             None => Progress::NoCalls,
-            Some(_) if self.any_sent() => Progress::Sent,
+            Some(_) if self.was_any_sent() => Progress::Sent,
             Some(deadline) => Progress::NothingSent { was_connected, time_left: deadline.remaining() },
         }
     }
@@ -185,13 +185,13 @@ mod tests {
         let request = Request { context: (), body: b"30".to_vec() };
         let deadline = Deadline::after(Duration::from_secs(9));
         calls.begin(id, request, deadline);
-        calls.next_unsent().unwrap().sends = sends;
+        calls.next_to_send().unwrap().sends = sends;
         deadline.instant()
     }
 
     fn resend(calls: &mut PendingCalls<()>, now: Instant) -> Option<Uuid> {
         calls.start_resends(now);
-        calls.next_unsent().map(|call| call.id)
+        calls.next_to_send().map(|call| call.id)
     }
 
     fn text(id: Uuid) -> String {
@@ -321,8 +321,8 @@ mod tests {
                         }
                     }
                     Event::Loss => {
-                        calls.mark_all_unsent();
-                        while let Some(call) = calls.next_unsent() {
+                        calls.send_all_again();
+                        while let Some(call) = calls.next_to_send() {
                             call.mark_sent(now);
                         }
                         for call in model.iter_mut().filter(|call| !call.has_ended) {
@@ -337,7 +337,7 @@ mod tests {
                             call.has_ended = true;
                         }
                         calls.start_resends(now);
-                        while let Some(again) = calls.next_unsent() {
+                        while let Some(again) = calls.next_to_send() {
                             again.mark_sent(now);
                             let call = model.iter_mut().find(|call| call.id == again.id).unwrap();
                             prop_assert!(!call.has_ended && call.sends > 1);

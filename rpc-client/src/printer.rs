@@ -79,10 +79,11 @@ impl<W: Write> Printer<W> {
                 // If the run ended early, bad lines of input may still wait behind a number that was not called.
                 Event::RunEnded => return self.finish(),
             }
-            for _ in permits_given..self.printed / lines_per_permit {
-                permits_given += 1;
+            let permits_earned = self.printed / lines_per_permit;
+            for _ in permits_given..permits_earned {
                 let _ = permits.try_send(()); // fails if all input is read
             }
+            permits_given = permits_earned;
         }
     }
 
@@ -169,19 +170,19 @@ mod tests {
         Event::BadLine(index, BadLine { line: 1, text: "x".into(), problem })
     }
 
-    fn print(output: impl Write, options: &[&str], events: Vec<Event>, permits: Sender<()>) -> io::Result<ExitCode> {
+    fn print(output: impl Write, options: &[&str], events: Vec<Event>, permits: &Sender<()>) -> io::Result<ExitCode> {
         let cli = Cli::parse_from([&["rpc-client", "1"], options].concat());
         let (sender, receiver) = mpsc::channel();
         for event in events {
             sender.send(event).unwrap();
         }
         sender.send(Event::RunEnded).unwrap();
-        Printer::new(output, cli.output).print_all(&receiver, &permits, 2)
+        Printer::new(output, cli.output).print_all(&receiver, permits, 2)
     }
 
     fn printed(options: &[&str], events: Vec<Event>) -> (String, ExitCode) {
         let mut output = Vec::new();
-        let code = print(&mut output, options, events, bounded(9).0).unwrap();
+        let code = print(&mut output, options, events, &bounded(9).0).unwrap();
         (String::from_utf8(output).unwrap(), code)
     }
 
@@ -215,7 +216,7 @@ mod tests {
         for (indexes, count) in [(vec![1, 2, 3], 0), (vec![1, 2, 3, 0], 2), (vec![0], 0)] {
             let (permits, reader_permits) = bounded(9);
             let events = indexes.iter().map(|index| answered(*index, "13")).collect();
-            print(Vec::new(), &[], events, permits).unwrap();
+            print(Vec::new(), &[], events, &permits).unwrap();
             assert_eq!(reader_permits.len(), count, "{indexes:?}");
         }
     }
@@ -224,6 +225,6 @@ mod tests {
     fn a_failed_write_ends_the_printer() {
         let full: &mut [u8] = &mut [0; 4];
         let events = vec![answered(0, "13"), answered(1, "21")];
-        assert!(print(full, &["-o", "raw"], events, bounded(9).0).is_err());
+        assert!(print(full, &["-o", "raw"], events, &bounded(9).0).is_err());
     }
 }

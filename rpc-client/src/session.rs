@@ -10,7 +10,7 @@ use crossbeam_channel::{never, unbounded, Receiver, Sender};
 use rpc_common::connection::{
     close_timeout, Connection, Deadline, Endpoint, Error as ConnectionError, ErrorKind, Publisher, QueueStats, Watchdog,
 };
-use rpc_common::message::{unix_time_ms, Request};
+use rpc_common::message::{self, unix_time_ms};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 use uuid::Uuid;
@@ -36,7 +36,7 @@ pub(crate) struct Session {
     /// Silent until the consumer is started.
     pub(crate) replies: Receiver<ConsumerMessage>,
     pub(crate) is_consuming: bool,
-    /// Closing must not take longer.
+    /// When closing must have ended: the first deadline of the pending calls, or of those that were pending last.
     pub(crate) close_deadline: Deadline,
 }
 
@@ -54,7 +54,7 @@ impl RequestPublisher {
     pub(crate) fn publish<T>(&self, queue: &str, call: &mut Call<T>) {
         let id = call.id.to_string();
         let time_left = call.deadline.remaining();
-        let request = Request {
+        let request = message::Request {
             body: &call.request.body,
             reply_to: Some(&self.reply_queue),
             correlation_id: Some(&id),
@@ -165,8 +165,8 @@ fn run_session(
         consumer
     } else {
         // Requests are published meanwhile, and their replies wait in the queue. This has no deadline: a broker that
-        // blocks publishers answers when it unblocks them. Any other broker that lets all calls expire is shut down by
-        // the event loop.
+        // blocks publishers answers when it unblocks them. If another broker has not answered when all calls have
+        // expired, the event loop ends this wait by shutting the socket down.
         send(connected);
         let consumer = consume(&mut connection, &Deadline::after(Duration::MAX));
         consumer.map_err(|error| explain_refusal(&mut connection, &reply_queue, error, deadline))?
@@ -185,23 +185,23 @@ fn run_session(
     Ok(())
 }
 
-/// Whether the requests, which were published before the broker refused the consumer, can have run. What is refused (403)
-/// is the declaration of the reply queue (the permission "configure"), the requests ("write", on the default exchange), or
-/// the consumer ("read"). Only after the last one, for which the queue must exist, the requests have run.
+/// The error of a consumer that the broker refused, after requests were published: [`Error::ConsumeRefused`] if they may have
+/// run, else [`Error::Connection`].
 fn explain_refusal(
     connection: &mut Connection,
     reply_queue: &str,
     error: ConnectionError,
     deadline: &Deadline,
 ) -> Error {
-    match &error.kind {
-        ErrorKind::Refused(reason)
-            if !reason.text.contains("exchange") && connection.queue_stats(reply_queue, deadline).is_ok() =>
-        {
-            Error::ConsumeRefused(error)
-        }
-        _ => Error::Connection(error),
+    let ErrorKind::Refused(reason) = &error.kind else { return Error::Connection(error) };
+    // The user may not write to the default exchange: the broker refused the requests.
+    let is_about_requests = reason.text.contains("exchange");
+    // The user may not configure the reply queue: the broker refused its declaration, and ignored what followed.
+    let has_reply_queue = connection.queue_stats(reply_queue, deadline).is_ok();
+    if is_about_requests || !has_reply_queue {
+        return Error::Connection(error);
     }
+    Error::ConsumeRefused(error) // the user may not read from the reply queue: only the answers are refused
 }
 
 fn check_queue(connection: &mut Connection, queue: &str) -> Result<Option<QueueStats>, ConnectionError> {

@@ -132,7 +132,8 @@ impl Publisher {
         self.add(FRAME_SPACE, |space| gen_method_frame(space, self.channel, method));
     }
 
-    /// Adds what `generate` writes into the buffer from an index on. It returns the end, or an error for lack of space.
+    /// Adds a frame. `generate` gets the buffer and the index to write at, and returns the buffer and the index behind the
+    /// frame; or an error if it needs more than `space` bytes.
     fn add<E>(
         &self,
         mut space: usize,
@@ -225,7 +226,7 @@ impl ChannelState {
         deliveries.max(self.returns.len()) > self.max_unread
     }
 
-    /// Keeps what was changed in the latest delivery, and drops what belongs to deliveries that cannot be unread any more.
+    /// Keeps what was changed in the latest delivery, and drops what belongs to deliveries that must have been taken by now.
     pub(crate) fn keep_changes(&self, new: Changes) {
         let delivery_tag = self.delivery_tag.load(Ordering::Relaxed);
         let mut changes = lock(&self.changes);

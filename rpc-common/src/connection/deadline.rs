@@ -54,8 +54,8 @@ impl Display for Deadline {
 /// A **watchdog** shuts a socket down when a deadline passes: every call that blocks on the socket then returns
 /// within milliseconds.
 ///
-/// amiquip's calls have no timeout of their own. It is one thread for each connection, not one for each call, because
-/// starting a thread costs a cold call 0.1 ms.
+/// amiquip's blocking calls have no timeout of their own. It is one thread for each connection, not one for each of them,
+/// because starting a thread costs 0.1 ms.
 #[derive(Clone)]
 pub struct Watchdog {
     watched: Arc<Watched>,

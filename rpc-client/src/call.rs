@@ -78,12 +78,20 @@ pub enum Error {
     /// The broker was not reached, or refused us: the request was not sent, or was refused.
     #[error(transparent)]
     Connection(#[from] ConnectionError),
-    /// The broker accepted the request, but refused the consumer of the replies.
+    /// The broker refused us after the request was sent: the function may or may not have run.
     #[error(transparent)]
-    ConsumeRefused(ConnectionError),
+    RefusedAfterSend(ConnectionError),
     /// The request queue does not exist: nothing ran.
     #[error("no queue '{queue}' on {broker}: is rpc-server running?")]
     NoQueue {
+        /// The request queue.
+        queue: String,
+        /// Host and port of the broker.
+        broker: String,
+    },
+    /// The request queue is full, and refuses requests (`overflow=reject-publish`): nothing ran.
+    #[error("queue '{queue}' on {broker} is full: nothing ran")]
+    QueueFull {
         /// The request queue.
         queue: String,
         /// Host and port of the broker.
@@ -126,6 +134,8 @@ pub enum NoAnswerCause {
     Unknown,
     /// The request queue when it was last looked at.
     Queue(QueueStats),
+    /// The request queue did not exist when it was last looked at.
+    QueueMissing,
     /// The broker has not answered while this was done.
     Waiting(&'static str),
     /// The broker blocks publishers, for this reason: it is short of memory or disk space.
@@ -137,9 +147,9 @@ pub enum NoAnswerCause {
 impl NoAnswerCause {
     /// What is known after the connection was lost. A timeout is no news where the cause is known already.
     pub(crate) fn after(self, error: &ConnectionError) -> Self {
-        use NoAnswerCause::{Blocked, Disconnected, Queue, Waiting};
+        use NoAnswerCause::{Blocked, Disconnected, Queue, QueueMissing, Waiting};
         match (&error.kind, self) {
-            (ErrorKind::TimedOut(..), known @ (Blocked(_) | Queue(_))) => known,
+            (ErrorKind::TimedOut(..), known @ (Blocked(_) | Queue(_) | QueueMissing)) => known,
             (ErrorKind::TimedOut(_, step), _) => Waiting(step),
             _ => Disconnected(error.to_string()),
         }
@@ -163,6 +173,7 @@ impl Display for NoAnswerCause {
             NoAnswerCause::Queue(QueueStats { messages: count, .. }) => {
                 write!(f, "all servers are busy, {} waiting", messages(count))
             }
+            NoAnswerCause::QueueMissing => f.write_str("the queue does not exist, or its node is down"),
             NoAnswerCause::Waiting(step) => write!(f, "timed out while {step}"),
             NoAnswerCause::Blocked(reason) => write!(f, "the broker blocks publishers: {reason}"),
             NoAnswerCause::Disconnected(reason) => f.write_str(reason),

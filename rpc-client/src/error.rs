@@ -32,15 +32,16 @@ pub(crate) enum Error {
 }
 
 /// The codes that only the client itself sets.
-const CLIENT_CODES: [&str; 5] = ["unreachable", "no-server", "timeout", "bad-reply", "usage"];
+const CLIENT_CODES: [&str; 6] = ["unreachable", "no-server", "queue-full", "timeout", "bad-reply", "usage"];
 
 impl Error {
     /// The code in JSON: one of ours, or the server's. If a server uses one of ours, it is `internal`.
     pub(crate) fn code(&self) -> &str {
         match self {
-            Error::Call(CallError::Connection(_) | CallError::ConsumeRefused(_)) => "unreachable",
+            Error::Call(CallError::Connection(_)) => "unreachable",
             Error::Call(CallError::NoQueue { .. }) => "no-server",
-            Error::Call(CallError::NoAnswer { .. }) => "timeout",
+            Error::Call(CallError::QueueFull { .. }) => "queue-full",
+            Error::Call(CallError::NoAnswer { .. } | CallError::RefusedAfterSend(_)) => "timeout",
             Error::Call(CallError::Failed(failure)) => match failure.code.as_str() {
                 code if CLIENT_CODES.contains(&code) => "internal",
                 code => code,
@@ -54,8 +55,8 @@ impl Error {
     pub(crate) fn exit_code(&self) -> ExitCode {
         match self {
             Error::Call(CallError::Connection(error)) => error.into(),
-            Error::Call(CallError::NoQueue { .. }) => ExitCode::NoServer,
-            Error::Call(CallError::NoAnswer { .. } | CallError::ConsumeRefused(_)) => ExitCode::NoAnswer,
+            Error::Call(CallError::NoQueue { .. } | CallError::QueueFull { .. }) => ExitCode::NoServer,
+            Error::Call(CallError::NoAnswer { .. } | CallError::RefusedAfterSend(_)) => ExitCode::NoAnswer,
             Error::Call(CallError::Failed(_)) | Error::BadReply { .. } => ExitCode::RemoteError,
             Error::BadLine(_) | Error::Input(_) | Error::Usage(_) => ExitCode::Usage,
             Error::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::BrokenPipe,
@@ -65,8 +66,8 @@ impl Error {
 
     /// Whether the error is the same for every call, so that its message needs no number.
     pub(crate) fn concerns_every_call(&self) -> bool {
-        use CallError::{Connection, ConsumeRefused, NoQueue};
-        matches!(self, Error::Call(Connection(_) | ConsumeRefused(_) | NoQueue { .. }))
+        use CallError::{Connection, NoQueue, QueueFull, RefusedAfterSend};
+        matches!(self, Error::Call(Connection(_) | RefusedAfterSend(_) | NoQueue { .. } | QueueFull { .. }))
     }
 }
 

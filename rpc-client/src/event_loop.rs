@@ -1,24 +1,21 @@
 //! The event loop: begins calls, sends their requests, receives replies, and connects again when a connection ends.
 
 use crate::call::{Config, Error, NoAnswerCause, Outcome, Request};
+use crate::diagnosis::Diagnosis;
 use crate::pending::{Call, PendingCalls, Returned};
 use crate::retry::{ends_run, MIN_PAUSE};
 use crate::session::{Session, SessionEvent};
-use amiquip::{ConnectionBlockedNotification, ConsumerMessage, Delivery, Return};
+use amiquip::{Confirm, ConnectionBlockedNotification, ConsumerMessage, Delivery, Return};
 use crossbeam_channel::{never, select, Receiver, RecvError};
 use rpc_common::connection::{
     delivery, start_at, Deadline, Endpoint, Error as ConnectionError, ErrorKind, QueueStats, Retry,
 };
 use rpc_common::message::decode_reply;
-use rpc_common::text::{escape, format_duration};
+use rpc_common::text::format_duration;
 use std::convert::Infallible;
 use std::mem;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
-
-/// After how much silence the request queue is looked at, and how often then.
-const FIRST_QUEUE_CHECK: Duration = Duration::from_millis(500);
-const QUEUE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Receives how calls ended, in the order in which they ended.
 pub type OnOutcomes<'a, T> = dyn FnMut(Vec<Outcome<T>>) + 'a;
@@ -52,10 +49,7 @@ pub fn run<T>(
         outcomes: Vec::new(),
         retry: Retry::new(now),
         broker: String::new(),
-        next_queue_check: now + FIRST_QUEUE_CHECK,
-        blocked: None,
-        cause: NoAnswerCause::Unknown,
-        has_warned: false,
+        diagnosis: Diagnosis::new(now),
         discarded: 0,
     };
     event_loop.make_calls()
@@ -77,13 +71,7 @@ struct EventLoop<'a, 'f, T> {
     retry: Retry,
     /// Host and port of the broker that was connected last; empty before.
     broker: String,
-    /// When to look at the request queue, if nothing arrives before.
-    next_queue_check: Instant,
-    /// Why the broker blocks publishers, while it does. Then nothing is published.
-    blocked: Option<String>,
-    /// What else is known of why there is no answer.
-    cause: NoAnswerCause,
-    has_warned: bool,
+    diagnosis: Diagnosis,
     /// How many replies belonged to no pending call.
     discarded: u64,
 }
@@ -135,7 +123,7 @@ impl<T> EventLoop<'_, '_, T> {
             let timeout = if self.outcomes.is_empty() { self.until_next_timer(session) } else { Duration::ZERO };
             // Until the consumer is started, one pending call is enough: more would end with the same error. But while the
             // broker blocks us, calls begin and expire as usual.
-            let takes_requests = session.is_consuming || self.pending.is_empty() || self.blocked.is_some();
+            let takes_requests = session.is_consuming || self.pending.is_empty() || self.diagnosis.is_blocked();
             let requests = if takes_requests && self.has_room() { self.requests } else { &no_requests };
             select! {
                 recv(session.replies) -> message => {
@@ -150,6 +138,10 @@ impl<T> EventLoop<'_, '_, T> {
                     }
                     self.publish_requests(session);
                 }
+                recv(session.confirms) -> confirm => match confirm {
+                    Ok(confirm) => self.on_confirm(session, confirm),
+                    Err(RecvError) => session.confirms = never(),
+                },
                 recv(session.returns) -> request => match request {
                     Ok(request) => self.on_return(&request),
                     Err(RecvError) => session.returns = never(), // the replies report how the channel ended
@@ -175,23 +167,25 @@ impl<T> EventLoop<'_, '_, T> {
 
     fn on_session_event(&mut self, session: &mut Session, event: SessionEvent) -> Result<(), Error> {
         match event {
-            SessionEvent::Connected(publisher, returns, notifications) => {
+            SessionEvent::Connected { publisher, returns, confirms, notifications } => {
                 log::info!("connected to {}", publisher.broker);
                 start_at(&mut self.endpoints, &publisher.broker);
                 self.broker.clone_from(&publisher.broker);
                 self.retry.on_connected();
-                self.cause = NoAnswerCause::Waiting("starting a consumer");
-                (session.returns, session.notifications) = (returns, notifications);
+                self.diagnosis.on_waiting("starting a consumer");
+                (session.returns, session.confirms, session.notifications) = (returns, confirms, notifications);
                 session.publisher = Some(publisher);
                 self.pending.send_all_again();
                 self.publish_requests(session);
             }
             SessionEvent::Consuming(replies) => {
                 (session.replies, session.is_consuming) = (replies, true);
-                self.cause = NoAnswerCause::Unknown;
-                self.next_queue_check = Instant::now() + FIRST_QUEUE_CHECK;
+                self.diagnosis.on_consuming(Instant::now());
             }
-            SessionEvent::QueueChecked(stats) => self.on_queue_checked(stats),
+            SessionEvent::QueueChecked(stats) => {
+                session.is_checking = false;
+                self.on_queue_checked(&stats);
+            }
             SessionEvent::Ended(error) => return Err(error),
         }
         Ok(())
@@ -200,8 +194,7 @@ impl<T> EventLoop<'_, '_, T> {
     /// Pauses before the next session, unless the error ends the run.
     fn on_session_error(&mut self, error: Error) -> Result<(), Error> {
         let Error::Connection(connection_error) = &error else { return Err(self.end_all(error)) };
-        self.cause = self.no_answer_cause().after(connection_error);
-        self.blocked = None;
+        self.diagnosis.on_connection_error(connection_error);
         let decision = self.retry.on_error(connection_error, Instant::now());
         let was_connected = !self.broker.is_empty();
         if ends_run(&connection_error.kind, decision.is_final, self.pending.progress(was_connected)) {
@@ -223,7 +216,11 @@ impl<T> EventLoop<'_, '_, T> {
     /// Ends all pending calls with this error.
     fn end_all(&mut self, error: Error) -> Error {
         while let Some(call) = self.pending.pop() {
-            self.end(call, Err(error.clone()));
+            let error = match &error {
+                Error::Connection(error) if call.may_have_run => Error::RefusedAfterSend(error.clone()),
+                error => error.clone(),
+            };
+            self.end(call, Err(error));
         }
         self.deliver_outcomes();
         error
@@ -240,14 +237,14 @@ impl<T> EventLoop<'_, '_, T> {
     /// Begins the call of a request; it is not sent yet.
     fn on_request(&mut self, request: Request<T>) {
         if self.pending.is_empty() {
-            self.next_queue_check = Instant::now() + FIRST_QUEUE_CHECK;
+            self.diagnosis.on_progress(Instant::now());
         }
         self.pending.begin(Uuid::new_v4(), request, Deadline::after(self.config.timeout));
     }
 
     /// Buffers the requests that are to be sent, unless the broker blocks us: it would run them when their callers have gone.
     fn publish_requests(&mut self, session: &Session) {
-        let (Some(publisher), None) = (&session.publisher, &self.blocked) else { return };
+        let (Some(publisher), false) = (&session.publisher, self.diagnosis.is_blocked()) else { return };
         while let Some(call) = self.pending.next_to_send() {
             publisher.publish(&self.config.queue, call);
         }
@@ -297,7 +294,7 @@ impl<T> EventLoop<'_, '_, T> {
     fn on_timer(&mut self, session: &mut Session) -> Result<(), ConnectionError> {
         self.take_messages(session)?; // an answer that has arrived does not expire
         let has_expired = self.calls_can_expire(Some(session)) && self.expire();
-        if has_expired && self.pending.is_empty() && !session.is_consuming && self.blocked.is_none() {
+        if has_expired && self.pending.is_empty() && !session.is_consuming && !self.diagnosis.is_blocked() {
             // The broker has not started the consumer in time. (If it blocks us, the next calls wait for it.) This ends the
             // session thread's wait.
             session.shut_down();
@@ -306,31 +303,48 @@ impl<T> EventLoop<'_, '_, T> {
         let now = Instant::now();
         self.pending.start_resends(now);
         self.publish_requests(session);
-        if now >= self.next_queue_check {
-            self.next_queue_check = now + QUEUE_CHECK_INTERVAL;
-            // A broker that blocks us does not answer.
-            if session.is_consuming && !self.pending.is_empty() && self.blocked.is_none() {
-                session.check_queue();
-                if self.cause == NoAnswerCause::Unknown {
-                    // Until the broker has answered.
-                    self.cause = NoAnswerCause::Waiting("looking at the queue");
-                }
-            }
+        if session.is_consuming && !self.pending.is_empty() && self.diagnosis.start_check(now) {
+            session.check_queue();
         }
         Ok(())
     }
 
-    fn on_queue_checked(&mut self, stats: Option<QueueStats>) {
-        self.cause = stats.map_or(NoAnswerCause::Unknown, NoAnswerCause::Queue);
-        if stats.is_some_and(|stats| stats.consumers == 0) && !self.has_warned {
+    fn on_queue_checked(&mut self, stats: &Result<QueueStats, ErrorKind>) {
+        if self.diagnosis.on_queue_checked(stats) {
             let (queue, limit) = (&self.config.queue, format_duration(self.config.timeout));
             log::warn!("no server is consuming '{queue}'; waiting up to {limit}");
-            self.has_warned = true;
+        }
+        if self.diagnosis.cause() == NoAnswerCause::QueueMissing {
+            self.pending.on_missing_queue(Instant::now());
+        }
+        if stats.as_ref().is_ok_and(|stats| stats.messages > 0) {
+            self.end_refused(); // the queue is full; an empty one that refuses requests has lost its process
+        }
+    }
+
+    /// Ends the calls whose only request the queue has refused.
+    fn end_refused(&mut self) {
+        while let Some(call) = self.pending.pop_refused() {
+            let (queue, broker) = (self.config.queue.clone(), self.broker.clone());
+            self.end(call, Err(Error::QueueFull { queue, broker }));
+        }
+    }
+
+    fn on_confirm(&mut self, session: &mut Session, confirm: Confirm) {
+        // A return arrives before the confirmation of the same request.
+        session.returns.try_iter().for_each(|request| self.on_return(&request));
+        match confirm {
+            Confirm::Ack(confirmed) => self.pending.on_ack(confirmed),
+            Confirm::Nack(refused) => {
+                if self.pending.on_nack(refused, Instant::now()) {
+                    session.check_queue();
+                }
+            }
         }
     }
 
     fn on_reply(&mut self, delivery: Delivery) {
-        self.next_queue_check = Instant::now() + FIRST_QUEUE_CHECK;
+        self.diagnosis.on_progress(Instant::now());
         let Some(call) = self.pending.on_reply(delivery.properties.correlation_id().as_deref()) else {
             self.discarded += 1;
             log::info!("discarded an unexpected reply, {} in all", self.discarded);
@@ -352,17 +366,10 @@ impl<T> EventLoop<'_, '_, T> {
     }
 
     fn on_notification(&mut self, notification: ConnectionBlockedNotification) {
-        self.blocked = match notification {
-            ConnectionBlockedNotification::Blocked(reason) => {
-                let reason = escape(reason.as_bytes()).to_string();
-                log::warn!("{} blocks publishers: {reason}; waiting", self.broker);
-                Some(reason)
-            }
-            ConnectionBlockedNotification::Unblocked => {
-                log::info!("{} no longer blocks publishers", self.broker);
-                None
-            }
-        };
+        match self.diagnosis.on_notification(notification) {
+            Some(reason) => log::warn!("{} blocks publishers: {reason}; waiting", self.broker),
+            None => log::info!("{} no longer blocks publishers", self.broker),
+        }
     }
 
     /// Ends the calls whose deadline has passed. Returns whether there were any.
@@ -370,7 +377,7 @@ impl<T> EventLoop<'_, '_, T> {
         let (now, before) = (Instant::now(), self.pending.len());
         while let Some(call) = self.pending.expire(now) {
             let (queue, broker) = (self.config.queue.clone(), self.broker.clone());
-            let (limit, cause) = (call.deadline.to_string(), self.no_answer_cause());
+            let (limit, cause) = (call.deadline.to_string(), self.diagnosis.cause());
             self.end(call, Err(Error::NoAnswer { queue, broker, limit, cause }));
         }
         self.pending.len() < before
@@ -388,17 +395,12 @@ impl<T> EventLoop<'_, '_, T> {
         }
     }
 
-    /// What is known of why there is no answer.
-    fn no_answer_cause(&self) -> NoAnswerCause {
-        self.blocked.clone().map_or_else(|| self.cause.clone(), NoAnswerCause::Blocked)
-    }
-
     fn connection_lost(&self, reason: &str) -> ConnectionError {
         ConnectionError::new(&self.broker, ErrorKind::ConnectionLost(reason.into()))
     }
 
     fn has_room(&self) -> bool {
-        self.has_more_requests && self.pending.len() < self.config.in_flight.into()
+        self.has_more_requests && self.pending.len() < self.config.in_flight.into() && self.pending.accepts_calls()
     }
 
     /// Whether calls expire by the timer. Before the first request is sent they do not: connecting has their deadline, and its
@@ -411,7 +413,7 @@ impl<T> EventLoop<'_, '_, T> {
         if !self.calls_can_expire(Some(session)) {
             return Duration::MAX;
         }
-        let next_timer = self.pending.next_timer().map(|timer| timer.min(self.next_queue_check));
+        let next_timer = self.pending.next_timer().map(|timer| timer.min(self.diagnosis.next_check));
         next_timer.map_or(Duration::MAX, |timer| timer.saturating_duration_since(Instant::now()))
     }
 }

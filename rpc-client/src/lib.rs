@@ -2,10 +2,12 @@
 //!
 //! [`run`] is the loop that makes calls; [`Client`] is a thread that runs it, for programs that make one call at a time.
 //! Read in this order: `call` has the options, requests, outcomes and errors; `event_loop` makes calls; `pending` keeps
-//! those that are unanswered; `session` is one connection with its reply queue; `retry` decides when an error ends a run.
+//! those that are unanswered; `session` is one connection with its reply queue; `diagnosis`
+//! is what is known of why there is no answer; `retry` decides when an error ends a run.
 
 mod call;
 mod client;
+mod diagnosis;
 mod event_loop;
 mod pending;
 mod retry;

@@ -4,13 +4,14 @@
 
 use crate::call::Request;
 use crate::retry::Progress;
+use amiquip::ConfirmPayload;
 use rpc_common::connection::Deadline;
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::iter;
 use std::time::{Duration, Instant};
+use std::{iter, mem};
 use uuid::Uuid;
 
-/// How long a returned request waits before it is sent again.
+/// How long a request that was returned or refused waits before it is sent again.
 const RESEND_DELAY: Duration = Duration::from_millis(250);
 
 /// A **call** is a request that waits for its reply.
@@ -25,6 +26,21 @@ pub(crate) struct Call<T> {
     /// How often the request was sent.
     pub(crate) sends: u32,
     pub(crate) first_sent: Option<Instant>,
+    /// Whether a queue has taken the request, or an earlier connection has ended with it.
+    pub(crate) may_have_run: bool,
+    fate: Fate,
+}
+
+/// What the broker did with the request that was sent last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Unknown,
+    /// The queue has taken it (`basic.ack`).
+    Accepted,
+    /// There is no queue (`basic.return`).
+    Returned,
+    /// The queue has not taken it (`basic.nack`): it is full, or its process has died.
+    Refused,
 }
 
 impl<T> Call<T> {
@@ -49,17 +65,35 @@ pub(crate) struct PendingCalls<T> {
     /// By index. All calls have the same timeout, so this is also the order of their deadlines.
     calls: BTreeMap<u64, Call<T>>,
     index_of: HashMap<Uuid, u64>,
-    /// Returned requests to send again: when, and the call's index.
-    resends: VecDeque<(Instant, u64)>,
     /// The calls to send on this connection.
     to_send: VecDeque<u64>,
     begun: u64,
+    /// How many requests were sent on this connection. The broker numbers them in the same way, from 1.
+    sent: u64,
+    /// The calls whose requests the broker has neither taken nor refused, by the number of the request.
+    unconfirmed: BTreeMap<u64, u64>,
+    was_answered: bool,
+    /// False from a request that was returned or refused until the queue takes one.
+    is_accepted: bool,
+    /// When to send again what was returned or refused; and, if the queue was missing, what it had taken before.
+    resend_at: Option<Instant>,
+    was_queue_missing: bool,
 }
 
 impl<T> PendingCalls<T> {
     pub(crate) fn new() -> Self {
-        let (calls, index_of) = (BTreeMap::new(), HashMap::new());
-        PendingCalls { calls, index_of, resends: VecDeque::new(), to_send: VecDeque::new(), begun: 0 }
+        PendingCalls {
+            calls: BTreeMap::new(),
+            index_of: HashMap::new(),
+            to_send: VecDeque::new(),
+            begun: 0,
+            sent: 0,
+            unconfirmed: BTreeMap::new(),
+            was_answered: false,
+            is_accepted: true,
+            resend_at: None,
+            was_queue_missing: false,
+        }
     }
 
     /// Begins a call, whose request is to be sent.
@@ -68,7 +102,10 @@ impl<T> PendingCalls<T> {
         self.begun += 1;
         self.index_of.insert(id, index);
         self.to_send.push_back(index);
-        self.calls.insert(index, Call { index, id, request, deadline, sends: 0, first_sent: None });
+        self.calls.insert(
+            index,
+            Call { index, id, request, deadline, sends: 0, first_sent: None, may_have_run: false, fate: Fate::Unknown },
+        );
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -86,38 +123,109 @@ impl<T> PendingCalls<T> {
 
     /// There is a new connection, on which nothing was sent yet.
     pub(crate) fn send_all_again(&mut self) {
-        self.resends.clear();
+        for call in self.calls.values_mut() {
+            call.may_have_run |= call.sends > 0;
+        }
+        (self.sent, self.resend_at, self.is_accepted) = (0, None, true);
+        self.unconfirmed.clear();
         self.to_send = self.calls.keys().copied().collect();
     }
 
-    /// The next call to send.
+    /// The next call to send. It counts as sent.
     pub(crate) fn next_to_send(&mut self) -> Option<&mut Call<T>> {
         let calls = &self.calls;
         let index = iter::from_fn(|| self.to_send.pop_front()).find(|index| calls.contains_key(index))?;
-        self.calls.get_mut(&index)
+        self.sent += 1;
+        self.unconfirmed.insert(self.sent, index);
+        let call = self.calls.get_mut(&index)?;
+        call.fate = Fate::Unknown;
+        Some(call)
     }
 
-    /// Sends the returned requests again whose delay has passed.
+    /// Sends again what is due.
     pub(crate) fn start_resends(&mut self, now: Instant) {
-        let due = self.resends.partition_point(|(when, _)| *when <= now);
-        self.to_send.extend(self.resends.drain(..due).map(|(_, index)| index));
+        if self.resend_at.is_none_or(|when| when > now) {
+            return;
+        }
+        self.resend_at = None;
+        let was_queue_missing = mem::take(&mut self.was_queue_missing);
+        let is_lost = |call: &Call<T>| match call.fate {
+            Fate::Unknown => false,
+            Fate::Accepted => was_queue_missing,
+            Fate::Returned | Fate::Refused => true,
+        };
+        self.to_send.extend(self.calls.values().filter(|call| is_lost(call)).map(|call| call.index));
+    }
+
+    /// Whether the queue takes further calls, as far as is known. If it does not, one call at a time tries it.
+    pub(crate) fn accepts_calls(&self) -> bool {
+        let is_tried = || self.calls.values().any(|call| call.fate != Fate::Accepted);
+        self.is_accepted || (self.resend_at.is_none() && !is_tried())
     }
 
     /// Ends the call that a reply belongs to. `None` if it belongs to no pending call.
     pub(crate) fn on_reply(&mut self, correlation_id: Option<&str>) -> Option<Call<T>> {
         let id = Uuid::try_parse(correlation_id?).ok()?;
-        self.remove(id)
+        let call = self.remove(id)?;
+        (self.was_answered, self.is_accepted) = (true, true);
+        Some(call)
     }
 
     /// The broker returned a request: there is no queue. `None` if it belongs to no pending call.
     pub(crate) fn on_return(&mut self, correlation_id: Option<&str>, now: Instant) -> Option<Returned<T>> {
         let id = Uuid::try_parse(correlation_id?).ok()?;
-        let call = self.calls.get(self.index_of.get(&id)?)?;
-        if call.sends > 1 {
-            self.resends.push_back((now + RESEND_DELAY, call.index));
-            return Some(Returned::WillResend);
+        let call = self.calls.get_mut(self.index_of.get(&id)?)?;
+        call.fate = Fate::Returned;
+        let is_first = call.sends == 1 && !self.was_answered;
+        self.on_missing_queue(now);
+        if is_first {
+            return self.remove(id).map(Returned::Ended);
         }
-        self.remove(id).map(Returned::Ended)
+        self.is_accepted = false;
+        Some(Returned::WillResend)
+    }
+
+    /// There is no queue. What it had taken before may be gone with it.
+    pub(crate) fn on_missing_queue(&mut self, now: Instant) {
+        self.was_queue_missing = true;
+        self.resend_at.get_or_insert(now + RESEND_DELAY);
+    }
+
+    /// The broker has confirmed requests: these have reached a queue, unless they were returned before.
+    pub(crate) fn on_ack(&mut self, confirmed: ConfirmPayload) {
+        for index in self.take_confirmed(confirmed) {
+            if let Some(call) = self.calls.get_mut(&index).filter(|call| call.fate == Fate::Unknown) {
+                (call.fate, call.may_have_run, self.is_accepted) = (Fate::Accepted, true, true);
+            }
+        }
+    }
+
+    /// The queue has not taken these requests. Returns whether a call is pending whose only request is among them.
+    pub(crate) fn on_nack(&mut self, refused: ConfirmPayload, now: Instant) -> bool {
+        let mut is_any_first = false;
+        for index in self.take_confirmed(refused) {
+            if let Some(call) = self.calls.get_mut(&index) {
+                call.fate = Fate::Refused;
+                is_any_first |= call.sends == 1;
+                self.is_accepted = false;
+                self.resend_at.get_or_insert(now + RESEND_DELAY);
+            }
+        }
+        is_any_first
+    }
+
+    fn take_confirmed(&mut self, ConfirmPayload { delivery_tag, multiple }: ConfirmPayload) -> Vec<u64> {
+        if multiple {
+            let later = self.unconfirmed.split_off(&(delivery_tag + 1));
+            return mem::replace(&mut self.unconfirmed, later).into_values().collect();
+        }
+        self.unconfirmed.remove(&delivery_tag).into_iter().collect()
+    }
+
+    /// Ends a call whose only request was refused: the queue is full.
+    pub(crate) fn pop_refused(&mut self) -> Option<Call<T>> {
+        let id = self.calls.values().find(|call| call.fate == Fate::Refused && call.sends == 1)?.id;
+        self.remove(id)
     }
 
     fn remove(&mut self, id: Uuid) -> Option<Call<T>> {
@@ -144,8 +252,7 @@ impl<T> PendingCalls<T> {
     /// When a call expires or a request is to be sent again, whichever comes first.
     pub(crate) fn next_timer(&self) -> Option<Instant> {
         let deadline = self.first_deadline().map(|deadline| deadline.instant());
-        let resend = self.resends.front().map(|(when, _)| *when);
-        deadline.into_iter().chain(resend).min()
+        deadline.into_iter().chain(self.resend_at).min()
     }
 
     /// How far the calls have come when a session ends.
@@ -244,6 +351,81 @@ mod tests {
         assert!(resend(&mut calls, now + RESEND_DELAY).is_none(), "an answered call is not sent again");
     }
 
+    /// The broker's confirmation of one request, by its number on the connection.
+    fn one(delivery_tag: u64) -> ConfirmPayload {
+        ConfirmPayload { delivery_tag, multiple: false }
+    }
+
+    #[test]
+    fn after_an_answer_a_return_means_that_the_queue_is_away_and_no_call_begins_until_it_is_back() {
+        let mut calls = PendingCalls::new();
+        let now = Instant::now();
+        begin(&mut calls, OTHER, 1);
+        calls.on_reply(Some(&text(OTHER))).unwrap();
+        begin(&mut calls, ID, 1);
+        assert!(calls.accepts_calls());
+        assert!(matches!(calls.on_return(Some(&text(ID)), now), Some(Returned::WillResend)));
+        calls.on_ack(one(2)); // the broker confirms what it returned
+        assert!(!calls.accepts_calls());
+        assert_eq!(resend(&mut calls, now + RESEND_DELAY), Some(ID));
+        assert!(!calls.accepts_calls(), "one call tries the queue");
+        calls.on_ack(one(3));
+        assert!(calls.accepts_calls());
+    }
+
+    #[test]
+    fn what_a_queue_had_taken_is_sent_again_after_it_was_missing() {
+        let mut calls = PendingCalls::new();
+        let now = Instant::now();
+        for id in [ID, OTHER] {
+            begin(&mut calls, id, 1);
+        }
+        calls.on_ack(one(1));
+        calls.on_missing_queue(now);
+        assert_eq!(resend(&mut calls, now + RESEND_DELAY), Some(ID));
+        assert!(calls.next_to_send().is_none(), "the other one is not confirmed yet");
+    }
+
+    #[test]
+    fn a_request_that_is_refused_at_first_ends_its_call_and_a_later_one_is_sent_again() {
+        let mut calls = PendingCalls::new();
+        let now = Instant::now();
+        begin(&mut calls, ID, 1);
+        begin(&mut calls, OTHER, 2);
+        assert!(!calls.on_nack(one(2), now));
+        assert!(calls.pop_refused().is_none());
+        assert!(calls.on_nack(one(1), now));
+        assert!(!calls.accepts_calls());
+        assert_eq!(calls.pop_refused().map(|call| call.id), Some(ID));
+        assert!(calls.pop_refused().is_none());
+        assert_eq!(resend(&mut calls, now + RESEND_DELAY), Some(OTHER));
+    }
+
+    #[test]
+    fn one_call_at_a_time_tries_a_queue_that_refuses_requests() {
+        let mut calls = PendingCalls::new();
+        let now = Instant::now();
+        begin(&mut calls, ID, 1);
+        calls.on_nack(one(1), now);
+        calls.pop_refused().unwrap();
+        assert!(!calls.accepts_calls(), "not before the delay has passed");
+        assert!(resend(&mut calls, now + RESEND_DELAY).is_none());
+        assert!(calls.accepts_calls());
+        begin(&mut calls, OTHER, 1);
+        assert!(!calls.accepts_calls());
+    }
+
+    #[test]
+    fn a_confirmation_of_several_requests_ends_with_its_number() {
+        let mut calls = PendingCalls::new();
+        for number in 1..=3 {
+            begin(&mut calls, Uuid::from_u128(number), 1);
+        }
+        calls.on_ack(ConfirmPayload { delivery_tag: 2, multiple: true });
+        let has_run = calls.calls.values().map(|call| call.may_have_run).collect::<Vec<_>>();
+        assert_eq!(has_run, [true, true, false]);
+    }
+
     #[test]
     fn calls_expire_in_their_order_and_not_before_their_time() {
         let mut calls = PendingCalls::new();
@@ -291,11 +473,12 @@ mod tests {
 
     proptest! {
         /// Whatever happens, in whatever order: a call ends once, by its first reply, by the return of
-        /// a request that was sent once, or at its deadline; and it is not sent again after that.
+        /// a request that was sent once in a run without an answer, or at its deadline; and it is not sent again after that.
         #[test]
         fn every_call_ends_once(events in proptest::collection::vec(event(), 0..60)) {
             let mut calls = PendingCalls::new();
             let mut model: Vec<Expected> = Vec::new();
+            let mut was_answered = false;
             let mut now = Instant::now();
             let last = [Event::Wait(10_000)];
             for event in events.iter().chain(&last) {
@@ -308,14 +491,18 @@ mod tests {
                     Event::Reply(nth) => if let Some(call) = model.get_mut(nth) {
                         let ended = calls.on_reply(Some(&text(call.id)));
                         prop_assert_eq!(ended.map(|ended| ended.id), (!call.has_ended).then_some(call.id));
+                        was_answered |= !call.has_ended;
                         call.has_ended = true;
                     }
                     Event::Return(nth) => if let Some(call) = model.get_mut(nth) {
                         match calls.on_return(Some(&text(call.id)), now) {
                             None => prop_assert!(call.has_ended),
-                            Some(Returned::WillResend) => prop_assert!(!call.has_ended && call.sends > 1),
+                            Some(Returned::WillResend) => {
+                                prop_assert!(!call.has_ended && (call.sends > 1 || was_answered));
+                            }
                             Some(Returned::Ended(ended)) => {
-                                prop_assert!(!call.has_ended && call.sends == 1 && ended.id == call.id);
+                                prop_assert!(!call.has_ended && call.sends == 1 && !was_answered);
+                                prop_assert_eq!(ended.id, call.id);
                                 call.has_ended = true;
                             }
                         }
@@ -340,7 +527,7 @@ mod tests {
                         while let Some(again) = calls.next_to_send() {
                             again.mark_sent(now);
                             let call = model.iter_mut().find(|call| call.id == again.id).unwrap();
-                            prop_assert!(!call.has_ended && call.sends > 1);
+                            prop_assert!(!call.has_ended && (call.sends > 1 || was_answered));
                             call.sends += 1;
                         }
                         let late = |call: &Expected| !call.has_ended && call.deadline <= now;

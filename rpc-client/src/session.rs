@@ -5,14 +5,14 @@
 
 use crate::call::{Config, Error, ReplyTo};
 use crate::pending::Call;
-use amiquip::{ConnectionBlockedNotification, ConsumerMessage, ConsumerOptions, Return};
+use amiquip::{Confirm, ConnectionBlockedNotification, ConsumerMessage, ConsumerOptions, Return};
 use crossbeam_channel::{never, unbounded, Receiver, Sender};
 use rpc_common::connection::{
     close_timeout, Connection, Deadline, Endpoint, Error as ConnectionError, ErrorKind, Publisher, QueueStats, Watchdog,
 };
 use rpc_common::message::{self, unix_time_ms};
-use std::thread;
 use std::time::{Duration, Instant, SystemTime};
+use std::{mem, thread};
 use uuid::Uuid;
 
 /// The queue name that means direct reply-to.
@@ -31,11 +31,15 @@ pub(crate) struct Session {
     pub(crate) publisher: Option<RequestPublisher>,
     /// Requests that the broker could not route to a queue.
     pub(crate) returns: Receiver<Return>,
+    /// Which requests the broker has taken. A returned request is confirmed, too, after its return.
+    pub(crate) confirms: Receiver<Confirm>,
     /// Whether the broker blocks publishers, each time that this changes. Disconnected when the connection ends.
     pub(crate) notifications: Receiver<ConnectionBlockedNotification>,
     /// Silent until the consumer is started.
     pub(crate) replies: Receiver<ConsumerMessage>,
     pub(crate) is_consuming: bool,
+    /// Whether the queue is being looked at.
+    pub(crate) is_checking: bool,
     /// When closing must have ended: the first deadline of the pending calls, or of those that were pending last.
     pub(crate) close_deadline: Deadline,
 }
@@ -79,11 +83,16 @@ enum Command {
 /// What the thread reports.
 pub(crate) enum SessionEvent {
     /// Requests can be published.
-    Connected(RequestPublisher, Receiver<Return>, Receiver<ConnectionBlockedNotification>),
+    Connected {
+        publisher: RequestPublisher,
+        returns: Receiver<Return>,
+        confirms: Receiver<Confirm>,
+        notifications: Receiver<ConnectionBlockedNotification>,
+    },
     /// Replies can be received.
     Consuming(Receiver<ConsumerMessage>),
-    /// The request queue; `None` if the broker gives no numbers.
-    QueueChecked(Option<QueueStats>),
+    /// The request queue, or why the broker gives no numbers.
+    QueueChecked(Result<QueueStats, ErrorKind>),
     /// The session has ended with an error.
     Ended(Error),
 }
@@ -99,14 +108,25 @@ impl Session {
                 let _ = sender.send(SessionEvent::Ended(error)); // fails if the event loop has ended
             }
         });
-        let (returns, notifications, replies) = (never(), never(), never());
-        let (publisher, is_consuming, close_deadline) = (None, false, deadline);
-        Session { commands, events, publisher, returns, notifications, replies, is_consuming, close_deadline }
+        Session {
+            commands,
+            events,
+            publisher: None,
+            returns: never(),
+            confirms: never(),
+            notifications: never(),
+            replies: never(),
+            is_consuming: false,
+            is_checking: false,
+            close_deadline: deadline,
+        }
     }
 
-    /// Asks for [`SessionEvent::QueueChecked`].
-    pub(crate) fn check_queue(&self) {
-        let _ = self.commands.send(Command::CheckQueue); // fails if the session has ended
+    /// Asks for [`SessionEvent::QueueChecked`], unless it is still to come.
+    pub(crate) fn check_queue(&mut self) {
+        if !mem::replace(&mut self.is_checking, true) {
+            let _ = self.commands.send(Command::CheckQueue); // fails if the session has ended
+        }
     }
 
     /// The connection has ended: asks for the cause, [`SessionEvent::Ended`].
@@ -147,13 +167,15 @@ fn run_session(
         ReplyTo::Queue => format!("rpc.reply.{}", Uuid::new_v4()),
         ReplyTo::Direct => DIRECT_REPLY_TO.into(),
     };
+    publisher.enable_confirms();
     if config.reply_to == ReplyTo::Queue {
         publisher.declare_exclusive_queue(&reply_queue); // if it fails, so does the consumer
-        let _ = publisher.flush();
     }
+    let _ = publisher.flush(); // fails on a closed channel: the consumer reports that
     let (broker, watchdog) = (connection.broker().to_owned(), connection.watchdog.clone());
     let publisher = RequestPublisher { broker, publisher, reply_queue: reply_queue.clone(), watchdog };
-    let connected = SessionEvent::Connected(publisher, channel.returns.clone(), notifications);
+    let (returns, confirms) = (channel.returns.clone(), channel.confirms.clone());
+    let connected = SessionEvent::Connected { publisher, returns, confirms, notifications };
 
     let options = ConsumerOptions { no_ack: true, exclusive: true, ..ConsumerOptions::default() };
     let consume = |connection: &mut Connection, deadline: &Deadline| {
@@ -185,7 +207,7 @@ fn run_session(
     Ok(())
 }
 
-/// The error of a consumer that the broker refused, after requests were published: [`Error::ConsumeRefused`] if they may have
+/// The error of a consumer that the broker refused, after requests were published: [`Error::RefusedAfterSend`] if they may have
 /// run, else [`Error::Connection`].
 fn explain_refusal(
     connection: &mut Connection,
@@ -201,14 +223,13 @@ fn explain_refusal(
     if is_about_requests || !has_reply_queue {
         return Error::Connection(error);
     }
-    Error::ConsumeRefused(error) // the user may not read from the reply queue: only the answers are refused
+    Error::RefusedAfterSend(error) // the user may not read from the reply queue: only the answers are refused
 }
 
-fn check_queue(connection: &mut Connection, queue: &str) -> Result<Option<QueueStats>, ConnectionError> {
+fn check_queue(connection: &mut Connection, queue: &str) -> Result<Result<QueueStats, ErrorKind>, ConnectionError> {
     // Without a deadline, which would end the connection when it passes. Heartbeats bound it.
     match connection.queue_stats(queue, &Deadline::after(Duration::MAX)) {
-        Ok(stats) => Ok(Some(stats)),
         Err(error) if error.ends_connection() => Err(error),
-        Err(_) => Ok(None),
+        stats => Ok(stats.map_err(|error| error.kind)),
     }
 }

@@ -11,9 +11,9 @@
 use super::deadline::lock;
 use super::sanitize::{correlation_id_range, Changes};
 use super::writer::FrameWriter;
-use amiquip::{Channel, Consumer, ConsumerMessage, ConsumerOptions, FieldTable, Publish, Return};
+use amiquip::{Channel, Confirm, Consumer, ConsumerMessage, ConsumerOptions, FieldTable, Publish, Return};
 use amq_protocol::frame::generation::{gen_content_body_frame, gen_content_header_frame, gen_method_frame};
-use amq_protocol::protocol::{basic, queue, AMQPClass};
+use amq_protocol::protocol::{basic, confirm, queue, AMQPClass};
 use crossbeam_channel::Receiver;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
@@ -38,6 +38,8 @@ pub struct OpenChannel {
     pub amqp: Channel,
     /// Published messages that the broker could not route to a queue.
     pub returns: Receiver<Return>,
+    /// Which published messages the broker has taken; see [`Publisher::enable_confirms`].
+    pub confirms: Receiver<Confirm>,
     pub(crate) state: Arc<ChannelState>,
 }
 
@@ -75,6 +77,12 @@ pub struct ChannelClosed;
 impl Publisher {
     pub(crate) fn new(writer: Arc<FrameWriter>, state: Arc<ChannelState>, channel: u16) -> Self {
         Publisher { writer, state, channel, frames: RefCell::default() }
+    }
+
+    /// Puts the channel into confirm mode, without waiting for an answer. The broker then numbers the messages that are
+    /// published on it, from 1, and confirms or refuses each of them.
+    pub fn enable_confirms(&self) {
+        self.add_method(&AMQPClass::Confirm(confirm::AMQPMethod::Select(confirm::Select { nowait: true })));
     }
 
     /// Adds the declaration of an exclusive queue, without waiting for an answer: if it fails, the broker closes the
@@ -186,6 +194,7 @@ pub(crate) struct ChannelState {
     /// What has arrived and was not taken yet.
     deliveries: OnceLock<Receiver<ConsumerMessage>>,
     returns: Receiver<Return>,
+    confirms: Receiver<Confirm>,
     max_unread: usize,
     /// The delivery tag of the message whose content header is next; 0 if it is a returned message.
     pub(crate) delivery_tag: AtomicU64,
@@ -194,11 +203,18 @@ pub(crate) struct ChannelState {
 }
 
 impl ConnectionState {
-    pub(crate) fn open(&self, number: u16, max_unread: usize, returns: Receiver<Return>) -> Arc<ChannelState> {
+    pub(crate) fn open(
+        &self,
+        number: u16,
+        max_unread: usize,
+        returns: Receiver<Return>,
+        confirms: Receiver<Confirm>,
+    ) -> Arc<ChannelState> {
         let state = Arc::new(ChannelState {
             is_open: Mutex::new(true),
             deliveries: OnceLock::new(),
             returns,
+            confirms,
             max_unread,
             delivery_tag: AtomicU64::new(0),
             changes: Mutex::default(),
@@ -223,7 +239,7 @@ impl ChannelState {
     /// Whether more has arrived than the user has asked for.
     pub(crate) fn is_flooded(&self) -> bool {
         let deliveries = self.deliveries.get().map_or(0, Receiver::len);
-        deliveries.max(self.returns.len()) > self.max_unread
+        deliveries.max(self.returns.len()).max(self.confirms.len()) > self.max_unread
     }
 
     /// Keeps what was changed in the latest delivery, and drops what belongs to deliveries that must have been taken by now.
@@ -257,7 +273,7 @@ mod tests {
         let (writer, peer) = writer();
         let body: Vec<u8> = (0..=255).cycle().take(10_000).collect();
         let properties = AmqpProperties::default().with_correlation_id("x".repeat(255));
-        let publisher = Publisher::new(writer, ConnectionState::default().open(7, 1, never()), 7);
+        let publisher = Publisher::new(writer, ConnectionState::default().open(7, 1, never(), never()), 7);
         let message = Publish::with_properties(&body, "q".repeat(255), properties.clone());
         publisher.publish(message, None);
         publisher.publish(Publish::new(b"", "empty"), None);
@@ -288,7 +304,7 @@ mod tests {
     fn nothing_is_written_on_a_closed_channel_even_if_its_number_is_used_again() {
         let (writer, peer) = writer();
         let state = ConnectionState::default();
-        let open = |number| Publisher::new(writer.clone(), state.open(number, 1, never()), number);
+        let open = |number| Publisher::new(writer.clone(), state.open(number, 1, never(), never()), number);
         let [closed, other] = [open(7), open(8)];
         state.close(7);
         let send = |publisher: &Publisher| {

@@ -194,6 +194,7 @@ fn read_number(big_endian: &[u8]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crossbeam_channel::never;
     use proptest::prelude::*;
 
     fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
@@ -249,7 +250,7 @@ mod tests {
     #[test]
     fn a_channel_is_marked_closed_before_its_close_frame_is_given_out() {
         let connection = Arc::new(ConnectionState::default());
-        let state = connection.open(1, 10, crossbeam_channel::never());
+        let state = connection.open(1, 10, never(), never());
         let mut inspector = FrameInspector::new(connection);
         let close = [&[0, 20, 0, 40][..], &[1, 144, 0, 0, 0, 0, 0]].concat();
         for (kind, is_open) in [(FRAME_BODY, true), (FRAME_METHOD, false)] {
@@ -265,7 +266,7 @@ mod tests {
     fn more_returns_than_expected_are_an_error() {
         let (sender, returns) = crossbeam_channel::unbounded();
         let connection = Arc::new(ConnectionState::default());
-        connection.open(1, 0, returns);
+        connection.open(1, 0, returns, never());
         let mut inspector = FrameInspector::new(connection);
         let returned = frame(1, &[0, 60, 0, 50, 1, 56, 0, 0, 0]);
         assert!(inspect_all(&mut inspector, [&returned[..]]).is_ok());

@@ -152,15 +152,16 @@ impl Connection {
     /// # Errors
     /// As [`call`](Self::call).
     pub fn open_channel(&mut self, max_unread: usize, deadline: &Deadline) -> Result<(OpenChannel, Publisher), Error> {
-        let (amqp, returns) = self.call(deadline, "opening a channel", |connection| {
+        let (amqp, returns, confirms) = self.call(deadline, "opening a channel", |connection| {
             let channel = connection.open_channel(None)?;
             let returns = channel.listen_for_returns()?;
-            Ok((channel, returns))
+            let confirms = channel.listen_for_publisher_confirms()?;
+            Ok((channel, returns, confirms))
         })?;
         let number = amqp.channel_id();
-        let state = self.state.open(number, max_unread, returns.clone());
+        let state = self.state.open(number, max_unread, returns.clone(), confirms.clone());
         let publisher = Publisher::new(self.writer.clone(), state.clone(), number);
-        Ok((OpenChannel { amqp, returns, state }, publisher))
+        Ok((OpenChannel { amqp, returns, confirms, state }, publisher))
     }
 
     /// The numbers of a queue, by a passive declaration on a channel of its own: if there is no such queue, the broker

@@ -52,21 +52,26 @@ impl Peer {
 
     /// Declares a queue as `rpc-server --queue-type` does.
     pub(crate) fn declare(&self, queue: &str, queue_type: &str) {
-        self.declare_with_arguments(queue, queue_type, &[]);
+        self.declare_with(queue, queue_type, &[]);
     }
 
     /// Declares a queue whose rejected and expired messages go to the queue `dead_letters`.
     pub(crate) fn declare_with_dead_letters(&self, queue: &str, queue_type: &str, dead_letters: &str) {
         let arguments = [("x-dead-letter-exchange", ""), ("x-dead-letter-routing-key", dead_letters)];
-        self.declare_with_arguments(queue, queue_type, &arguments);
+        self.declare_with(queue, queue_type, &arguments.map(|(name, value)| (name, long_string(value))));
     }
 
-    fn declare_with_arguments(&self, queue: &str, queue_type: &str, arguments: &[(&str, &str)]) {
-        let is_quorum = queue_type == "quorum";
-        let queue_type_argument = is_quorum.then_some(("x-queue-type", "quorum"));
+    /// Declares a queue that refuses further messages while this many are ready.
+    pub(crate) fn declare_with_max_length(&self, queue: &str, queue_type: &str, max_length: i64) {
+        let max_length = ("x-max-length", AmqpValue::LongLongInt(max_length));
+        self.declare_with(queue, queue_type, &[max_length, ("x-overflow", long_string("reject-publish"))]);
+    }
+
+    fn declare_with(&self, queue: &str, queue_type: &str, arguments: &[(&str, AmqpValue)]) {
+        let quorum = (queue_type == "quorum").then(|| ("x-queue-type", long_string("quorum")));
         let mut table = FieldTable::new();
-        for (name, value) in arguments.iter().chain(&queue_type_argument) {
-            table.insert((*name).into(), AmqpValue::LongString((*value).into()));
+        for (name, value) in arguments.iter().chain(&quorum) {
+            table.insert((*name).into(), value.clone());
         }
         let durable = queue_type != "transient";
         let options = QueueDeclareOptions { durable, arguments: table, ..QueueDeclareOptions::default() };
@@ -167,6 +172,10 @@ impl Peer {
             self.reply(&request, answer(&request.body).as_bytes());
         }
     }
+}
+
+fn long_string(text: &str) -> AmqpValue {
+    AmqpValue::LongString(text.into())
 }
 
 /// Sends a request as a peer, and returns the reply.

@@ -58,7 +58,7 @@ pub fn run<T>(
 /// The state of a run, which lasts longer than one session.
 struct EventLoop<'a, 'f, T> {
     config: &'a Config,
-    /// Starts with the broker that was connected last.
+    /// Starts with the broker that was connected last, or with the next one if that was silent.
     endpoints: Vec<Endpoint>,
     requests: &'a Receiver<Request<T>>,
     stop: &'a Receiver<Infallible>,
@@ -199,6 +199,9 @@ impl<T> EventLoop<'_, '_, T> {
         let was_connected = !self.broker.is_empty();
         if ends_run(&connection_error.kind, decision.is_final, self.pending.progress(was_connected)) {
             return Err(self.end_all(error));
+        }
+        if connection_error.is_silence() {
+            self.endpoints.rotate_left(1);
         }
         log::info!("{error}: connecting again");
         if let Some(deadline) = self.pending.first_deadline() {

@@ -4,7 +4,7 @@ use crate::support::broker::{self, exclusive_node};
 use crate::support::broker_features::permitted_queue_types;
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{assert_output, client, Program};
-use crate::support::proxy::{Proxy, CONNECTION_START_OK};
+use crate::support::proxy::{Proxy, Traffic, CONNECTION_START_OK};
 use crate::support::TEST_TIMEOUT;
 use crossbeam_channel::unbounded;
 use rpc_client::{Client, Config, Error};
@@ -221,6 +221,23 @@ fn several_brokers_are_tried_in_turn() {
     );
     let urls = ["--url", &wrong, "--url", unreachable, "-q", "30"];
     assert_output(&mut client(&queue, &urls), 3, "\n", &error);
+}
+
+#[test]
+fn after_a_broker_has_frozen_the_next_one_is_tried_first() {
+    let queue = Queue::declare("frozen_first");
+    let [frozen, other] = [(); 2].map(|()| Proxy::start());
+    let args = ["--queue", &queue, "--url", &frozen.url(), "--url", &other.url(), "--heartbeat", "1", "-vv", "30"];
+    let client = Program::spawn("rpc-client", &args);
+    let mut peer = Peer::connect();
+    peer.wait_for_messages(&queue, 1);
+    frozen.set_traffic(Traffic::Frozen);
+    client.wait_for_log(&format!("{} sent nothing for two heartbeat intervals: connecting again", frozen.authority()));
+    let next = client.wait_for_log("");
+    assert!(next.ends_with(&format!("connected to {}", other.authority())), "{next}");
+    peer.take(&queue);
+    peer.reply(&peer.take(&queue), b"832040");
+    assert_eq!(client.next_line(), "832040");
 }
 
 /// The tutorial's servers answer no heartbeats while they compute, so the broker closes their connections.

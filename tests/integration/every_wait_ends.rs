@@ -182,6 +182,37 @@ fn a_call_ends_when_the_broker_blocks_publishers() {
     assert_eq!(client.wait_for_exit_code(), Some(0));
 }
 
+/// A look at the queue takes three round trips of 0.4 s, and the calls expire meanwhile. None of them costs the connection.
+#[test]
+fn a_slow_look_at_the_queue_does_not_end_the_connection() {
+    let queue = Queue::declare("slow_look");
+    let proxy = Proxy::start();
+    proxy.set_traffic(Traffic::Delayed(Duration::from_millis(200)));
+    let args = ["--queue", &queue, "-v", "-t", "5s", "-j", "2", "-"];
+    let mut client = Program::spawn_at(&proxy.url(), "rpc-client", &args);
+    for n in 0..6 {
+        client.write_line(&n.to_string());
+    }
+    client.close_stdin();
+    assert_eq!(client.wait().code(), Some(5));
+    let (_, log) = client.remaining_output();
+    assert_eq!(log.iter().filter(|line| line.contains("connected to")).count(), 1, "{log:#?}");
+    assert!(log.iter().any(|line| line.contains("no server is consuming")), "{log:#?}");
+}
+
+/// The broker allows the channel of the calls only, so that the queue cannot be looked at.
+#[test]
+fn a_long_call_is_answered_where_the_broker_allows_one_channel() {
+    let broker = exclusive_node();
+    let queue = "one_channel";
+    let server = Program::start_server_at(broker.url(), queue, &["--delay", "3s"]);
+    let one_channel = broker.set_variable("channel_max", "1");
+    let mut call = client(queue, &["-q", "30"]);
+    call.env("AMQP_URL", broker.url()).assert().code(0).stdout("832040\n").stderr("");
+    drop(one_channel);
+    assert_eq!(server.stop(), [" [.] fib(30)"]);
+}
+
 /// The consumer is cancelled just before the deadline, and the broker sends nothing more: closing the session must not
 /// exceed the deadline by much.
 #[test]

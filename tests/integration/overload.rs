@@ -114,3 +114,24 @@ fn a_permission_that_is_taken_away_after_a_request_was_sent_is_exit_code_5() {
     assert!(stderr.contains("refused") && stderr.contains("the user lacks this permission"), "{stderr}");
     broker.rabbitmqctl(&["delete_user", "demoted"]);
 }
+
+/// The requests that were written before the broker said that it blocks publishers are not run either: their deadline has
+/// passed when the broker reads them.
+#[test]
+fn nothing_runs_for_the_calls_that_expired_while_the_broker_blocked_publishers() {
+    let broker = exclusive_node();
+    let queue = "alarm";
+    let server = Program::start_server_at(broker.url(), queue, &[]);
+    let blocked = broker.block_publishers();
+    let args = ["-v", "-t", "200ms", "-j", "4", "--repeat", "60", "30"];
+    let output = client(queue, &args).env("AMQP_URL", broker.url()).output().expect("the client runs");
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(5), "{log}");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "\n".repeat(60));
+    let connections = log.matches("connected to").count();
+    assert!((1..=5).contains(&connections), "{connections} connections: {log}");
+    drop(blocked);
+    let mut call = client(queue, &["-q", "7"]);
+    call.env("AMQP_URL", broker.url()).assert().code(0).stdout("13\n").stderr("");
+    assert_eq!(server.stop(), [" [.] fib(7)"]);
+}

@@ -58,6 +58,9 @@ pub enum ErrorKind {
     /// The connection broke, for this reason.
     #[error("was disconnected: {0}")]
     ConnectionLost(String),
+    /// The connection ended because the broker had frozen, or the network lost it.
+    #[error("sent nothing for two heartbeat intervals")]
+    Silent,
     /// The broker allows no more channels on this connection.
     #[error("allows no more channels: reduce --workers, or raise the broker's channel_max")]
     TooManyChannels,
@@ -98,8 +101,13 @@ impl Error {
 
     /// Whether the connection has ended with this error.
     pub fn ends_connection(&self) -> bool {
-        use ErrorKind::{ConnectionClosed, ConnectionLost, TimedOut};
-        matches!(self.kind, ConnectionClosed(_) | ConnectionLost(_) | TimedOut(..))
+        use ErrorKind::{ConnectionClosed, ConnectionLost, Silent, TimedOut};
+        matches!(self.kind, ConnectionClosed(_) | ConnectionLost(_) | Silent | TimedOut(..))
+    }
+
+    /// Whether the broker did not answer. Then another one is tried first.
+    pub fn is_silence(&self) -> bool {
+        matches!(self.kind, ErrorKind::Silent | ErrorKind::TimedOut(..))
     }
 
     /// Whether the broker closed the channel or the connection because of a message that was sent on it, and not
@@ -148,6 +156,7 @@ impl From<amiquip::Error> for ErrorKind {
             }
             Amiquip::ServerClosedChannel { code, message, .. } => ErrorKind::ChannelClosed(reason(code, &message)),
             Amiquip::ServerClosedConnection { code, message } => ErrorKind::ConnectionClosed(reason(code, &message)),
+            Amiquip::MissedServerHeartbeats => ErrorKind::Silent,
             Amiquip::UnexpectedSocketClose => ErrorKind::ConnectionLost("the broker closed the socket".into()),
             Amiquip::IoErrorReadingSocket { source } | Amiquip::IoErrorWritingSocket { source } => {
                 ErrorKind::ConnectionLost(escape(describe_io_error(&source).as_bytes()).to_string())

@@ -4,7 +4,7 @@ use crate::support::broker::exclusive_node;
 use crate::support::broker_features::broker_version;
 use crate::support::peer::{call, Peer, Queue};
 use crate::support::programs::{assert_output, client, Program};
-use crate::support::proxy::Proxy;
+use crate::support::proxy::{Proxy, Traffic};
 use crate::support::{eventually, TEST_TIMEOUT};
 use amiquip::{AmqpProperties, AmqpValue, ConsumerMessage};
 use rpc_common::message::unix_time_ms;
@@ -139,4 +139,24 @@ fn every_call_closes_its_connection_by_the_close_handshake() {
             (broker.unclean_closes() == unclean_before).then_some(())
         });
     }
+}
+
+/// The first call of two expires. The client is distant: the close handshake takes 40 ms, and has that time.
+#[test]
+fn a_batch_in_which_a_call_expired_closes_its_connection_by_the_close_handshake() {
+    let broker = exclusive_node();
+    let unclean_before = broker.unclean_closes();
+    let queue = "close.distant";
+    let peer = Peer::connect_to(broker.url());
+    peer.declare_default(queue);
+    let proxy = Proxy::start_to(broker.authority());
+    proxy.set_traffic(Traffic::Delayed(Duration::from_millis(20)));
+    let args = ["--queue", queue, "-q", "-t", "4s", "-j", "1", "1", "2"];
+    let mut client = Program::spawn_at(&proxy.url(), "rpc-client", &args);
+    peer.take(queue); // it is not answered
+    peer.reply(&peer.take(queue), b"1");
+    assert_eq!(client.wait().code(), Some(5));
+    assert_eq!(client.remaining_output().0, ["", "1"]);
+    drop(peer); // all connections end before they are counted
+    assert_eq!(broker.unclean_closes(), unclean_before);
 }

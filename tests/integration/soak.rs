@@ -1,30 +1,42 @@
 //! All promises together: random faults while clients and servers run under load. Every call ends with its right answer
-//! or with exit code 5, and no message is left.
+//! or with exit code 5 (4 where a client finds no queue), nothing runs after its deadline, and no message is left.
 //!
 //! `SOAK_SECONDS` is the duration (60), and `SOAK_SEED` repeats the faults of a run. `--nocapture` shows a report.
 
 use crate::bad_messages;
-use crate::support::broker::private_node;
+use crate::support::broker::Node;
+use crate::support::eventually;
 use crate::support::peer::{Peer, Queue};
-use crate::support::programs::Program;
+use crate::support::programs::{bash, Program};
 use crate::support::proxy::{Proxy, Traffic};
 use crate::support::raw_peer::RawPeer;
+use crossbeam_channel::bounded;
 use fastrand::Rng;
 use rpc_common::fib::fib;
+use rpc_common::message::{unix_time_ms, Request};
+use rpc_common::options::BrokerOptions;
+use rpc_server::{fib_handler, serve, Config, QueueType, Stop};
 use rustix::process::Signal;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use std::{env, thread};
 
 /// The timeout of one client, which is shorter than some faults.
 const SHORT_TIMEOUT: &str = "4s";
 
-/// Three servers with two workers each.
-const CONSUMERS: u32 = 6;
+/// Three servers, and one by the library, with two workers each.
+const CONSUMERS: u32 = 8;
+
+/// How often there is a memory alarm, and how often the queue is deleted.
+const ALARM_INTERVAL: Duration = Duration::from_secs(25);
+const DELETION_INTERVAL: Duration = Duration::from_secs(20);
+
+/// The numbers of a client whose output is read late.
+const SLOWLY_READ: usize = 4_000;
 
 /// The largest n, so that fib(n) takes no time.
 const MAX_N: u64 = 300;
@@ -40,11 +52,11 @@ struct ProxiedServer {
 }
 
 impl ProxiedServer {
-    fn new(queue: &str, prefetch: &str) -> Self {
+    fn new(node: &Node, queue: &str, prefetch: &str) -> Self {
         let args = ["--queue", queue, "--queue-type", "classic", "--prefetch", prefetch];
         let args = [&args[..], &["--workers", "2", "--heartbeat", "2", "-q"]].concat();
         let args = args.into_iter().map(str::to_owned).collect();
-        let mut server = ProxiedServer { proxy: Proxy::start_to(private_node().authority()), program: None, args };
+        let mut server = ProxiedServer { proxy: Proxy::start_to(node.authority()), program: None, args };
         server.start();
         server
     }
@@ -130,6 +142,8 @@ struct CallCounts {
     timeouts: u64,
     /// Calls that were not sent, because the broker was unreachable for too long.
     unreachable: u64,
+    /// Calls of a client that had no answer yet when the queue was deleted.
+    no_queue: u64,
     wrong: Vec<String>,
     /// Replies that were late or duplicate.
     discarded: u64,
@@ -144,14 +158,15 @@ impl CallCounts {
                 (Some(result), None) if expected.as_deref() == Some(result) => self.right += 1,
                 (None, Some("timeout")) => self.timeouts += 1,
                 (None, Some("unreachable")) => self.unreachable += 1,
+                (None, Some("no-server")) => self.no_queue += 1,
                 _ => self.wrong.push(answer.clone()),
             }
         }
-        self.discarded += log.iter().filter(|line| line.contains("discarded a reply")).count() as u64;
+        self.discarded += log.iter().filter(|line| line.contains("discarded an unexpected reply")).count() as u64;
     }
 
     fn total(&self) -> u64 {
-        self.right + self.timeouts + self.unreachable + self.wrong.len() as u64
+        self.right + self.timeouts + self.unreachable + self.no_queue + self.wrong.len() as u64
     }
 }
 
@@ -202,9 +217,94 @@ fn call_with_one_client(
     // happen with the short timeout only, and to a client whose first connection was broken.
     let is_complete = asked == counts.total() - before;
     let was_unreachable = code == Some(3) && (timeout == SHORT_TIMEOUT || counts.right == 0);
-    let ended_well = is_complete && matches!(code, Some(0 | 5));
+    let ended_well = is_complete && matches!(code, Some(0 | 4 | 5));
     if !(was_unreachable || ended_well) {
         counts.wrong.push(format!("exit code {code:?} after {log:#?}"));
+    }
+}
+
+/// Runs clients whose output nobody reads until after their timeout, and returns how many answers and how many empty lines
+/// they printed.
+fn read_slowly(stop: &AtomicBool, node: &Node, queue: &str) -> [usize; 2] {
+    let mut totals = [0, 0];
+    while !stop.load(Ordering::Relaxed) {
+        let script = format!(
+            "rpc-client --url {} --queue {queue} -t 10s --repeat {SLOWLY_READ} 30 2>/dev/null | {{ sleep 12; cat; }}
+             echo exit code ${{PIPESTATUS[0]}}",
+            node.url()
+        );
+        let output = bash(&script).code(0).get_output().stdout.clone();
+        let output = String::from_utf8(output).expect("answers are text");
+        let count = |line| output.lines().filter(|printed| *printed == line).count();
+        let (answers, failures) = (count("832040"), count(""));
+        let code = output.lines().last().unwrap_or_default();
+        assert_eq!(answers + failures, SLOWLY_READ, "{code}");
+        assert!(["exit code 0", "exit code 4", "exit code 5"].contains(&code), "{code}");
+        totals = [totals[0] + answers, totals[1] + failures];
+    }
+    totals
+}
+
+/// Serves by the library, through a proxy, until `stop` is disconnected, and keeps how many milliseconds after its caller's
+/// deadline a run began at the latest.
+fn serve_and_watch_deadlines(stop: &Stop, proxy: &Proxy, queue: &str, latest_ms: &AtomicI64) {
+    let broker = BrokerOptions::from_url(&format!("amqp://{}", proxy.authority()));
+    let (queue, queue_type) = (queue.to_owned(), QueueType::Classic);
+    let config = Config { queue, queue_type, workers: 2, prefetch: 64, broker };
+    let fib = fib_handler(MAX_N, Duration::ZERO, |_| {});
+    let handler = |request: &Request| {
+        if let Some(deadline) = request.deadline_ms {
+            latest_ms.fetch_max(unix_time_ms(SystemTime::now()) - deadline, Ordering::Relaxed);
+        }
+        fib(request)
+    };
+    serve(&config, &handler, stop, &|| {}).expect("it serves until it is stopped");
+}
+
+/// Counts a fault by its name.
+type CountFault<'a> = dyn Fn(&'static str) + Sync + 'a;
+
+/// Injects faults into the connections through a proxy until `stop` is set.
+fn inject_faults(stop: &AtomicBool, proxy: &Proxy, mut rng: Rng, count_fault: &CountFault) {
+    while !stop.load(Ordering::Relaxed) {
+        thread::sleep(Duration::from_millis(rng.u64(100..4_000)));
+        count_fault(inject_fault(&mut rng, proxy));
+    }
+}
+
+/// Publishes a bad message each second, and now and then deletes the queue, until `stop` is set.
+fn attack_queue(stop: &AtomicBool, node: &Node, queue: &str, replies: &str, count_fault: &CountFault) {
+    let (mut peer, mut attacker) = (Peer::connect_to(node.url()), RawPeer::connect(node.url()));
+    let mut exchange = peer.declare_fanout_exchange(queue);
+    let mut deleted_at = Instant::now();
+    for kind in (0..bad_messages::KINDS).cycle() {
+        if stop.load(Ordering::Relaxed) {
+            return;
+        }
+        thread::sleep(Duration::from_secs(1));
+        bad_messages::publish(&mut attacker, kind, queue, &exchange, replies);
+        count_fault("bad message");
+        if deleted_at.elapsed() > DELETION_INTERVAL {
+            deleted_at = Instant::now();
+            peer.delete_queue(queue);
+            eventually("the queue", || peer.consumer_count(queue)); // a server has declared it
+            exchange = peer.declare_fanout_exchange(queue); // the broker has deleted it with the queue
+            count_fault("queue deleted");
+        }
+    }
+}
+
+/// Raises memory alarms until `stop` is set.
+fn raise_alarms(stop: &AtomicBool, node: &Node, count_fault: &CountFault) {
+    let mut next_alarm = Instant::now() + ALARM_INTERVAL / 2;
+    while !stop.load(Ordering::Relaxed) {
+        thread::sleep(Duration::from_millis(100));
+        if Instant::now() > next_alarm {
+            next_alarm = Instant::now() + ALARM_INTERVAL;
+            let _blocked = node.block_publishers();
+            thread::sleep(Duration::from_secs(2));
+            count_fault("alarm");
+        }
     }
 }
 
@@ -215,21 +315,29 @@ fn every_call_ends_right_or_with_exit_code_5_under_random_faults() {
     let duration = Duration::from_secs(number("SOAK_SECONDS").unwrap_or(60));
     println!("SOAK_SEED={seed} repeats the faults");
     let mut rng = Rng::with_seed(seed);
+    let node = Node::start("soak", "");
     let queue = Queue::named("soak");
     // The third one is never killed.
-    let servers = ["1", "64", "8"].map(|prefetch| Mutex::new(ProxiedServer::new(&queue, prefetch)));
-    let mut peer = Peer::connect_to(private_node().url());
-    peer.wait_for_consumers(&queue, CONSUMERS);
-    let (exchange, replies) = (peer.declare_fanout_exchange(&queue), Queue::named("soak.replies"));
-    peer.declare(&replies, "classic");
-    let mut attacker = RawPeer::connect(private_node().url());
-    let client_proxies = [(); 2].map(|()| Proxy::start_to(private_node().authority()));
+    let servers = ["1", "64", "8"].map(|prefetch| Mutex::new(ProxiedServer::new(&node, &queue, prefetch)));
+    let mut peer = Peer::connect_to(node.url());
+    let replies = "soak.replies";
+    peer.declare(replies, "classic");
+    let client_proxies = [(); 2].map(|()| Proxy::start_to(node.authority()));
+    let library_proxy = Proxy::start_to(node.authority());
+    let (running, library_stop) = bounded(0);
+    let latest_ms = AtomicI64::new(i64::MIN);
     let (stop, faults) = (AtomicBool::new(false), Mutex::new(BTreeMap::<_, u64>::new()));
     let count_fault = |name| *faults.lock().expect("no thread panics").entry(name).or_default() += 1;
     let start = Instant::now();
-    let all_counts = thread::scope(|scope| {
-        let (stop, queue, count_fault) = (&stop, &*queue, &count_fault);
-        let (exchange, replies) = (&*exchange, &*replies);
+    let (all_counts, slowly_read) = thread::scope(|scope| {
+        let (stop, queue, node, count_fault) = (&stop, &*queue, &node, &count_fault);
+        let (latest_ms, library_proxy) = (&latest_ms, &library_proxy);
+        scope.spawn(move || serve_and_watch_deadlines(&library_stop, library_proxy, queue, latest_ms));
+        peer.wait_for_consumers(queue, CONSUMERS);
+        for proxy in client_proxies.iter().chain([library_proxy]) {
+            let rng = rng.fork();
+            scope.spawn(move || inject_faults(stop, proxy, rng, count_fault));
+        }
         for (server, is_replaced) in servers.iter().zip([true, true, false]) {
             let mut rng = rng.fork();
             scope.spawn(move || {
@@ -244,25 +352,13 @@ fn every_call_ends_right_or_with_exit_code_5_under_random_faults() {
                 }
             });
         }
-        let mut kinds = (0..bad_messages::KINDS).cycle();
-        scope.spawn(move || {
-            while !stop.load(Ordering::Relaxed) {
-                thread::sleep(Duration::from_secs(1));
-                let kind = kinds.next().expect("the iterator is endless");
-                bad_messages::publish(&mut attacker, kind, queue, exchange, replies);
-                count_fault("bad message");
-            }
-        });
+        scope.spawn(move || attack_queue(stop, node, queue, replies, count_fault));
+        scope.spawn(move || raise_alarms(stop, node, count_fault));
+        let slow_reader = scope.spawn(move || read_slowly(stop, node, queue));
         let clients = [(&client_proxies[0], "10s"), (&client_proxies[1], SHORT_TIMEOUT)];
         let callers = clients.map(|(proxy, timeout)| {
-            let (mut faults_rng, mut calls_rng) = (rng.fork(), rng.fork());
-            scope.spawn(move || {
-                while !stop.load(Ordering::Relaxed) {
-                    thread::sleep(Duration::from_millis(faults_rng.u64(100..4_000)));
-                    count_fault(inject_fault(&mut faults_rng, proxy));
-                }
-            });
-            scope.spawn(move || call_until(stop, proxy, queue, timeout, &mut calls_rng))
+            let mut rng = rng.fork();
+            scope.spawn(move || call_until(stop, proxy, queue, timeout, &mut rng))
         });
         while start.elapsed() < duration {
             thread::sleep(REPORT_INTERVAL.min(duration.saturating_sub(start.elapsed())));
@@ -273,18 +369,23 @@ fn every_call_ends_right_or_with_exit_code_5_under_random_faults() {
             }
         }
         stop.store(true, Ordering::Relaxed);
-        callers.map(|caller| caller.join().expect("a client thread does not panic"))
+        let counts = callers.map(|caller| caller.join().expect("a client thread does not panic"));
+        let slowly_read = slow_reader.join().expect("the answers are complete");
+        drop(running); // the library's server stops
+        (counts, slowly_read)
     });
     println!("faults: {faults:?}");
+    println!("read slowly: {slowly_read:?} answers and failures");
+    println!("the latest run began {} ms after its deadline", latest_ms.load(Ordering::Relaxed));
     for counts in &all_counts {
         println!("{counts:?}");
         assert!(counts.wrong.is_empty() && counts.right > 0);
     }
-    peer.wait_for_consumers(&queue, CONSUMERS); // all servers have connected again
-    private_node().wait_until_empty(&queue);
+    assert!(slowly_read[0] > 0);
+    assert!(latest_ms.load(Ordering::Relaxed) < 1_000);
+    peer.wait_for_consumers(&queue, CONSUMERS - 2); // all servers have connected again
+    node.wait_until_empty(&queue);
     for server in servers {
         server.into_inner().expect("no thread panics").program.expect("it is running").stop();
     }
-    peer.delete_queue(&queue);
-    peer.delete_queue(&replies);
 }

@@ -122,7 +122,8 @@ pub(crate) fn exclusive_node() -> MutexGuard<'static, Node> {
 }
 
 impl Node {
-    fn start(name: &str, config: &str) -> Self {
+    /// Starts a node with `config` added to `rabbitmq.conf`.
+    pub(crate) fn start(name: &str, config: &str) -> Self {
         Node(RunningScript::start(&[], 1, name, config))
     }
 

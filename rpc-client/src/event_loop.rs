@@ -7,7 +7,7 @@ use crate::session::{Session, SessionEvent};
 use amiquip::{ConnectionBlockedNotification, ConsumerMessage, Delivery, Return};
 use crossbeam_channel::{never, select, Receiver, RecvError};
 use rpc_common::connection::{
-    delivery, start_at, Deadline, Endpoint, Error as ConnectionError, ErrorKind, QueueStats, Retry,
+    delivery, start_at, Backoff, Deadline, Endpoint, Error as ConnectionError, ErrorKind, QueueStats,
 };
 use rpc_common::message::decode_reply;
 use rpc_common::text::{escape, format_duration};
@@ -49,7 +49,7 @@ pub fn run<T>(
         is_stopped: false,
         pending: PendingCalls::new(),
         outcomes: Vec::new(),
-        retry: Retry::new(now),
+        backoff: Backoff::new(now),
         broker: String::new(),
         next_queue_check: now + FIRST_QUEUE_CHECK,
         blocked: None,
@@ -73,7 +73,7 @@ struct EventLoop<'a, 'f, T> {
     pending: PendingCalls<T>,
     /// Outcomes that are not delivered yet.
     outcomes: Vec<Outcome<T>>,
-    retry: Retry,
+    backoff: Backoff,
     /// Host and port of the broker that was connected last; empty before.
     broker: String,
     /// When to look at the request queue, if nothing arrives before.
@@ -177,7 +177,6 @@ impl<T> EventLoop<'_, '_, T> {
                 log::info!("connected to {}", publisher.broker);
                 start_at(&mut self.endpoints, &publisher.broker);
                 self.broker.clone_from(&publisher.broker);
-                self.retry.on_connected();
                 self.cause = NoAnswerCause::Waiting("starting a consumer");
                 (session.returns, session.notifications) = (returns, notifications);
                 session.publisher = Some(publisher);
@@ -200,15 +199,15 @@ impl<T> EventLoop<'_, '_, T> {
         let Error::Connection(cause) = &error else { return Err(self.end_all(error)) };
         self.cause = self.no_answer_cause().after(cause);
         self.blocked = None;
-        let decision = self.retry.on_error(cause, Instant::now());
+        let pause = self.backoff.next_pause(Instant::now());
         let was_connected = !self.broker.is_empty();
-        if ends_run(&cause.kind, decision.is_final, self.pending.progress(was_connected)) {
+        if ends_run(cause, self.pending.progress(was_connected)) {
             return Err(self.end_all(error));
         }
         log::info!("{error}: connecting again");
         if let Some(deadline) = self.pending.first_deadline() {
             // The other half of the time is left to connect in.
-            let pause = decision.pause.min(deadline.remaining() / 2).max(MIN_PAUSE);
+            let pause = pause.min(deadline.remaining() / 2).max(MIN_PAUSE);
             self.is_stopped = self.stop.recv_timeout(pause).is_err_and(|end| end.is_disconnected());
         }
         if self.pending.any_sent() {

@@ -1,8 +1,13 @@
 //! The stream under amiquip: reads by way of the frame inspector, and writes by way of the frame writer.
 
-use super::frames::FrameInspector;
+use super::frames::{FrameInspector, FRAME_MAX};
 use super::writer::{FrameWriter, Transport};
 use amiquip::IoStream;
+use amq_protocol::frame::generation::gen_method_frame;
+use amq_protocol::frame::{parse_frame, AMQPFrame};
+use amq_protocol::protocol::connection::{AMQPMethod, StartOk};
+use amq_protocol::protocol::AMQPClass;
+use amq_protocol::types::AMQPValue;
 use mio::unix::EventedFd;
 use mio::{Evented, Poll, PollOpt, Ready, Token};
 use std::io::{self, ErrorKind, Read, Write};
@@ -16,16 +21,23 @@ pub(crate) struct Stream {
     writer: Arc<FrameWriter>,
     socket: TcpStream,
     has_tls: bool,
+    /// What RabbitMQ shows in its list of connections. `None` once it is sent.
+    connection_name: Option<String>,
 }
 
 impl Stream {
     /// Makes the transport non-blocking. Returns the writer for publishers as well.
-    pub(crate) fn new(transport: Transport, inspector: FrameInspector) -> io::Result<(Self, Arc<FrameWriter>)> {
+    pub(crate) fn new(
+        transport: Transport,
+        inspector: FrameInspector,
+        connection_name: String,
+    ) -> io::Result<(Self, Arc<FrameWriter>)> {
         let socket = transport.socket().try_clone()?;
         socket.set_nonblocking(true)?;
         let has_tls = matches!(transport, Transport::Tls(_));
         let writer = Arc::new(FrameWriter::new(transport));
-        Ok((Stream { inspector, writer: writer.clone(), socket, has_tls }, writer))
+        let connection_name = Some(connection_name);
+        Ok((Stream { inspector, writer: writer.clone(), socket, has_tls, connection_name }, writer))
     }
 }
 
@@ -49,14 +61,37 @@ impl Read for Stream {
 }
 
 impl Write for Stream {
+    /// Takes whole frames: amiquip writes no others as long as all that it writes is taken.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.writer.write(bytes)?;
+        let frame = self.connection_name.as_ref().and_then(|_| parse_frame(bytes).ok());
+        match frame {
+            Some((_, AMQPFrame::Method(_, AMQPClass::Connection(AMQPMethod::StartOk(start_ok))))) => {
+                let connection_name = self.connection_name.take().unwrap_or_default();
+                self.writer.write(&complete(start_ok, &connection_name)?)?;
+            }
+            _ => self.writer.write(bytes)?,
+        }
         Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// Encodes start-ok with more client properties. Without this capability, RabbitMQ refuses a login by closing the socket
+/// after 3 s, as a broker that shuts down does.
+fn complete(mut start_ok: StartOk, connection_name: &str) -> io::Result<Vec<u8>> {
+    let properties = &mut start_ok.client_properties;
+    properties.insert("connection_name".into(), AMQPValue::LongString(connection_name.into()));
+    if let Some(AMQPValue::FieldTable(capabilities)) = properties.get_mut("capabilities") {
+        capabilities.insert("authentication_failure_close".into(), AMQPValue::Boolean(true));
+    }
+    let mut frame = vec![0; FRAME_MAX as usize];
+    let method = AMQPClass::Connection(AMQPMethod::StartOk(start_ok));
+    let (_, end) = gen_method_frame((&mut frame, 0), 0, &method).map_err(|_| ErrorKind::InvalidInput)?;
+    frame.truncate(end);
+    Ok(frame)
 }
 
 // amiquip reads until `WouldBlock`, so that nothing decrypted stays behind in TLS.
@@ -75,3 +110,28 @@ impl Evented for Stream {
 }
 
 impl IoStream for Stream {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use amq_protocol::types::FieldTable;
+
+    #[test]
+    fn start_ok_gets_a_connection_name_and_a_capability_and_keeps_the_rest() {
+        let entry = |name: &str| (name.to_owned(), AMQPValue::Boolean(true));
+        let start_ok = |client_properties| {
+            let (mechanism, response, locale) = ("PLAIN".into(), "\0me\0sesame".into(), "en_US".into());
+            StartOk { client_properties, mechanism, response, locale }
+        };
+        let capabilities = AMQPValue::FieldTable(FieldTable::from([entry("connection.blocked")]));
+        let original = start_ok(FieldTable::from([("capabilities".into(), capabilities)]));
+        let capabilities = FieldTable::from([entry("authentication_failure_close"), entry("connection.blocked")]);
+        let expected = start_ok(FieldTable::from([
+            ("capabilities".into(), AMQPValue::FieldTable(capabilities)),
+            ("connection_name".into(), AMQPValue::LongString("rpc-server".into())),
+        ]));
+        let frame = complete(original, "rpc-server").unwrap();
+        let expected = AMQPFrame::Method(0, AMQPClass::Connection(AMQPMethod::StartOk(expected)));
+        assert_eq!(parse_frame(&frame), Ok((&[][..], expected)));
+    }
+}

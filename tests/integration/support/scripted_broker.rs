@@ -10,6 +10,7 @@ use std::time::Instant;
 /// A method of AMQP 0-9-1: the numbers of its class and of itself.
 pub(crate) type Method = (u8, u8);
 
+pub(crate) const START_OK: Method = (10, 11);
 pub(crate) const QOS: Method = (60, 10);
 pub(crate) const CONSUME: Method = (60, 20);
 pub(crate) const CANCEL: Method = (60, 30);
@@ -28,6 +29,8 @@ pub(crate) enum Action {
     Flood(Flood),
     /// Answers, cancels the consumer, and then sends nothing more.
     CancelThenSilence,
+    /// Closes the socket.
+    CloseSocket,
 }
 
 /// What a flood consists of.
@@ -109,6 +112,7 @@ impl Connection {
                     thread::park();
                 }
             }
+            Action::CloseSocket => Err(io::ErrorKind::ConnectionAborted.into()),
             Action::Flood(flood) => {
                 self.answer(channel, method)?;
                 let message = flood_message(flood, channel);
@@ -122,7 +126,7 @@ impl Connection {
     /// Answers like a broker that accepts everything.
     fn answer(&mut self, channel: u8, method: Method) -> io::Result<()> {
         match method {
-            (10, 11) => self.send(0, (10, 30), &[0, 0, 0, 2, 0, 0, 0, 0]), // tune
+            START_OK => self.send(0, (10, 30), &[0, 0, 0, 2, 0, 0, 0, 0]), // tune
             (10, 40) => self.send(0, (10, 41), &[0]),
             (10, 50) => self.send(0, (10, 51), &[]),
             (20, 10) => self.send(channel, (20, 11), &[0; 4]),

@@ -5,7 +5,7 @@ use crate::support::broker_features::permitted_queue_types;
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{assert_output, client, Program};
 use crate::support::proxy::{Proxy, CONNECTION_START_OK};
-use crate::support::scripted_broker::{Action, ScriptedBroker, START_OK};
+use crate::support::scripted_broker::{Action, ScriptedBroker, CONSUME, START_OK};
 use crate::support::TEST_TIMEOUT;
 use crossbeam_channel::unbounded;
 use rpc_client::{Client, Config, Error};
@@ -151,6 +151,20 @@ fn a_server_waits_while_the_broker_limits_connections() {
     drop(limit);
     assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
     server.stop();
+}
+
+/// RabbitMQ may be configured to send no heartbeats. The peer drops all packets, when the connection is idle (a server)
+/// or when a request is on its way (a client).
+#[test]
+fn a_dead_peer_is_noticed_without_heartbeats() {
+    for (program, args) in [("rpc-server", &[][..]), ("rpc-client", &["--reply-to", "direct", "-t", "1h", "30"])] {
+        let broker = ScriptedBroker::start(CONSUME, Action::DropPackets);
+        let _program = Program::spawn_at(&broker.url, program, &[&["--heartbeat", "1"], args].concat());
+        for _ in 0..2 {
+            let consumes = broker.received.recv_timeout(TEST_TIMEOUT);
+            assert!(consumes.is_ok(), "{program} does not notice it");
+        }
+    }
 }
 
 /// A program that uses the library keeps its client between calls. After the connection broke, the next call is like the

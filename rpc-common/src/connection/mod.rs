@@ -33,7 +33,7 @@ use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
 use std::{fs, process};
-use stream::Stream;
+use stream::{Login, Stream};
 use writer::FrameWriter;
 
 /// How long closing waits for the broker before it shuts the socket down: at most, and at least.
@@ -78,7 +78,9 @@ impl Connection {
         let options = endpoint.options()?;
         let (transport, watchdog) = socket::connect(endpoint, deadline)?;
         let state = Arc::new(ConnectionState::default());
-        let (stream, writer) = Stream::new(transport, FrameInspector::new(state.clone()), connection_name(program))
+        let user_timeout = Duration::from_secs(2 * u64::from(endpoint.heartbeat));
+        let login = Login { connection_name: connection_name(program), user_timeout };
+        let (stream, writer) = Stream::new(transport, FrameInspector::new(state.clone()), login)
             .map_err(|error| ErrorKind::ConnectionLost(describe_io_error(&error)))?;
         let handshake = watchdog.run_until(deadline, || {
             amiquip::Connection::insecure_open_stream(

@@ -10,10 +10,12 @@ use amq_protocol::protocol::AMQPClass;
 use amq_protocol::types::AMQPValue;
 use mio::unix::EventedFd;
 use mio::{Evented, Poll, PollOpt, Ready, Token};
+use socket2::SockRef;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A non-blocking connection that amiquip's I/O thread reads and writes.
 pub(crate) struct Stream {
@@ -21,8 +23,16 @@ pub(crate) struct Stream {
     writer: Arc<FrameWriter>,
     socket: TcpStream,
     has_tls: bool,
-    /// What RabbitMQ shows in its list of connections. `None` once it is sent.
-    connection_name: Option<String>,
+    /// `None` after the login.
+    login: Option<Login>,
+}
+
+/// What amiquip's login lacks.
+pub(crate) struct Login {
+    /// What RabbitMQ shows in its list of connections.
+    pub(crate) connection_name: String,
+    /// Without heartbeats, the connection ends when the peer has acknowledged nothing of what was sent for this long.
+    pub(crate) user_timeout: Duration,
 }
 
 impl Stream {
@@ -30,14 +40,13 @@ impl Stream {
     pub(crate) fn new(
         transport: Transport,
         inspector: FrameInspector,
-        connection_name: String,
+        login: Login,
     ) -> io::Result<(Self, Arc<FrameWriter>)> {
         let socket = transport.socket().try_clone()?;
         socket.set_nonblocking(true)?;
         let has_tls = matches!(transport, Transport::Tls(_));
         let writer = Arc::new(FrameWriter::new(transport));
-        let connection_name = Some(connection_name);
-        Ok((Stream { inspector, writer: writer.clone(), socket, has_tls, connection_name }, writer))
+        Ok((Stream { inspector, writer: writer.clone(), socket, has_tls, login: Some(login) }, writer))
     }
 }
 
@@ -63,11 +72,21 @@ impl Read for Stream {
 impl Write for Stream {
     /// Takes whole frames: amiquip writes no others as long as all that it writes is taken.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let frame = self.connection_name.as_ref().and_then(|_| parse_frame(bytes).ok());
-        match frame {
-            Some((_, AMQPFrame::Method(_, AMQPClass::Connection(AMQPMethod::StartOk(start_ok))))) => {
-                let connection_name = self.connection_name.take().unwrap_or_default();
-                self.writer.write(&complete(start_ok, &connection_name)?)?;
+        let Some(login) = &self.login else {
+            self.writer.write(bytes)?;
+            return Ok(bytes.len());
+        };
+        match parse_frame(bytes) {
+            Ok((_, AMQPFrame::Method(_, AMQPClass::Connection(AMQPMethod::StartOk(start_ok))))) => {
+                self.writer.write(&complete(start_ok, &login.connection_name)?)?;
+            }
+            Ok((_, AMQPFrame::Method(_, AMQPClass::Connection(AMQPMethod::TuneOk(tune_ok))))) => {
+                // Not with heartbeats: it ends a connection to a live broker, too, that reads nothing for so long.
+                if tune_ok.heartbeat == 0 {
+                    SockRef::from(&self.socket).set_tcp_user_timeout(Some(login.user_timeout))?;
+                }
+                self.login = None;
+                self.writer.write(bytes)?;
             }
             _ => self.writer.write(bytes)?,
         }

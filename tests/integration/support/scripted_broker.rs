@@ -1,6 +1,7 @@
 //! A scripted broker: it accepts everything like a real one, and misbehaves at one method, as a test says.
 
 use super::raw_peer::{long_str, short_str};
+use socket2::{SockFilter, SockRef};
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::mpsc::{channel, Receiver, Sender};
@@ -14,6 +15,9 @@ pub(crate) const START_OK: Method = (10, 11);
 pub(crate) const QOS: Method = (60, 10);
 pub(crate) const CONSUME: Method = (60, 20);
 pub(crate) const CANCEL: Method = (60, 30);
+
+/// The instruction of a packet filter that returns how many bytes of a packet the socket gets.
+const BPF_RETURN: u16 = 6;
 
 /// The consumer tag of all consumers.
 const TAG: &[u8] = b"tag";
@@ -31,6 +35,8 @@ pub(crate) enum Action {
     CancelThenSilence,
     /// Closes the socket.
     CloseSocket,
+    /// Answers, and then drops all packets, as a host that is switched off.
+    DropPackets,
 }
 
 /// What a flood consists of.
@@ -113,6 +119,14 @@ impl Connection {
                 }
             }
             Action::CloseSocket => Err(io::ErrorKind::ConnectionAborted.into()),
+            Action::DropPackets => {
+                self.answer(channel, method)?;
+                let accept_nothing = SockFilter::new(BPF_RETURN, 0, 0, 0);
+                SockRef::from(&self.stream).attach_filter(&[accept_nothing])?;
+                loop {
+                    thread::park();
+                }
+            }
             Action::Flood(flood) => {
                 self.answer(channel, method)?;
                 let message = flood_message(flood, channel);

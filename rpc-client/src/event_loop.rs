@@ -8,7 +8,7 @@ use crate::session::{Session, SessionEvent};
 use amiquip::{Confirm, ConnectionBlockedNotification, ConsumerMessage, Delivery, Return};
 use crossbeam_channel::{never, select, Receiver, RecvError};
 use rpc_common::connection::{
-    delivery, start_at, Deadline, Endpoint, Error as ConnectionError, ErrorKind, QueueStats, Retry,
+    delivery, start_at, Backoff, Deadline, Endpoint, Error as ConnectionError, ErrorKind, QueueStats,
 };
 use rpc_common::message::decode_reply;
 use rpc_common::text::format_duration;
@@ -47,7 +47,7 @@ pub fn run<T>(
         is_stopped: false,
         pending: PendingCalls::new(),
         outcomes: Vec::new(),
-        retry: Retry::new(now),
+        backoff: Backoff::new(now),
         broker: String::new(),
         diagnosis: Diagnosis::new(now),
         discarded: 0,
@@ -68,7 +68,7 @@ struct EventLoop<'a, 'f, T> {
     pending: PendingCalls<T>,
     /// Outcomes that are not delivered yet.
     outcomes: Vec<Outcome<T>>,
-    retry: Retry,
+    backoff: Backoff,
     /// Host and port of the broker that was connected last; empty before.
     broker: String,
     diagnosis: Diagnosis,
@@ -171,7 +171,6 @@ impl<T> EventLoop<'_, '_, T> {
                 log::info!("connected to {}", publisher.broker);
                 start_at(&mut self.endpoints, &publisher.broker);
                 self.broker.clone_from(&publisher.broker);
-                self.retry.on_connected();
                 self.diagnosis.on_waiting("starting a consumer");
                 (session.returns, session.confirms, session.notifications) = (returns, confirms, notifications);
                 session.publisher = Some(publisher);
@@ -195,9 +194,9 @@ impl<T> EventLoop<'_, '_, T> {
     fn on_session_error(&mut self, error: Error) -> Result<(), Error> {
         let Error::Connection(connection_error) = &error else { return Err(self.end_all(error)) };
         self.diagnosis.on_connection_error(connection_error);
-        let decision = self.retry.on_error(connection_error, Instant::now());
+        let pause = self.backoff.next_pause(Instant::now());
         let was_connected = !self.broker.is_empty();
-        if ends_run(&connection_error.kind, decision.is_final, self.pending.progress(was_connected)) {
+        if ends_run(connection_error, self.pending.progress(was_connected)) {
             return Err(self.end_all(error));
         }
         if connection_error.is_silence() {
@@ -206,7 +205,7 @@ impl<T> EventLoop<'_, '_, T> {
         log::info!("{error}: connecting again");
         if let Some(deadline) = self.pending.first_deadline() {
             // The other half of the time is left to connect in.
-            let pause = decision.pause.min(deadline.remaining() / 2).max(MIN_PAUSE);
+            let pause = pause.min(deadline.remaining() / 2).max(MIN_PAUSE);
             self.is_stopped = self.stop.recv_timeout(pause).is_err_and(|end| end.is_disconnected());
         }
         if self.calls_can_expire(None) {

@@ -230,7 +230,12 @@ impl<T> PendingCalls<T> {
 
     fn remove(&mut self, id: Uuid) -> Option<Call<T>> {
         let index = self.index_of.remove(&id)?;
-        self.calls.remove(&index)
+        let call = self.calls.remove(&index);
+        // While the broker blocks us nothing is sent, and the calls that expire must not stay here.
+        while self.to_send.front().is_some_and(|index| !self.calls.contains_key(index)) {
+            self.to_send.pop_front();
+        }
+        call
     }
 
     /// The deadline that passes first.
@@ -413,6 +418,17 @@ mod tests {
         assert!(calls.accepts_calls());
         begin(&mut calls, OTHER, 1);
         assert!(!calls.accepts_calls());
+    }
+
+    #[test]
+    fn calls_that_end_before_they_are_sent_leave_nothing_behind() {
+        let mut calls = PendingCalls::new();
+        for number in 0..100 {
+            let request = Request { context: (), body: Vec::new() };
+            calls.begin(Uuid::from_u128(number), request, Deadline::after(Duration::ZERO));
+            assert!(calls.expire(Instant::now()).is_some());
+        }
+        assert!(calls.to_send.is_empty());
     }
 
     #[test]

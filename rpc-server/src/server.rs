@@ -13,7 +13,7 @@ use crate::worker::{Service, Worker, WorkerChannel, WorkerEvent};
 use amiquip::ConnectionBlockedNotification::{self, Blocked, Unblocked};
 use crossbeam_channel::{select_biased, unbounded, Receiver, Sender};
 use rpc_common::connection::{
-    run_in_background, start_at, start_at_random, Connection, Deadline, Endpoint, Error, ErrorKind, Retry,
+    run_in_background, start_at, start_at_random, Backoff, Connection, Deadline, Endpoint, Error, ErrorKind,
 };
 use rpc_common::text::escape;
 use std::num::NonZeroUsize;
@@ -66,7 +66,7 @@ pub fn serve(config: &Config, handler: &Handler, stop: &Stop, on_ready: &(dyn Fn
             channels: channel_sender,
             waiting: workers,
             queue_type: config.queue_type,
-            retry: Retry::new(Instant::now()),
+            backoff: Backoff::new(Instant::now()),
             last_error: None,
         };
         server.run()
@@ -86,7 +86,7 @@ struct Server<'a> {
     waiting: usize,
     /// As configured, or quorum where the broker does not permit transient queues.
     queue_type: QueueType,
-    retry: Retry,
+    backoff: Backoff,
     /// The error that was logged last, until a worker consumes.
     last_error: Option<Error>,
 }
@@ -105,8 +105,7 @@ impl Server<'_> {
                 self.queue_type = QueueType::Quorum;
                 continue;
             }
-            let decision = self.retry.on_error(&error, Instant::now());
-            let cannot_help = decision.is_final || forbids_transient;
+            let cannot_help = error.is_permanent() || forbids_transient;
             let has_served = self.service.ready.is_completed();
             if (cannot_help && !has_served) || error.kind == ErrorKind::TooManyChannels {
                 return Err(error);
@@ -115,7 +114,8 @@ impl Server<'_> {
                 log::warn!("{error}; retrying");
             }
             self.last_error = Some(error);
-            if self.service.stop.recv_timeout(decision.pause).is_err_and(|end| end.is_disconnected()) {
+            let pause = self.backoff.next_pause(Instant::now());
+            if self.service.stop.recv_timeout(pause).is_err_and(|end| end.is_disconnected()) {
                 return Ok(());
             }
         }
@@ -124,7 +124,6 @@ impl Server<'_> {
     /// One connection, from opening it to its end, or until it is time to stop.
     fn run_connection(&mut self) -> Result<(), Error> {
         let Some((mut connection, notifications, queue_report)) = self.connect()? else { return Ok(()) };
-        self.retry.on_connected();
         start_at(&mut self.endpoints, connection.broker());
         self.service.isolated.close_unused(); // it may have lost its broker, too
         let mut queue_report = Some(queue_report); // until it is logged

@@ -5,10 +5,12 @@ use crate::support::broker_features::permitted_queue_types;
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{assert_output, client, Program};
 use crate::support::proxy::{Proxy, Traffic, CONNECTION_START_OK};
+use crate::support::scripted_broker::{Action, ScriptedBroker, CONSUME, START_OK};
 use crate::support::TEST_TIMEOUT;
 use crossbeam_channel::unbounded;
 use rpc_client::{Client, Config, Error};
 use rpc_common::options::BrokerOptions;
+use rustix::process::Signal;
 use std::net::TcpListener;
 
 #[test]
@@ -89,9 +91,9 @@ fn a_batch_survives_a_broker_that_is_unreachable_between_two_calls() {
     assert_eq!(client.wait_for_exit_code(), Some(0));
 }
 
-/// A broker that shuts down during the handshake looks as if it refused the password.
+/// A broker that restarts closes sockets during logins: that says nothing about the password.
 #[test]
-fn a_batch_survives_a_handshake_that_breaks() {
+fn a_batch_survives_logins_that_break() {
     let queue = Queue::named("broken_handshake");
     let _server = Program::start_server(&queue, &[]);
     let proxy = Proxy::start();
@@ -99,16 +101,70 @@ fn a_batch_survives_a_handshake_that_breaks() {
     let mut client = Program::spawn_at(&proxy.url(), "rpc-client", &args);
     client.write_line("20");
     assert_eq!(client.next_line(), "6765");
-    let (login_sender, login) = unbounded();
-    let on_login = move || login_sender.send(()).expect("the test waits for it");
-    proxy.before_forwarding(CONNECTION_START_OK, 1, on_login);
-    proxy.close_connections();
-    client.write_line("30");
-    login.recv_timeout(TEST_TIMEOUT).expect("the client connects again");
+    for n in 0..3 {
+        let (login_sender, login) = unbounded();
+        let on_login = move || login_sender.send(()).expect("the test waits for it");
+        proxy.before_forwarding(CONNECTION_START_OK, 1, on_login);
+        proxy.close_connections();
+        if n == 0 {
+            client.write_line("30");
+        }
+        login.recv_timeout(TEST_TIMEOUT).expect("the client connects again");
+    }
     proxy.close_connections();
     assert_eq!(client.next_line(), "832040");
     client.close_stdin();
     assert_eq!(client.wait_for_exit_code(), Some(0));
+}
+
+#[test]
+fn a_socket_that_is_closed_during_the_login_is_not_called_a_wrong_password() {
+    let broker = ScriptedBroker::start(START_OK, Action::CloseSocket);
+    let error =
+        format!("{} closed the connection during the login: see the broker's log", &broker.url["amqp://".len()..]);
+    let mut call = client("any", &["30"]);
+    assert_output(call.env("AMQP_URL", &broker.url), 3, "\n", &format!("rpc-client: {error}\n"));
+    let mut server = Program::spawn_at(&broker.url, "rpc-server", &[]);
+    for _ in 0..4 {
+        broker.received.recv_timeout(TEST_TIMEOUT).expect("the server tries again");
+        // the first one is of the client
+    }
+    server.send_signal(Signal::TERM);
+    assert_eq!(server.wait().code(), Some(0));
+    let (lines, log) = server.remaining_output();
+    assert!(lines.is_empty() && log[0].ends_with(&format!("WARN ] {error}; retrying")), "{lines:?} {log:?}");
+}
+
+/// The broker closes the connection during the login with code 530, as for a vhost that does not exist.
+#[test]
+fn a_server_waits_while_the_broker_limits_connections() {
+    let broker = exclusive_node();
+    let queue = "limited";
+    let limit = broker.limit_connections();
+    let server = Program::spawn_at(broker.url(), "rpc-server", &["--queue", queue]);
+    let warning = server.wait_for_log("; retrying");
+    let error = warning.split_once("WARN ] ").and_then(|(_, error)| error.strip_suffix("; retrying"));
+    let error = error.expect("it is a warning");
+    assert!(error.ends_with("connection limit (0) is reached"), "{error}");
+    let mut call = client(queue, &["30"]);
+    assert_output(call.env("AMQP_URL", broker.url()), 3, "\n", &format!("rpc-client: {error}\n"));
+    drop(limit);
+    assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
+    server.stop();
+}
+
+/// RabbitMQ may be configured to send no heartbeats. The peer drops all packets, when the connection is idle (a server)
+/// or when a request is on its way (a client).
+#[test]
+fn a_dead_peer_is_noticed_without_heartbeats() {
+    for (program, args) in [("rpc-server", &[][..]), ("rpc-client", &["--reply-to", "direct", "-t", "1h", "30"])] {
+        let broker = ScriptedBroker::start(CONSUME, Action::DropPackets);
+        let _program = Program::spawn_at(&broker.url, program, &[&["--heartbeat", "1"], args].concat());
+        for _ in 0..2 {
+            let consumes = broker.received.recv_timeout(TEST_TIMEOUT);
+            assert!(consumes.is_ok(), "{program} does not notice it");
+        }
+    }
 }
 
 /// A program that uses the library keeps its client between calls. After the connection broke, the next call is like the

@@ -2,7 +2,7 @@
 
 use crate::support::broker;
 use crate::support::peer::Queue;
-use crate::support::programs::{assert_output, bash, client, Program};
+use crate::support::programs::{assert_output, bash, client, command, Program};
 use std::fs;
 use std::path::Path;
 
@@ -40,6 +40,16 @@ fn a_password_file_may_be_a_pipe() {
     let url = broker::url_with_credentials(user);
     let options = format!("--queue {} --url {url} --password-file <(echo '{password}')", &*queue);
     bash(&format!("rpc-client {options} 30")).code(0).stdout("832040\n").stderr("");
+}
+
+/// RabbitMQ closes the socket after 3 s, without a reason, if a client does not announce that it understands one.
+#[test]
+fn a_wrong_password_is_reported_at_once() {
+    let url = broker::url_with_credentials("nobody:wrong");
+    let error = format!("{} refused user 'nobody': is the password right?\n", broker::authority());
+    let mut call = client("any", &["-t", "2500ms", "30"]);
+    assert_output(call.env("AMQP_URL", &url), 3, "\n", &format!("rpc-client: {error}"));
+    assert_output(command("rpc-server").env("AMQP_URL", &url), 3, "", &format!("rpc-server: {error}"));
 }
 
 #[test]

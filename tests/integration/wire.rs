@@ -1,6 +1,6 @@
 //! The table "The wire" of the protocol, as a peer at the other end sees it.
 
-use crate::support::broker::exclusive_node;
+use crate::support::broker::{exclusive_node, private_node};
 use crate::support::broker_features::broker_version;
 use crate::support::peer::{call, Peer, Queue};
 use crate::support::programs::{assert_output, client, Program};
@@ -8,6 +8,7 @@ use crate::support::proxy::{Proxy, Traffic};
 use crate::support::{eventually, TEST_TIMEOUT};
 use amiquip::{AmqpProperties, AmqpValue, ConsumerMessage};
 use rpc_common::message::unix_time_ms;
+use std::fs;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 use uuid::Uuid;
@@ -46,6 +47,18 @@ fn a_request_matches_the_wire_table() {
     peer.reply(&request, b"832040");
     caller.join().expect("the caller got its answer");
     eventually("the reply queue is deleted", || peer.message_count(&reply_to).is_none().then_some(()));
+}
+
+/// An operator finds the program that a connection belongs to.
+#[test]
+fn the_broker_lists_connections_by_program_host_and_process() {
+    let queue = Queue::named("connection_name");
+    let server = Program::start_server_at(private_node().url(), &queue, &[]);
+    let (host, version) = (fs::read_to_string("/proc/sys/kernel/hostname"), env!("CARGO_PKG_VERSION"));
+    let name = format!("rpc-server {version} {} {}", host.expect("Linux has it").trim(), server.process_id());
+    let connections = private_node().rabbitmqctl(&["list_connections", "--no-table-headers", "client_properties"]);
+    assert!(connections.contains(&format!("{{\"connection_name\",\"{name}\"}}")), "no '{name}' in {connections}");
+    server.stop();
 }
 
 #[test]

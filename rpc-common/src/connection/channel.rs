@@ -13,7 +13,7 @@ use super::sanitize::{correlation_id_range, Changes};
 use super::writer::FrameWriter;
 use amiquip::{Channel, Confirm, Consumer, ConsumerMessage, ConsumerOptions, FieldTable, Publish, Return};
 use amq_protocol::frame::generation::{gen_content_body_frame, gen_content_header_frame, gen_method_frame};
-use amq_protocol::protocol::{basic, confirm, queue, AMQPClass};
+use amq_protocol::protocol::{basic, confirm, connection, queue, AMQPClass};
 use crossbeam_channel::Receiver;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
@@ -185,6 +185,8 @@ pub(crate) struct ConnectionState {
     channels: Mutex<HashMap<u16, Arc<ChannelState>>>,
     /// Whether the peer has sent a frame.
     pub(crate) saw_frame: AtomicBool,
+    /// Why the broker closed the connection, if it said so: during the login, amiquip does not tell.
+    pub(crate) close: OnceLock<connection::Close>,
 }
 
 /// The state of one opening of a channel. A channel number is used again; each opening has a state of its own.

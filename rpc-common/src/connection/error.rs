@@ -40,7 +40,7 @@ pub enum ErrorKind {
     /// There is no way to the broker, or no broker that speaks AMQP or TLS as we do.
     #[error("{0}")]
     NotConnected(String),
-    /// The broker closed the connection during this login.
+    /// The broker refused this login.
     #[error("refused {0}")]
     Credentials(String),
     /// The broker refused an operation: reply codes 403, 405 and 530.
@@ -148,6 +148,10 @@ impl From<amiquip::Error> for ErrorKind {
         use amiquip::Error as Amiquip;
         let reason = |code, message: &str| Reason { code, text: escape(message.as_bytes()).to_string() };
         match error {
+            // It may be right later.
+            Amiquip::ServerClosedConnection { code: NOT_ALLOWED, message } if message.contains("connection limit") => {
+                ErrorKind::ConnectionClosed(reason(NOT_ALLOWED, &message))
+            }
             Amiquip::ExhaustedChannelIds => ErrorKind::TooManyChannels,
             Amiquip::ServerClosedConnection { code, message } | Amiquip::ServerClosedChannel { code, message, .. }
                 if [ACCESS_REFUSED, RESOURCE_LOCKED, NOT_ALLOWED].contains(&code) =>

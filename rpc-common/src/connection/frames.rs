@@ -6,7 +6,10 @@
 
 use super::channel::ConnectionState;
 use super::sanitize::sanitize;
+use amq_protocol::frame::{parse_frame, AMQPFrame};
+use amq_protocol::protocol::connection::AMQPMethod;
 use amq_protocol::protocol::constants::{FRAME_BODY, FRAME_HEADER, FRAME_HEARTBEAT, FRAME_METHOD};
+use amq_protocol::protocol::AMQPClass;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
@@ -29,6 +32,7 @@ const FRAME_HEADER_LEN: usize = 7;
 const BODY_SIZE: Range<usize> = FRAME_HEADER_LEN + 4..FRAME_HEADER_LEN + 12;
 /// The payload of a method starts with a class (2 bytes) and a method (2).
 const METHOD: Range<usize> = FRAME_HEADER_LEN..FRAME_HEADER_LEN + 4;
+const CONNECTION_CLOSE: [u8; 4] = [0, 10, 0, 50];
 const CONNECTION_BLOCKED: [u8; 4] = [0, 10, 0, 60];
 const CONNECTION_UNBLOCKED: [u8; 4] = [0, 10, 0, 61];
 const CHANNEL_CLOSE: [u8; 4] = [0, 20, 0, 40];
@@ -143,6 +147,13 @@ impl FrameInspector {
         let channel = u16::from_be_bytes([frame[1], frame[2]]);
         match (frame[0], frame.get(METHOD).and_then(<[u8]>::first_chunk::<4>)) {
             // Before amiquip sees it and confirms it: afterwards the channel number is invalid.
+            (FRAME_METHOD, Some(&CONNECTION_CLOSE)) => {
+                if let Ok((_, AMQPFrame::Method(_, AMQPClass::Connection(AMQPMethod::Close(close))))) =
+                    parse_frame(frame)
+                {
+                    let _ = self.state.close.set(close); // fails if it is not the first one
+                }
+            }
             (FRAME_METHOD, Some(&CHANNEL_CLOSE)) => self.state.close(channel),
             (FRAME_METHOD, Some(&BASIC_DELIVER)) => {
                 let tag = METHOD.end + 1 + usize::from(frame[METHOD.end]); // behind the consumer tag

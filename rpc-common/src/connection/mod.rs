@@ -20,11 +20,12 @@ pub use deadline::{run_in_background, Deadline, Watchdog};
 pub(crate) use endpoint::Secret;
 pub use endpoint::{start_at, start_at_random, Endpoint, DEFAULT_HEARTBEAT};
 pub use error::{Error, ErrorKind, Reason, ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED};
-pub use retry::{Backoff, Retry};
+pub use retry::Backoff;
 pub use tls::TlsFiles;
 
 use crate::text::describe_io_error;
 use amiquip::{ConnectionBlockedNotification, ConnectionTuning, ConsumerMessage, Delivery};
+use amq_protocol::protocol::connection::Close;
 use channel::ConnectionState;
 use crossbeam_channel::{Receiver, RecvError};
 use frames::{FrameError, FrameInspector, FRAME_MAX};
@@ -32,14 +33,14 @@ use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
 use std::{fs, process};
-use stream::Stream;
+use stream::{Login, Stream};
 use writer::FrameWriter;
 
 /// How long closing waits for the broker before it shuts the socket down: at most, and at least.
 const MAX_CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 const MIN_CLOSE_TIMEOUT: Duration = Duration::from_millis(10);
 
-/// How long each of several brokers but the last is tried: longer than RabbitMQ takes to refuse a password.
+/// How long each of several brokers but the last is tried.
 const MAX_ATTEMPT: Duration = Duration::from_secs(5);
 
 /// A **connection** is an open AMQP connection whose calls have deadlines. It is closed when it is dropped.
@@ -77,25 +78,25 @@ impl Connection {
         let options = endpoint.options()?;
         let (transport, watchdog) = socket::connect(endpoint, deadline)?;
         let state = Arc::new(ConnectionState::default());
-        let (stream, writer) = Stream::new(transport, FrameInspector::new(state.clone()))
+        let user_timeout = Duration::from_secs(2 * u64::from(endpoint.heartbeat));
+        let login = Login { connection_name: connection_name(program), user_timeout };
+        let (stream, writer) = Stream::new(transport, FrameInspector::new(state.clone()), login)
             .map_err(|error| ErrorKind::ConnectionLost(describe_io_error(&error)))?;
         let handshake = watchdog.run_until(deadline, || {
             amiquip::Connection::insecure_open_stream(
                 stream,
-                options.frame_max(FRAME_MAX).information(Some(client_information(program))),
+                options.frame_max(FRAME_MAX),
                 // A publish must not wait for a broker that does not read. What is unsent is bounded by the calls in
                 // flight, or by the prefetch.
                 ConnectionTuning::default().buffered_writes_high_water(usize::MAX),
             )
         });
         let Some(amqp) = handshake else {
-            // RabbitMQ sends a frame before we log in, and delays the refusal of a password.
-            let is_login = state.saw_frame.load(Ordering::Relaxed);
-            let login = "logging in: is the password right?";
-            let step = if is_login { login } else { "waiting for the AMQP handshake" };
+            let is_login = state.saw_frame.load(Ordering::Relaxed); // RabbitMQ sends a frame before we log in
+            let step = if is_login { "logging in" } else { "waiting for the AMQP handshake" };
             return Err(ErrorKind::TimedOut(deadline.to_string(), step));
         };
-        let amqp = amqp.map_err(|error| handshake_error(endpoint, error))?;
+        let amqp = amqp.map_err(|error| handshake_error(endpoint, error, state.close.get()))?;
         Ok(Connection { amqp: Some(amqp), watchdog, writer, state, endpoint: endpoint.clone() })
     }
 
@@ -246,13 +247,14 @@ pub fn close_timeout(deadline: &Deadline) -> Duration {
     deadline.remaining().clamp(MIN_CLOSE_TIMEOUT, MAX_CLOSE_TIMEOUT)
 }
 
-/// What RabbitMQ shows in its list of connections; amiquip can set no other client property.
-fn client_information(program: &str) -> String {
+/// What RabbitMQ shows in its list of connections: program, version, host and process id.
+fn connection_name(program: &str) -> String {
     let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_else(|_| "-".into());
     format!("{program} {} {} {}", env!("CARGO_PKG_VERSION"), host.trim(), process::id())
 }
 
-fn handshake_error(endpoint: &Endpoint, error: amiquip::Error) -> ErrorKind {
+/// `close` is what the broker said if it closed the connection.
+fn handshake_error(endpoint: &Endpoint, error: amiquip::Error, close: Option<&Close>) -> ErrorKind {
     if let amiquip::Error::IoErrorReadingSocket { source } = &error {
         match source.get_ref().and_then(|inner| inner.downcast_ref()) {
             Some(FrameError::NotAmqp) => return ErrorKind::NotConnected("is not an AMQP server".into()),
@@ -261,13 +263,25 @@ fn handshake_error(endpoint: &Endpoint, error: amiquip::Error) -> ErrorKind {
         }
     }
     let failed = |reason| ErrorKind::NotConnected(format!("failed the AMQP handshake: {reason}"));
-    match error {
-        amiquip::Error::InvalidCredentials => ErrorKind::Credentials(endpoint.describe_login()),
-        error => match ErrorKind::from(error) {
-            ErrorKind::ConnectionLost(reason) => failed(reason),
-            ErrorKind::ConnectionClosed(reason) => failed(reason.text),
-            kind => kind,
-        },
+    let error = match (error, close) {
+        (error @ amiquip::Error::ServerClosedConnection { .. }, _) => error,
+        // amiquip expects no close in answer to start-ok.
+        (_, Some(close)) if close.reply_code == ACCESS_REFUSED => {
+            return ErrorKind::Credentials(endpoint.describe_login());
+        }
+        (_, Some(Close { reply_code, reply_text, .. })) => {
+            amiquip::Error::ServerClosedConnection { code: *reply_code, message: reply_text.clone() }
+        }
+        // Whatever ends a connection then is this error.
+        (amiquip::Error::InvalidCredentials, None) => {
+            return ErrorKind::NotConnected("closed the connection during the login: see the broker's log".into());
+        }
+        (error, None) => error,
+    };
+    match ErrorKind::from(error) {
+        ErrorKind::ConnectionLost(reason) => failed(reason),
+        ErrorKind::ConnectionClosed(reason) => failed(reason.text),
+        kind => kind,
     }
 }
 

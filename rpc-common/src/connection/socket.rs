@@ -12,14 +12,14 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::time::Duration;
 
-/// How long a TCP connection may be silent before the kernel checks that the peer still exists.
-const KEEPALIVE: Duration = Duration::from_secs(30);
+/// The largest times of a TCP keepalive that Linux accepts, in seconds.
+const MAX_KEEPALIVE: u16 = 32_767;
 
 /// Connects to an endpoint, with TLS if its URL says so. The socket is blocking.
 pub(crate) fn connect(endpoint: &Endpoint, deadline: &Deadline) -> Result<(Transport, Watchdog), ErrorKind> {
     let addresses = resolve(endpoint, deadline)?;
     let socket = connect_to_any(endpoint, &addresses, deadline)?;
-    let watchdog = configure(&socket).map_err(|error| unreachable(endpoint, &error))?;
+    let watchdog = configure(&socket, endpoint.heartbeat).map_err(|error| unreachable(endpoint, &error))?;
     let Some(files) = &endpoint.tls else { return Ok((Transport::Plain(socket), watchdog)) };
     let (config, host) = (files.client_config()?, &endpoint.host);
     match watchdog.run_until(deadline, || TlsStream::handshake(config, host, socket)) {
@@ -71,9 +71,14 @@ fn unreachable(endpoint: &Endpoint, error: &io::Error) -> ErrorKind {
 }
 
 /// Sets the socket's options, and starts a watchdog for it.
-fn configure(socket: &TcpStream) -> io::Result<Watchdog> {
+///
+/// The kernel notices a dead peer after two heartbeats, for a broker that sends none: it probes after one of silence, then
+/// twice, half a heartbeat apart.
+fn configure(socket: &TcpStream, heartbeat: u16) -> io::Result<Watchdog> {
     socket.set_nodelay(true)?; // amiquip's `open` does not set it: 44 ms a call
-    SockRef::from(socket).set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE))?;
+    let seconds = |number: u16| Duration::from_secs(number.clamp(1, MAX_KEEPALIVE).into());
+    let keepalive = TcpKeepalive::new().with_time(seconds(heartbeat)).with_interval(seconds(heartbeat / 2));
+    SockRef::from(socket).set_tcp_keepalive(&keepalive.with_retries(2))?;
     Watchdog::new(socket.try_clone()?)
 }
 

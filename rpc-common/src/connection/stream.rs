@@ -1,14 +1,21 @@
 //! The stream under amiquip: reads by way of the frame inspector, and writes by way of the frame writer.
 
-use super::frames::FrameInspector;
+use super::frames::{FrameInspector, FRAME_MAX};
 use super::writer::{FrameWriter, Transport};
 use amiquip::IoStream;
+use amq_protocol::frame::generation::gen_method_frame;
+use amq_protocol::frame::{parse_frame, AMQPFrame};
+use amq_protocol::protocol::connection::{AMQPMethod, StartOk};
+use amq_protocol::protocol::AMQPClass;
+use amq_protocol::types::AMQPValue;
 use mio::unix::EventedFd;
 use mio::{Evented, Poll, PollOpt, Ready, Token};
+use socket2::SockRef;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A non-blocking connection that amiquip's I/O thread reads and writes.
 pub(crate) struct Stream {
@@ -16,16 +23,30 @@ pub(crate) struct Stream {
     writer: Arc<FrameWriter>,
     socket: TcpStream,
     has_tls: bool,
+    /// `None` after the login.
+    login: Option<Login>,
+}
+
+/// What amiquip's login lacks.
+pub(crate) struct Login {
+    /// What RabbitMQ shows in its list of connections.
+    pub(crate) connection_name: String,
+    /// Without heartbeats, the connection ends when the peer has acknowledged nothing of what was sent for this long.
+    pub(crate) user_timeout: Duration,
 }
 
 impl Stream {
     /// Makes the transport non-blocking. Returns the writer for publishers as well.
-    pub(crate) fn new(transport: Transport, inspector: FrameInspector) -> io::Result<(Self, Arc<FrameWriter>)> {
+    pub(crate) fn new(
+        transport: Transport,
+        inspector: FrameInspector,
+        login: Login,
+    ) -> io::Result<(Self, Arc<FrameWriter>)> {
         let socket = transport.socket().try_clone()?;
         socket.set_nonblocking(true)?;
         let has_tls = matches!(transport, Transport::Tls(_));
         let writer = Arc::new(FrameWriter::new(transport));
-        Ok((Stream { inspector, writer: writer.clone(), socket, has_tls }, writer))
+        Ok((Stream { inspector, writer: writer.clone(), socket, has_tls, login: Some(login) }, writer))
     }
 }
 
@@ -49,14 +70,47 @@ impl Read for Stream {
 }
 
 impl Write for Stream {
+    /// Takes whole frames: amiquip writes no others as long as all that it writes is taken.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.writer.write(bytes)?;
+        let Some(login) = &self.login else {
+            self.writer.write(bytes)?;
+            return Ok(bytes.len());
+        };
+        match parse_frame(bytes) {
+            Ok((_, AMQPFrame::Method(_, AMQPClass::Connection(AMQPMethod::StartOk(start_ok))))) => {
+                self.writer.write(&complete(start_ok, &login.connection_name)?)?;
+            }
+            Ok((_, AMQPFrame::Method(_, AMQPClass::Connection(AMQPMethod::TuneOk(tune_ok))))) => {
+                // Not with heartbeats: it ends a connection to a live broker, too, that reads nothing for so long.
+                if tune_ok.heartbeat == 0 {
+                    SockRef::from(&self.socket).set_tcp_user_timeout(Some(login.user_timeout))?;
+                }
+                self.login = None;
+                self.writer.write(bytes)?;
+            }
+            _ => self.writer.write(bytes)?,
+        }
         Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// Encodes start-ok with more client properties. Without this capability, RabbitMQ refuses a login by closing the socket
+/// after 3 s, as a broker that shuts down does.
+fn complete(mut start_ok: StartOk, connection_name: &str) -> io::Result<Vec<u8>> {
+    let properties = &mut start_ok.client_properties;
+    properties.insert("connection_name".into(), AMQPValue::LongString(connection_name.into()));
+    if let Some(AMQPValue::FieldTable(capabilities)) = properties.get_mut("capabilities") {
+        capabilities.insert("authentication_failure_close".into(), AMQPValue::Boolean(true));
+    }
+    let mut frame = vec![0; FRAME_MAX as usize];
+    let method = AMQPClass::Connection(AMQPMethod::StartOk(start_ok));
+    let (_, end) = gen_method_frame((&mut frame, 0), 0, &method).map_err(|_| ErrorKind::InvalidInput)?;
+    frame.truncate(end);
+    Ok(frame)
 }
 
 // amiquip reads until `WouldBlock`, so that nothing decrypted stays behind in TLS.
@@ -75,3 +129,28 @@ impl Evented for Stream {
 }
 
 impl IoStream for Stream {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use amq_protocol::types::FieldTable;
+
+    #[test]
+    fn start_ok_gets_a_connection_name_and_a_capability_and_keeps_the_rest() {
+        let entry = |name: &str| (name.to_owned(), AMQPValue::Boolean(true));
+        let start_ok = |client_properties| {
+            let (mechanism, response, locale) = ("PLAIN".into(), "\0me\0sesame".into(), "en_US".into());
+            StartOk { client_properties, mechanism, response, locale }
+        };
+        let capabilities = AMQPValue::FieldTable(FieldTable::from([entry("connection.blocked")]));
+        let original = start_ok(FieldTable::from([("capabilities".into(), capabilities)]));
+        let capabilities = FieldTable::from([entry("authentication_failure_close"), entry("connection.blocked")]);
+        let expected = start_ok(FieldTable::from([
+            ("capabilities".into(), AMQPValue::FieldTable(capabilities)),
+            ("connection_name".into(), AMQPValue::LongString("rpc-server".into())),
+        ]));
+        let frame = complete(original, "rpc-server").unwrap();
+        let expected = AMQPFrame::Method(0, AMQPClass::Connection(AMQPMethod::StartOk(expected)));
+        assert_eq!(parse_frame(&frame), Ok((&[][..], expected)));
+    }
+}

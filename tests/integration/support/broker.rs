@@ -186,6 +186,12 @@ impl Node {
         RunOnDrop(|| drop(self.rabbitmqctl(&["set_vm_memory_high_watermark", "0.4"])))
     }
 
+    /// Lets user guest open no more connections, until the guard is dropped.
+    pub(crate) fn limit_connections(&self) -> impl Drop + '_ {
+        self.rabbitmqctl(&["set_user_limits", "guest", r#"{"max-connections":0}"#]);
+        RunOnDrop(|| drop(self.rabbitmqctl(&["clear_user_limits", "guest", "max-connections"])))
+    }
+
     /// Sets a variable of the application `rabbit`, until the guard is dropped.
     pub(crate) fn set_variable(&self, variable: &str, value: &str) -> impl Drop + '_ {
         let old = self.rabbitmqctl(&["eval", &format!("application:get_env(rabbit, {variable}).")]);

@@ -183,6 +183,10 @@ impl Program {
         kill_process(pid, signal).expect("the program is running");
     }
 
+    pub(crate) fn process_id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Its resident memory in KiB; None if it has ended.
     pub(crate) fn memory_kib(&self) -> Option<u64> {
         let pid = Pid::from_child(&self.child).as_raw_pid();

@@ -1,6 +1,7 @@
 //! A scripted broker: it accepts everything like a real one, and misbehaves at one method, as a test says.
 
 use super::raw_peer::{long_str, short_str};
+use socket2::{SockFilter, SockRef};
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::mpsc::{channel, Receiver, Sender};
@@ -10,9 +11,13 @@ use std::time::Instant;
 /// A method of AMQP 0-9-1: the numbers of its class and of itself.
 pub(crate) type Method = (u8, u8);
 
+pub(crate) const START_OK: Method = (10, 11);
 pub(crate) const QOS: Method = (60, 10);
 pub(crate) const CONSUME: Method = (60, 20);
 pub(crate) const CANCEL: Method = (60, 30);
+
+/// The instruction of a packet filter that returns how many bytes of a packet the socket gets.
+const BPF_RETURN: u16 = 6;
 
 /// The consumer tag of all consumers.
 const TAG: &[u8] = b"tag";
@@ -28,6 +33,10 @@ pub(crate) enum Action {
     Flood(Flood),
     /// Answers, cancels the consumer, and then sends nothing more.
     CancelThenSilence,
+    /// Closes the socket.
+    CloseSocket,
+    /// Answers, and then drops all packets, as a host that is switched off.
+    DropPackets,
 }
 
 /// What a flood consists of.
@@ -109,6 +118,15 @@ impl Connection {
                     thread::park();
                 }
             }
+            Action::CloseSocket => Err(io::ErrorKind::ConnectionAborted.into()),
+            Action::DropPackets => {
+                self.answer(channel, method)?;
+                let accept_nothing = SockFilter::new(BPF_RETURN, 0, 0, 0);
+                SockRef::from(&self.stream).attach_filter(&[accept_nothing])?;
+                loop {
+                    thread::park();
+                }
+            }
             Action::Flood(flood) => {
                 self.answer(channel, method)?;
                 let message = flood_message(flood, channel);
@@ -122,7 +140,7 @@ impl Connection {
     /// Answers like a broker that accepts everything.
     fn answer(&mut self, channel: u8, method: Method) -> io::Result<()> {
         match method {
-            (10, 11) => self.send(0, (10, 30), &[0, 0, 0, 2, 0, 0, 0, 0]), // tune
+            START_OK => self.send(0, (10, 30), &[0, 0, 0, 2, 0, 0, 0, 0]), // tune
             (10, 40) => self.send(0, (10, 41), &[0]),
             (10, 50) => self.send(0, (10, 51), &[]),
             (20, 10) => self.send(channel, (20, 11), &[0; 4]),

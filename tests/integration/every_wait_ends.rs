@@ -2,15 +2,16 @@
 //!
 //! `cargo test -p rpc-tests -- every_wait_ends --nocapture` prints how long each call took.
 
-use crate::support::broker::exclusive_node;
+use crate::support::broker::{exclusive_node, private_node};
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{assert_output, client, Program};
 use crate::support::proxy::{Proxy, Traffic, BASIC_CONSUME, CHANNEL_OPEN, CONNECTION_START_OK, QUEUE_DECLARE};
 use crate::support::scripted_broker::{Action, ScriptedBroker, CONSUME};
+use crate::tls::listeners;
 use socket2::{Domain, Socket, Type};
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -39,19 +40,74 @@ fn call_at(url: &str) -> assert_cmd::Command {
     call
 }
 
-/// A library replaces `getaddrinfo` of the C library by one that never returns.
-#[test]
-fn a_call_ends_when_the_name_server_does_not_answer() {
-    let source = Path::new(env!("CARGO_TARGET_TMPDIR")).join("resolver.c");
+/// Builds a library whose code replaces functions of the C library, by `LD_PRELOAD`.
+fn library(name: &str, code: &str) -> PathBuf {
+    let source = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     let library = source.with_extension("so");
-    let code = "int pause(void); int getaddrinfo(void) { for (;;) pause(); }";
     std::fs::write(&source, code).expect("the folder is writable");
     let mut cc = Command::new("cc");
     let built = cc.args(["-w", "-shared", "-fPIC", "-o"]).arg(&library).arg(&source).status();
     assert!(built.expect("cc is installed: rustc links with it").success());
+    library
+}
+
+#[test]
+fn a_call_ends_when_the_name_server_does_not_answer() {
+    let library = library("resolver.c", "int pause(void); int getaddrinfo(void) { for (;;) pause(); }");
     let message = "rabbit.invalid:5672 timed out after 1s while resolving the host name";
     let mut call = call_at("amqp://rabbit.invalid");
     assert_call_ends(1, "a name server that does not answer", call.env("LD_PRELOAD", library), 3, message);
+}
+
+/// Each host name has two addresses: 127.0.0.2, then 127.0.0.1.
+const TWO_ADDRESSES: &str = r"
+    #include <netdb.h>
+    #include <netinet/in.h>
+    static struct sockaddr_in address[2];
+    static struct addrinfo info[2];
+    int getaddrinfo(const char *host, const char *port, const struct addrinfo *hints, struct addrinfo **found) {
+        for (int i = 0; i < 2; i++) {
+            address[i].sin_family = info[i].ai_family = AF_INET;
+            address[i].sin_addr.s_addr = htonl(0x7f000002 - i);
+            info[i].ai_socktype = SOCK_STREAM;
+            info[i].ai_addr = (struct sockaddr *) &address[i];
+            info[i].ai_addrlen = sizeof address[i];
+        }
+        info[0].ai_next = &info[1];
+        *found = info;
+        return 0;
+    }
+    void freeaddrinfo(struct addrinfo *info) {}";
+
+/// The first address accepts connections and sends nothing, like a frozen broker.
+#[test]
+fn a_frozen_address_leaves_time_for_the_next_address_of_its_host_name() {
+    let library = library("two_addresses.c", TWO_ADDRESSES);
+    let queue = Queue::named("two_addresses");
+    let _server = Program::start_server_at(private_node().url(), &queue, &[]);
+    let (plain, tls) = (private_node().port(), listeners().good);
+    for (url, port) in [(format!("amqp://two.example:{plain}"), plain), (format!("amqps://localhost:{tls}"), tls)] {
+        let _frozen = TcpListener::bind(("127.0.0.2", port)).expect("the node listens at 127.0.0.1");
+        let mut call = client(&queue, &["-t", "10s", "--url", &url, "30"]);
+        if port == tls {
+            call.args(["--ca-file", &listeners().ca]);
+        }
+        assert_output(call.env("LD_PRELOAD", &library), 0, "832040\n", "");
+    }
+}
+
+/// A refusal is not hidden by what happens at the next address.
+#[test]
+fn a_refusal_by_one_address_of_a_host_name_is_reported_at_once() {
+    let library = library("refusing_address.c", TWO_ADDRESSES);
+    let silent = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+    let port = silent.local_addr().expect("the socket is bound").port();
+    let broker = Proxy::start_at(("127.0.0.2", port), private_node().authority());
+    let url = format!("amqp://nobody:wrong@two.example:{port}");
+    let error = format!("rpc-client: two.example:{port} refused user 'nobody': is the password right?\n");
+    let mut call = client("any", &["30"]);
+    assert_output(call.env("AMQP_URL", &url).env("LD_PRELOAD", &library), 3, "\n", &error);
+    drop(broker);
 }
 
 /// The kernel drops connection requests to a listener whose backlog is full.

@@ -96,7 +96,7 @@ impl Error {
 
     /// Whether retrying cannot help.
     pub fn is_permanent(&self) -> bool {
-        matches!(self.kind, ErrorKind::Credentials(_) | ErrorKind::Refused(_))
+        self.kind.is_permanent()
     }
 
     /// Whether the connection has ended with this error.
@@ -132,6 +132,10 @@ impl Display for Error {
 }
 
 impl ErrorKind {
+    pub(crate) fn is_permanent(&self) -> bool {
+        matches!(self, ErrorKind::Credentials(_) | ErrorKind::Refused(_))
+    }
+
     pub(crate) fn bad_url(source_name: &str, reason: &str) -> Self {
         ErrorKind::Configuration(format!("bad {source_name}: {reason}"))
     }

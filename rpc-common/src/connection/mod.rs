@@ -24,11 +24,12 @@ pub use retry::Backoff;
 pub use tls::TlsFiles;
 
 use crate::text::describe_io_error;
-use amiquip::{ConnectionBlockedNotification, ConnectionTuning, ConsumerMessage, Delivery};
+use amiquip::{Auth, ConnectionBlockedNotification, ConnectionOptions, ConnectionTuning, ConsumerMessage, Delivery};
 use amq_protocol::protocol::connection::Close;
 use channel::ConnectionState;
 use crossbeam_channel::{Receiver, RecvError};
 use frames::{FrameError, FrameInspector, FRAME_MAX};
+use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,7 +41,7 @@ use writer::FrameWriter;
 const MAX_CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 const MIN_CLOSE_TIMEOUT: Duration = Duration::from_millis(10);
 
-/// How long each of several brokers but the last is tried.
+/// How long each of several brokers, or of several addresses of one, but the last is tried.
 const MAX_ATTEMPT: Duration = Duration::from_secs(5);
 
 /// A **connection** is an open AMQP connection whose calls have deadlines. It is closed when it is dropped.
@@ -70,13 +71,34 @@ impl Connection {
     /// # Errors
     /// Those of connecting and logging in, and [`ErrorKind::TimedOut`].
     pub fn open(endpoint: &Endpoint, program: &str, deadline: &Deadline) -> Result<Self, Error> {
-        let opened = Self::try_open(endpoint, program, deadline);
+        let opened = Self::open_any_address(endpoint, program, deadline);
         opened.map_err(|kind| Error::new(&endpoint.broker, kind))
     }
 
-    fn try_open(endpoint: &Endpoint, program: &str, deadline: &Deadline) -> Result<Self, ErrorKind> {
+    /// Connects to the first address of the endpoint's host that accepts us. The addresses divide the remaining time. One
+    /// that refuses us speaks for all.
+    fn open_any_address(endpoint: &Endpoint, program: &str, deadline: &Deadline) -> Result<Self, ErrorKind> {
         let options = endpoint.options()?;
-        let (transport, watchdog) = socket::connect(endpoint, deadline)?;
+        let addresses = socket::resolve(endpoint, deadline)?;
+        let (last, others) = addresses.split_last().expect("there is an address");
+        for (index, address) in others.iter().enumerate() {
+            let share = deadline.split(addresses.len() - index, MAX_ATTEMPT);
+            match Self::open_address(endpoint, *address, options.clone(), program, &share) {
+                Err(kind) if !kind.is_permanent() => log::debug!("{address} {kind}; trying the next address"),
+                result => return result,
+            }
+        }
+        Self::open_address(endpoint, *last, options, program, deadline)
+    }
+
+    fn open_address(
+        endpoint: &Endpoint,
+        address: SocketAddr,
+        options: ConnectionOptions<Auth>,
+        program: &str,
+        deadline: &Deadline,
+    ) -> Result<Self, ErrorKind> {
+        let (transport, watchdog) = socket::connect(endpoint, address, deadline)?;
         let state = Arc::new(ConnectionState::default());
         let user_timeout = Duration::from_secs(2 * u64::from(endpoint.heartbeat));
         let login = Login { connection_name: connection_name(program), user_timeout };

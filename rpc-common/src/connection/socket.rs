@@ -15,10 +15,17 @@ use std::time::Duration;
 /// The largest times of a TCP keepalive that Linux accepts, in seconds.
 const MAX_KEEPALIVE: u16 = 32_767;
 
-/// Connects to an endpoint, with TLS if its URL says so. The socket is blocking.
-pub(crate) fn connect(endpoint: &Endpoint, deadline: &Deadline) -> Result<(Transport, Watchdog), ErrorKind> {
-    let addresses = resolve(endpoint, deadline)?;
-    let socket = connect_to_any(endpoint, &addresses, deadline)?;
+/// Connects to an address of an endpoint, with TLS if its URL says so. The socket is blocking.
+pub(crate) fn connect(
+    endpoint: &Endpoint,
+    address: SocketAddr,
+    deadline: &Deadline,
+) -> Result<(Transport, Watchdog), ErrorKind> {
+    let timeout = deadline.remaining().max(Duration::from_millis(1)); // zero is an error
+    let socket = TcpStream::connect_timeout(&address, timeout).map_err(|error| match deadline.remaining() {
+        Duration::ZERO => ErrorKind::TimedOut(deadline.to_string(), "opening the TCP connection"),
+        _ => unreachable(endpoint, &error),
+    })?;
     let watchdog = configure(&socket, endpoint.heartbeat).map_err(|error| unreachable(endpoint, &error))?;
     let Some(files) = &endpoint.tls else { return Ok((Transport::Plain(socket), watchdog)) };
     let (config, host) = (files.client_config()?, &endpoint.host);
@@ -29,8 +36,9 @@ pub(crate) fn connect(endpoint: &Endpoint, deadline: &Deadline) -> Result<(Trans
     }
 }
 
-/// Looks the host up on a thread of its own: nothing can interrupt `getaddrinfo`. At worst the thread stays behind.
-fn resolve(endpoint: &Endpoint, deadline: &Deadline) -> Result<Vec<SocketAddr>, ErrorKind> {
+/// The addresses of an endpoint, at least one. Looks the host up on a thread of its own: nothing can interrupt
+/// `getaddrinfo`. At worst the thread stays behind.
+pub(crate) fn resolve(endpoint: &Endpoint, deadline: &Deadline) -> Result<Vec<SocketAddr>, ErrorKind> {
     if let Ok(address) = endpoint.host.parse::<IpAddr>() {
         return Ok(vec![(address, endpoint.port).into()]);
     }
@@ -46,23 +54,6 @@ fn resolve(endpoint: &Endpoint, deadline: &Deadline) -> Result<Vec<SocketAddr>, 
         Err(RecvTimeoutError::Disconnected) => "the lookup failed".into(),
     };
     Err(ErrorKind::NotConnected(format!("cannot be resolved: {reason}: is the host name right?")))
-}
-
-/// Connects to the first address that accepts. The addresses divide the remaining time.
-fn connect_to_any(endpoint: &Endpoint, addresses: &[SocketAddr], deadline: &Deadline) -> Result<TcpStream, ErrorKind> {
-    let mut last_error = ErrorKind::TimedOut(deadline.to_string(), "opening the TCP connection");
-    for (index, address) in addresses.iter().enumerate() {
-        let timeout = deadline.split(addresses.len() - index, Duration::MAX).remaining();
-        if timeout.is_zero() {
-            break;
-        }
-        match TcpStream::connect_timeout(address, timeout) {
-            Ok(socket) => return Ok(socket),
-            Err(_) if deadline.remaining().is_zero() => break,
-            Err(error) => last_error = unreachable(endpoint, &error),
-        }
-    }
-    Err(last_error)
 }
 
 fn unreachable(endpoint: &Endpoint, error: &io::Error) -> ErrorKind {

@@ -86,7 +86,12 @@ impl Proxy {
 
     /// Starts a proxy to another broker.
     pub(crate) fn start_to(broker: &str) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+        Proxy::start_at(("127.0.0.1", 0), broker)
+    }
+
+    /// Starts a proxy at this address to another broker.
+    pub(crate) fn start_at(address: (&str, u16), broker: &str) -> Self {
+        let listener = TcpListener::bind(address).expect("the port is free");
         let address = listener.local_addr().expect("the socket is bound");
         let (state, traffic_changed) = (Mutex::default(), Condvar::new());
         let forwarder = Arc::new(Forwarder { broker: broker.into(), state, traffic_changed });

@@ -146,7 +146,6 @@ impl FrameInspector {
         self.state.saw_frame.store(true, Ordering::Relaxed);
         let channel = u16::from_be_bytes([frame[1], frame[2]]);
         match (frame[0], frame.get(METHOD).and_then(<[u8]>::first_chunk::<4>)) {
-            // Before amiquip sees it and confirms it: afterwards the channel number is invalid.
             (FRAME_METHOD, Some(&CONNECTION_CLOSE)) => {
                 if let Ok((_, AMQPFrame::Method(_, AMQPClass::Connection(AMQPMethod::Close(close))))) =
                     parse_frame(frame)
@@ -154,6 +153,7 @@ impl FrameInspector {
                     let _ = self.state.close.set(close); // fails if it is not the first one
                 }
             }
+            // Before amiquip sees it and confirms it: afterwards the channel number is invalid.
             (FRAME_METHOD, Some(&CHANNEL_CLOSE)) => self.state.close(channel),
             (FRAME_METHOD, Some(&BASIC_DELIVER)) => {
                 let tag = METHOD.end + 1 + usize::from(frame[METHOD.end]); // behind the consumer tag

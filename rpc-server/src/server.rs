@@ -6,7 +6,7 @@
 use crate::config::Config;
 use crate::handler::Handler;
 use crate::isolated::{IsolatedPublisher, IDLE_TIMEOUT};
-use crate::kept::KeptReply;
+use crate::kept::KeptReplies;
 use crate::queue::{self, QueueType};
 use crate::signals::Stop;
 use crate::worker::{Service, Worker, WorkerChannel, WorkerEvent};
@@ -41,8 +41,15 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 pub fn serve(config: &Config, handler: &Handler, stop: &Stop, on_ready: &(dyn Fn() + Sync)) -> Result<(), Error> {
     let mut endpoints = config.broker.endpoints()?;
     start_at_random(&mut endpoints);
-    let service =
-        Service { config, handler, stop, on_ready, ready: Once::new(), isolated: IsolatedPublisher::default() };
+    let service = Service {
+        config,
+        handler,
+        stop,
+        on_ready,
+        ready: Once::new(),
+        isolated: IsolatedPublisher::default(),
+        kept: KeptReplies::default(),
+    };
     let (event_sender, events) = unbounded();
     let (channel_sender, channels) = unbounded();
     let workers = match config.workers {
@@ -52,7 +59,7 @@ pub fn serve(config: &Config, handler: &Handler, stop: &Stop, on_ready: &(dyn Fn
     thread::scope(|scope| {
         for index in 0..workers {
             let (events, channels) = (event_sender.clone(), channels.clone());
-            let worker = Worker { service: &service, events, channels, kept: KeptReply::default() };
+            let worker = Worker { service: &service, events, channels };
             thread::Builder::new()
                 .name(format!("worker-{index}"))
                 .spawn_scoped(scope, move || worker.run())
@@ -173,8 +180,8 @@ impl Server<'_> {
             let deadline = Deadline::after(timeout);
             let mut connection = Connection::open_any(&endpoints, "rpc-server", &deadline)?;
             let notifications = connection.blocked_notifications(&deadline)?;
-            let report = queue::find_or_declare(&mut connection, &queue, queue_type, &deadline)?;
-            Ok((connection, notifications, report))
+            let declared = queue::find_or_declare(&mut connection, &queue, queue_type, &deadline)?;
+            Ok((connection, notifications, queue::describe(&queue, declared)))
         });
         select_biased! {
             recv(self.service.stop) -> _ => {
@@ -200,13 +207,21 @@ impl Server<'_> {
     fn recover_queue(&mut self, connection: &mut Connection, error: Error) -> Result<(), Error> {
         let queue = &self.service.config.queue;
         match &error.kind {
-            ErrorKind::ConsumerCancelled => log::warn!("queue '{queue}' was deleted"),
+            ErrorKind::ConsumerCancelled => {}
             ErrorKind::ChannelClosed(_) => log::warn!("{error}"),
             ErrorKind::Refused(_) => return Err(error),
             _ => return Ok(()), // the connection that it was about has ended
         }
         let deadline = Deadline::after(ATTEMPT_TIMEOUT);
-        log::info!("{}", queue::find_or_declare(connection, queue, self.queue_type, &deadline)?);
+        let declared = queue::find_or_declare(connection, queue, self.queue_type, &deadline)?;
+        match (&error.kind, declared) {
+            (ErrorKind::ConsumerCancelled, None) => log::warn!(
+                "{error} of queue '{queue}', which exists: it was declared again, or a request took longer than its consumer_timeout"
+            ),
+            (ErrorKind::ConsumerCancelled, Some(_)) => log::warn!("queue '{queue}' was deleted"),
+            _ => {}
+        }
+        log::info!("{}", queue::describe(queue, declared));
         Ok(())
     }
 }

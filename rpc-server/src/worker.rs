@@ -3,7 +3,7 @@
 use crate::config::Config;
 use crate::handler::{self, Handler};
 use crate::isolated::{log_return, IsolatedPublisher, Published};
-use crate::kept::KeptReply;
+use crate::kept::KeptReplies;
 use crate::signals::Stop;
 use amiquip::{ConsumerMessage, ConsumerOptions, Delivery};
 use crossbeam_channel::{select_biased, Receiver, Sender};
@@ -34,6 +34,8 @@ pub(crate) struct Service<'a> {
     pub(crate) ready: Once,
     /// For the replies to redelivered requests.
     pub(crate) isolated: IsolatedPublisher,
+    /// Computed replies whose acknowledgement came too late.
+    pub(crate) kept: KeptReplies,
 }
 
 /// A **worker** takes requests from the queue while it has a channel.
@@ -44,7 +46,6 @@ pub(crate) struct Worker<'a> {
     pub(crate) service: &'a Service<'a>,
     pub(crate) events: Sender<WorkerEvent>,
     pub(crate) channels: Receiver<WorkerChannel>,
-    pub(crate) kept: KeptReply,
 }
 
 /// What a worker reports to the server.
@@ -107,7 +108,7 @@ impl WorkerChannel {
 
 impl Worker<'_> {
     /// Serves until it is time to stop.
-    pub(crate) fn run(mut self) {
+    pub(crate) fn run(self) {
         let mut backoff = Backoff::new(Instant::now());
         while let Some(channel) = self.wait_for_channel() {
             let result = self.use_channel(&channel);
@@ -127,7 +128,7 @@ impl Worker<'_> {
     }
 
     /// Consumes until it is time to stop or the channel ends.
-    fn use_channel(&mut self, channel: &WorkerChannel) -> Result<(), Error> {
+    fn use_channel(&self, channel: &WorkerChannel) -> Result<(), Error> {
         let (service, consuming) = (self.service, &channel.channel);
         let consumer = channel.call(|| {
             consuming.amqp.qos(0, service.config.prefetch, false)?; // per consumer: RabbitMQ 4.3 refuses a global one
@@ -149,7 +150,7 @@ impl Worker<'_> {
         result
     }
 
-    fn serve(&mut self, channel: &WorkerChannel, deliveries: &Receiver<ConsumerMessage>) -> Result<(), Error> {
+    fn serve(&self, channel: &WorkerChannel, deliveries: &Receiver<ConsumerMessage>) -> Result<(), Error> {
         let returns = &channel.channel.returns;
         loop {
             returns.try_iter().for_each(|reply| log_return(&reply)); // also while there is always a delivery
@@ -168,7 +169,7 @@ impl Worker<'_> {
     /// Answers one request: publishes the reply, then acknowledges the request, in this order on one channel. If we crash in
     /// between, the request is in the queue, or the reply is delivered, or both. The reply to a redelivered request goes over
     /// the isolated connection instead, and the request is acknowledged when the broker has accepted it.
-    fn handle_delivery(&mut self, channel: &WorkerChannel, delivery: &Delivery) -> Result<(), Error> {
+    fn handle_delivery(&self, channel: &WorkerChannel, delivery: &Delivery) -> Result<(), Error> {
         let tag = delivery.delivery_tag();
         let changes = channel.channel.take_changes(tag);
         let request = Request::decode(&delivery.properties, &delivery.body);
@@ -178,7 +179,7 @@ impl Worker<'_> {
             channel.publisher.reject(tag);
             return channel.send();
         };
-        let mut reply = self.reply(&request);
+        let mut reply = self.reply(&request, delivery.redelivered);
         // The id as it was sent: amiquip's is changed if it was not UTF-8.
         let id = changes.correlation_id.as_deref();
         let mut is_published = false;
@@ -198,17 +199,19 @@ impl Worker<'_> {
         }
         channel.publisher.ack(tag);
         let sent = channel.send();
-        if sent.is_err() {
-            self.kept.keep(&request, reply);
+        // A cancelled consumer's requests may be in the queue again: then the broker ignores the acknowledgement.
+        if sent.is_err() || channel.channel.is_cancelled() {
+            self.service.kept.keep(&request, reply);
         }
         sent
     }
 
     /// The reply that was computed before, or that the function computes now.
-    fn reply(&mut self, request: &Request) -> Reply {
+    fn reply(&self, request: &Request, is_redelivered: bool) -> Reply {
         let late_ms =
             request.deadline_ms.map_or(0, |deadline| unix_time_ms(SystemTime::now()).saturating_sub(deadline));
-        let reply = match self.kept.take(request) {
+        let kept = if is_redelivered { self.service.kept.take(request) } else { None };
+        let reply = match kept {
             Some(reply) => reply,
             None if late_ms > 0 => Err(expired(late_ms)),
             None => handler::call(self.service.handler, request),

@@ -50,7 +50,7 @@ pub enum ErrorKind {
     #[error("closed the channel: {}", .0.text)]
     ChannelClosed(Reason),
     /// The broker cancelled a consumer.
-    #[error("cancelled the consumer: the queue was deleted")]
+    #[error("cancelled the consumer")]
     ConsumerCancelled,
     /// The broker closed the connection.
     #[error("closed the connection: {}", .0.text)]

@@ -271,8 +271,7 @@ fn handshake_error(endpoint: &Endpoint, error: amiquip::Error) -> ErrorKind {
     }
 }
 
-/// The delivery in what a consumer has received; `None` if the broker has cancelled the consumer, because its queue was
-/// deleted.
+/// The delivery in what a consumer has received; `None` if the broker has cancelled the consumer.
 ///
 /// # Errors
 /// How the channel or the connection ended.

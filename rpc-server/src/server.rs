@@ -17,6 +17,7 @@ use rpc_common::connection::{
 };
 use rpc_common::text::escape;
 use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Once;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -47,6 +48,7 @@ pub fn serve(config: &Config, handler: &Handler, stop: &Stop, on_ready: &(dyn Fn
         stop,
         on_ready,
         ready: Once::new(),
+        is_blocked: AtomicBool::new(false),
         isolated: IsolatedPublisher::default(),
         kept: KeptReplies::default(),
     };
@@ -133,6 +135,7 @@ impl Server<'_> {
         let Some((mut connection, notifications, queue_report)) = self.connect()? else { return Ok(()) };
         self.retry.on_connected();
         start_at(&mut self.endpoints, connection.broker());
+        self.service.is_blocked.store(false, Ordering::Relaxed);
         self.service.isolated.close_unused(); // it may have lost its broker, too
         let mut queue_report = Some(queue_report); // until it is logged
         loop {
@@ -141,9 +144,13 @@ impl Server<'_> {
                 recv(self.service.stop) -> _ => break,
                 recv(notifications) -> notification => match notification {
                     Ok(Blocked(reason)) => {
+                        self.service.is_blocked.store(true, Ordering::Relaxed);
                         log::warn!("{} blocks publishers: {}; waiting", connection.broker(), escape(reason.as_bytes()));
                     }
-                    Ok(Unblocked) => log::info!("{} no longer blocks publishers", connection.broker()),
+                    Ok(Unblocked) => {
+                        self.service.is_blocked.store(false, Ordering::Relaxed);
+                        log::info!("{} no longer blocks publishers", connection.broker());
+                    }
                     // Only this tells that the connection has ended: a worker's error may be about an earlier one.
                     Err(_) => return Err(connection.close_ended()),
                 },
@@ -208,7 +215,7 @@ impl Server<'_> {
         let queue = &self.service.config.queue;
         match &error.kind {
             ErrorKind::ConsumerCancelled => {}
-            ErrorKind::ChannelClosed(_) => log::warn!("{error}"),
+            ErrorKind::ChannelClosed(_) | ErrorKind::ConsumerForgotten => log::warn!("{error}"),
             ErrorKind::Refused(_) => return Err(error),
             _ => return Ok(()), // the connection that it was about has ended
         }

@@ -13,11 +13,15 @@ use rpc_common::connection::{
 };
 use rpc_common::message::{encode_reply, unix_time_ms, ErrorCode, Failure, Reply, Request};
 use rpc_common::text::{escape, format_duration};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Once;
 use std::time::{Duration, Instant, SystemTime};
 
 /// Timeout of a worker's synchronous broker calls.
 pub(crate) const BROKER_CALL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often an idle worker looks at the queue.
+const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// How many deliveries, and returned replies, may be unread in addition to twice the prefetch: a quorum queue delivers the
 /// prefetched requests again when it loses and finds the node that we are connected to.
@@ -32,6 +36,8 @@ pub(crate) struct Service<'a> {
     pub(crate) on_ready: &'a (dyn Fn() + Sync),
     /// Completed when a worker has consumed for the first time.
     pub(crate) ready: Once,
+    /// Whether the broker blocks the connection: then it answers nothing on it.
+    pub(crate) is_blocked: AtomicBool,
     /// For the replies to redelivered requests.
     pub(crate) isolated: IsolatedPublisher,
     /// Computed replies whose acknowledgement came too late.
@@ -152,16 +158,29 @@ impl Worker<'_> {
 
     fn serve(&self, channel: &WorkerChannel, deliveries: &Receiver<ConsumerMessage>) -> Result<(), Error> {
         let returns = &channel.channel.returns;
+        let mut saw_requests = false; // at the latest look, and nothing was delivered since
         loop {
             returns.try_iter().for_each(|reply| log_return(&reply)); // also while there is always a delivery
             select_biased! {
                 recv(self.service.stop) -> _ => return Ok(()),
                 recv(deliveries) -> message => match delivery(message).map_err(|error| channel.error(error))? {
-                    Some(delivery) => self.handle_delivery(channel, &delivery)?,
+                    Some(delivery) => {
+                        saw_requests = false;
+                        self.handle_delivery(channel, &delivery)?;
+                    }
                     None => return Err(Error::new(&channel.endpoint.broker, ErrorKind::ConsumerCancelled)),
                 },
                 // When it is disconnected, `deliveries` has the cause.
                 recv(returns) -> reply => reply.iter().for_each(log_return),
+                // A queue that is deleted and declared again under load may not know its consumer.
+                default(LOOK_INTERVAL) => if !self.service.is_blocked.load(Ordering::Relaxed) {
+                    let queue = channel.call(|| channel.channel.amqp.queue_declare_passive(&self.service.config.queue))?;
+                    let sees_requests = queue.declared_message_count() > Some(0);
+                    if saw_requests && sees_requests && deliveries.is_empty() {
+                        return Err(Error::new(&channel.endpoint.broker, ErrorKind::ConsumerForgotten));
+                    }
+                    saw_requests = sees_requests;
+                },
             }
         }
     }

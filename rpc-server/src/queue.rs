@@ -20,7 +20,8 @@ pub enum QueueType {
 const MAX_ATTEMPTS: u32 = 5;
 
 /// Finds the queue, or declares it. Tutorial peers declare it in different ways, and a declaration that does not match an
-/// existing queue is an error, so it is looked for first. Returns what was done, for the log.
+/// existing queue is an error, so it is looked for first. Returns the type that it was declared with, or
+/// `None` if it existed.
 ///
 /// # Errors
 /// The broker's error if the queue can be neither used nor declared.
@@ -29,7 +30,7 @@ pub(crate) fn find_or_declare(
     queue: &str,
     queue_type: QueueType,
     deadline: &Deadline,
-) -> Result<String, Error> {
+) -> Result<Option<&'static str>, Error> {
     let (name, durable) = match queue_type {
         QueueType::Auto | QueueType::Transient => ("transient", false),
         QueueType::Classic => ("classic", true),
@@ -43,7 +44,7 @@ pub(crate) fn find_or_declare(
     let mut other_attempts = 1..MAX_ATTEMPTS;
     loop {
         match connection.queue_stats(queue, deadline) {
-            Ok(_) => return Ok(format!("using existing queue '{queue}'")),
+            Ok(_) => return Ok(None),
             Err(error) if closed_with(&error, NOT_FOUND) => {}
             Err(error) => return Err(error),
         }
@@ -59,8 +60,16 @@ pub(crate) fn find_or_declare(
                     // retrying cannot help
                 }
             }
-            declared => return declared.map(|()| format!("declared queue '{queue}' ({name})")),
+            declared => return declared.map(|()| Some(name)),
         }
+    }
+}
+
+/// What [`find_or_declare`] has done, for the log.
+pub(crate) fn describe(queue: &str, declared: Option<&str>) -> String {
+    match declared {
+        Some(name) => format!("declared queue '{queue}' ({name})"),
+        None => format!("using existing queue '{queue}'"),
     }
 }
 

@@ -6,7 +6,7 @@
 use crate::config::Config;
 use crate::handler::Handler;
 use crate::isolated::{IsolatedPublisher, IDLE_TIMEOUT};
-use crate::kept::KeptReply;
+use crate::kept::KeptReplies;
 use crate::queue::{self, QueueType};
 use crate::signals::Stop;
 use crate::worker::{Service, Worker, WorkerChannel, WorkerEvent};
@@ -17,6 +17,7 @@ use rpc_common::connection::{
 };
 use rpc_common::text::escape;
 use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Once;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -41,8 +42,16 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 pub fn serve(config: &Config, handler: &Handler, stop: &Stop, on_ready: &(dyn Fn() + Sync)) -> Result<(), Error> {
     let mut endpoints = config.broker.endpoints()?;
     start_at_random(&mut endpoints);
-    let service =
-        Service { config, handler, stop, on_ready, ready: Once::new(), isolated: IsolatedPublisher::default() };
+    let service = Service {
+        config,
+        handler,
+        stop,
+        on_ready,
+        ready: Once::new(),
+        is_blocked: AtomicBool::new(false),
+        isolated: IsolatedPublisher::default(),
+        kept: KeptReplies::default(),
+    };
     let (event_sender, events) = unbounded();
     let (channel_sender, channels) = unbounded();
     let workers = match config.workers {
@@ -52,7 +61,7 @@ pub fn serve(config: &Config, handler: &Handler, stop: &Stop, on_ready: &(dyn Fn
     thread::scope(|scope| {
         for index in 0..workers {
             let (events, channels) = (event_sender.clone(), channels.clone());
-            let worker = Worker { service: &service, events, channels, kept: KeptReply::default() };
+            let worker = Worker { service: &service, events, channels };
             thread::Builder::new()
                 .name(format!("worker-{index}"))
                 .spawn_scoped(scope, move || worker.run())
@@ -125,6 +134,7 @@ impl Server<'_> {
     fn run_connection(&mut self) -> Result<(), Error> {
         let Some((mut connection, notifications, queue_report)) = self.connect()? else { return Ok(()) };
         start_at(&mut self.endpoints, connection.broker());
+        self.service.is_blocked.store(false, Ordering::Relaxed);
         self.service.isolated.close_unused(); // it may have lost its broker, too
         let mut queue_report = Some(queue_report); // until it is logged
         loop {
@@ -133,9 +143,13 @@ impl Server<'_> {
                 recv(self.service.stop) -> _ => break,
                 recv(notifications) -> notification => match notification {
                     Ok(Blocked(reason)) => {
+                        self.service.is_blocked.store(true, Ordering::Relaxed);
                         log::warn!("{} blocks publishers: {}; waiting", connection.broker(), escape(reason.as_bytes()));
                     }
-                    Ok(Unblocked) => log::info!("{} no longer blocks publishers", connection.broker()),
+                    Ok(Unblocked) => {
+                        self.service.is_blocked.store(false, Ordering::Relaxed);
+                        log::info!("{} no longer blocks publishers", connection.broker());
+                    }
                     // Only this tells that the connection has ended: a worker's error may be about an earlier one.
                     Err(_) => return Err(connection.close_ended()),
                 },
@@ -172,8 +186,8 @@ impl Server<'_> {
             let deadline = Deadline::after(timeout);
             let mut connection = Connection::open_any(&endpoints, "rpc-server", &deadline)?;
             let notifications = connection.blocked_notifications(&deadline)?;
-            let report = queue::find_or_declare(&mut connection, &queue, queue_type, &deadline)?;
-            Ok((connection, notifications, report))
+            let declared = queue::find_or_declare(&mut connection, &queue, queue_type, &deadline)?;
+            Ok((connection, notifications, queue::describe(&queue, declared)))
         });
         select_biased! {
             recv(self.service.stop) -> _ => {
@@ -199,13 +213,21 @@ impl Server<'_> {
     fn recover_queue(&mut self, connection: &mut Connection, error: Error) -> Result<(), Error> {
         let queue = &self.service.config.queue;
         match &error.kind {
-            ErrorKind::ConsumerCancelled => log::warn!("queue '{queue}' was deleted"),
-            ErrorKind::ChannelClosed(_) => log::warn!("{error}"),
+            ErrorKind::ConsumerCancelled => {}
+            ErrorKind::ChannelClosed(_) | ErrorKind::ConsumerForgotten => log::warn!("{error}"),
             ErrorKind::Refused(_) => return Err(error),
             _ => return Ok(()), // the connection that it was about has ended
         }
         let deadline = Deadline::after(ATTEMPT_TIMEOUT);
-        log::info!("{}", queue::find_or_declare(connection, queue, self.queue_type, &deadline)?);
+        let declared = queue::find_or_declare(connection, queue, self.queue_type, &deadline)?;
+        match (&error.kind, declared) {
+            (ErrorKind::ConsumerCancelled, None) => log::warn!(
+                "{error} of queue '{queue}', which exists: it was declared again, or a request took longer than its consumer_timeout"
+            ),
+            (ErrorKind::ConsumerCancelled, Some(_)) => log::warn!("queue '{queue}' was deleted"),
+            _ => {}
+        }
+        log::info!("{}", queue::describe(queue, declared));
         Ok(())
     }
 }

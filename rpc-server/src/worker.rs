@@ -3,7 +3,7 @@
 use crate::config::Config;
 use crate::handler::{self, Handler};
 use crate::isolated::{log_return, IsolatedPublisher, Published};
-use crate::kept::KeptReply;
+use crate::kept::KeptReplies;
 use crate::signals::Stop;
 use amiquip::{ConsumerMessage, ConsumerOptions, Delivery};
 use crossbeam_channel::{select_biased, Receiver, Sender};
@@ -13,11 +13,15 @@ use rpc_common::connection::{
 };
 use rpc_common::message::{encode_reply, unix_time_ms, ErrorCode, Failure, Reply, Request};
 use rpc_common::text::{escape, format_duration};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Once;
 use std::time::{Duration, Instant, SystemTime};
 
 /// Timeout of a worker's synchronous broker calls.
 pub(crate) const BROKER_CALL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often an idle worker looks at the queue.
+const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// How many deliveries, and returned replies, may be unread in addition to twice the prefetch: a quorum queue delivers the
 /// prefetched requests again when it loses and finds the node that we are connected to.
@@ -32,8 +36,12 @@ pub(crate) struct Service<'a> {
     pub(crate) on_ready: &'a (dyn Fn() + Sync),
     /// Completed when a worker has consumed for the first time.
     pub(crate) ready: Once,
+    /// Whether the broker blocks the connection: then it answers nothing on it.
+    pub(crate) is_blocked: AtomicBool,
     /// For the replies to redelivered requests.
     pub(crate) isolated: IsolatedPublisher,
+    /// Computed replies whose acknowledgement came too late.
+    pub(crate) kept: KeptReplies,
 }
 
 /// A **worker** takes requests from the queue while it has a channel.
@@ -44,7 +52,6 @@ pub(crate) struct Worker<'a> {
     pub(crate) service: &'a Service<'a>,
     pub(crate) events: Sender<WorkerEvent>,
     pub(crate) channels: Receiver<WorkerChannel>,
-    pub(crate) kept: KeptReply,
 }
 
 /// What a worker reports to the server.
@@ -107,7 +114,7 @@ impl WorkerChannel {
 
 impl Worker<'_> {
     /// Serves until it is time to stop.
-    pub(crate) fn run(mut self) {
+    pub(crate) fn run(self) {
         let mut backoff = Backoff::new(Instant::now());
         while let Some(channel) = self.wait_for_channel() {
             let result = self.use_channel(&channel);
@@ -127,7 +134,7 @@ impl Worker<'_> {
     }
 
     /// Consumes until it is time to stop or the channel ends.
-    fn use_channel(&mut self, channel: &WorkerChannel) -> Result<(), Error> {
+    fn use_channel(&self, channel: &WorkerChannel) -> Result<(), Error> {
         let (service, consuming) = (self.service, &channel.channel);
         let consumer = channel.call(|| {
             consuming.amqp.qos(0, service.config.prefetch, false)?; // per consumer: RabbitMQ 4.3 refuses a global one
@@ -149,18 +156,31 @@ impl Worker<'_> {
         result
     }
 
-    fn serve(&mut self, channel: &WorkerChannel, deliveries: &Receiver<ConsumerMessage>) -> Result<(), Error> {
+    fn serve(&self, channel: &WorkerChannel, deliveries: &Receiver<ConsumerMessage>) -> Result<(), Error> {
         let returns = &channel.channel.returns;
+        let mut saw_requests = false; // at the latest look, and nothing was delivered since
         loop {
             returns.try_iter().for_each(|reply| log_return(&reply)); // also while there is always a delivery
             select_biased! {
                 recv(self.service.stop) -> _ => return Ok(()),
                 recv(deliveries) -> message => match delivery(message).map_err(|error| channel.error(error))? {
-                    Some(delivery) => self.handle_delivery(channel, &delivery)?,
+                    Some(delivery) => {
+                        saw_requests = false;
+                        self.handle_delivery(channel, &delivery)?;
+                    }
                     None => return Err(Error::new(&channel.endpoint.broker, ErrorKind::ConsumerCancelled)),
                 },
                 // When it is disconnected, `deliveries` has the cause.
                 recv(returns) -> reply => reply.iter().for_each(log_return),
+                // A queue that is deleted and declared again under load may not know its consumer.
+                default(LOOK_INTERVAL) => if !self.service.is_blocked.load(Ordering::Relaxed) {
+                    let queue = channel.call(|| channel.channel.amqp.queue_declare_passive(&self.service.config.queue))?;
+                    let sees_requests = queue.declared_message_count() > Some(0);
+                    if saw_requests && sees_requests && deliveries.is_empty() {
+                        return Err(Error::new(&channel.endpoint.broker, ErrorKind::ConsumerForgotten));
+                    }
+                    saw_requests = sees_requests;
+                },
             }
         }
     }
@@ -168,7 +188,7 @@ impl Worker<'_> {
     /// Answers one request: publishes the reply, then acknowledges the request, in this order on one channel. If we crash in
     /// between, the request is in the queue, or the reply is delivered, or both. The reply to a redelivered request goes over
     /// the isolated connection instead, and the request is acknowledged when the broker has accepted it.
-    fn handle_delivery(&mut self, channel: &WorkerChannel, delivery: &Delivery) -> Result<(), Error> {
+    fn handle_delivery(&self, channel: &WorkerChannel, delivery: &Delivery) -> Result<(), Error> {
         let tag = delivery.delivery_tag();
         let changes = channel.channel.take_changes(tag);
         let request = Request::decode(&delivery.properties, &delivery.body);
@@ -178,7 +198,7 @@ impl Worker<'_> {
             channel.publisher.reject(tag);
             return channel.send();
         };
-        let mut reply = self.reply(&request);
+        let mut reply = self.reply(&request, delivery.redelivered);
         // The id as it was sent: amiquip's is changed if it was not UTF-8.
         let id = changes.correlation_id.as_deref();
         let mut is_published = false;
@@ -198,17 +218,19 @@ impl Worker<'_> {
         }
         channel.publisher.ack(tag);
         let sent = channel.send();
-        if sent.is_err() {
-            self.kept.keep(&request, reply);
+        // A cancelled consumer's requests may be in the queue again: then the broker ignores the acknowledgement.
+        if sent.is_err() || channel.channel.is_cancelled() {
+            self.service.kept.keep(&request, reply);
         }
         sent
     }
 
     /// The reply that was computed before, or that the function computes now.
-    fn reply(&mut self, request: &Request) -> Reply {
+    fn reply(&self, request: &Request, is_redelivered: bool) -> Reply {
         let late_ms =
             request.deadline_ms.map_or(0, |deadline| unix_time_ms(SystemTime::now()).saturating_sub(deadline));
-        let reply = match self.kept.take(request) {
+        let kept = if is_redelivered { self.service.kept.take(request) } else { None };
+        let reply = match kept {
             Some(reply) => reply,
             None if late_ms > 0 => Err(expired(late_ms)),
             None => handler::call(self.service.handler, request),

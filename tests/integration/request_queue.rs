@@ -1,9 +1,10 @@
 //! The request queue: existing, missing, deleted, not permitted, or without consumers.
 
-use crate::support::broker;
+use crate::support::broker::{self, exclusive_node};
 use crate::support::broker_features::{permitted_queue_types, report_not_applicable};
 use crate::support::peer::{default_queue_type, permits_transient_queues, Peer, Queue};
 use crate::support::programs::{assert_output, client, command, Program};
+use amiquip::AmqpProperties;
 use std::thread;
 
 #[test]
@@ -69,6 +70,47 @@ fn a_deleted_queue_is_declared_again() {
     server.wait_for_log("declared queue");
     assert_output(&mut client(&queue, &["-q", "30"]), 0, "832040\n", "");
     server.stop();
+}
+
+/// Requests are lost with the queue, but all servers go on.
+#[test]
+fn a_queue_that_is_deleted_thirty_times_under_load_keeps_all_its_servers() {
+    let queue = Queue::named("deleted_often");
+    let args = ["--queue-type", "quorum", "--delay", "20ms", "--prefetch", "2"];
+    let servers = [(); 3].map(|()| Program::start_server(&queue, &args));
+    let mut peer = Peer::connect();
+    for _ in 0..30 {
+        let load = Peer::connect(); // RabbitMQ 3.10 does not end the flow control of one that publishes to a deleted queue
+        for _ in 0..100 {
+            load.publish(&queue, b"20", AmqpProperties::default().with_reply_to("nobody".into()));
+        }
+        peer.delete_queue(&queue);
+        peer.wait_for_consumers(&queue, 3);
+        // Longer than a second: then the servers' pauses start again with the shortest one.
+        assert_output(&mut client(&queue, &["-q", "--repeat", "200", "30"]), 0, &"832040\n".repeat(200), "");
+    }
+    for server in servers {
+        server.stop();
+    }
+}
+
+/// It has happened that a queue was deleted under load, declared again, and did not know the consumer of a channel. The
+/// test makes a queue forget its consumer.
+#[test]
+fn a_server_that_its_queue_has_forgotten_consumes_again() {
+    let broker = exclusive_node();
+    let queue = "forgotten";
+    let server = Program::start_server_at(broker.url(), queue, &["--queue-type", "classic"]);
+    let mut peer = Peer::connect_to(broker.url());
+    peer.wait_for_consumers(queue, 1);
+    broker.forget_consumers(queue);
+    peer.wait_for_consumers(queue, 0);
+    let client = Program::spawn_at(broker.url(), "rpc-client", &["--queue", queue, "-q", "-t", "1m", "30"]);
+    server.wait_for_log("delivers no request to this consumer, though some are waiting: consuming again");
+    assert_eq!(client.next_line(), "832040");
+    assert_eq!(client.wait_for_exit_code(), Some(0));
+    server.stop();
+    peer.delete_queue(queue);
 }
 
 #[test]

@@ -54,6 +54,11 @@ impl OpenChannel {
         Ok(consumer)
     }
 
+    /// Whether the broker has cancelled the consumer, even if its receiver has unread deliveries before that.
+    pub fn is_cancelled(&self) -> bool {
+        self.state.is_cancelled.load(Ordering::Relaxed)
+    }
+
     /// Takes what was changed in a delivery to make it readable.
     pub fn take_changes(&self, delivery_tag: u64) -> Changes {
         lock(&self.state.changes).remove(&delivery_tag).unwrap_or_default()
@@ -193,6 +198,8 @@ pub(crate) struct ConnectionState {
 pub(crate) struct ChannelState {
     /// False once the broker has closed the channel. Locked while something is written on it.
     pub(crate) is_open: Mutex<bool>,
+    /// True once the broker has cancelled the channel's consumer.
+    pub(crate) is_cancelled: AtomicBool,
     /// What has arrived and was not taken yet.
     deliveries: OnceLock<Receiver<ConsumerMessage>>,
     returns: Receiver<Return>,
@@ -214,6 +221,7 @@ impl ConnectionState {
     ) -> Arc<ChannelState> {
         let state = Arc::new(ChannelState {
             is_open: Mutex::new(true),
+            is_cancelled: AtomicBool::new(false),
             deliveries: OnceLock::new(),
             returns,
             confirms,

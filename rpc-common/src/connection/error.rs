@@ -50,8 +50,11 @@ pub enum ErrorKind {
     #[error("closed the channel: {}", .0.text)]
     ChannelClosed(Reason),
     /// The broker cancelled a consumer.
-    #[error("cancelled the consumer: the queue was deleted")]
+    #[error("cancelled the consumer")]
     ConsumerCancelled,
+    /// The broker has requests and an idle consumer, and does not bring them together.
+    #[error("delivers no request to this consumer, though some are waiting: consuming again")]
+    ConsumerForgotten,
     /// The broker closed the connection.
     #[error("closed the connection: {}", .0.text)]
     ConnectionClosed(Reason),

@@ -36,6 +36,7 @@ const CONNECTION_CLOSE: [u8; 4] = [0, 10, 0, 50];
 const CONNECTION_BLOCKED: [u8; 4] = [0, 10, 0, 60];
 const CONNECTION_UNBLOCKED: [u8; 4] = [0, 10, 0, 61];
 const CHANNEL_CLOSE: [u8; 4] = [0, 20, 0, 40];
+const BASIC_CANCEL: [u8; 4] = [0, 60, 0, 30];
 const BASIC_RETURN: [u8; 4] = [0, 60, 0, 50];
 /// Its arguments start with a consumer tag (1 byte of length, then that many) and a delivery tag (8 bytes).
 const BASIC_DELIVER: [u8; 4] = [0, 60, 0, 60];
@@ -155,6 +156,9 @@ impl FrameInspector {
             }
             // Before amiquip sees it and confirms it: afterwards the channel number is invalid.
             (FRAME_METHOD, Some(&CHANNEL_CLOSE)) => self.state.close(channel),
+            (FRAME_METHOD, Some(&BASIC_CANCEL)) => {
+                self.state.channel(channel).inspect(|channel| channel.is_cancelled.store(true, Ordering::Relaxed));
+            }
             (FRAME_METHOD, Some(&BASIC_DELIVER)) => {
                 let tag = METHOD.end + 1 + usize::from(frame[METHOD.end]); // behind the consumer tag
                 let delivery_tag = read_number(&frame[tag..tag + 8]);

@@ -307,8 +307,7 @@ fn handshake_error(endpoint: &Endpoint, error: amiquip::Error, close: Option<&Cl
     }
 }
 
-/// The delivery in what a consumer has received; `None` if the broker has cancelled the consumer, because its queue was
-/// deleted.
+/// The delivery in what a consumer has received; `None` if the broker has cancelled the consumer.
 ///
 /// # Errors
 /// How the channel or the connection ended.

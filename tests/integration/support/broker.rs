@@ -180,6 +180,18 @@ impl Node {
         });
     }
 
+    /// Removes the consumers of a classic queue, without telling them.
+    pub(crate) fn forget_consumers(&self, queue: &str) {
+        self.rabbitmqctl(&[
+            "eval",
+            &format!(
+                "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>)),
+                [gen_server2:call(amqqueue:get_pid(Q), {{basic_cancel, element(1, C), element(2, C), undefined, <<>>}})
+                    || C <- rabbit_amqqueue:consumers(Q)]."
+            ),
+        ]);
+    }
+
     /// Blocks publishers by a memory alarm, until the guard is dropped.
     pub(crate) fn block_publishers(&self) -> impl Drop + '_ {
         self.rabbitmqctl(&["set_vm_memory_high_watermark", "0"]);

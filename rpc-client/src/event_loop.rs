@@ -379,7 +379,7 @@ impl<T> EventLoop<'_, '_, T> {
         let (now, before) = (Instant::now(), self.pending.len());
         while let Some(call) = self.pending.expire(now) {
             let (queue, broker) = (self.config.queue.clone(), self.broker.clone());
-            let (limit, cause) = (call.deadline.to_string(), self.diagnosis.cause());
+            let (limit, cause) = (call.deadline.limit(), self.diagnosis.cause());
             self.end(call, Err(Error::NoAnswer { queue, broker, limit, cause }));
         }
         self.pending.len() < before

@@ -3,7 +3,6 @@
 use crate::text::format_duration;
 use crossbeam_channel::{bounded, Receiver, RecvTimeoutError, Sender};
 use std::collections::HashMap;
-use std::fmt::{self, Display};
 use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -33,6 +32,11 @@ impl Deadline {
         Deadline::after((self.remaining() / parts).min(max))
     }
 
+    /// The limit that it was made from, for messages.
+    pub fn limit(&self) -> String {
+        format_duration(self.limit).to_string()
+    }
+
     /// When it passes.
     pub fn instant(&self) -> Instant {
         self.instant
@@ -41,13 +45,6 @@ impl Deadline {
     /// The time that is left; zero when the deadline has passed.
     pub fn remaining(&self) -> Duration {
         self.instant.saturating_duration_since(Instant::now())
-    }
-}
-
-/// The limit, for messages.
-impl Display for Deadline {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        format_duration(self.limit).fmt(f)
     }
 }
 

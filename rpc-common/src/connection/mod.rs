@@ -116,7 +116,7 @@ impl Connection {
         let Some(amqp) = handshake else {
             let is_login = state.saw_frame.load(Ordering::Relaxed); // RabbitMQ sends a frame before we log in
             let step = if is_login { "logging in" } else { "waiting for the AMQP handshake" };
-            return Err(ErrorKind::TimedOut(deadline.to_string(), step));
+            return Err(ErrorKind::TimedOut(deadline.limit(), step));
         };
         let amqp = amqp.map_err(|error| handshake_error(endpoint, error, state.close.get()))?;
         Ok(Connection { amqp: Some(amqp), watchdog, writer, state, endpoint: endpoint.clone() })
@@ -164,8 +164,8 @@ impl Connection {
             return Err(self.lost("it is closed"));
         };
         match self.watchdog.run_until(deadline, || call(amqp)) {
-            Some(result) => result.map_err(|error| self.close_for_cause(error)),
-            None => Err(Error::new(self.broker(), ErrorKind::TimedOut(deadline.to_string(), step))),
+            Some(result) => result.map_err(|error| self.close_to_learn_cause(error)),
+            None => Err(Error::new(self.broker(), ErrorKind::TimedOut(deadline.limit(), step))),
         }
     }
 
@@ -217,7 +217,7 @@ impl Connection {
 
     /// What an error of amiquip on this connection or its channels means. If it says only that the connection has ended,
     /// this closes the connection for the cause.
-    pub fn close_for_cause(&mut self, error: amiquip::Error) -> Error {
+    pub fn close_to_learn_cause(&mut self, error: amiquip::Error) -> Error {
         use amiquip::Error::{ClientClosedConnection, EventLoopClientDropped, EventLoopDropped};
         match error {
             EventLoopDropped | EventLoopClientDropped | ClientClosedConnection => self.close_ended(),

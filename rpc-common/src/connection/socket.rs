@@ -23,7 +23,7 @@ pub(crate) fn connect(
 ) -> Result<(Transport, Watchdog), ErrorKind> {
     let timeout = deadline.remaining().max(Duration::from_millis(1)); // zero is an error
     let socket = TcpStream::connect_timeout(&address, timeout).map_err(|error| match deadline.remaining() {
-        Duration::ZERO => ErrorKind::TimedOut(deadline.to_string(), "opening the TCP connection"),
+        Duration::ZERO => ErrorKind::TimedOut(deadline.limit(), "opening the TCP connection"),
         _ => unreachable(endpoint, &error),
     })?;
     let watchdog = configure(&socket, endpoint.heartbeat).map_err(|error| unreachable(endpoint, &error))?;
@@ -32,7 +32,7 @@ pub(crate) fn connect(
     match watchdog.run_until(deadline, || TlsStream::handshake(config, host, socket)) {
         Some(Ok(stream)) => Ok((Transport::Tls(Box::new(stream)), watchdog)),
         Some(Err(error)) => Err(tls_error(&error, host)),
-        None => Err(ErrorKind::TimedOut(deadline.to_string(), "waiting for the TLS handshake")),
+        None => Err(ErrorKind::TimedOut(deadline.limit(), "waiting for the TLS handshake")),
     }
 }
 
@@ -49,7 +49,7 @@ pub(crate) fn resolve(endpoint: &Endpoint, deadline: &Deadline) -> Result<Vec<So
         Ok(Ok(addresses)) => return Ok(addresses),
         Ok(Err(error)) => describe_io_error(&error),
         Err(RecvTimeoutError::Timeout) => {
-            return Err(ErrorKind::TimedOut(deadline.to_string(), "resolving the host name"));
+            return Err(ErrorKind::TimedOut(deadline.limit(), "resolving the host name"));
         }
         Err(RecvTimeoutError::Disconnected) => "the lookup failed".into(),
     };

@@ -25,7 +25,7 @@ pub struct Config {
     #[arg(short = 'j', long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
     pub in_flight: u16,
 
-    /// Where replies go: queue: an exclusive queue | direct: RabbitMQ's direct reply-to
+    /// Where replies go: queue: an exclusive queue | direct: RabbitMQ's direct reply-to, at most once, for few calls
     #[arg(long, value_name = "KIND", default_value = "queue", hide_possible_values = true)]
     pub reply_to: ReplyTo,
 
@@ -45,8 +45,8 @@ impl Default for Config {
 pub enum ReplyTo {
     /// An exclusive queue of the connection, as in the tutorial.
     Queue,
-    /// RabbitMQ's [direct reply-to](https://www.rabbitmq.com/docs/direct-reply-to), without a queue. It costs one more
-    /// round trip, because its consumer must be there before the first request.
+    /// RabbitMQ's [direct reply-to](https://www.rabbitmq.com/docs/direct-reply-to), without a queue: at most once. It costs
+    /// one more round trip, because its consumer must be there before the first request.
     Direct,
 }
 

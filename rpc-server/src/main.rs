@@ -1,15 +1,15 @@
 //! Serves fib(n) over RabbitMQ RPC.
 
 mod cli;
+mod printer;
 
 use cli::Cli;
 use log::LevelFilter;
+use printer::Printer;
 use rpc_common::connection::Error;
 use rpc_common::exit::{print_message, ExitCode};
 use rpc_common::{logging, options};
 use rpc_server::{fib_handler, serve, stop_signal};
-use std::fmt::Display;
-use std::io::{self, Write};
 use std::process;
 
 fn main() -> process::ExitCode {
@@ -19,30 +19,25 @@ fn main() -> process::ExitCode {
     };
     cli.log.start_for_operator(LevelFilter::Info);
     logging::log_panics();
-    let code = match run(&cli) {
+    let printer = Printer::start();
+    let code = match run(&cli, &printer) {
         Ok(()) => ExitCode::Success,
         Err(error) => {
             print_message("rpc-server", &error);
             ExitCode::from(&error)
         }
     };
+    printer.finish();
     logging::flush();
     code.into()
 }
 
-fn run(cli: &Cli) -> Result<(), Error> {
+fn run(cli: &Cli, printer: &Printer) -> Result<(), Error> {
     let stop = stop_signal().expect("the system provides signal handlers and a thread");
     let fib = fib_handler(cli.max_n, cli.delay, |n| {
         if !cli.quiet {
-            print(format_args!(" [.] fib({n})"));
+            printer.print(format!(" [.] fib({n})"));
         }
     });
-    serve(&cli.config, &fib, &stop, &|| print(" [x] Awaiting RPC requests"))
-}
-
-/// Prints a line. A reader of standard output that went away does not stop the server.
-fn print(line: impl Display) {
-    if let Err(error) = writeln!(io::stdout(), "{line}") {
-        log::debug!("cannot write to standard output: {error}");
-    }
+    serve(&cli.config, &fib, &stop, &|| printer.print(" [x] Awaiting RPC requests".into()))
 }

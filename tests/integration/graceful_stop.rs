@@ -1,13 +1,14 @@
 //! Promise: stopping is graceful. A server that is stopped answers what it has begun, and leaves the rest to others.
 
-use crate::support::broker::exclusive_node;
+use crate::support::broker::{self, exclusive_node};
 use crate::support::peer::{Peer, Queue};
-use crate::support::programs::{assert_output, call_in_background, client, Program};
+use crate::support::programs::{assert_output, call_in_background, client, program_folder, Program};
 use crate::support::proxy::{Proxy, Traffic};
 use amiquip::AmqpProperties;
 use rpc_common::fib::fib;
 use rustix::process::Signal;
 use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
 use std::thread;
 
 #[test]
@@ -47,6 +48,21 @@ fn a_second_signal_ends_a_server_at_once() {
     server.wait_for_log("stopping");
     server.send_signal(Signal::TERM);
     assert_eq!(server.wait().signal(), Some(Signal::TERM.as_raw()), "a shell reports 143");
+}
+
+/// As after Ctrl-S in a terminal. The lines of 20,000 requests are more than a pipe takes.
+#[test]
+fn a_server_whose_standard_output_is_not_read_answers_and_stops() {
+    let queue = Queue::named("unread_stdout");
+    let program = program_folder().join("rpc-server");
+    // `tail` does not read its standard input, which is the server's standard output.
+    let script = r#"exec "$0" "$@" > >(exec tail --pid=$$ -f /dev/null)"#;
+    let mut command = Command::new("bash");
+    command.args(["-c", script]).arg(program).args(["--queue", &queue, "--prefetch", "64"]);
+    let server = Program::spawn_command(command.env("AMQP_URL", broker::url()));
+    server.wait_for_log("connected to");
+    assert_output(&mut client(&queue, &["-q", "--repeat", "20000", "1"]), 0, &"1\n".repeat(20_000), "");
+    server.stop();
 }
 
 /// One of three servers is stopped. All of them close their connections by the close handshake.

@@ -1,8 +1,9 @@
 //! The event loop: begins calls, sends their requests, receives replies, and connects again when a connection ends.
 
-use crate::call::{Config, Error, NoAnswerCause, Outcome, Request};
+use crate::call::{Config, Error, NoAnswerCause, Request};
 use crate::diagnosis::Diagnosis;
-use crate::pending::{Call, PendingCalls, Returned};
+use crate::outcomes::{OnOutcomes, Outcomes};
+use crate::pending::{PendingCalls, Returned};
 use crate::retry::{ends_run, MIN_PAUSE};
 use crate::session::{Session, SessionEvent};
 use amiquip::{Confirm, ConnectionBlockedNotification, ConsumerMessage, Delivery, Return};
@@ -13,12 +14,8 @@ use rpc_common::connection::{
 use rpc_common::message::decode_reply;
 use rpc_common::text::format_duration;
 use std::convert::Infallible;
-use std::mem;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
-
-/// Receives how calls ended, in the order in which they ended.
-pub type OnOutcomes<'a, T> = dyn FnMut(Vec<Outcome<T>>) + 'a;
 
 /// Makes a call of each request, until `requests` is disconnected and all calls have ended, or `stop` is disconnected. Runs
 /// on the calling thread.
@@ -42,11 +39,10 @@ pub fn run<T>(
         endpoints,
         requests,
         stop,
-        on_outcomes,
         has_more_requests: true,
         is_stopped: false,
         pending: PendingCalls::new(),
-        outcomes: Vec::new(),
+        outcomes: Outcomes::new(on_outcomes),
         backoff: Backoff::new(now),
         broker: String::new(),
         diagnosis: Diagnosis::new(now),
@@ -62,12 +58,10 @@ struct EventLoop<'a, 'f, T> {
     endpoints: Vec<Endpoint>,
     requests: &'a Receiver<Request<T>>,
     stop: &'a Receiver<Infallible>,
-    on_outcomes: &'a mut OnOutcomes<'f, T>,
     has_more_requests: bool,
     is_stopped: bool,
     pending: PendingCalls<T>,
-    /// Outcomes that are not delivered yet.
-    outcomes: Vec<Outcome<T>>,
+    outcomes: Outcomes<'a, 'f, T>,
     backoff: Backoff,
     /// Host and port of the broker that was connected last; empty before.
     broker: String,
@@ -86,7 +80,7 @@ impl<T> EventLoop<'_, '_, T> {
                 self.take_what_has_arrived(&session);
             }
             session.close();
-            self.deliver_outcomes();
+            self.outcomes.deliver();
             match result {
                 Ok(()) => break,
                 Err(error) => self.on_session_error(error)?,
@@ -161,7 +155,7 @@ impl<T> EventLoop<'_, '_, T> {
                 default(timeout) => self.on_timer(session)?,
             }
         }
-        self.deliver_outcomes();
+        self.outcomes.deliver();
         Ok(())
     }
 
@@ -211,7 +205,7 @@ impl<T> EventLoop<'_, '_, T> {
         if self.calls_can_expire(None) {
             self.expire();
         }
-        self.deliver_outcomes();
+        self.outcomes.deliver();
         Ok(())
     }
 
@@ -222,9 +216,9 @@ impl<T> EventLoop<'_, '_, T> {
                 Error::Connection(error) if call.may_have_run => Error::RefusedAfterSend(error.clone()),
                 error => error.clone(),
             };
-            self.end(call, Err(error));
+            self.outcomes.add(call, Err(error));
         }
-        self.deliver_outcomes();
+        self.outcomes.deliver();
         error
     }
 
@@ -301,7 +295,7 @@ impl<T> EventLoop<'_, '_, T> {
             // session thread's wait.
             session.shut_down();
         }
-        self.deliver_outcomes();
+        self.outcomes.deliver();
         let now = Instant::now();
         self.pending.start_resends(now);
         self.publish_requests(session);
@@ -328,7 +322,7 @@ impl<T> EventLoop<'_, '_, T> {
     fn end_refused(&mut self) {
         while let Some(call) = self.pending.pop_refused() {
             let (queue, broker) = (self.config.queue.clone(), self.broker.clone());
-            self.end(call, Err(Error::QueueFull { queue, broker }));
+            self.outcomes.add(call, Err(Error::QueueFull { queue, broker }));
         }
     }
 
@@ -354,14 +348,14 @@ impl<T> EventLoop<'_, '_, T> {
         };
         let time_left = call.deadline.remaining();
         let result = decode_reply(&delivery.properties, delivery.body);
-        self.end(call, result.map_err(|failure| Error::failed(failure, time_left)));
+        self.outcomes.add(call, result.map_err(|failure| Error::failed(failure, time_left)));
     }
 
     fn on_return(&mut self, request: &Return) {
         let id = request.properties.correlation_id().as_deref();
         let error = Error::NoQueue { queue: self.config.queue.clone(), broker: self.broker.clone() };
         match self.pending.on_return(id, Instant::now()) {
-            Some(Returned::Ended(call)) => self.end(call, Err(error)),
+            Some(Returned::Ended(call)) => self.outcomes.add(call, Err(error)),
             Some(Returned::WillResend) => log::info!("{error} sending again"),
             None => {}
         }
@@ -380,21 +374,9 @@ impl<T> EventLoop<'_, '_, T> {
         while let Some(call) = self.pending.expire(now) {
             let (queue, broker) = (self.config.queue.clone(), self.broker.clone());
             let (limit, cause) = (call.deadline.limit(), self.diagnosis.cause());
-            self.end(call, Err(Error::NoAnswer { queue, broker, limit, cause }));
+            self.outcomes.add(call, Err(Error::NoAnswer { queue, broker, limit, cause }));
         }
         self.pending.len() < before
-    }
-
-    fn end(&mut self, call: Call<T>, result: Result<Vec<u8>, Error>) {
-        let latency = call.first_sent.map(|first_sent| first_sent.elapsed());
-        let (context, correlation_id) = (call.request.context, call.id);
-        self.outcomes.push(Outcome { context, correlation_id, latency, result });
-    }
-
-    fn deliver_outcomes(&mut self) {
-        if !self.outcomes.is_empty() {
-            (self.on_outcomes)(mem::take(&mut self.outcomes));
-        }
     }
 
     fn connection_lost(&self, reason: &str) -> ConnectionError {

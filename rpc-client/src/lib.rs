@@ -2,17 +2,19 @@
 //!
 //! [`run`] is the loop that makes calls; [`Client`] is a thread that runs it, for programs that make one call at a time.
 //! Read in this order: `call` has the options, requests, outcomes and errors; `event_loop` makes calls; `pending` keeps
-//! those that are unanswered; `session` is one connection with its reply queue; `diagnosis`
-//! is what is known of why there is no answer; `retry` decides when an error ends a run.
+//! those that are unanswered; `session` is one connection with its reply queue; `outcomes` collects how calls ended;
+//! `diagnosis` is what is known of why there is no answer; `retry` decides when an error ends a run.
 
 mod call;
 mod client;
 mod diagnosis;
 mod event_loop;
+mod outcomes;
 mod pending;
 mod retry;
 mod session;
 
 pub use call::{Config, Error, NoAnswerCause, Outcome, ReplyTo, Request};
 pub use client::Client;
-pub use event_loop::{run, OnOutcomes};
+pub use event_loop::run;
+pub use outcomes::OnOutcomes;

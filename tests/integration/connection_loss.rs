@@ -176,15 +176,20 @@ fn a_library_client_reconnects_for_its_next_call() {
         broker: BrokerOptions::from_url(&proxy.url()),
         ..Config::default()
     };
-    let client = Client::new(config).expect("the URL is well formed");
+    let client = Client::new(config.clone()).expect("the URL is well formed");
     for (n, answer) in [("20", "6765"), ("30", "832040")] {
         assert_eq!(client.call(n.as_bytes()).expect("a server answers"), answer.as_bytes());
         proxy.close_connections();
     }
     server.stop();
     Peer::connect().delete_queue(&queue);
-    let error = client.call(b"30").expect_err("there is no server");
+    let new_client = Client::new(config).expect("the URL is well formed");
+    let error = new_client.call(b"30").expect_err("there is no server");
     assert!(matches!(error, Error::NoQueue { .. }), "{error}");
+    // A client that has had answers knows that there was a queue, and waits for it.
+    let call = std::thread::spawn(move || client.call(b"30"));
+    let _server = Program::start_server(&queue, &[]);
+    assert_eq!(call.join().expect("the call ends").expect("a server answers"), b"832040");
 }
 
 /// The queue was transient and went with the broker. The call waits until a server declares the queue again.

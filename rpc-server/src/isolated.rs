@@ -131,8 +131,8 @@ impl Open {
 /// Logs a reply that the broker returned.
 pub(crate) fn log_return(reply: &Return) {
     let id = reply.properties.correlation_id().as_deref().unwrap_or("none");
-    log::warn!(
-        "the caller is gone: its queue '{}' no longer exists (correlation id: {})",
+    log::info!(
+        "a reply was returned: there is no queue '{}', the caller has gone or reconnected (correlation id: {})",
         escape(reply.routing_key.as_bytes()),
         escape(id.as_bytes()),
     );

@@ -209,17 +209,25 @@ impl Server<'_> {
         Ok(())
     }
 
-    /// A worker has lost its channel while the connection works: finds or declares the queue.
+    /// A worker has lost its channel while the connection works: finds or declares the queue. Where that does not help, the
+    /// worker tries again, after its pauses; the others go on.
     fn recover_queue(&mut self, connection: &mut Connection, error: Error) -> Result<(), Error> {
         let queue = &self.service.config.queue;
         match &error.kind {
             ErrorKind::ConsumerCancelled => {}
-            ErrorKind::ChannelClosed(_) | ErrorKind::ConsumerForgotten => log::warn!("{error}"),
-            ErrorKind::Refused(_) => return Err(error),
+            ErrorKind::Refused(_) if !self.service.ready.is_completed() => return Err(error),
+            ErrorKind::ChannelClosed(_) | ErrorKind::ConsumerForgotten | ErrorKind::Refused(_) => log::warn!("{error}"),
             _ => return Ok(()), // the connection that it was about has ended
         }
         let deadline = Deadline::after(ATTEMPT_TIMEOUT);
-        let declared = queue::find_or_declare(connection, queue, self.queue_type, &deadline)?;
+        let declared = match queue::find_or_declare(connection, queue, self.queue_type, &deadline) {
+            Ok(declared) => declared,
+            Err(error) if error.ends_connection() => return Err(error),
+            Err(error) => {
+                log::warn!("{error}");
+                return Ok(());
+            }
+        };
         match (&error.kind, declared) {
             (ErrorKind::ConsumerCancelled, None) => log::warn!(
                 "{error} of queue '{queue}', which exists: it was declared again, or a request took longer than its consumer_timeout"

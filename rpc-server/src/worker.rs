@@ -144,14 +144,17 @@ impl Worker<'_> {
         let _ = self.events.send(WorkerEvent::Consuming); // fails if the server has stopped
         let deliveries = consumer.receiver().clone();
         let result = self.serve(channel, &deliveries);
-        // Dropping the consumer cancels it, and the broker requeues what was delivered but not begun when the channel is
-        // closed. amiquip sends its confirmation to the caller first and then to `deliveries`, and ends the connection if
+        // Dropping the consumer cancels it. amiquip sends its confirmation to the caller first and then to `deliveries`, and ends the connection if
         // that has no receiver any more: so it is received.
         let _ = channel.call(|| {
             drop(consumer);
             deliveries.iter().for_each(drop);
             Ok(())
         });
+        // What was delivered but not begun. When a channel is closed the broker requeues it, too, but RabbitMQ 4.3 then counts
+        // it as a failed delivery.
+        channel.publisher.requeue_all();
+        let _ = channel.publisher.flush(); // fails if the channel has ended
         consuming.returns.try_iter().for_each(|reply| log_return(&reply));
         result
     }

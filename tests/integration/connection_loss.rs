@@ -28,6 +28,30 @@ fn an_idle_server_reconnects_with_all_its_workers() {
     server.stop();
 }
 
+/// The broker closes the channel of a worker that lacks a permission. The connection and the other workers' channels stay.
+#[test]
+fn a_permission_that_is_taken_away_ends_no_connection_of_a_server() {
+    let broker = exclusive_node();
+    let queue = "no_permission";
+    let set_write_permission = |write| broker.rabbitmqctl(&["set_permissions", "demoted-server", ".*", write, ".*"]);
+    broker.rabbitmqctl(&["add_user", "demoted-server", "secret"]);
+    set_write_permission(".*");
+    let url = format!("amqp://demoted-server:secret@{}", broker.authority());
+    let server = Program::start_server_at(&url, queue, &["--workers", "2"]);
+    server.wait_for_log("connected to");
+    set_write_permission("");
+    let client = Program::spawn_at(broker.url(), "rpc-client", &["--queue", queue, "-q", "-t", "1m", "30"]);
+    let line = server.wait_for_log("ACCESS_REFUSED");
+    set_write_permission(".*");
+    assert_eq!(client.next_line(), "832040");
+    assert_eq!(client.wait_for_exit_code(), Some(0));
+    let log = [vec![line], server.new_log()].concat();
+    let reconnects = |line: &String| line.contains("retrying") || line.contains("connected to");
+    assert!(!log.iter().any(reconnects), "{log:#?}");
+    server.stop();
+    Peer::connect_to(broker.url()).delete_queue(queue);
+}
+
 /// The server cannot send its reply, so the broker delivers the request again.
 #[test]
 fn a_busy_server_reconnects_and_answers_what_it_had_begun() {

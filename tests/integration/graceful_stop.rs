@@ -1,6 +1,7 @@
 //! Promise: stopping is graceful. A server that is stopped answers what it has begun, and leaves the rest to others.
 
 use crate::support::broker::{self, exclusive_node};
+use crate::support::broker_features::{broker_version, report_not_applicable};
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{assert_output, call_in_background, client, program_folder, Program};
 use crate::support::proxy::{Proxy, Traffic};
@@ -35,6 +36,26 @@ fn a_stopping_server_leaves_prefetched_requests_to_other_servers() {
     let second = Program::start_server(&queue, &[]);
     caller.join().expect("the caller got its answers");
     assert_eq!(second.stop(), [" [.] fib(20)", " [.] fib(30)"]);
+}
+
+/// A delivery limit drops requests that kill their servers. Before RabbitMQ 4.3 it counts every return.
+#[test]
+fn prefetched_requests_of_a_stopping_server_do_not_count_as_deliveries() {
+    if broker_version() < (4, 3) {
+        return report_not_applicable("", "it counts every return as a delivery");
+    }
+    let queue = Queue::named("not_counted");
+    let server = Program::start_server(&queue, &["--queue-type", "quorum", "--prefetch", "10", "--delay", "2s"]);
+    let peer = Peer::connect();
+    for body in ["20", "30"] {
+        peer.publish(&queue, body.as_bytes(), AmqpProperties::default().with_reply_to("nobody".into()));
+    }
+    assert_eq!(server.next_line(), " [.] fib(20)");
+    assert_eq!(server.stop(), [""; 0]);
+    let returned = peer.take(&queue);
+    assert_eq!((&*returned.body, returned.redelivered), (&b"30"[..], true));
+    let headers = returned.properties.headers().clone().unwrap_or_default();
+    assert_eq!(headers.get("x-delivery-count"), None, "{headers:?}");
 }
 
 #[test]

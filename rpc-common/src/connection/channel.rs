@@ -141,6 +141,12 @@ impl Publisher {
         self.add_method(&AMQPClass::Basic(basic::AMQPMethod::Reject(reject)));
     }
 
+    /// Adds that all unacknowledged deliveries go back to the queue.
+    pub fn requeue_all(&self) {
+        let nack = basic::Nack { delivery_tag: 0, multiple: true, requeue: true }; // 0: all
+        self.add_method(&AMQPClass::Basic(basic::AMQPMethod::Nack(nack)));
+    }
+
     fn add_method(&self, method: &AMQPClass) {
         self.add(FRAME_SPACE, |space| gen_method_frame(space, self.channel, method));
     }

@@ -1,5 +1,6 @@
 //! The broker of the tests: the one of `AMQP_URL`, or a private node; and nodes whose state a test changes.
 
+use super::broker_features::broker_version_at;
 use super::eventually;
 use rpc_common::connection::{Connection, Deadline, Endpoint};
 use std::io::{BufRead, BufReader};
@@ -182,14 +183,14 @@ impl Node {
 
     /// Removes the consumers of a classic queue, without telling them.
     pub(crate) fn forget_consumers(&self, queue: &str) {
-        self.rabbitmqctl(&[
-            "eval",
-            &format!(
-                "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>)),
-                [gen_server2:call(amqqueue:get_pid(Q), {{basic_cancel, element(1, C), element(2, C), undefined, <<>>}})
-                    || C <- rabbit_amqqueue:consumers(Q)]."
-            ),
-        ]);
+        let cancel = match broker_version_at(self.url()) {
+            (4.., _) => "{stop_consumer, #{pid => element(1, C), consumer_tag => element(2, C), user => <<>>}}",
+            _ => "{basic_cancel, element(1, C), element(2, C), undefined, <<>>}",
+        };
+        let name = format!("rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>)");
+        let cancel_all =
+            format!("[gen_server2:call(amqqueue:get_pid(Q), {cancel}) || C <- rabbit_amqqueue:consumers(Q)]");
+        self.rabbitmqctl(&["eval", &format!("{{ok, Q}} = rabbit_amqqueue:lookup({name}), {cancel_all}.")]);
     }
 
     /// Blocks publishers by a memory alarm, until the guard is dropped.

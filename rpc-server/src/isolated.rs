@@ -12,11 +12,15 @@ use rpc_common::text::escape;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// After how long without an event the server closes the connection, so that it does not stay open for good.
+/// After how long without an event of the server's loop the isolated connection is closed, so that it does not stay open for
+/// good.
 pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long one reply may take; and for how long none is tried after one that got no answer.
+/// How long one reply may take.
 const PUBLISH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// For how long no reply is tried after one that got no answer.
+const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(5);
 
 /// How many returned replies may be unread: more than the one that is published at a time.
 const MAX_UNREAD: usize = 64;
@@ -25,7 +29,7 @@ const MAX_UNREAD: usize = 64;
 pub(crate) enum Published {
     /// The broker accepted it.
     Accepted,
-    /// The broker closed the channel or the connection because of it, and because of the error in its place.
+    /// The broker refused it, by closing the channel or the connection; and then also the error that was sent in its place.
     Refused(Error),
     /// The connection could not be opened, or ended for another reason.
     Unknown(Error),
@@ -76,7 +80,7 @@ impl IsolatedPublisher {
             published = publish(reply);
         }
         if let Published::Unknown(error) = &published {
-            state.failure = Some((error.clone(), Instant::now() + PUBLISH_TIMEOUT));
+            state.failure = Some((error.clone(), Instant::now() + PAUSE_AFTER_FAILURE));
         }
         published
     }

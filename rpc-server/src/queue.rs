@@ -41,7 +41,7 @@ pub(crate) fn find_or_declare(
         arguments.insert("x-queue-type".into(), AmqpValue::LongString("quorum".into()));
     }
     let options = QueueDeclareOptions { durable, arguments, ..QueueDeclareOptions::default() };
-    let mut other_attempts = 1..MAX_ATTEMPTS;
+    let mut attempts_left = MAX_ATTEMPTS;
     loop {
         match connection.queue_stats(queue, deadline) {
             Ok(_) => return Ok(None),
@@ -53,11 +53,11 @@ pub(crate) fn find_or_declare(
             channel.queue_declare(queue, options.clone()).map(drop)
         });
         match declared {
-            // Another server has declared it in another way: look for it again.
+            // Another server has declared it in another way: look for it again. If that does not end, retrying cannot help.
             Err(Error { broker, kind: ErrorKind::ChannelClosed(reason) }) if reason.code == PRECONDITION_FAILED => {
-                if other_attempts.next().is_none() {
+                attempts_left -= 1;
+                if attempts_left == 0 {
                     return Err(Error { broker, kind: ErrorKind::Refused(reason) });
-                    // retrying cannot help
                 }
             }
             declared => return declared.map(|()| Some(name)),

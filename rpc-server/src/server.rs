@@ -1,7 +1,7 @@
 //! Serves a function: keeps the connection and the request queue, and gives channels to the workers.
 //!
-//! All workers wait for a channel at first, and again when theirs has ended. When the server ends, they end with the
-//! disconnection of that wait, or with the stop signal.
+//! All workers wait for a channel at first, and again when theirs has ended. They end with the stop signal, or when the
+//! server has dropped the sender that their wait receives from.
 
 use crate::config::Config;
 use crate::handler::Handler;
@@ -86,7 +86,7 @@ pub fn serve(config: &Config, handler: &Handler, stop: &Stop, on_ready: &(dyn Fn
 
 struct Server<'a> {
     service: &'a Service<'a>,
-    /// Starts with the broker that was connected last.
+    /// Starts with the broker that was connected last, or with the next one if that was silent.
     endpoints: Vec<Endpoint>,
     /// Disconnected when all workers have ended.
     events: Receiver<WorkerEvent>,
@@ -96,7 +96,7 @@ struct Server<'a> {
     /// As configured, or quorum where the broker does not permit transient queues.
     queue_type: QueueType,
     backoff: Backoff,
-    /// The error that was logged last, until a worker consumes.
+    /// The error that was logged last, so that it is not logged again. `None` once a worker consumes.
     last_error: Option<Error>,
 }
 
@@ -121,6 +121,9 @@ impl Server<'_> {
             }
             if self.last_error.as_ref() != Some(&error) {
                 log::warn!("{error}; retrying");
+            }
+            if error.is_silence() {
+                self.endpoints.rotate_left(1);
             }
             self.last_error = Some(error);
             let pause = self.backoff.next_pause(Instant::now());
@@ -166,6 +169,7 @@ impl Server<'_> {
                     }
                     Err(_) => break, // the workers have ended
                 },
+                // For the isolated connection.
                 default(IDLE_TIMEOUT) => self.service.isolated.close_unused(),
             }
         }

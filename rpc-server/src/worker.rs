@@ -20,8 +20,9 @@ use std::time::{Duration, Instant, SystemTime};
 /// Timeout of a worker's synchronous broker calls.
 pub(crate) const BROKER_CALL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often an idle worker looks at the queue.
+/// How often an idle worker looks at the queue, and how long the broker may take to answer.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+const LOOK_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// How many deliveries, and returned replies, may be unread in addition to twice the prefetch: a quorum queue delivers the
 /// prefetched requests again when it loses and finds the node that we are connected to.
@@ -58,14 +59,15 @@ pub(crate) struct Worker<'a> {
 pub(crate) enum WorkerEvent {
     /// It consumes from the queue.
     Consuming,
-    /// Its channel ended in this way, and it waits for another one.
+    /// Its channel ended in this way, and it waits for another one. If the connection has ended, too, the server learns that
+    /// by itself.
     LostChannel(Error),
 }
 
 /// A channel for a worker, and what ends a wait on it.
 pub(crate) struct WorkerChannel {
     endpoint: Endpoint,
-    channel: OpenChannel,
+    open: OpenChannel,
     publisher: Publisher,
     watchdog: Watchdog,
 }
@@ -76,14 +78,14 @@ impl WorkerChannel {
             0 => usize::MAX, // no limit
             prefetch => 2 * usize::from(prefetch) + MAX_UNREAD,
         };
-        let (channel, publisher) = connection.open_channel(max_unread, deadline)?;
+        let (open, publisher) = connection.open_channel(max_unread, deadline)?;
         let (endpoint, watchdog) = (connection.endpoint.clone(), connection.watchdog.clone());
-        Ok(WorkerChannel { endpoint, channel, publisher, watchdog })
+        Ok(WorkerChannel { endpoint, open, publisher, watchdog })
     }
 
-    /// Runs a synchronous call. A broker that does not answer in time loses the connection.
-    fn call<T>(&self, call: impl FnOnce() -> amiquip::Result<T>) -> Result<T, Error> {
-        let result = self.watchdog.run_until(&Deadline::after(BROKER_CALL_TIMEOUT), call);
+    /// Runs a synchronous call. If the broker does not answer in time, the connection ends.
+    fn call<T>(&self, timeout: Duration, call: impl FnOnce() -> amiquip::Result<T>) -> Result<T, Error> {
+        let result = self.watchdog.run_until(&Deadline::after(timeout), call);
         result.unwrap_or(Err(amiquip::Error::EventLoopDropped)).map_err(|error| self.error(error))
     }
 
@@ -91,15 +93,15 @@ impl WorkerChannel {
     fn send(&self) -> Result<(), Error> {
         match self.publisher.flush() {
             Ok(()) => Ok(()),
-            // Any synchronous call on the channel returns the cause.
-            Err(ChannelClosed) => self.call(|| self.channel.amqp.qos(0, 0, false)),
+            // The broker has closed the channel: this call sends nothing, and fails with the cause.
+            Err(ChannelClosed) => self.call(BROKER_CALL_TIMEOUT, || self.open.amqp.qos(0, 0, false)),
         }
     }
 
     fn close(self) {
         let deadline = Deadline::after(BROKER_CALL_TIMEOUT);
         // Fails if the channel has ended.
-        let _ = self.watchdog.run_until(&deadline, || self.channel.amqp.close());
+        let _ = self.watchdog.run_until(&deadline, || self.open.amqp.close());
     }
 
     /// How the channel ended. The server learns the end of the connection by itself.
@@ -120,6 +122,7 @@ impl Worker<'_> {
             let result = self.use_channel(&channel);
             channel.close();
             let Err(error) = result else { return };
+            // The pause is before the report, because the server answers the report with another channel.
             let _ = self.service.stop.recv_timeout(backoff.next_pause(Instant::now()));
             let _ = self.events.send(WorkerEvent::LostChannel(error)); // fails if the server has stopped
         }
@@ -135,18 +138,18 @@ impl Worker<'_> {
 
     /// Consumes until it is time to stop or the channel ends.
     fn use_channel(&self, channel: &WorkerChannel) -> Result<(), Error> {
-        let (service, consuming) = (self.service, &channel.channel);
-        let consumer = channel.call(|| {
-            consuming.amqp.qos(0, service.config.prefetch, false)?; // per consumer: RabbitMQ 4.3 refuses a global one
-            consuming.consume(&service.config.queue, ConsumerOptions::default())
+        let (service, open) = (self.service, &channel.open);
+        let consumer = channel.call(BROKER_CALL_TIMEOUT, || {
+            open.amqp.qos(0, service.config.prefetch, false)?; // per consumer: RabbitMQ 4.3 refuses a global one
+            open.consume(&service.config.queue, ConsumerOptions::default())
         })?;
         service.ready.call_once(service.on_ready);
         let _ = self.events.send(WorkerEvent::Consuming); // fails if the server has stopped
         let deliveries = consumer.receiver().clone();
         let result = self.serve(channel, &deliveries);
-        // Dropping the consumer cancels it. amiquip sends its confirmation to the caller first and then to `deliveries`, and ends the connection if
-        // that has no receiver any more: so it is received.
-        let _ = channel.call(|| {
+        // Dropping the consumer cancels it. amiquip passes the broker's cancel-ok to the thread that drops it, and then to
+        // `deliveries`. If that has no receiver any more, amiquip ends the connection: so it is received here.
+        let _ = channel.call(BROKER_CALL_TIMEOUT, || {
             drop(consumer);
             deliveries.iter().for_each(drop);
             Ok(())
@@ -155,12 +158,12 @@ impl Worker<'_> {
         // it as a failed delivery.
         channel.publisher.requeue_all();
         let _ = channel.publisher.flush(); // fails if the channel has ended
-        consuming.returns.try_iter().for_each(|reply| log_return(&reply));
+        open.returns.try_iter().for_each(|reply| log_return(&reply));
         result
     }
 
     fn serve(&self, channel: &WorkerChannel, deliveries: &Receiver<ConsumerMessage>) -> Result<(), Error> {
-        let returns = &channel.channel.returns;
+        let returns = &channel.open.returns;
         let mut saw_requests = false; // at the latest look, and nothing was delivered since
         loop {
             returns.try_iter().for_each(|reply| log_return(&reply)); // also while there is always a delivery
@@ -174,18 +177,29 @@ impl Worker<'_> {
                     None => return Err(Error::new(&channel.endpoint.broker, ErrorKind::ConsumerCancelled)),
                 },
                 // When it is disconnected, `deliveries` has the cause.
-                recv(returns) -> reply => reply.iter().for_each(log_return),
-                // A queue that is deleted and declared again under load may not know its consumer.
-                default(LOOK_INTERVAL) => if !self.service.is_blocked.load(Ordering::Relaxed) {
-                    let queue = channel.call(|| channel.channel.amqp.queue_declare_passive(&self.service.config.queue))?;
-                    let sees_requests = queue.declared_message_count() > Some(0);
+                recv(returns) -> reply => if let Ok(reply) = reply {
+                    log_return(&reply);
+                },
+                default(LOOK_INTERVAL) => {
+                    let sees_requests = self.sees_requests(channel)?;
                     if saw_requests && sees_requests && deliveries.is_empty() {
                         return Err(Error::new(&channel.endpoint.broker, ErrorKind::ConsumerForgotten));
                     }
                     saw_requests = sees_requests;
-                },
+                }
             }
         }
+    }
+
+    /// Whether requests wait in the queue. If nothing is delivered meanwhile, the queue does not know its consumer: that happens
+    /// where a quorum queue is deleted and declared again under load.
+    fn sees_requests(&self, channel: &WorkerChannel) -> Result<bool, Error> {
+        if self.service.is_blocked.load(Ordering::Relaxed) {
+            return Ok(false); // the broker would not answer
+        }
+        let queue = &self.service.config.queue;
+        let queue = channel.call(LOOK_TIMEOUT, || channel.open.amqp.queue_declare_passive(queue))?;
+        Ok(queue.declared_message_count() > Some(0))
     }
 
     /// Answers one request: publishes the reply, then acknowledges the request, in this order on one channel. If we crash in
@@ -193,20 +207,20 @@ impl Worker<'_> {
     /// the isolated connection instead, and the request is acknowledged when the broker has accepted it.
     fn handle_delivery(&self, channel: &WorkerChannel, delivery: &Delivery) -> Result<(), Error> {
         let tag = delivery.delivery_tag();
-        let changes = channel.channel.take_changes(tag);
+        let changes = channel.open.take_changes(tag);
         let request = Request::decode(&delivery.properties, &delivery.body);
-        let (Some(reply_to), false) = (request.reply_to, changes.reply_to) else {
-            let reason = if changes.reply_to { "its reply_to is not UTF-8" } else { "it has no reply_to" };
+        let (Some(reply_to), false) = (request.reply_to, changes.is_reply_to_changed) else {
+            let reason = if changes.is_reply_to_changed { "its reply_to is not UTF-8" } else { "it has no reply_to" };
             log::warn!("rejected a request that cannot be answered, {reason}: '{}'", escape(request.body));
             channel.publisher.reject(tag);
             return channel.send();
         };
         let mut reply = self.reply(&request, delivery.redelivered);
-        // The id as it was sent: amiquip's is changed if it was not UTF-8.
-        let id = changes.correlation_id.as_deref();
+        // Only if it was not UTF-8, which amiquip cannot hold. Else the request has it.
+        let original_id = changes.original_correlation_id.as_deref();
         let mut is_published = false;
         if delivery.redelivered {
-            match self.service.isolated.publish(&channel.endpoint, &mut reply, &request, id) {
+            match self.service.isolated.publish(&channel.endpoint, &mut reply, &request, original_id) {
                 Published::Accepted => is_published = true,
                 Published::Refused(error) => {
                     log::warn!("rejected a request: the broker refuses its replies: {error}");
@@ -217,12 +231,12 @@ impl Worker<'_> {
             }
         }
         if !is_published {
-            channel.publisher.publish(encode_reply(&reply, reply_to, request.correlation_id), id);
+            channel.publisher.publish(encode_reply(&reply, reply_to, request.correlation_id), original_id);
         }
         channel.publisher.ack(tag);
         let sent = channel.send();
         // A cancelled consumer's requests may be in the queue again: then the broker ignores the acknowledgement.
-        if sent.is_err() || channel.channel.is_cancelled() {
+        if sent.is_err() || channel.open.is_cancelled() {
             self.service.kept.keep(&request, reply);
         }
         sent

@@ -27,7 +27,7 @@ pub(crate) fn check(bytes: &[u8]) {
     let Ok(changes) = sanitize(&mut frame) else { return };
     let range = correlation_id_range(&frame);
     assert_eq!(range, correlation_id_range(bytes), "the correlation id has moved");
-    if let Some(original) = changes.correlation_id {
+    if let Some(original) = changes.original_correlation_id {
         assert_eq!(original, bytes[range.unwrap()]);
     }
     let mut again = frame.clone();

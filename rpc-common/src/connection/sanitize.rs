@@ -20,9 +20,9 @@ pub const MAX_DEPTH: usize = 32;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
     /// The original correlation id, if it was changed. The changed one has the same length.
-    pub correlation_id: Option<Vec<u8>>,
+    pub original_correlation_id: Option<Vec<u8>>,
     /// Whether the reply-to was changed: it no longer names the publisher's queue.
-    pub reply_to: bool,
+    pub is_reply_to_changed: bool,
 }
 
 impl Changes {
@@ -113,8 +113,8 @@ pub fn sanitize(frame: &mut [u8]) -> Result<Changes, Malformed> {
         } else if is_text && from_utf8(&frame[content.clone()]).is_err() {
             let text = &mut frame[content];
             match layout {
-                CorrelationId => changes.correlation_id = Some(text.to_vec()),
-                ReplyTo => changes.reply_to = true,
+                CorrelationId => changes.original_correlation_id = Some(text.to_vec()),
+                ReplyTo => changes.is_reply_to_changed = true,
                 _ => {}
             }
             replace_invalid_utf8(text);
@@ -148,13 +148,16 @@ fn fields(frame: &[u8]) -> Result<(impl Iterator<Item = Layout>, Range<usize>), 
     rest = payload;
     let mut read = |layout| split_off(frame, &mut rest, layout).map(|content| number(&frame[content]));
     let layouts = if frame_type == FRAME_METHOD {
-        present(arguments(read(SHORT)?, read(SHORT)?)?, usize::MAX)
+        present(arguments(read(SHORT)?, read(SHORT)?)?, ALL_PRESENT)
     } else {
         read(CONTENT_HEADER_START)?;
         present(&PROPERTIES, read(SHORT)?)
     };
     Ok((layouts, rest))
 }
+
+/// The flags of a method, which has all of its arguments.
+const ALL_PRESENT: usize = usize::MAX;
 
 /// Selects the layouts whose flag is set.
 fn present(layouts: &'static [Layout], flags: usize) -> impl Iterator<Item = Layout> {
@@ -341,7 +344,7 @@ mod tests {
         assert_eq!(properties.reply_to().as_deref(), Some("to?"));
         assert_eq!(properties.expiration().as_deref(), Some("500"));
         let original = b"\xff\xc3\xa9x\xe2\x82".to_vec();
-        assert_eq!(changes, Changes { correlation_id: Some(original), reply_to: true });
+        assert_eq!(changes, Changes { original_correlation_id: Some(original), is_reply_to_changed: true });
         assert_eq!(&frame[correlation_id_range(&frame).unwrap()], "?\u{e9}x??".as_bytes());
     }
 
@@ -596,8 +599,8 @@ mod tests {
             prop_assert_eq!(properties.correlation_id(), &Some(question_marks(id)));
             prop_assert_eq!(properties.reply_to(), &Some(question_marks(reply_to)));
             prop_assert_eq!(properties.expiration(), &Some(question_marks(expiration)));
-            prop_assert_eq!(changes.correlation_id, from_utf8(id).is_err().then(|| id.clone()));
-            prop_assert_eq!(changes.reply_to, from_utf8(reply_to).is_err());
+            prop_assert_eq!(changes.original_correlation_id, from_utf8(id).is_err().then(|| id.clone()));
+            prop_assert_eq!(changes.is_reply_to_changed, from_utf8(reply_to).is_err());
         }
 
         #[test]

@@ -24,7 +24,7 @@ use uuid::Uuid;
 /// until their deadline. When `stop` ends it, what is unanswered has no outcome.
 ///
 /// # Errors
-/// [`Error::Connection`] or [`Error::ConsumeRefused`] when the broker cannot be reached or refuses us. It is the outcome
+/// [`Error::Connection`] or [`Error::RefusedAfterSend`] when the broker cannot be reached or refuses us. It is the outcome
 /// of all pending calls, too; the other requests stay in the channel.
 pub fn run<T>(
     config: &Config,

@@ -5,10 +5,14 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
 use std::convert::Infallible;
+use std::time::{Duration, Instant};
 use std::{io, thread};
 
 /// The **stop** signal: a channel on which nothing is sent. It is disconnected when it is time to stop.
 pub type Stop = Receiver<Infallible>;
+
+/// For how long the same signal counts once.
+const SAME_SIGNAL: Duration = Duration::from_secs(1);
 
 /// A stop signal that the first SIGINT or SIGTERM gives. The second one ends the process, as if it was not handled.
 ///
@@ -19,13 +23,14 @@ pub fn stop_signal() -> io::Result<Stop> {
     let (running, stop) = crossbeam_channel::bounded(0);
     thread::Builder::new().name("signals".into()).spawn(move || {
         let mut signals = signals.forever();
-        signals.next();
-        log::info!("stopping: requests that have begun are answered; a second signal stops at once");
+        let first = signals.next();
+        let begun = Instant::now();
         drop(running);
-        if let Some(second) = signals.next() {
-            rpc_common::logging::flush();
-            let _ = emulate_default_handler(second); // does not return
-        }
+        log::info!("stopping: requests that have begun are answered; a second signal stops at once");
+        // timeout(1) sends its signal to the process and again to its group.
+        let second = signals.find(|signal| Some(*signal) != first || begun.elapsed() >= SAME_SIGNAL);
+        rpc_common::logging::flush();
+        let _ = second.map(emulate_default_handler); // does not return
     })?;
     Ok(stop)
 }

@@ -72,3 +72,12 @@ fn a_client_whose_request_expires_too_early_says_that_the_clocks_differ() {
     let start = "rpc-client: fib(30): expired: 5s late: the server's clock is at least 59m ";
     assert!(stderr.starts_with(start) && stderr.ends_with(" ahead of this machine's\n"), "{stderr}");
 }
+
+/// It means: only if a consumer is ready.
+#[test]
+fn a_request_with_expiration_0_is_served_by_a_server_that_is_ready() {
+    let queue = Queue::named("expiration_0");
+    let _server = Program::start_server(&queue, &[]);
+    let reply = call(&queue, b"30", AmqpProperties::default().with_expiration("0".into()));
+    assert_eq!(reply.body, b"832040");
+}

@@ -1,6 +1,6 @@
 //! Where a password comes from, and that no log shows it.
 
-use crate::support::broker;
+use crate::support::broker::{self, private_node};
 use crate::support::peer::Queue;
 use crate::support::programs::{assert_output, bash, client, command, Program};
 use std::fs;
@@ -29,6 +29,27 @@ fn a_password_file_supplies_the_password_of_the_url() {
     let _server = Program::start_server_at(&url, &queue, &["--password-file", name]);
     let mut call = client(&queue, &["--password-file", name, "30"]);
     assert_output(call.env("AMQP_URL", &url), 0, "832040\n", "");
+}
+
+/// The file is read for every connection.
+#[test]
+fn a_rotated_password_is_used_for_the_next_connection() {
+    let (node, user, queue) = (private_node(), "rotated", Queue::named("rotated_password"));
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("rotated-password");
+    let name = file.to_str().expect("the target folder is UTF-8");
+    fs::write(&file, "first").expect("the folder is writable");
+    node.rabbitmqctl(&["add_user", user, "first"]);
+    node.rabbitmqctl(&["set_permissions", user, ".*", ".*", ".*"]);
+    let url = format!("amqp://{user}@{}", node.authority());
+    let server = Program::start_server_at(&url, &queue, &["--password-file", name]);
+    node.rabbitmqctl(&["change_password", user, "second"]);
+    fs::write(&file, "second").expect("the folder is writable");
+    node.rabbitmqctl(&["close_all_user_connections", user, "test"]);
+    server.wait_for_log("retrying");
+    server.wait_for_log("connected to");
+    assert_output(client(&queue, &["-q", "30"]).env("AMQP_URL", node.url()), 0, "832040\n", "");
+    server.stop();
+    node.rabbitmqctl(&["delete_user", user]);
 }
 
 /// A pipe can be read only once, so the check of the options must leave it to the connection.

@@ -27,7 +27,7 @@ impl Diagnosis {
         Diagnosis { next_check: now + FIRST_CHECK, blocked, cause, looks_without_consumers: 0 }
     }
 
-    /// A request was sent after none was pending, or a reply has arrived.
+    /// A call has begun after none was pending, or a reply has arrived.
     pub(crate) fn on_progress(&mut self, now: Instant) {
         self.next_check = now + FIRST_CHECK;
     }
@@ -56,13 +56,13 @@ impl Diagnosis {
         self.blocked.as_deref()
     }
 
-    /// Whether it is time to look at the queue. If so, the next time is later.
-    pub(crate) fn start_check(&mut self, now: Instant) -> bool {
+    /// Whether to look at the queue now, if that is possible.
+    pub(crate) fn start_check(&mut self, now: Instant, can_check: bool) -> bool {
         if now < self.next_check {
             return false;
         }
         self.next_check = now + CHECK_INTERVAL;
-        if self.is_blocked() {
+        if self.is_blocked() || !can_check {
             return false;
         }
         if self.cause == NoAnswerCause::Unknown {
@@ -103,13 +103,22 @@ mod tests {
     fn the_queue_is_looked_at_after_silence_but_not_while_the_broker_blocks_publishers() {
         let now = Instant::now();
         let mut diagnosis = Diagnosis::new(now);
-        assert!(!diagnosis.start_check(now));
-        assert!(diagnosis.start_check(now + FIRST_CHECK));
-        assert!(!diagnosis.start_check(now + FIRST_CHECK), "once in a while");
+        assert!(!diagnosis.start_check(now, true));
+        assert!(diagnosis.start_check(now + FIRST_CHECK, true));
+        assert!(!diagnosis.start_check(now + FIRST_CHECK, true), "once in a while");
         assert_eq!(diagnosis.cause(), NoAnswerCause::Waiting("looking at the queue"));
         diagnosis.on_notification(ConnectionBlockedNotification::Blocked("low on memory".into()));
-        assert!(!diagnosis.start_check(now + 10 * CHECK_INTERVAL));
+        assert!(!diagnosis.start_check(now + 10 * CHECK_INTERVAL, true));
         assert_eq!(diagnosis.cause(), NoAnswerCause::Blocked("low on memory".into()));
+    }
+
+    /// Else the event loop would never sleep.
+    #[test]
+    fn the_time_of_the_next_look_is_later_also_where_the_queue_cannot_be_looked_at() {
+        let now = Instant::now();
+        let mut diagnosis = Diagnosis::new(now);
+        assert!(!diagnosis.start_check(now + FIRST_CHECK, false));
+        assert_eq!(diagnosis.next_check, now + FIRST_CHECK + CHECK_INTERVAL);
     }
 
     #[test]

@@ -14,6 +14,7 @@ use rpc_common::connection::{
 use rpc_common::message::decode_reply;
 use rpc_common::text::format_duration;
 use std::convert::Infallible;
+use std::iter;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
@@ -58,6 +59,7 @@ struct EventLoop<'a, 'f, T> {
     endpoints: Vec<Endpoint>,
     requests: &'a Receiver<Request<T>>,
     stop: &'a Receiver<Infallible>,
+    /// Until `requests` is disconnected.
     has_more_requests: bool,
     is_stopped: bool,
     pending: PendingCalls<T>,
@@ -111,9 +113,9 @@ impl<T> EventLoop<'_, '_, T> {
                 session.close_deadline = deadline;
             }
             if self.until_next_timer(session).is_zero() {
-                self.on_timer(session)?; // even if the peer never stops sending
+                self.on_idle(session)?; // a timer is due, even if the peer never stops sending
             }
-            // When nothing else is ready, `on_timer` delivers the outcomes.
+            // `on_idle` runs when a timer is due; or at once when nothing else is ready and there are outcomes to deliver.
             let timeout = if self.outcomes.is_empty() { self.until_next_timer(session) } else { Duration::ZERO };
             // Until the consumer is started, one pending call is enough: more would end with the same error. But while the
             // broker blocks us, calls begin and expire as usual.
@@ -152,7 +154,7 @@ impl<T> EventLoop<'_, '_, T> {
                     Err(RecvError) => return Err(self.connection_lost("the session has ended").into()),
                 },
                 recv(self.stop) -> _ => self.is_stopped = true,
-                default(timeout) => self.on_timer(session)?,
+                default(timeout) => self.on_idle(session)?,
             }
         }
         self.outcomes.deliver();
@@ -238,7 +240,8 @@ impl<T> EventLoop<'_, '_, T> {
         self.pending.begin(Uuid::new_v4(), request, Deadline::after(self.config.timeout));
     }
 
-    /// Buffers the requests that are to be sent, unless the broker blocks us: it would run them when their callers have gone.
+    /// Buffers the requests that are to be sent; the loop flushes them. Not while the broker blocks us: it would run them when
+    /// their callers have gone.
     fn publish_requests(&mut self, session: &Session) {
         let (Some(publisher), false) = (&session.publisher, self.diagnosis.is_blocked()) else { return };
         while let Some(call) = self.pending.next_to_send() {
@@ -287,7 +290,7 @@ impl<T> EventLoop<'_, '_, T> {
     }
 
     /// Ends expired calls, delivers outcomes, sends returned requests again, and looks at the request queue.
-    fn on_timer(&mut self, session: &mut Session) -> Result<(), ConnectionError> {
+    fn on_idle(&mut self, session: &mut Session) -> Result<(), ConnectionError> {
         self.take_messages(session)?; // an answer that has arrived does not expire
         let has_expired = self.calls_can_expire(Some(session)) && self.expire();
         if has_expired && self.pending.is_empty() && !session.is_consuming && !self.diagnosis.is_blocked() {
@@ -299,7 +302,8 @@ impl<T> EventLoop<'_, '_, T> {
         let now = Instant::now();
         self.pending.start_resends(now);
         self.publish_requests(session);
-        if session.is_consuming && !self.pending.is_empty() && self.diagnosis.start_check(now) {
+        let can_check = session.is_consuming && !self.pending.is_empty();
+        if self.diagnosis.start_check(now, can_check) {
             session.check_queue();
         }
         Ok(())
@@ -326,16 +330,20 @@ impl<T> EventLoop<'_, '_, T> {
         }
     }
 
+    /// Takes a confirmation and those that have arrived by now. A request that is confirmed although there is no queue was
+    /// returned before: so the returns are taken first.
     fn on_confirm(&mut self, session: &mut Session, confirm: Confirm) {
-        // A return arrives before the confirmation of the same request.
+        let others = session.confirms.len();
         session.returns.try_iter().for_each(|request| self.on_return(&request));
-        match confirm {
-            Confirm::Ack(confirmed) => self.pending.on_ack(confirmed),
-            Confirm::Nack(refused) => {
-                if self.pending.on_nack(refused, Instant::now()) {
-                    session.check_queue();
-                }
+        let mut is_first_refused = false;
+        for confirm in iter::once(confirm).chain(session.confirms.try_iter().take(others)) {
+            match confirm {
+                Confirm::Ack(confirmed) => self.pending.on_ack(confirmed),
+                Confirm::Nack(refused) => is_first_refused |= self.pending.on_nack(refused, Instant::now()),
             }
+        }
+        if is_first_refused {
+            session.check_queue(); // is it full?
         }
     }
 
@@ -387,8 +395,8 @@ impl<T> EventLoop<'_, '_, T> {
         self.has_more_requests && self.pending.len() < self.config.in_flight.into() && self.pending.accepts_calls()
     }
 
-    /// Whether calls expire by the timer. Before the first request is sent they do not: connecting has their deadline, and its
-    /// error, which ends the run, says more than that there is no answer.
+    /// Whether calls expire by the timer: when we are connected, or a request was sent before. Else nothing was sent yet: then
+    /// connecting has their deadline, and its error, which ends the run, says why.
     fn calls_can_expire(&self, session: Option<&Session>) -> bool {
         session.is_some_and(|session| session.publisher.is_some()) || self.pending.was_any_sent()
     }

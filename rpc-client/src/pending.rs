@@ -68,8 +68,8 @@ pub(crate) struct PendingCalls<T> {
     /// The calls to send on this connection.
     to_send: VecDeque<u64>,
     begun: u64,
-    /// How many requests were sent on this connection. The broker numbers them in the same way, from 1.
-    sent: u64,
+    /// How many requests have a number on this connection. The broker numbers them in the same way, from 1.
+    numbered: u64,
     /// The calls whose requests the broker has neither taken nor refused, by the number of the request.
     unconfirmed: BTreeMap<u64, u64>,
     was_answered: bool,
@@ -87,7 +87,7 @@ impl<T> PendingCalls<T> {
             index_of: HashMap::new(),
             to_send: VecDeque::new(),
             begun: 0,
-            sent: 0,
+            numbered: 0,
             unconfirmed: BTreeMap::new(),
             was_answered: false,
             is_accepted: true,
@@ -121,22 +121,22 @@ impl<T> PendingCalls<T> {
         self.calls.values().any(|call| call.sends > 0)
     }
 
-    /// There is a new connection, on which nothing was sent yet.
+    /// There is a new connection, the first or another one: all pending calls are to be sent on it.
     pub(crate) fn send_all_again(&mut self) {
         for call in self.calls.values_mut() {
             call.may_have_run |= call.sends > 0;
         }
-        (self.sent, self.resend_at, self.is_accepted) = (0, None, true);
+        (self.numbered, self.resend_at, self.is_accepted) = (0, None, true);
         self.unconfirmed.clear();
         self.to_send = self.calls.keys().copied().collect();
     }
 
-    /// The next call to send. It counts as sent.
+    /// The next call to send. Its request gets the next number.
     pub(crate) fn next_to_send(&mut self) -> Option<&mut Call<T>> {
         let calls = &self.calls;
         let index = iter::from_fn(|| self.to_send.pop_front()).find(|index| calls.contains_key(index))?;
-        self.sent += 1;
-        self.unconfirmed.insert(self.sent, index);
+        self.numbered += 1;
+        self.unconfirmed.insert(self.numbered, index);
         let call = self.calls.get_mut(&index)?;
         call.fate = Fate::Unknown;
         Some(call)

@@ -146,7 +146,7 @@ impl Session {
         let _ = self.commands.send(Command::Close(self.close_deadline));
         let limit = Deadline::after(close_timeout(&self.close_deadline));
         while self.events.recv_deadline(limit.instant()).is_ok() {} // until the thread has ended
-        self.shut_down(); // it may be in another blocking call
+        self.shut_down(); // if the thread has not ended, this ends its blocking call
     }
 }
 
@@ -187,8 +187,8 @@ fn run_session(
         consumer
     } else {
         // Requests are published meanwhile, and their replies wait in the queue. This has no deadline: a broker that
-        // blocks publishers answers when it unblocks them. If another broker has not answered when all calls have
-        // expired, the event loop ends this wait by shutting the socket down.
+        // blocks publishers answers when it unblocks them. If it does not block them, and has not answered when all calls
+        // have expired, the event loop ends this wait by shutting the socket down.
         send(connected);
         let consumer = consume(&mut connection, &Deadline::after(Duration::MAX));
         consumer.map_err(|error| explain_refusal(&mut connection, &reply_queue, error, deadline))?

@@ -87,8 +87,8 @@ impl Watchdog {
         Ok(Watchdog { watched, wake })
     }
 
-    /// Runs a call that blocks on the socket, and shuts the socket down if the call is still running at the deadline;
-    /// then the result is `None`, whatever the call returned.
+    /// Runs a call that blocks on the socket, and shuts the socket down if the call is still running at the deadline. Then the
+    /// thread has removed its deadline, and the result is `None`, whatever the call returned.
     pub fn run_until<T>(&self, deadline: &Deadline, call: impl FnOnce() -> T) -> Option<T> {
         let number = self.add(deadline.instant);
         let result = call();

@@ -141,7 +141,7 @@ fn fields(frame: &[u8]) -> Result<(impl Iterator<Item = Layout>, Range<usize>), 
     let Some(&frame_type @ (FRAME_METHOD | FRAME_HEADER)) = frame.first() else {
         return Ok((present(&[], 0), rest));
     };
-    let payload = split_off(frame, &mut rest, ByteArray)?;
+    let payload = split_off(frame, &mut rest, ByteArray)?; // a byte array is a size and bytes, too
     if rest.len() != END_LEN {
         return Err(Malformed);
     }
@@ -161,7 +161,7 @@ const ALL_PRESENT: usize = usize::MAX;
 
 /// Selects the layouts whose flag is set.
 fn present(layouts: &'static [Layout], flags: usize) -> impl Iterator<Item = Layout> {
-    let is_set = move |index| flags & FIRST_PROPERTY_FLAG >> index != 0;
+    let is_set = move |index| flags & (FIRST_PROPERTY_FLAG >> index) != 0;
     layouts.iter().enumerate().filter(move |(index, _)| is_set(*index)).map(|(_, layout)| *layout)
 }
 

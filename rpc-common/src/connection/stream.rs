@@ -70,15 +70,16 @@ impl Read for Stream {
 }
 
 impl Write for Stream {
-    /// Takes whole frames: amiquip writes no others as long as all that it writes is taken.
+    /// Takes all that amiquip writes. So each piece of it begins with a whole frame, but for the protocol header at the start,
+    /// which is not a frame.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let Some(login) = &self.login else {
             self.writer.write(bytes)?;
             return Ok(bytes.len());
         };
         match parse_frame(bytes) {
-            Ok((_, AMQPFrame::Method(_, AMQPClass::Connection(AMQPMethod::StartOk(start_ok))))) => {
-                self.writer.write(&complete(start_ok, &login.connection_name)?)?;
+            Ok((rest, AMQPFrame::Method(_, AMQPClass::Connection(AMQPMethod::StartOk(start_ok))))) => {
+                self.writer.write(&[&complete(start_ok, &login.connection_name)?, rest].concat())?;
             }
             Ok((_, AMQPFrame::Method(_, AMQPClass::Connection(AMQPMethod::TuneOk(tune_ok))))) => {
                 // Not with heartbeats: it ends a connection to a live broker, too, that reads nothing for so long.

@@ -27,8 +27,8 @@ impl Diagnosis {
         Diagnosis { next_check: now + FIRST_CHECK, blocked, cause, looks_without_consumers: 0 }
     }
 
-    /// A call has begun after none was pending, or a reply has arrived.
-    pub(crate) fn on_progress(&mut self, now: Instant) {
+    /// A call has begun after none was pending.
+    pub(crate) fn on_begin(&mut self, now: Instant) {
         self.next_check = now + FIRST_CHECK;
     }
 
@@ -37,9 +37,15 @@ impl Diagnosis {
         self.cause = NoAnswerCause::Waiting(step);
     }
 
+    /// The consumer was started.
     pub(crate) fn on_consuming(&mut self, now: Instant) {
+        self.on_reply(now);
+    }
+
+    /// A reply has arrived: what was known before is old.
+    pub(crate) fn on_reply(&mut self, now: Instant) {
         self.cause = NoAnswerCause::Unknown;
-        self.on_progress(now);
+        self.next_check = now + FIRST_CHECK;
     }
 
     pub(crate) fn on_connection_error(&mut self, error: &ConnectionError) {

@@ -235,7 +235,7 @@ impl<T> EventLoop<'_, '_, T> {
     /// Begins the call of a request; it is not sent yet.
     fn on_request(&mut self, request: Request<T>) {
         if self.pending.is_empty() {
-            self.diagnosis.on_progress(Instant::now());
+            self.diagnosis.on_begin(Instant::now());
         }
         self.pending.begin(Uuid::new_v4(), request, Deadline::after(self.config.timeout));
     }
@@ -286,6 +286,11 @@ impl<T> EventLoop<'_, '_, T> {
                 self.on_reply(delivery);
             }
         }
+        for confirm in session.confirms.try_iter() {
+            if let Confirm::Ack(confirmed) = confirm {
+                self.pending.on_ack(confirmed);
+            }
+        }
         session.notifications.try_iter().for_each(|notification| self.on_notification(notification));
     }
 
@@ -320,6 +325,7 @@ impl<T> EventLoop<'_, '_, T> {
         if stats.as_ref().is_ok_and(|stats| stats.messages > 0) {
             self.end_refused(); // the queue is full; an empty one that refuses requests has lost its process
         }
+        self.pending.resend_refused(Instant::now());
     }
 
     /// Ends the calls whose only request the queue has refused.
@@ -348,7 +354,7 @@ impl<T> EventLoop<'_, '_, T> {
     }
 
     fn on_reply(&mut self, delivery: Delivery) {
-        self.diagnosis.on_progress(Instant::now());
+        self.diagnosis.on_reply(Instant::now());
         let Some(call) = self.pending.on_reply(delivery.properties.correlation_id().as_deref()) else {
             self.discarded += 1;
             log::info!("discarded an unexpected reply, {} in all", self.discarded);

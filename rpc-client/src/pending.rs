@@ -11,6 +11,9 @@ use std::time::{Duration, Instant};
 use std::{iter, mem};
 use uuid::Uuid;
 
+/// How many requests of ended calls may be unconfirmed. A quorum queue without a majority confirms nothing.
+const MAX_UNCONFIRMED: usize = 10_000;
+
 /// How long a request that was returned or refused waits before it is sent again.
 const RESEND_DELAY: Duration = Duration::from_millis(250);
 
@@ -37,9 +40,10 @@ enum Fate {
     Unknown,
     /// The queue has taken it (`basic.ack`).
     Accepted,
-    /// There is no queue (`basic.return`).
-    Returned,
-    /// The queue has not taken it (`basic.nack`): it is full, or its process has died.
+    /// No queue has taken it (`basic.return`, `basic.nack`): it is sent again.
+    Lost,
+    /// The queue has not taken the only request of its call (`basic.nack`): it is full, or its process has died. A look at the
+    /// queue decides.
     Refused,
 }
 
@@ -126,7 +130,7 @@ impl<T> PendingCalls<T> {
         for call in self.calls.values_mut() {
             call.may_have_run |= call.sends > 0;
         }
-        (self.numbered, self.resend_at, self.is_accepted) = (0, None, true);
+        (self.numbered, self.resend_at, self.was_queue_missing, self.is_accepted) = (0, None, false, true);
         self.unconfirmed.clear();
         self.to_send = self.calls.keys().copied().collect();
     }
@@ -149,16 +153,22 @@ impl<T> PendingCalls<T> {
         }
         self.resend_at = None;
         let was_queue_missing = mem::take(&mut self.was_queue_missing);
-        let is_lost = |call: &Call<T>| match call.fate {
-            Fate::Unknown => false,
+        let is_lost = |call: &&mut Call<T>| match call.fate {
+            Fate::Unknown | Fate::Refused => false,
             Fate::Accepted => was_queue_missing,
-            Fate::Returned | Fate::Refused => true,
+            Fate::Lost => true,
         };
-        self.to_send.extend(self.calls.values().filter(|call| is_lost(call)).map(|call| call.index));
+        for call in self.calls.values_mut().filter(|call| is_lost(call)) {
+            call.fate = Fate::Unknown;
+            self.to_send.push_back(call.index);
+        }
     }
 
     /// Whether the queue takes further calls, as far as is known. If it does not, one call at a time tries it.
     pub(crate) fn accepts_calls(&self) -> bool {
+        if self.unconfirmed.len() > 2 * self.calls.len() + MAX_UNCONFIRMED {
+            return false;
+        }
         let is_tried = || self.calls.values().any(|call| call.fate != Fate::Accepted);
         self.is_accepted || (self.resend_at.is_none() && !is_tried())
     }
@@ -175,7 +185,7 @@ impl<T> PendingCalls<T> {
     pub(crate) fn on_return(&mut self, correlation_id: Option<&str>, now: Instant) -> Option<Returned<T>> {
         let id = Uuid::try_parse(correlation_id?).ok()?;
         let call = self.calls.get_mut(self.index_of.get(&id)?)?;
-        call.fate = Fate::Returned;
+        call.fate = Fate::Lost;
         let is_first = call.sends == 1 && !self.was_answered;
         self.on_missing_queue(now);
         if is_first {
@@ -200,18 +210,27 @@ impl<T> PendingCalls<T> {
         }
     }
 
-    /// The queue has not taken these requests. Returns whether a call is pending whose only request is among them.
+    /// The queue has not taken these requests. Returns whether a call is pending whose only request is among them: whether it
+    /// ends depends on the queue.
     pub(crate) fn on_nack(&mut self, refused: ConfirmPayload, now: Instant) -> bool {
         let mut is_any_first = false;
         for index in self.take_confirmed(refused) {
             if let Some(call) = self.calls.get_mut(&index) {
-                call.fate = Fate::Refused;
+                call.fate = if call.sends == 1 { Fate::Refused } else { Fate::Lost };
                 is_any_first |= call.sends == 1;
                 self.is_accepted = false;
                 self.resend_at.get_or_insert(now + RESEND_DELAY);
             }
         }
         is_any_first
+    }
+
+    /// The queue was looked at, and is not full: requests that it refused are sent again.
+    pub(crate) fn resend_refused(&mut self, now: Instant) {
+        for call in self.calls.values_mut().filter(|call| call.fate == Fate::Refused) {
+            call.fate = Fate::Lost;
+            self.resend_at.get_or_insert(now + RESEND_DELAY);
+        }
     }
 
     fn take_confirmed(&mut self, ConfirmPayload { delivery_tag, multiple }: ConfirmPayload) -> Vec<u64> {
@@ -224,7 +243,7 @@ impl<T> PendingCalls<T> {
 
     /// Ends a call whose only request was refused: the queue is full.
     pub(crate) fn pop_refused(&mut self) -> Option<Call<T>> {
-        let id = self.calls.values().find(|call| call.fate == Fate::Refused && call.sends == 1)?.id;
+        let id = self.calls.values().find(|call| call.fate == Fate::Refused)?.id;
         self.remove(id)
     }
 
@@ -401,9 +420,35 @@ mod tests {
         assert!(calls.pop_refused().is_none());
         assert!(calls.on_nack(one(1), now));
         assert!(!calls.accepts_calls());
+        let (_, slow_look) = (resend(&mut calls, now), now + 2 * RESEND_DELAY);
+        assert_eq!(resend(&mut calls, slow_look), Some(OTHER), "the first one waits for the look at the queue");
         assert_eq!(calls.pop_refused().map(|call| call.id), Some(ID));
         assert!(calls.pop_refused().is_none());
-        assert_eq!(resend(&mut calls, now + RESEND_DELAY), Some(OTHER));
+    }
+
+    #[test]
+    fn a_request_that_a_queue_refuses_which_is_not_full_is_sent_again() {
+        let mut calls = PendingCalls::new();
+        let now = Instant::now();
+        begin(&mut calls, ID, 1);
+        assert!(calls.on_nack(one(1), now));
+        assert!(resend(&mut calls, now + RESEND_DELAY).is_none());
+        calls.resend_refused(now);
+        assert_eq!(resend(&mut calls, now + RESEND_DELAY), Some(ID));
+    }
+
+    #[test]
+    fn a_queue_that_confirms_nothing_gets_no_requests_without_end() {
+        let mut calls = PendingCalls::new();
+        let mut begun = 0;
+        while calls.accepts_calls() {
+            let request = Request { context: (), body: Vec::new() };
+            calls.begin(Uuid::from_u128(begun), request, Deadline::after(Duration::ZERO));
+            calls.next_to_send().unwrap();
+            calls.expire(Instant::now()).unwrap();
+            begun += 1;
+            assert!(begun < 100_000);
+        }
     }
 
     #[test]

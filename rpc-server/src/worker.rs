@@ -22,7 +22,7 @@ pub(crate) const BROKER_CALL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How often an idle worker looks at the queue, and how long the broker may take to answer.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
-const LOOK_TIMEOUT: Duration = Duration::from_secs(15);
+const LOOK_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// How many deliveries, and returned replies, may be unread in addition to twice the prefetch: a quorum queue delivers the
 /// prefetched requests again when it loses and finds the node that we are connected to.

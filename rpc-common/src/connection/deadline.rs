@@ -4,6 +4,7 @@ use crate::text::format_duration;
 use crossbeam_channel::{bounded, Receiver, RecvTimeoutError, Sender};
 use std::collections::HashMap;
 use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use std::{io, thread};
@@ -62,6 +63,7 @@ pub struct Watchdog {
 
 struct Watched {
     socket: TcpStream,
+    has_shut_down: AtomicBool,
     calls: Mutex<Calls>,
 }
 
@@ -81,7 +83,7 @@ impl Watchdog {
     pub fn new(socket: TcpStream) -> io::Result<Self> {
         let (wake, woken) = bounded(1);
         let calls = Calls { deadlines: HashMap::new(), begun: 0, wakes_at: Instant::now() + MAX_DEADLINE };
-        let watched = Arc::new(Watched { socket, calls: Mutex::new(calls) });
+        let watched = Arc::new(Watched { socket, has_shut_down: AtomicBool::new(false), calls: Mutex::new(calls) });
         let thread = watched.clone();
         thread::Builder::new().name("watchdog".into()).spawn(move || thread.watch(&woken))?;
         Ok(Watchdog { watched, wake })
@@ -110,10 +112,16 @@ impl Watchdog {
     pub fn shut_down(&self) {
         self.watched.shut_down();
     }
+
+    /// Whether the socket was shut down here, and not by the peer.
+    pub fn has_shut_down(&self) -> bool {
+        self.watched.has_shut_down.load(Ordering::Relaxed)
+    }
 }
 
 impl Watched {
     fn shut_down(&self) {
+        self.has_shut_down.store(true, Ordering::Relaxed);
         let _ = self.socket.shutdown(Shutdown::Both); // fails only if it is shut down already
     }
 

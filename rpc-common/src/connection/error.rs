@@ -61,8 +61,8 @@ pub enum ErrorKind {
     /// The connection broke, for this reason.
     #[error("was disconnected: {0}")]
     ConnectionLost(String),
-    /// The connection ended because the broker had frozen, or the network lost it.
-    #[error("sent nothing for two heartbeat intervals")]
+    /// The broker sent nothing for two heartbeat intervals, or did not answer a call in time.
+    #[error("no longer answers")]
     Silent,
     /// The broker allows no more channels on this connection.
     #[error("allows no more channels: reduce --workers, or raise the broker's channel_max")]

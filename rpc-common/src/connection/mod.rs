@@ -169,7 +169,7 @@ impl Connection {
         }
     }
 
-    /// Opens a channel. If more deliveries, or more returned messages, than `max_unread` wait on it to be taken, the
+    /// Opens a channel. If more deliveries, returned messages or confirmations than `max_unread` wait on it to be taken, the
     /// broker has sent more than was asked for, and the connection ends.
     ///
     /// # Errors
@@ -228,6 +228,9 @@ impl Connection {
 
     /// Closes a connection that has ended. Returns the cause: amiquip tells it in answer to closing.
     pub fn close_ended(&mut self) -> Error {
+        if self.watchdog.has_shut_down() {
+            return Error::new(self.broker(), ErrorKind::Silent);
+        }
         self.close().err().unwrap_or_else(|| self.lost("it has ended"))
     }
 

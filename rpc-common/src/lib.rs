@@ -3,6 +3,7 @@
 //! Read in this order: [`fib`] is the function, [`message`] what goes over the wire, [`connection`] the way to the broker,
 //! [`options`] the command line, [`exit`] how a program says how it ended.
 
+pub mod background_writer;
 pub mod connection;
 pub mod exit;
 pub mod fib;

@@ -1,10 +1,11 @@
 //! The log of both programs: on standard error, without passwords, and limited in rate.
 
+use crate::background_writer::BackgroundWriter;
 use crate::text::escape;
-use env_logger::Builder;
+use env_logger::{Builder, Target};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use std::collections::HashMap;
-use std::io::Write;
+use std::io::{self, Write};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use std::{panic, thread};
@@ -18,17 +19,22 @@ pub struct LogOptions {
 }
 
 impl LogOptions {
-    /// Starts a log for an operator: each line has a time and a level.
+    /// Starts a log for an operator: each line has a time and a level. Whoever logs does not wait for its reader.
     pub fn start_for_operator(&self, level: LevelFilter) {
-        start(self.builder(level).format_target(false).format_timestamp_millis());
+        let writer = BackgroundWriter::start(io::stderr());
+        let mut builder = self.builder(level);
+        builder.format_target(false).format_timestamp_millis().target(Target::Pipe(Box::new(writer.clone())));
+        start(&mut builder, Some(writer));
     }
 
     /// Starts a log for a user at a prompt: the lines look like the errors of `program`.
     pub fn start_for_prompt(&self, program: &'static str, level: LevelFilter) {
-        start(self.builder(level).format(move |line, record| match record.level() {
+        let mut builder = self.builder(level);
+        builder.format(move |line, record| match record.level() {
             Level::Warn => writeln!(line, "{program}: warning: {}", record.args()),
             _ => writeln!(line, "{program}: {}", record.args()),
-        }));
+        });
+        start(&mut builder, None);
     }
 
     fn builder(&self, level: LevelFilter) -> Builder {
@@ -45,10 +51,10 @@ impl LogOptions {
     }
 }
 
-fn start(builder: &mut Builder) {
+fn start(builder: &mut Builder, writer: Option<BackgroundWriter>) {
     let log = builder.build();
     log::set_max_level(log.filter());
-    let log = RateLimitedLog { log, limiter: Mutex::default() };
+    let log = RateLimitedLog { log, writer, limiter: Mutex::default() };
     log::set_boxed_logger(Box::new(log)).expect("a program starts its log once");
 }
 
@@ -64,7 +70,8 @@ pub fn log_panics() {
     }));
 }
 
-/// Logs the counts of suppressed lines that are still pending. Call it before the program ends.
+/// Logs the counts of suppressed lines that are still pending, and waits until the log is written, a second at most. Call it
+/// before the program ends.
 pub fn flush() {
     log::logger().flush();
 }
@@ -77,6 +84,8 @@ const WINDOW_LENGTH: Duration = Duration::from_secs(60);
 /// A log that a peer cannot flood: it limits the rate of each call site.
 struct RateLimitedLog<L> {
     log: L,
+    /// What `log` writes to, if that is a thread of its own.
+    writer: Option<BackgroundWriter>,
     limiter: Mutex<RateLimiter>,
 }
 
@@ -126,6 +135,9 @@ impl<L: Log> Log for RateLimitedLog<L> {
     fn flush(&self) {
         self.end_windows(Duration::ZERO);
         self.log.flush();
+        if let Some(writer) = &self.writer {
+            writer.flush();
+        }
     }
 }
 
@@ -198,7 +210,7 @@ mod tests {
 
     #[test]
     fn amiquips_lines_are_escaped_and_floods_are_limited() {
-        let log = RateLimitedLog { log: StoringLog::default(), limiter: Mutex::default() };
+        let log = RateLimitedLog { log: StoringLog::default(), writer: None, limiter: Mutex::default() };
         log_line(&log, "amiquip::io_loop", Level::Debug, "\x1b[2J");
         (0..9).for_each(|_| log_line(&log, "rpc_common::connection", Level::Warn, "lost"));
         (0..9).for_each(|_| log_line(&log, "rpc_common::connection", Level::Debug, "lost"));
@@ -209,7 +221,7 @@ mod tests {
 
     #[test]
     fn flush_logs_the_counts_that_are_pending_once() {
-        let log = RateLimitedLog { log: StoringLog::default(), limiter: Mutex::default() };
+        let log = RateLimitedLog { log: StoringLog::default(), writer: None, limiter: Mutex::default() };
         (1..=7).for_each(|n| log_line(&log, "rpc_common", Level::Info, &format!("lost {n}")));
         log.flush();
         log.flush();

@@ -6,29 +6,68 @@
 use rpc_common::message::{Reply, Request};
 use std::collections::VecDeque;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// How many replies are kept: the latest ones.
 const MAX_KEPT: usize = 64;
 
-/// The latest replies whose channel or consumer had ended when they were sent, of all workers.
+/// The latest replies whose channel or consumer had ended when they were sent, of all workers; and the requests in hand.
 #[derive(Default)]
-pub(crate) struct KeptReplies(Mutex<VecDeque<(u64, Reply)>>);
+pub(crate) struct KeptReplies {
+    state: Mutex<State>,
+    /// Notified when a request is no longer in hand.
+    has_ended: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    replies: VecDeque<(u64, Reply)>,
+    in_hand: Vec<u64>,
+}
+
+/// A request that a worker has in hand, until this is dropped.
+pub(crate) struct InHand<'a> {
+    kept: &'a KeptReplies,
+    key: u64,
+}
 
 impl KeptReplies {
-    /// Keeps the reply to this request.
-    pub(crate) fn keep(&self, request: &Request, reply: Reply) {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.truncate(MAX_KEPT - 1);
-        kept.push_front((key(request), reply));
+    /// Marks a request as in hand. A redelivered one that another worker has in hand is waited for, and its kept reply is
+    /// returned, if there is one.
+    pub(crate) fn begin(&self, request: &Request, is_redelivered: bool) -> (InHand<'_>, Option<Reply>) {
+        let (key, mut state) = (key(request), self.lock());
+        let mut kept = None;
+        if is_redelivered {
+            while state.in_hand.contains(&key) {
+                state = self.has_ended.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+            let index = state.replies.iter().position(|(kept, _)| *kept == key);
+            kept = index.and_then(|index| state.replies.remove(index)).map(|(_, reply)| reply);
+        }
+        state.in_hand.push(key);
+        (InHand { kept: self, key }, kept)
     }
 
-    /// Returns the reply that was kept for this request.
-    pub(crate) fn take(&self, request: &Request) -> Option<Reply> {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = key(request);
-        let index = kept.iter().position(|(kept, _)| *kept == key)?;
-        kept.remove(index).map(|(_, reply)| reply)
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl InHand<'_> {
+    /// Keeps the reply to this request.
+    pub(crate) fn keep(&self, reply: Reply) {
+        let mut state = self.kept.lock();
+        state.replies.truncate(MAX_KEPT - 1);
+        state.replies.push_front((self.key, reply));
+    }
+}
+
+impl Drop for InHand<'_> {
+    fn drop(&mut self) {
+        let mut state = self.kept.lock();
+        let index = state.in_hand.iter().position(|key| *key == self.key);
+        index.map(|index| state.in_hand.swap_remove(index));
+        self.kept.has_ended.notify_all();
     }
 }
 
@@ -42,18 +81,44 @@ fn key(request: &Request) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::thread;
+
+    fn request(body: &[u8]) -> Request<'_> {
+        Request { body, reply_to: Some("to"), correlation_id: None, deadline_ms: None }
+    }
+
+    fn keep(kept: &KeptReplies, body: &[u8], reply: &str) {
+        kept.begin(&request(body), false).0.keep(Ok(reply.into()));
+    }
+
+    fn take(kept: &KeptReplies, body: &[u8]) -> Option<Reply> {
+        kept.begin(&request(body), true).1
+    }
 
     #[test]
     fn a_reply_is_kept_for_its_request_only_and_once() {
-        let request = |body| Request { body, reply_to: Some("to"), correlation_id: None, deadline_ms: None };
         let kept = KeptReplies::default();
-        assert_eq!(kept.take(&request(b"30")), None);
-        kept.keep(&request(b"30"), Ok("832040".into()));
-        kept.keep(&request(b"20"), Ok("6765".into()));
-        assert_eq!(kept.take(&request(b"31")), None);
-        assert_eq!(kept.take(&request(b"30")), Some(Ok("832040".into())));
-        assert_eq!(kept.take(&request(b"30")), None);
-        (0..MAX_KEPT).for_each(|_| kept.keep(&request(b"30"), Ok("832040".into())));
-        assert_eq!(kept.take(&request(b"20")), None, "it was the oldest");
+        assert_eq!(take(&kept, b"30"), None);
+        keep(&kept, b"30", "832040");
+        keep(&kept, b"20", "6765");
+        assert_eq!(take(&kept, b"31"), None);
+        assert_eq!(kept.begin(&request(b"30"), false).1, None, "this is another request");
+        assert_eq!(take(&kept, b"30"), Some(Ok("832040".into())));
+        assert_eq!(take(&kept, b"30"), None);
+        (0..MAX_KEPT).for_each(|_| keep(&kept, b"30", "832040"));
+        assert_eq!(take(&kept, b"20"), None, "it was the oldest");
+    }
+
+    #[test]
+    fn a_redelivered_request_waits_for_the_worker_that_has_it_in_hand() {
+        let kept = KeptReplies::default();
+        let (in_hand, _) = kept.begin(&request(b"30"), false);
+        thread::scope(|scope| {
+            let redelivered = scope.spawn(|| take(&kept, b"30"));
+            in_hand.keep(Ok("832040".into()));
+            drop(in_hand);
+            assert_eq!(redelivered.join().unwrap(), Some(Ok("832040".into())));
+        });
+        assert!(kept.lock().in_hand.is_empty());
     }
 }

@@ -9,13 +9,14 @@ use crate::isolated::{IsolatedPublisher, IDLE_TIMEOUT};
 use crate::kept::KeptReplies;
 use crate::queue::{self, QueueType};
 use crate::signals::Stop;
-use crate::worker::{Service, Worker, WorkerChannel, WorkerEvent};
+use crate::worker::{Service, Worker, WorkerChannel, WorkerEvent, LOOK_INTERVAL};
 use amiquip::ConnectionBlockedNotification::{self, Blocked, Unblocked};
 use crossbeam_channel::{select_biased, unbounded, Receiver, Sender};
 use rpc_common::connection::{
     run_in_background, start_at, start_at_random, Backoff, Connection, Deadline, Endpoint, Error, ErrorKind,
 };
 use rpc_common::text::escape;
+use std::cell::Cell;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Once;
@@ -61,7 +62,8 @@ pub fn serve(config: &Config, handler: &Handler, stop: &Stop, on_ready: &(dyn Fn
     thread::scope(|scope| {
         for index in 0..workers {
             let (events, channels) = (event_sender.clone(), channels.clone());
-            let worker = Worker { service: &service, events, channels };
+            let look_interval = Cell::new(LOOK_INTERVAL);
+            let worker = Worker { service: &service, events, channels, look_interval };
             thread::Builder::new()
                 .name(format!("worker-{index}"))
                 .spawn_scoped(scope, move || worker.run())

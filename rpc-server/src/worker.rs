@@ -13,6 +13,7 @@ use rpc_common::connection::{
 };
 use rpc_common::message::{encode_reply, unix_time_ms, ErrorCode, Failure, Reply, Request};
 use rpc_common::text::{escape, format_duration};
+use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Once;
 use std::time::{Duration, Instant, SystemTime};
@@ -20,8 +21,10 @@ use std::time::{Duration, Instant, SystemTime};
 /// Timeout of a worker's synchronous broker calls.
 pub(crate) const BROKER_CALL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often an idle worker looks at the queue, and how long the broker may take to answer.
-const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+/// How often an idle worker looks at the queue at first, and at most when it has begun to consume again in vain: a queue may
+/// have a single active consumer. And how long the broker may take to answer.
+pub(crate) const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+const MAX_LOOK_INTERVAL: Duration = Duration::from_secs(600);
 const LOOK_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// How many deliveries, and returned replies, may be unread in addition to twice the prefetch: a quorum queue delivers the
@@ -53,6 +56,7 @@ pub(crate) struct Worker<'a> {
     pub(crate) service: &'a Service<'a>,
     pub(crate) events: Sender<WorkerEvent>,
     pub(crate) channels: Receiver<WorkerChannel>,
+    pub(crate) look_interval: Cell<Duration>,
 }
 
 /// What a worker reports to the server.
@@ -172,6 +176,7 @@ impl Worker<'_> {
                 recv(deliveries) -> message => match delivery(message).map_err(|error| channel.error(error))? {
                     Some(delivery) => {
                         saw_requests = false;
+                        self.look_interval.set(LOOK_INTERVAL);
                         self.handle_delivery(channel, &delivery)?;
                     }
                     None => return Err(Error::new(&channel.endpoint.broker, ErrorKind::ConsumerCancelled)),
@@ -180,9 +185,10 @@ impl Worker<'_> {
                 recv(returns) -> reply => if let Ok(reply) = reply {
                     log_return(&reply);
                 },
-                default(LOOK_INTERVAL) => {
+                default(self.look_interval.get()) => {
                     let sees_requests = self.sees_requests(channel)?;
                     if saw_requests && sees_requests && deliveries.is_empty() {
+                        self.look_interval.set((2 * self.look_interval.get()).min(MAX_LOOK_INTERVAL));
                         return Err(Error::new(&channel.endpoint.broker, ErrorKind::ConsumerForgotten));
                     }
                     saw_requests = sees_requests;
@@ -215,7 +221,8 @@ impl Worker<'_> {
             channel.publisher.reject(tag);
             return channel.send();
         };
-        let mut reply = self.reply(&request, delivery.redelivered);
+        let (in_hand, kept) = self.service.kept.begin(&request, delivery.redelivered);
+        let mut reply = kept.unwrap_or_else(|| self.run_handler(&request));
         // Only if it was not UTF-8, which amiquip cannot hold. Else the request has it.
         let original_id = changes.original_correlation_id.as_deref();
         let mut is_published = false;
@@ -237,21 +244,16 @@ impl Worker<'_> {
         let sent = channel.send();
         // A cancelled consumer's requests may be in the queue again: then the broker ignores the acknowledgement.
         if sent.is_err() || channel.open.is_cancelled() {
-            self.service.kept.keep(&request, reply);
+            in_hand.keep(reply);
         }
         sent
     }
 
-    /// The reply that was computed before, or that the function computes now.
-    fn reply(&self, request: &Request, is_redelivered: bool) -> Reply {
+    /// Runs the function, unless the caller's deadline has passed.
+    fn run_handler(&self, request: &Request) -> Reply {
         let late_ms =
             request.deadline_ms.map_or(0, |deadline| unix_time_ms(SystemTime::now()).saturating_sub(deadline));
-        let kept = if is_redelivered { self.service.kept.take(request) } else { None };
-        let reply = match kept {
-            Some(reply) => reply,
-            None if late_ms > 0 => Err(expired(late_ms)),
-            None => handler::call(self.service.handler, request),
-        };
+        let reply = if late_ms > 0 { Err(expired(late_ms)) } else { handler::call(self.service.handler, request) };
         if let Err(failure) = &reply {
             log::warn!("answered with an error: {}", escape(failure.message.as_bytes()));
         }

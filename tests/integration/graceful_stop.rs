@@ -72,19 +72,20 @@ fn a_second_signal_ends_a_server_at_once() {
     assert_eq!(server.wait().signal(), Some(Signal::INT.as_raw()), "a shell reports 130");
 }
 
-/// As after Ctrl-S in a terminal. The lines of 20,000 requests are more than a pipe takes.
+/// As after Ctrl-S in a terminal. The lines of 20,000 requests, and their log, are more than a pipe takes.
 #[test]
-fn a_server_whose_standard_output_is_not_read_answers_and_stops() {
+fn a_server_whose_output_and_log_are_not_read_answers_and_stops() {
     let queue = Queue::named("unread_stdout");
     let program = program_folder().join("rpc-server");
     // `tail` does not read its standard input, which is the server's standard output.
-    let script = r#"exec "$0" "$@" > >(exec tail --pid=$$ -f /dev/null)"#;
+    let script = r#"exec "$0" "$@" > >(exec tail --pid=$$ -f /dev/null) 2>&1"#;
     let mut command = Command::new("bash");
-    command.args(["-c", script]).arg(program).args(["--queue", &queue, "--prefetch", "64"]);
-    let server = Program::spawn_command(command.env("AMQP_URL", broker::url()));
-    server.wait_for_log("connected to");
+    command.args(["-c", script]).arg(program).args(["--queue", &queue, "--prefetch", "64", "-vvv"]);
+    let mut server = Program::spawn_command(command.env("AMQP_URL", broker::url()));
+    Peer::connect().wait_for_consumers(&queue, 1);
     assert_output(&mut client(&queue, &["-q", "--repeat", "20000", "1"]), 0, &"1\n".repeat(20_000), "");
-    server.stop();
+    server.send_signal(Signal::TERM);
+    assert_eq!(server.wait().code(), Some(0));
 }
 
 /// One of three servers is stopped. All of them close their connections by the close handshake.

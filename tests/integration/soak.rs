@@ -192,15 +192,17 @@ fn call_with_one_client(
     let args = [&args[..], &["-v", "--unordered", "-"]].concat();
     let mut client = Program::spawn_at(&format!("amqp://{}", proxy.authority()), "rpc-client", &args);
     let mut report_at = Instant::now() + REPORT_INTERVAL;
-    let (mut asked, before) = (0, counts.total());
+    let (mut asked, before, unreachable_before) = (0, counts.total(), counts.unreachable);
     while !stop.load(Ordering::Relaxed) {
         if asked - (counts.total() - before) < 500 {
             asked += 1;
             if !client.write_line(&rng.u64(0..=MAX_N).to_string()) {
                 break; // the client has ended; its exit code is checked below
             }
-        } else {
+        } else if client.memory_kib().is_some() {
             thread::sleep(Duration::from_millis(1));
+        } else {
+            break; // it has ended, and leaves its input unread
         }
         counts.add(&client.new_lines(), &client.new_log());
         if Instant::now() > report_at {
@@ -213,10 +215,11 @@ fn call_with_one_client(
     let code = client.wait().code();
     let (answers, log) = client.remaining_output();
     counts.add(&answers, &log);
-    // A client that cannot reach the broker within a call's timeout exits with code 3 and leaves its input unread. This may
-    // happen with the short timeout only, and to a client whose first connection was broken.
+    // A client that cannot reach the broker within a call's timeout ends and leaves its input unread. This may happen with
+    // the short timeout only, and to a client whose first connection was broken.
     let is_complete = asked == counts.total() - before;
-    let was_unreachable = code == Some(3) && (timeout == SHORT_TIMEOUT || counts.right == 0);
+    let has_failed = counts.unreachable > unreachable_before && matches!(code, Some(3..=5));
+    let was_unreachable = has_failed && (timeout == SHORT_TIMEOUT || counts.right == 0);
     let ended_well = is_complete && matches!(code, Some(0 | 4 | 5));
     if !(was_unreachable || ended_well) {
         counts.wrong.push(format!("exit code {code:?} after {log:#?}"));

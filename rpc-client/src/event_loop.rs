@@ -135,7 +135,10 @@ impl<T> EventLoop<'_, '_, T> {
                     self.publish_requests(session);
                 }
                 recv(session.confirms) -> confirm => match confirm {
-                    Ok(confirm) => self.on_confirm(session, confirm),
+                    Ok(confirm) => {
+                        self.on_confirm(session, confirm);
+                        self.publish_requests(session);
+                    }
                     Err(RecvError) => session.confirms = never(),
                 },
                 recv(session.returns) -> request => match request {
@@ -286,6 +289,7 @@ impl<T> EventLoop<'_, '_, T> {
                 self.on_reply(delivery);
             }
         }
+        session.returns.try_iter().for_each(|request| self.on_return(&request)); // before their confirmations
         for confirm in session.confirms.try_iter() {
             if let Confirm::Ack(confirmed) = confirm {
                 self.pending.on_ack(confirmed);

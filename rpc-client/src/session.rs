@@ -40,7 +40,7 @@ pub(crate) struct Session {
     pub(crate) is_consuming: bool,
     /// Whether the queue is being looked at.
     pub(crate) is_checking: bool,
-    /// When closing must have ended: the first deadline of the pending calls, or of those that were pending last.
+    /// When closing must have ended: the first deadline of the pending calls, kept when none is left.
     pub(crate) close_deadline: Deadline,
 }
 

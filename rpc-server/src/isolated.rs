@@ -12,8 +12,7 @@ use rpc_common::text::escape;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// After how long without an event of the server's loop the isolated connection is closed, so that it does not stay open for
-/// good.
+/// How long the server's loop is quiet before the isolated connection is closed, so that it does not stay open for good.
 pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long one reply may take.

@@ -1,7 +1,7 @@
 //! Serves a function: keeps the connection and the request queue, and gives channels to the workers.
 //!
-//! All workers wait for a channel at first, and again when theirs has ended. They end with the stop signal, or when the
-//! server has dropped the sender that their wait receives from.
+//! All workers wait for a channel at first, and again when theirs has ended. They end with the stop signal, or when
+//! `Server::channels` is dropped.
 
 use crate::config::Config;
 use crate::handler::Handler;
@@ -171,7 +171,7 @@ impl Server<'_> {
                     }
                     Err(_) => break, // the workers have ended
                 },
-                // For the isolated connection.
+                // A quiet moment: the isolated connection is closed until it is needed again.
                 default(IDLE_TIMEOUT) => self.service.isolated.close_unused(),
             }
         }

@@ -21,10 +21,14 @@ use std::time::{Duration, Instant, SystemTime};
 /// Timeout of a worker's synchronous broker calls.
 pub(crate) const BROKER_CALL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often an idle worker looks at the queue at first, and at most when it has begun to consume again in vain: a queue may
-/// have a single active consumer. And how long the broker may take to answer.
+/// How often an idle worker looks at the queue.
 pub(crate) const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How often it looks when it has consumed again in vain: twice as rarely each time, down to this. (A queue with a single
+/// active consumer gives the others nothing.)
 const MAX_LOOK_INTERVAL: Duration = Duration::from_secs(600);
+
+/// How long the broker may take to answer such a look.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// How many deliveries, and returned replies, may be unread in addition to twice the prefetch: a quorum queue delivers the
@@ -168,14 +172,14 @@ impl Worker<'_> {
 
     fn serve(&self, channel: &WorkerChannel, deliveries: &Receiver<ConsumerMessage>) -> Result<(), Error> {
         let returns = &channel.open.returns;
-        let mut saw_requests = false; // at the latest look, and nothing was delivered since
+        let mut saw_requests_before = false; // at the latest look, and nothing was delivered since
         loop {
             returns.try_iter().for_each(|reply| log_return(&reply)); // also while there is always a delivery
             select_biased! {
                 recv(self.service.stop) -> _ => return Ok(()),
                 recv(deliveries) -> message => match delivery(message).map_err(|error| channel.error(error))? {
                     Some(delivery) => {
-                        saw_requests = false;
+                        saw_requests_before = false;
                         self.look_interval.set(LOOK_INTERVAL);
                         self.handle_delivery(channel, &delivery)?;
                     }
@@ -187,11 +191,11 @@ impl Worker<'_> {
                 },
                 default(self.look_interval.get()) => {
                     let sees_requests = self.sees_requests(channel)?;
-                    if saw_requests && sees_requests && deliveries.is_empty() {
+                    if saw_requests_before && sees_requests && deliveries.is_empty() {
                         self.look_interval.set((2 * self.look_interval.get()).min(MAX_LOOK_INTERVAL));
                         return Err(Error::new(&channel.endpoint.broker, ErrorKind::ConsumerForgotten));
                     }
-                    saw_requests = sees_requests;
+                    saw_requests_before = sees_requests;
                 }
             }
         }
@@ -223,7 +227,7 @@ impl Worker<'_> {
         };
         let (in_hand, kept) = self.service.kept.begin(&request, delivery.redelivered);
         let mut reply = kept.unwrap_or_else(|| self.run_handler(&request));
-        // Only if it was not UTF-8, which amiquip cannot hold. Else the request has it.
+        // The bytes of an id that is not UTF-8, which amiquip cannot hold. Any other id is in the request.
         let original_id = changes.original_correlation_id.as_deref();
         let mut is_published = false;
         if delivery.redelivered {
@@ -242,7 +246,7 @@ impl Worker<'_> {
         }
         channel.publisher.ack(tag);
         let sent = channel.send();
-        // A cancelled consumer's requests may be in the queue again: then the broker ignores the acknowledgement.
+        // If the channel or the consumer has ended, the broker ignores the acknowledgement, and delivers the request again.
         if sent.is_err() || channel.open.is_cancelled() {
             in_hand.keep(reply);
         }

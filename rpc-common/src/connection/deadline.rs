@@ -90,7 +90,7 @@ impl Watchdog {
     }
 
     /// Runs a call that blocks on the socket, and shuts the socket down if the call is still running at the deadline. Then the
-    /// thread has removed its deadline, and the result is `None`, whatever the call returned.
+    /// watchdog thread has removed the call's deadline, and the result is `None`, whatever the call returned.
     pub fn run_until<T>(&self, deadline: &Deadline, call: impl FnOnce() -> T) -> Option<T> {
         let number = self.add(deadline.instant);
         let result = call();

@@ -182,7 +182,7 @@ impl Connection {
             Ok((channel, returns, confirms))
         })?;
         let number = amqp.channel_id();
-        // The state only asks how many are unread.
+        // The clones serve only to count what is unread.
         let state = self.state.open(number, max_unread, returns.clone(), confirms.clone());
         let publisher = Publisher::new(self.writer.clone(), state.clone(), number);
         Ok((OpenChannel { amqp, returns, confirms, state }, publisher))

@@ -82,7 +82,7 @@ impl Write for Stream {
                 self.writer.write(&[&complete(start_ok, &login.connection_name)?, rest].concat())?;
             }
             Ok((_, AMQPFrame::Method(_, AMQPClass::Connection(AMQPMethod::TuneOk(tune_ok))))) => {
-                // Not with heartbeats: it ends a connection to a live broker, too, that reads nothing for so long.
+                // Only without heartbeats: a user timeout also ends a connection to a live broker that reads nothing for so long.
                 if tune_ok.heartbeat == 0 {
                     SockRef::from(&self.socket).set_tcp_user_timeout(Some(login.user_timeout))?;
                 }

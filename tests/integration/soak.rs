@@ -36,7 +36,7 @@ const ALARM_INTERVAL: Duration = Duration::from_secs(25);
 const DELETION_INTERVAL: Duration = Duration::from_secs(20);
 
 /// The calls of a client whose output is read late: in JSON, they are more than a pipe takes.
-const SLOWLY_READ: usize = 1_500;
+const SLOWLY_READ: usize = 700;
 
 /// The largest n, so that fib(n) takes no time.
 const MAX_N: u64 = 300;

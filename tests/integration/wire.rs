@@ -115,14 +115,18 @@ fn a_cold_call_takes_seven_round_trips() {
     let queue = Queue::named("round_trips");
     let _server = Program::start_server(&queue, &[]);
     for (kind, round_trips) in [("queue", 7), ("direct", 8)] {
-        let round_trips_seen = eventually("an answer before the client asks for the state of the queue", || {
+        // On a busy machine a confirmation may arrive before the client, which does not wait for it, sends the next method:
+        // that looks like one more round trip.
+        eventually(&format!("a call with {round_trips} round trips, --reply-to {kind}"), || {
             let proxy = Proxy::start();
             let mut call = client(&queue, &["--reply-to", kind, "30"]);
             let start = Instant::now();
             assert_output(call.env("AMQP_URL", proxy.url()), 0, "832040\n", "");
-            (start.elapsed() < Duration::from_millis(500)).then(|| proxy.round_trips())
+            let is_quick = start.elapsed() < Duration::from_millis(500); // it has not looked at the queue
+            let round_trips_seen = 1 + proxy.round_trips();
+            assert!(round_trips_seen >= round_trips, "{round_trips_seen}: there is a better number to promise");
+            (is_quick && round_trips_seen == round_trips).then_some(())
         });
-        assert_eq!(1 + round_trips_seen, round_trips, "--reply-to {kind}");
     }
 }
 

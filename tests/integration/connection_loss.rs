@@ -34,8 +34,7 @@ fn a_permission_that_is_taken_away_ends_no_connection_of_a_server() {
     let broker = exclusive_node();
     let queue = "no_permission";
     let set_write_permission = |write| broker.rabbitmqctl(&["set_permissions", "demoted-server", ".*", write, ".*"]);
-    broker.rabbitmqctl(&["add_user", "demoted-server", "secret"]);
-    set_write_permission(".*");
+    broker.add_user("demoted-server", "secret");
     let url = format!("amqp://demoted-server:secret@{}", broker.authority());
     let server = Program::start_server_at(&url, queue, &["--workers", "2"]);
     server.wait_for_log("connected to");

@@ -97,8 +97,7 @@ fn a_request_that_is_lost_with_its_queue_is_sent_again() {
 #[test]
 fn a_permission_that_is_taken_away_after_a_request_was_sent_is_exit_code_5() {
     let broker = exclusive_node();
-    broker.rabbitmqctl(&["add_user", "demoted", "demoted"]);
-    broker.rabbitmqctl(&["set_permissions", "demoted", ".*", ".*", ".*"]);
+    broker.add_user("demoted", "demoted");
     let queue = "demoted";
     let mut peer = Peer::connect_to(broker.url());
     peer.declare_default(queue);

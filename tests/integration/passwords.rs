@@ -38,8 +38,7 @@ fn a_rotated_password_is_used_for_the_next_connection() {
     let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("rotated-password");
     let name = file.to_str().expect("the target folder is UTF-8");
     fs::write(&file, "first").expect("the folder is writable");
-    node.rabbitmqctl(&["add_user", user, "first"]);
-    node.rabbitmqctl(&["set_permissions", user, ".*", ".*", ".*"]);
+    node.add_user(user, "first");
     let url = format!("amqp://{user}@{}", node.authority());
     let server = Program::start_server_at(&url, &queue, &["--password-file", name]);
     node.rabbitmqctl(&["change_password", user, "second"]);

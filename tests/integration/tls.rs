@@ -37,8 +37,7 @@ pub(crate) fn listeners() -> &'static Listeners {
         let here = ["localhost", "127.0.0.1", "::1"];
         let good = authority.sign("good", &here);
         let user = "rpc-test-client";
-        node.rabbitmqctl(&["add_user", user, "never used"]);
-        node.rabbitmqctl(&["set_permissions", user, ".*", ".*", ".*"]);
+        node.add_user(user, "never used");
         node.rabbitmqctl(&["eval", "application:set_env(rabbit, ssl_cert_login_from, common_name)."]);
         let external = "application:set_env(rabbit, auth_mechanisms, ['PLAIN', 'AMQPLAIN', 'EXTERNAL']).";
         node.rabbitmqctl(&["eval", external]);

@@ -169,6 +169,13 @@ impl Node {
         self.log().matches("client unexpectedly closed TCP connection").count()
     }
 
+    /// Adds a user who may do everything.
+    #[track_caller]
+    pub(crate) fn add_user(&self, user: &str, password: &str) {
+        self.rabbitmqctl(&["add_user", user, password]);
+        self.rabbitmqctl(&["set_permissions", user, ".*", ".*", ".*"]);
+    }
+
     /// Waits until a queue has neither ready nor unacknowledged messages.
     #[track_caller]
     pub(crate) fn wait_until_empty(&self, queue: &str) {

@@ -2,7 +2,7 @@
 
 use clap::ValueEnum;
 use rpc_common::connection::{Error as ConnectionError, ErrorKind, QueueStats};
-use rpc_common::message::{ErrorCode, Failure};
+use rpc_common::message::{Answer, ErrorCode, Failure};
 use rpc_common::options::{self, BrokerOptions};
 use rpc_common::text::{escape, format_duration, parse_name, parse_timeout};
 use std::fmt::{self, Display};
@@ -68,8 +68,8 @@ pub struct Outcome<T> {
     pub correlation_id: Uuid,
     /// From the first publish to the end of the call; `None` if nothing was published.
     pub latency: Option<Duration>,
-    /// The body of the reply, or why there is none.
-    pub result: Result<Vec<u8>, Error>,
+    /// The answer, or why there is none.
+    pub result: Result<Answer, Error>,
 }
 
 /// Why a call has no answer.
@@ -218,7 +218,7 @@ mod tests {
 
     #[test]
     fn a_request_that_expires_too_early_shows_that_the_clocks_differ() {
-        let failure = |code| Failure { code, message: "expired: 5s late".into() };
+        let failure = |code| Failure::new(code, "expired: 5s late");
         let explained = |code, seconds| Error::failed(failure(code), Duration::from_secs(seconds)).to_string();
         assert_eq!(
             explained(ErrorCode::Expired, 25),

@@ -59,7 +59,8 @@ fn make_calls(config: &Config, endpoints: &[Endpoint], requests: &Receiver<Reque
     let (_running, stop) = bounded(0);
     let on_outcomes = &mut |outcomes: Vec<Outcome<ResultSender>>| {
         for outcome in outcomes {
-            let _ = outcome.context.send(outcome.result); // the caller waits for it
+            let _ = outcome.context.send(outcome.result.map(|answer| answer.body));
+            // the caller waits for it
         }
     };
     while let Err(error) = run(config, endpoints.to_vec(), requests, &stop, on_outcomes) {

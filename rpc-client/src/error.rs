@@ -79,7 +79,7 @@ mod tests {
     #[test]
     fn a_server_cannot_use_the_clients_own_codes() {
         let code = |code: &str| {
-            let failure = Failure { code: code.into(), message: "no".into() };
+            let failure = Failure::new(code.into(), "no");
             Error::Call(CallError::Failed(failure)).code().to_owned()
         };
         assert_eq!([code("quota"), code("out-of-range")], ["quota", "out-of-range"]);

@@ -2,6 +2,7 @@
 
 use crate::call::{Error, Outcome};
 use crate::pending::Call;
+use rpc_common::message::Answer;
 use std::mem;
 
 /// Receives how calls ended, in the order in which they ended.
@@ -23,7 +24,7 @@ impl<'a, 'f, T> Outcomes<'a, 'f, T> {
     }
 
     /// Adds how a call ended.
-    pub(crate) fn add(&mut self, call: Call<T>, result: Result<Vec<u8>, Error>) {
+    pub(crate) fn add(&mut self, call: Call<T>, result: Result<Answer, Error>) {
         let latency = call.first_sent.map(|first_sent| first_sent.elapsed());
         let (context, correlation_id) = (call.request.context, call.id);
         self.undelivered.push(Outcome { context, correlation_id, latency, result });

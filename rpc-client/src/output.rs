@@ -29,7 +29,7 @@ impl Line {
         Line {
             index: input.index,
             input: Some(input),
-            result: result.and_then(|reply| parse_answer(input.n, reply)),
+            result: result.and_then(|reply| parse_answer(input.n, reply.body)),
             latency: outcome.latency,
             correlation_id: Some(outcome.correlation_id),
         }
@@ -140,7 +140,7 @@ mod tests {
             context: Input { index: 0, n, line: input_line },
             correlation_id: Uuid::nil(),
             latency: Some(Duration::from_micros(1_500)),
-            result: Ok(reply.into()),
+            result: Ok(reply.to_owned().into()),
         })
     }
 

@@ -146,20 +146,20 @@ mod tests {
     use crate::cli::Cli;
     use clap::Parser;
     use crossbeam_channel::bounded;
-    use rpc_common::message::{ErrorCode, Failure, NumberError};
+    use rpc_common::message::{Answer, ErrorCode, Failure, NumberError};
     use std::sync::mpsc;
     use uuid::Uuid;
 
     fn answered(index: u64, answer: &str) -> Event {
-        ended(index, Ok(answer.into()))
+        ended(index, Ok(answer.to_owned().into()))
     }
 
     fn failed(index: u64) -> Event {
-        let failure = Failure { code: ErrorCode::Internal, message: "no".into() };
+        let failure = Failure::new(ErrorCode::Internal, "no");
         ended(index, Err(rpc_client::Error::Failed(failure)))
     }
 
-    fn ended(index: u64, result: Result<Vec<u8>, rpc_client::Error>) -> Event {
+    fn ended(index: u64, result: Result<Answer, rpc_client::Error>) -> Event {
         let context = Input { index, n: 90, line: None };
         let (correlation_id, latency) = (Uuid::nil(), None);
         Event::Outcomes(vec![Outcome { context, correlation_id, latency, result }])

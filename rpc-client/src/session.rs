@@ -60,9 +60,11 @@ impl RequestPublisher {
         let time_left = call.deadline.remaining();
         let request = message::Request {
             body: &call.request.body,
+            content_type: Some(message::TEXT),
             reply_to: Some(&self.reply_queue),
             correlation_id: Some(&id),
             deadline_ms: Some(unix_time_ms(SystemTime::now() + time_left)),
+            ..message::Request::default()
         };
         self.publisher.publish(request.encode(queue, Some(time_left)), None);
         call.mark_sent(Instant::now());

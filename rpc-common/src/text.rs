@@ -13,6 +13,9 @@ const MAX_ESCAPED_BYTES: usize = 200;
 /// The longest duration that an option accepts: RabbitMQ refuses a longer `expiration`.
 const MAX_DURATION: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
+/// The largest message that RabbitMQ can be configured to accept (`max_message_size`), in bytes.
+pub const MAX_SIZE: usize = 512 << 20;
+
 /// Makes bytes from the wire safe to print: escapes control characters, invisible characters and invalid UTF-8, and
 /// cuts after 200 bytes.
 pub fn escape(bytes: &[u8]) -> impl Display + '_ {
@@ -93,6 +96,23 @@ pub fn parse_timeout(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// Parses a size in bytes: `512KiB`, `8MiB`, `1GiB`; a bare number is bytes.
+///
+/// # Errors
+/// What is wrong with the size, for a message.
+pub fn parse_size(text: &str) -> Result<usize, String> {
+    let units = [("KiB", 10), ("MiB", 20), ("GiB", 30)];
+    let with_unit = units.iter().find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, *shift)));
+    let (digits, shift) = with_unit.unwrap_or((text, 0));
+    if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err("not a size such as 512KiB, 8MiB or a number of bytes".into());
+    }
+    match digits.parse::<usize>().ok().and_then(|number| number.checked_mul(1 << shift)) {
+        Some(size) if size <= MAX_SIZE => Ok(size),
+        _ => Err("must be at most 512MiB, RabbitMQ's limit".into()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -139,6 +159,19 @@ mod tests {
             [("1500ms", 1_500), ("30s", 30_000), ("2m", 120_000), ("5", 5_000), ("0", 0), ("1m 1s", 61_000)]
         {
             assert_eq!(parse_duration(text), Ok(Duration::from_millis(millis)), "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_have_units_or_are_bytes() {
+        for (text, size) in [("0", 0), ("9", 9), ("512KiB", 512 << 10), ("8MiB", 8 << 20), ("512MiB", MAX_SIZE)] {
+            assert_eq!(parse_size(text), Ok(size), "{text}");
+        }
+        for text in ["", "MiB", "-1", "1.5MiB", "8MB", "8 MiB", "+1"] {
+            assert_eq!(parse_size(text), Err("not a size such as 512KiB, 8MiB or a number of bytes".into()), "{text}");
+        }
+        for text in ["513MiB", "1GiB", "18446744073709551616", "18014398509481984KiB"] {
+            assert_eq!(parse_size(text), Err("must be at most 512MiB, RabbitMQ's limit".into()), "{text}");
         }
     }
 

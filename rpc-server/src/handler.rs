@@ -8,28 +8,40 @@ use std::thread;
 use std::time::Duration;
 
 /// A **handler** is a function that can be served: it turns a request into a reply, on any thread.
-pub type Handler<'a> = dyn Fn(&Request) -> Reply + Sync + 'a;
+pub type Handler<'a> = dyn Fn(&Request, &Caller) -> Reply + Sync + 'a;
+
+/// The **caller** of a request, for functions that take long.
+pub struct Caller<'a>(pub(crate) &'a dyn Fn() -> bool);
+
+impl Caller<'_> {
+    /// Whether the caller has gone: the broker says that the queue for the reply no longer exists. Asks the broker; a caller
+    /// whose broker does not answer is not known to have gone.
+    pub fn is_gone(&self) -> bool {
+        (self.0)()
+    }
+}
 
 /// Calls the handler. A panic becomes the failure `internal`; its message is in the server's log only.
-pub(crate) fn call(handler: &Handler, request: &Request) -> Reply {
+pub(crate) fn call(handler: &Handler, request: &Request, caller: &Caller) -> Reply {
     // A handler whose state a panic can break must handle that itself, as with a poisoned mutex.
-    panic::catch_unwind(AssertUnwindSafe(|| handler(request))).unwrap_or_else(|_| {
-        Err(Failure {
-            code: ErrorCode::Internal,
-            message: "internal error: the function failed, see the server's log".into(),
-        })
+    panic::catch_unwind(AssertUnwindSafe(|| handler(request, caller))).unwrap_or_else(|_| {
+        Err(Failure::new(ErrorCode::Internal, "internal error: the function failed, see the server's log"))
     })
 }
 
 /// A handler for fib(n), exact, up to `max_n`.
 ///
 /// It calls `on_request` with each n that it serves, and sleeps for `delay`, so that fair dispatch can be watched.
-pub fn fib_handler(max_n: u64, delay: Duration, on_request: impl Fn(u64) + Sync) -> impl Fn(&Request) -> Reply + Sync {
-    move |request| {
+pub fn fib_handler(
+    max_n: u64,
+    delay: Duration,
+    on_request: impl Fn(u64) + Sync,
+) -> impl Fn(&Request, &Caller) -> Reply + Sync {
+    move |request, _| {
         let n = parse_argument(request.body, max_n)?;
         on_request(n);
         thread::sleep(delay);
-        Ok(fib(n).to_string())
+        Ok(fib(n).to_string().into())
     }
 }
 
@@ -47,7 +59,7 @@ fn parse_argument(body: &[u8], max_n: u64) -> Result<u64, Failure> {
             (ErrorCode::InvalidArgument, format!("invalid argument: '{start}' is {error}"))
         }
     };
-    Err(Failure { code, message })
+    Err(Failure::new(code, message))
 }
 
 #[cfg(test)]
@@ -56,7 +68,7 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     fn ask(handler: &Handler, body: &[u8]) -> Reply {
-        call(handler, &Request { body, reply_to: None, correlation_id: None, deadline_ms: None })
+        call(handler, &Request { body, ..Request::default() }, &Caller(&|| false))
     }
 
     #[test]
@@ -65,7 +77,7 @@ mod tests {
         let handler = fib_handler(100, Duration::ZERO, |n| {
             announced.store(n, Ordering::Relaxed);
         });
-        assert_eq!(ask(&handler, b"30"), Ok("832040".into()));
+        assert_eq!(ask(&handler, b"30"), Ok("832040".to_owned().into()));
         assert_eq!(announced.load(Ordering::Relaxed), 30);
     }
 
@@ -85,13 +97,13 @@ mod tests {
                 "out of range: 18446744073709551616 is too large (at most 18446744073709551615)",
             ),
         ] {
-            assert_eq!(ask(&handler, body.as_bytes()), Err(Failure { code, message: message.into() }));
+            assert_eq!(ask(&handler, body.as_bytes()), Err(Failure::new(code, message)));
         }
     }
 
     #[test]
     fn a_panic_is_contained() {
-        let failure = ask(&|_| panic!("on purpose"), b"1").unwrap_err();
+        let failure = ask(&|_, _| panic!("on purpose"), b"1").unwrap_err();
         assert_eq!(failure.code, ErrorCode::Internal);
         assert!(!failure.message.contains("on purpose"), "the detail belongs to the log");
     }

@@ -74,8 +74,8 @@ impl IsolatedPublisher {
         let mut published = publish(reply);
         if let Published::Refused(error) = &published {
             log::warn!("the broker refused a reply, answering with an error: {error}");
-            let message = "internal error: the broker refused the answer, perhaps because of its size".into();
-            *reply = Err(Failure { code: ErrorCode::Internal, message });
+            let message = "internal error: the broker refused the answer, perhaps because of its size";
+            *reply = Err(Failure::new(ErrorCode::Internal, message));
             published = publish(reply);
         }
         if let Published::Unknown(error) = &published {

@@ -81,14 +81,19 @@ fn key(request: &Request) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rpc_common::message::Answer;
     use std::thread;
 
     fn request(body: &[u8]) -> Request<'_> {
-        Request { body, reply_to: Some("to"), correlation_id: None, deadline_ms: None }
+        Request { body, reply_to: Some("to"), ..Request::default() }
+    }
+
+    fn answer(text: &str) -> Answer {
+        text.to_owned().into()
     }
 
     fn keep(kept: &KeptReplies, body: &[u8], reply: &str) {
-        kept.begin(&request(body), false).0.keep(Ok(reply.into()));
+        kept.begin(&request(body), false).0.keep(Ok(answer(reply)));
     }
 
     fn take(kept: &KeptReplies, body: &[u8]) -> Option<Reply> {
@@ -103,7 +108,7 @@ mod tests {
         keep(&kept, b"20", "6765");
         assert_eq!(take(&kept, b"31"), None);
         assert_eq!(kept.begin(&request(b"30"), false).1, None, "this is another request");
-        assert_eq!(take(&kept, b"30"), Some(Ok("832040".into())));
+        assert_eq!(take(&kept, b"30"), Some(Ok(answer("832040"))));
         assert_eq!(take(&kept, b"30"), None);
         (0..MAX_KEPT).for_each(|_| keep(&kept, b"30", "832040"));
         assert_eq!(take(&kept, b"20"), None, "it was the oldest");
@@ -115,9 +120,9 @@ mod tests {
         let (in_hand, _) = kept.begin(&request(b"30"), false);
         thread::scope(|scope| {
             let redelivered = scope.spawn(|| take(&kept, b"30"));
-            in_hand.keep(Ok("832040".into()));
+            in_hand.keep(Ok(answer("832040")));
             drop(in_hand);
-            assert_eq!(redelivered.join().unwrap(), Some(Ok("832040".into())));
+            assert_eq!(redelivered.join().unwrap(), Some(Ok(answer("832040"))));
         });
         assert!(kept.lock().in_hand.is_empty());
     }

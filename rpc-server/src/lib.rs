@@ -14,7 +14,7 @@ mod signals;
 mod worker;
 
 pub use config::Config;
-pub use handler::{fib_handler, Handler};
+pub use handler::{fib_handler, Caller, Handler};
 pub use queue::QueueType;
 pub use server::serve;
 pub use signals::{stop_signal, Stop};

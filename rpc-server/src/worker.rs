@@ -1,7 +1,7 @@
 //! A worker: a thread that answers one request after the other, each time on the channel that the server gives it.
 
 use crate::config::Config;
-use crate::handler::{self, Handler};
+use crate::handler::{self, Caller, Handler};
 use crate::isolated::{log_return, IsolatedPublisher, Published};
 use crate::kept::KeptReplies;
 use crate::signals::Stop;
@@ -218,7 +218,7 @@ impl Worker<'_> {
     fn handle_delivery(&self, channel: &WorkerChannel, delivery: &Delivery) -> Result<(), Error> {
         let tag = delivery.delivery_tag();
         let changes = channel.open.take_changes(tag);
-        let request = Request::decode(&delivery.properties, &delivery.body);
+        let request = Request::decode(&delivery.properties, &delivery.body, delivery.redelivered);
         let (Some(reply_to), false) = (request.reply_to, changes.is_reply_to_changed) else {
             let reason = if changes.is_reply_to_changed { "its reply_to is not UTF-8" } else { "it has no reply_to" };
             log::warn!("rejected a request that cannot be answered, {reason}: '{}'", escape(request.body));
@@ -257,7 +257,11 @@ impl Worker<'_> {
     fn run_handler(&self, request: &Request) -> Reply {
         let late_ms =
             request.deadline_ms.map_or(0, |deadline| unix_time_ms(SystemTime::now()).saturating_sub(deadline));
-        let reply = if late_ms > 0 { Err(expired(late_ms)) } else { handler::call(self.service.handler, request) };
+        let reply = if late_ms > 0 {
+            Err(expired(late_ms))
+        } else {
+            handler::call(self.service.handler, request, &Caller(&|| false))
+        };
         if let Err(failure) = &reply {
             log::warn!("answered with an error: {}", escape(failure.message.as_bytes()));
         }
@@ -269,5 +273,5 @@ impl Worker<'_> {
 fn expired(late_ms: i64) -> Failure {
     let late = format_duration(Duration::from_millis(late_ms.unsigned_abs()));
     let message = format!("expired: {late} after the deadline, by the server's clock");
-    Failure { code: ErrorCode::Expired, message }
+    Failure::new(ErrorCode::Expired, message)
 }

@@ -1,7 +1,7 @@
 //! Benchmarks of the parts of a call: `cargo bench -p rpc-benches`.
 
 use divan::{black_box, Bencher};
-use rpc_common::message::{decode_reply, encode_reply, parse_number, Reply, Request};
+use rpc_common::message::{decode_reply, encode_reply, parse_number, Reply, Request, TEXT};
 use rpc_common::text::escape;
 use std::time::Duration;
 
@@ -32,7 +32,14 @@ mod fib {
 }
 
 fn request() -> Request<'static> {
-    Request { body: b"30", reply_to: Some(REPLY_TO), correlation_id: Some(ID), deadline_ms: Some(1_767_225_600_000) }
+    Request {
+        body: b"30",
+        content_type: Some(TEXT),
+        reply_to: Some(REPLY_TO),
+        correlation_id: Some(ID),
+        deadline_ms: Some(1_767_225_600_000),
+        ..Request::default()
+    }
 }
 
 #[divan::bench]
@@ -45,20 +52,20 @@ fn request_encode(bencher: Bencher) {
 fn request_decode(bencher: Bencher) {
     let properties = request().encode("rpc_queue", Some(Duration::from_secs(30))).properties;
     bencher.bench_local(|| {
-        let request = Request::decode(black_box(&properties), b"30");
+        let request = Request::decode(black_box(&properties), b"30", false);
         black_box(request.deadline_ms)
     });
 }
 
 #[divan::bench]
 fn reply_encode(bencher: Bencher) {
-    let reply: Reply = Ok("832040".to_owned());
+    let reply: Reply = Ok("832040".to_owned().into());
     bencher.bench_local(|| black_box(encode_reply(black_box(&reply), REPLY_TO, Some(ID))).mandatory);
 }
 
 #[divan::bench]
 fn reply_decode(bencher: Bencher) {
-    let reply: Reply = Ok("832040".to_owned());
+    let reply: Reply = Ok("832040".to_owned().into());
     let properties = encode_reply(&reply, REPLY_TO, Some(ID)).properties;
     bencher.with_inputs(|| b"832040".to_vec()).bench_local_values(|body| decode_reply(black_box(&properties), body));
 }

@@ -15,7 +15,7 @@ use fastrand::Rng;
 use rpc_common::fib::fib;
 use rpc_common::message::{unix_time_ms, Request};
 use rpc_common::options::BrokerOptions;
-use rpc_server::{fib_handler, serve, Config, QueueType, Stop};
+use rpc_server::{fib_handler, serve, Caller, Config, QueueType, Stop};
 use rustix::process::Signal;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -255,11 +255,11 @@ fn serve_and_watch_deadlines(stop: &Stop, proxy: &Proxy, queue: &str, latest_ms:
     let (queue, queue_type) = (queue.to_owned(), QueueType::Classic);
     let config = Config { queue, queue_type, workers: 2, prefetch: 64, broker };
     let fib = fib_handler(MAX_N, Duration::ZERO, |_| {});
-    let handler = |request: &Request| {
+    let handler = |request: &Request, caller: &Caller| {
         if let Some(deadline) = request.deadline_ms {
             latest_ms.fetch_max(unix_time_ms(SystemTime::now()) - deadline, Ordering::Relaxed);
         }
-        fib(request)
+        fib(request, caller)
     };
     serve(&config, &handler, stop, &|| {}).expect("it serves until it is stopped");
 }

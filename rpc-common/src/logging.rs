@@ -76,6 +76,9 @@ pub fn flush() {
     log::logger().flush();
 }
 
+/// The target of lines that a served program wrote. Their rate is limited for each run.
+pub const PROGRAM_TARGET: &str = "program";
+
 /// The number of lines that a call site may log in each window. DEBUG and TRACE lines are not limited: the user asked
 /// for them.
 const MAX_LINES: u64 = 5;
@@ -119,6 +122,9 @@ impl<L: Log> Log for RateLimitedLog<L> {
     fn log(&self, record: &Record) {
         if !self.enabled(record.metadata()) {
             return;
+        }
+        if record.target() == PROGRAM_TARGET {
+            return self.log.log(record);
         }
         self.end_windows(WINDOW_LENGTH);
         if record.target().starts_with("rpc_") {

@@ -19,14 +19,22 @@ pub const MAX_SIZE: usize = 512 << 20;
 /// Makes bytes from the wire safe to print: escapes control characters, invisible characters and invalid UTF-8, and
 /// cuts after 200 bytes.
 pub fn escape(bytes: &[u8]) -> impl Display + '_ {
-    Escaped(bytes)
+    escape_up_to(MAX_ESCAPED_BYTES, bytes)
 }
 
-struct Escaped<'a>(&'a [u8]);
+/// As [`escape`], but cuts after `max` bytes.
+pub fn escape_up_to(max: usize, bytes: &[u8]) -> impl Display + '_ {
+    Escaped { bytes, max }
+}
+
+struct Escaped<'a> {
+    bytes: &'a [u8],
+    max: usize,
+}
 
 impl Display for Escaped<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let shown = &self.0[..self.0.len().min(MAX_ESCAPED_BYTES)];
+        let shown = &self.bytes[..self.bytes.len().min(self.max)];
         for chunk in shown.utf8_chunks() {
             for char in chunk.valid().chars() {
                 match char {
@@ -38,7 +46,7 @@ impl Display for Escaped<'_> {
                 write!(f, "\\x{byte:02x}")?;
             }
         }
-        if shown.len() < self.0.len() {
+        if shown.len() < self.bytes.len() {
             f.write_char('…')?;
         }
         Ok(())
@@ -66,6 +74,17 @@ pub fn parse_name(text: &str) -> Result<String, String> {
         1..=255 if text.contains(char::is_control) => Err("must not contain control characters".into()),
         1..=255 => Ok(text.into()),
         len => Err(format!("must be at most 255 bytes long, not {len}")),
+    }
+}
+
+/// Parses a MIME type, which is an AMQP short string: 1 to 255 bytes without control characters.
+///
+/// # Errors
+/// What is wrong with it, for a message.
+pub fn parse_content_type(text: &str) -> Result<String, String> {
+    match text.len() {
+        1..=255 if !text.contains(char::is_control) => Ok(text.into()),
+        _ => Err("not a content type such as text/plain".into()),
     }
 }
 

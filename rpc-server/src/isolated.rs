@@ -3,13 +3,13 @@
 //! The broker may close the channel, or the whole connection, because of a reply: it is too large, or its reply_to is a name
 //! that the broker does not accept. Then the request is delivered again, without end, and the broker does not say which
 //! reply it refused. So the reply to a redelivered request is published alone: if the broker closes something then, it is
-//! because of this reply, and no other request is affected.
+//! because of this reply, and no other request is affected. Over this connection the server also asks whether a caller has gone.
 
 use amiquip::{Publish, Return};
 use rpc_common::connection::{Connection, Deadline, Endpoint, Error, OpenChannel, Publisher};
 use rpc_common::message::{encode_reply, ErrorCode, Failure, Reply, Request};
 use rpc_common::text::escape;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long the server's loop is quiet before the isolated connection is closed, so that it does not stay open for good.
@@ -63,7 +63,7 @@ impl IsolatedPublisher {
         request: &Request,
         correlation_id: Option<&[u8]>,
     ) -> Published {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
         if let Some((error, _)) = state.failure.as_ref().filter(|(_, until)| Instant::now() < *until) {
             return Published::Unknown(error.clone());
         }
@@ -84,6 +84,23 @@ impl IsolatedPublisher {
         published
     }
 
+    /// Whether the broker says that there is no queue of this name. (One that is exclusive to its caller's connection is refused
+    /// to us, and exists.)
+    pub(crate) fn is_queue_gone(&self, endpoint: &Endpoint, queue: &str) -> bool {
+        let mut state = self.lock();
+        let deadline = Deadline::after(PUBLISH_TIMEOUT);
+        let Ok(mut open) = state.open(endpoint, &deadline) else { return false };
+        let looked_at = open.connection.queue_stats(queue, &deadline);
+        if !looked_at.as_ref().is_err_and(Error::ends_connection) {
+            state.open = Some(open);
+        }
+        looked_at.is_err_and(|error| error.is_not_found())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Closes the connection, if it is not in use. The next reply opens another one.
     pub(crate) fn close_unused(&self) {
         if let Ok(mut state) = self.0.try_lock() {
@@ -93,11 +110,16 @@ impl IsolatedPublisher {
 }
 
 impl State {
+    /// Takes the connection, or opens one.
+    fn open(&mut self, endpoint: &Endpoint, deadline: &Deadline) -> Result<Open, Error> {
+        // One that is open may have ended since.
+        let open = self.open.take().and_then(|mut open| open.make_round_trip(deadline).ok().map(|()| open));
+        open.map_or_else(|| Open::new(endpoint, deadline), Ok)
+    }
+
     fn publish(&mut self, endpoint: &Endpoint, reply: Publish, correlation_id: Option<&[u8]>) -> Published {
         let deadline = Deadline::after(PUBLISH_TIMEOUT);
-        // One that is open may have ended since.
-        let open = self.open.take().and_then(|mut open| open.make_round_trip(&deadline).ok().map(|()| open));
-        let mut open = match open.map_or_else(|| Open::new(endpoint, &deadline), Ok) {
+        let mut open = match self.open(endpoint, &deadline) {
             Ok(open) => open,
             Err(error) => return Published::Unknown(error),
         };

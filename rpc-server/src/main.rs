@@ -1,14 +1,17 @@
-//! Serves fib(n) over RabbitMQ RPC.
+//! Serves fib(n), or a program, over RabbitMQ RPC.
 
 mod cli;
 
 use cli::Cli;
 use log::LevelFilter;
 use rpc_common::background_writer::BackgroundWriter;
-use rpc_common::connection::Error;
+use rpc_common::connection::{Error, ErrorKind};
 use rpc_common::exit::{print_message, ExitCode};
+use rpc_common::message::Request;
+use rpc_common::text::escape;
 use rpc_common::{logging, options};
-use rpc_server::{fib_handler, serve, stop_signal};
+use rpc_server::{fib_handler, serve, stop_signal, stop_signal_with, Caller, Handler, Stop};
+use std::sync::Arc;
 use std::{io, process};
 
 fn main() -> process::ExitCode {
@@ -32,11 +35,44 @@ fn main() -> process::ExitCode {
 }
 
 fn run(cli: &Cli, stdout: &BackgroundWriter) -> Result<(), Error> {
-    let stop = stop_signal().expect("the system provides signal handlers and a thread");
-    let fib = fib_handler(cli.max_n, cli.delay, |n| {
+    let program = cli.find_program().map_err(|reason| Error::new("", ErrorKind::Configuration(reason)))?;
+    let announce = |request: String| {
         if !cli.quiet {
-            stdout.write_line(format!(" [.] fib({n})"));
+            stdout.write_line(format!(" [.] {request}"));
         }
-    });
-    serve(&cli.config, &fib, &stop, &|| stdout.write_line(" [x] Awaiting RPC requests".into()))
+    };
+    match program {
+        None => {
+            let fib = fib_handler(cli.fib.max_n, cli.fib.delay, |n| announce(format!("fib({n})")));
+            serve_until_stopped(cli, &fib, stop_signal(), stdout)
+        }
+        Some(program) => {
+            let command_line = program.command_line();
+            let program = Arc::new(program);
+            log::info!("serving {}", escape(program.path().as_os_str().as_encoded_bytes()));
+            let killed = program.clone();
+            let handler = |request: &Request, caller: &Caller| {
+                announce(format!("{command_line} ({})", format_bytes(request.body.len())));
+                program.run(request, caller)
+            };
+            serve_until_stopped(cli, &handler, stop_signal_with(move || killed.kill_all()), stdout)
+        }
+    }
+}
+
+fn serve_until_stopped(
+    cli: &Cli,
+    handler: &Handler,
+    stop: io::Result<Stop>,
+    stdout: &BackgroundWriter,
+) -> Result<(), Error> {
+    let stop = stop.expect("the system provides signal handlers and a thread");
+    serve(&cli.config, handler, &stop, &|| stdout.write_line(" [x] Awaiting RPC requests".into()))
+}
+
+fn format_bytes(count: usize) -> String {
+    match count {
+        1 => "1 byte".into(),
+        count => format!("{count} bytes"),
+    }
 }

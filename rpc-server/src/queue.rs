@@ -1,7 +1,7 @@
 //! The request queue: used as it is if it exists, else declared.
 
 use amiquip::{AmqpValue, FieldTable, QueueDeclareOptions};
-use rpc_common::connection::{Connection, Deadline, Error, ErrorKind, NOT_FOUND, PRECONDITION_FAILED};
+use rpc_common::connection::{Connection, Deadline, Error, ErrorKind, PRECONDITION_FAILED};
 
 /// How the request queue is declared if it does not exist.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -45,7 +45,7 @@ pub(crate) fn find_or_declare(
     loop {
         match connection.queue_stats(queue, deadline) {
             Ok(_) => return Ok(None),
-            Err(error) if closed_with(&error, NOT_FOUND) => {}
+            Err(error) if error.is_not_found() => {}
             Err(error) => return Err(error),
         }
         let declared = connection.call(deadline, "declaring a queue", |amqp| {
@@ -71,10 +71,6 @@ pub(crate) fn describe(queue: &str, declared: Option<&str>) -> String {
         Some(name) => format!("declared queue '{queue}' ({name})"),
         None => format!("using existing queue '{queue}'"),
     }
-}
-
-fn closed_with(error: &Error, code: u16) -> bool {
-    matches!(&error.kind, ErrorKind::ChannelClosed(reason) if reason.code == code)
 }
 
 /// Whether an error means that the broker does not permit transient queues: RabbitMQ 4.3 and later can be configured to

@@ -16,7 +16,7 @@ use rpc_common::connection::{
     run_in_background, start_at, start_at_random, Backoff, Connection, Deadline, Endpoint, Error, ErrorKind,
 };
 use rpc_common::text::escape;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Once;
@@ -63,7 +63,8 @@ pub fn serve(config: &Config, handler: &Handler, stop: &Stop, on_ready: &(dyn Fn
         for index in 0..workers {
             let (events, channels) = (event_sender.clone(), channels.clone());
             let look_interval = Cell::new(LOOK_INTERVAL);
-            let worker = Worker { service: &service, events, channels, look_interval };
+            let (unavailable, pauses) = (Cell::new(0), RefCell::new(Backoff::new(Instant::now())));
+            let worker = Worker { service: &service, events, channels, look_interval, unavailable, pauses };
             thread::Builder::new()
                 .name(format!("worker-{index}"))
                 .spawn_scoped(scope, move || worker.run())

@@ -19,6 +19,14 @@ const SAME_SIGNAL: Duration = Duration::from_secs(1);
 /// # Errors
 /// When the system refuses the signal handlers or a thread.
 pub fn stop_signal() -> io::Result<Stop> {
+    stop_signal_with(|| {})
+}
+
+/// As [`stop_signal`], but calls `on_second` before the second signal ends the process.
+///
+/// # Errors
+/// As [`stop_signal`].
+pub fn stop_signal_with(on_second: impl FnOnce() + Send + 'static) -> io::Result<Stop> {
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let (running, stop) = crossbeam_channel::bounded(0);
     thread::Builder::new().name("signals".into()).spawn(move || {
@@ -29,6 +37,7 @@ pub fn stop_signal() -> io::Result<Stop> {
         log::info!("stopping: requests that have begun are answered; a second signal stops at once");
         // timeout(1) sends its signal to the process and again to its group.
         let second = signals.find(|signal| Some(*signal) != first || begun.elapsed() >= SAME_SIGNAL);
+        on_second();
         rpc_common::logging::flush();
         let _ = second.map(emulate_default_handler); // does not return
     })?;

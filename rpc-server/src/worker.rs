@@ -13,7 +13,7 @@ use rpc_common::connection::{
 };
 use rpc_common::message::{encode_reply, unix_time_ms, ErrorCode, Failure, Reply, Request};
 use rpc_common::text::{escape, format_duration};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Once;
 use std::time::{Duration, Instant, SystemTime};
@@ -30,6 +30,9 @@ const MAX_LOOK_INTERVAL: Duration = Duration::from_secs(600);
 
 /// How long the broker may take to answer such a look.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// After how many failures to run the function in a row a worker pauses.
+const MAX_UNAVAILABLE: u32 = 5;
 
 /// How many deliveries, and returned replies, may be unread in addition to twice the prefetch: a quorum queue delivers the
 /// prefetched requests again when it loses and finds the node that we are connected to.
@@ -61,6 +64,9 @@ pub(crate) struct Worker<'a> {
     pub(crate) events: Sender<WorkerEvent>,
     pub(crate) channels: Receiver<WorkerChannel>,
     pub(crate) look_interval: Cell<Duration>,
+    /// How many requests in a row the function could not serve, and the pauses after them.
+    pub(crate) unavailable: Cell<u32>,
+    pub(crate) pauses: RefCell<Backoff>,
 }
 
 /// What a worker reports to the server.
@@ -182,6 +188,7 @@ impl Worker<'_> {
                         saw_requests_before = false;
                         self.look_interval.set(LOOK_INTERVAL);
                         self.handle_delivery(channel, &delivery)?;
+                        self.pause_if_unavailable();
                     }
                     None => return Err(Error::new(&channel.endpoint.broker, ErrorKind::ConsumerCancelled)),
                 },
@@ -198,6 +205,16 @@ impl Worker<'_> {
                     saw_requests_before = sees_requests;
                 }
             }
+        }
+    }
+
+    /// Pauses, longer each time, while the function cannot run.
+    fn pause_if_unavailable(&self) {
+        let count = self.unavailable.get();
+        if count >= MAX_UNAVAILABLE {
+            let pause = self.pauses.borrow_mut().next_pause(Instant::now());
+            log::warn!("the function was unavailable {count} times in a row: taking no request for {pause:.1?}");
+            let _ = self.service.stop.recv_timeout(pause);
         }
     }
 
@@ -226,7 +243,7 @@ impl Worker<'_> {
             return channel.send();
         };
         let (in_hand, kept) = self.service.kept.begin(&request, delivery.redelivered);
-        let mut reply = kept.unwrap_or_else(|| self.run_handler(&request));
+        let mut reply = kept.unwrap_or_else(|| self.run_handler(&request, &channel.endpoint));
         // The bytes of an id that is not UTF-8, which amiquip cannot hold. Any other id is in the request.
         let original_id = changes.original_correlation_id.as_deref();
         let mut is_published = false;
@@ -254,14 +271,19 @@ impl Worker<'_> {
     }
 
     /// Runs the function, unless the caller's deadline has passed.
-    fn run_handler(&self, request: &Request) -> Reply {
+    fn run_handler(&self, request: &Request, endpoint: &Endpoint) -> Reply {
         let late_ms =
             request.deadline_ms.map_or(0, |deadline| unix_time_ms(SystemTime::now()).saturating_sub(deadline));
         let reply = if late_ms > 0 {
             Err(expired(late_ms))
         } else {
-            handler::call(self.service.handler, request, &Caller(&|| false))
+            let is_gone = || self.service.isolated.is_queue_gone(endpoint, request.reply_to.unwrap_or_default());
+            handler::call(self.service.handler, request, &Caller(&is_gone))
         };
+        // A program that says so itself has an exit code, and can answer the next request.
+        let is_unavailable = |failure: &Failure| failure.code == ErrorCode::Unavailable && failure.exit_code.is_none();
+        let count = if reply.as_ref().is_err_and(is_unavailable) { self.unavailable.get() + 1 } else { 0 };
+        self.unavailable.set(count);
         if let Err(failure) = &reply {
             log::warn!("answered with an error: {}", escape(failure.message.as_bytes()));
         }

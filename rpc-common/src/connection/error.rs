@@ -108,6 +108,11 @@ impl Error {
         matches!(self.kind, ConnectionClosed(_) | ConnectionLost(_) | Silent | TimedOut(..))
     }
 
+    /// Whether there is no such queue.
+    pub fn is_not_found(&self) -> bool {
+        matches!(&self.kind, ErrorKind::ChannelClosed(reason) if reason.code == NOT_FOUND)
+    }
+
     /// Whether the broker did not answer. Then another one is tried first.
     pub fn is_silence(&self) -> bool {
         matches!(self.kind, ErrorKind::Silent | ErrorKind::TimedOut(..))

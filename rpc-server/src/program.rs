@@ -1,0 +1,247 @@
+//! Serves a program: from a request to a reply. It does not know AMQP.
+
+use crate::handler::Caller;
+use crate::run::{run, Ended, Groups, Limits, Stopped};
+use rpc_common::message::{Answer, ErrorCode, Failure, Reply, Request};
+use rpc_common::text::{describe_io_error, escape, format_duration, parse_duration, parse_size, parse_timeout};
+use rustix::fs::{access, Access};
+use std::env;
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// The largest value of a variable of the environment, and the longest sentence of a program that fails, in bytes.
+const MAX_VALUE: usize = 4 << 10;
+const MAX_SENTENCE: usize = 4 << 10;
+
+/// Which program to serve, and its limits.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "A program")]
+pub struct ProgramOptions {
+    /// Stop a run that takes longer
+    #[arg(long, value_name = "DURATION", default_value = "25m", value_parser = parse_timeout, requires = "command")]
+    pub time_limit: Duration,
+
+    /// Send SIGKILL this long after SIGTERM
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = parse_duration, requires = "command")]
+    pub kill_after: Duration,
+
+    /// Largest request; a larger one gets the error too-large: 512KiB, 8MiB
+    #[arg(long, value_name = "SIZE", default_value = "8MiB", value_parser = parse_size, requires = "command")]
+    pub max_request: usize,
+
+    /// Largest reply; a larger one becomes the error too-large
+    #[arg(long, value_name = "SIZE", default_value = "8MiB", value_parser = parse_size, requires = "command")]
+    pub max_reply: usize,
+
+    /// Content type of replies
+    #[arg(long, value_name = "TYPE", default_value = "application/octet-stream", requires = "command")]
+    #[arg(value_parser = rpc_common::text::parse_content_type)]
+    pub content_type: String,
+
+    /// Program to run for each request, with the request as its standard input, and its arguments
+    #[arg(last = true, value_name = "PROGRAM")]
+    pub command: Vec<OsString>,
+}
+
+/// A **program** that is served.
+pub struct Program {
+    options: ProgramOptions,
+    path: PathBuf,
+    queue: String,
+    /// Variables of the server's environment that the program does not get.
+    hidden: Vec<OsString>,
+    groups: Groups,
+}
+
+impl Program {
+    /// Looks the program up on `PATH`. `None` if the options name none.
+    ///
+    /// # Errors
+    /// Why it cannot be run, for a message.
+    pub fn find(options: &ProgramOptions, queue: &str) -> Result<Option<Self>, String> {
+        let Some(name) = options.command.first() else { return Ok(None) };
+        let path = find_executable(name)
+            .map_err(|reason| format!("cannot run '{}': {reason}", escape(name.as_encoded_bytes())))?;
+        let is_hidden = |name: &OsString| name == "AMQP_URL" || name.as_encoded_bytes().starts_with(b"RPC_");
+        Ok(Some(Program {
+            options: options.clone(),
+            path,
+            queue: queue.into(),
+            hidden: env::vars_os().map(|(name, _)| name).filter(is_hidden).collect(),
+            groups: Groups::default(),
+        }))
+    }
+
+    /// Where the program was found.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The program and its arguments, safe to print.
+    pub fn command_line(&self) -> String {
+        let words = self.options.command.iter().map(|word| word.as_encoded_bytes());
+        escape(&words.collect::<Vec<_>>().join(&b' ')).to_string()
+    }
+
+    /// Runs the program for a request.
+    ///
+    /// # Errors
+    /// The failure that the caller gets.
+    pub fn run(&self, request: &Request, caller: &Caller) -> Reply {
+        let (size, limit) = (request.body.len(), self.options.max_request);
+        if size > limit {
+            let message = format!("the request of {size} bytes is too large: {limit} are accepted here");
+            return Err(Failure::new(ErrorCode::TooLarge, message));
+        }
+        let begun = Instant::now();
+        let id = escape(request.correlation_id.unwrap_or("none").as_bytes()).to_string();
+        let limits = Limits {
+            time: self.options.time_limit,
+            deadline: request.deadline_ms.and_then(instant_of),
+            kill_after: self.options.kill_after,
+            output: self.options.max_reply,
+            is_caller_gone: &|| caller.is_gone(),
+        };
+        let ended = run(&mut self.command(request), request.body, &id, &limits, &self.groups);
+        let Ended { status, stopped, output } = ended.map_err(|error| self.not_started(&error))?;
+        let millis = begun.elapsed().as_millis();
+        log::debug!("program[{id}]: {status} after {millis} ms");
+        match stopped {
+            Some(stopped) => Err(self.stopped(stopped)),
+            None if status.success() => {
+                Ok(Answer { body: output, content_type: Some(self.options.content_type.clone()) })
+            }
+            None => Err(failure(status, output)),
+        }
+    }
+
+    /// Kills all runs, and those that begin from now on.
+    pub fn kill_all(&self) {
+        self.groups.kill_all();
+    }
+
+    fn command(&self, request: &Request) -> Command {
+        let mut command = Command::new(&self.path);
+        let (name, args) = self.options.command.split_first().expect("it names a program");
+        command.arg0(name).args(args);
+        for name in &self.hidden {
+            command.env_remove(name);
+        }
+        command.envs(environment(request, &self.queue));
+        command
+    }
+
+    fn not_started(&self, error: &io::Error) -> Failure {
+        let path = escape(self.path.as_os_str().as_encoded_bytes());
+        log::warn!("cannot start {path}: {}", describe_io_error(error));
+        match error.kind() {
+            io::ErrorKind::ArgumentListTooLong => {
+                Failure::new(ErrorCode::TooLarge, "the properties and headers of the request are too large")
+            }
+            _ => Failure::new(ErrorCode::Unavailable, "the program cannot be started at the moment"),
+        }
+    }
+
+    fn stopped(&self, stopped: Stopped) -> Failure {
+        let (code, reason) = match stopped {
+            Stopped::AtTimeLimit => {
+                (ErrorCode::TimeLimit, format!("it ran longer than {}", format_duration(self.options.time_limit)))
+            }
+            Stopped::AtDeadline => (ErrorCode::TimeLimit, "the caller's deadline has passed".into()),
+            Stopped::CallerGone => (ErrorCode::TimeLimit, "its caller has gone".into()),
+            Stopped::OutputTooLarge => {
+                (ErrorCode::TooLarge, format!("its reply is larger than {} bytes", self.options.max_reply))
+            }
+        };
+        Failure::new(code, format!("the program was stopped: {reason}"))
+    }
+}
+
+/// Finds a program as a shell does: a name with a slash is a path, any other is looked up on `PATH`.
+fn find_executable(name: &OsStr) -> Result<PathBuf, String> {
+    if name.is_empty() {
+        return Err("its name is empty".into());
+    }
+    if name.as_encoded_bytes().contains(&b'/') {
+        return check_executable(Path::new(name)).map(|()| name.into());
+    }
+    let path = env::var_os("PATH").unwrap_or_default();
+    let mut reason = "not found on PATH".to_owned();
+    for candidate in env::split_paths(&path).map(|folder| folder.join(name)) {
+        match check_executable(&candidate) {
+            Ok(()) => return Ok(candidate),
+            Err(error) if candidate.is_file() => reason = error,
+            Err(_) => {}
+        }
+    }
+    Err(reason)
+}
+
+fn check_executable(path: &Path) -> Result<(), String> {
+    let metadata = path.metadata().map_err(|error| describe_io_error(&error))?;
+    if metadata.is_dir() {
+        return Err("it is a directory".into());
+    }
+    access(path, Access::EXEC_OK).map_err(|_| "it is not executable".into())
+}
+
+/// When a Unix time in milliseconds is, if it is not too far away.
+fn instant_of(unix_ms: i64) -> Option<Instant> {
+    let time = UNIX_EPOCH.checked_add(Duration::from_millis(unix_ms.try_into().ok()?))?;
+    Instant::now().checked_add(time.duration_since(SystemTime::now()).unwrap_or_default())
+}
+
+/// The variables that describe a request to the program. Values that an environment cannot hold, or that are too long, are left
+/// out.
+fn environment(request: &Request, queue: &str) -> Vec<(String, String)> {
+    let details = &request.details;
+    let deadline = request.deadline_ms.map(|deadline| deadline.to_string());
+    let properties = [
+        ("QUEUE", Some(queue)),
+        ("CORRELATION_ID", request.correlation_id),
+        ("MESSAGE_ID", details.message_id),
+        ("TYPE", details.message_type),
+        ("APP_ID", details.app_id),
+        ("USER_ID", details.user_id),
+        ("CONTENT_TYPE", request.content_type),
+        ("CONTENT_ENCODING", details.content_encoding),
+        ("REDELIVERED", Some(if request.is_redelivered { "1" } else { "0" })),
+        ("DEADLINE_MS", deadline.as_deref()),
+    ];
+    let properties = properties.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?.to_owned())));
+    let is_plain = |name: &str| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte));
+    let headers = request.text_headers().filter(|(name, _)| !name.is_empty() && is_plain(name));
+    let headers = headers.map(|(name, value)| (format!("HEADER_{}", name.to_uppercase().replace('-', "_")), value));
+    properties
+        .chain(headers)
+        .filter(|(_, value)| value.len() <= MAX_VALUE && !value.contains('\0'))
+        .map(|(name, value)| (format!("RPC_REQUEST_{name}"), value))
+        .collect()
+}
+
+/// What the caller gets from a program that failed. The exit codes with a meaning are those of sysexits(3).
+fn failure(status: ExitStatus, output: Vec<u8>) -> Failure {
+    let Some(exit_code) = status.code() else {
+        let signal = status.to_string(); // such as "signal: 11 (SIGSEGV) (core dumped)"
+        let signal = signal.strip_prefix("signal: ").unwrap_or(&signal);
+        return Failure::new(ErrorCode::Failed, format!("the program was ended by signal {signal}"));
+    };
+    let code = match exit_code {
+        65 => ErrorCode::InvalidArgument,  // EX_DATAERR
+        75 => ErrorCode::Unavailable,      // EX_TEMPFAIL
+        77 => ErrorCode::PermissionDenied, // EX_NOPERM
+        _ => ErrorCode::Failed,
+    };
+    let mut sentence = String::from_utf8(output).unwrap_or_default();
+    let end = (0..=MAX_SENTENCE.min(sentence.len())).rev().find(|index| sentence.is_char_boundary(*index));
+    sentence.truncate(end.unwrap_or_default());
+    let message = match sentence.trim() {
+        "" => format!("the program failed with exit code {exit_code}"),
+        sentence => sentence.to_owned(),
+    };
+    Failure { code, message, exit_code: Some(exit_code) }
+}

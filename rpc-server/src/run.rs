@@ -1,0 +1,307 @@
+//! A run of a program: a process group that gets the input, is stopped in time, and leaves nothing behind.
+//!
+//! A pidfd shows that the program has exited. The program is reaped last: until then its process id, which is also that of its
+//! group, belongs to nobody else.
+
+use crate::run_log::RunLog;
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use rustix::fs::{fcntl_setfl, OFlags};
+use rustix::process::{kill_process_group, pidfd_open, Pid, PidfdFlags, Signal};
+use std::collections::HashSet;
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long the output is waited for when the program has exited: a process outside its group may hold the pipes open.
+const OUTPUT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How often a run asks whether its caller has gone.
+const CALLER_CHECK_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How much is read at a time, in bytes.
+const READ_SIZE: usize = 16 << 10;
+
+/// When a run is stopped.
+pub(crate) struct Limits<'a> {
+    /// How long it may take.
+    pub(crate) time: Duration,
+    /// The caller's deadline.
+    pub(crate) deadline: Option<Instant>,
+    /// How long after SIGTERM it gets SIGKILL.
+    pub(crate) kill_after: Duration,
+    /// The largest output, in bytes.
+    pub(crate) output: usize,
+    pub(crate) is_caller_gone: &'a dyn Fn() -> bool,
+}
+
+/// Why a run was stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stopped {
+    AtTimeLimit,
+    AtDeadline,
+    CallerGone,
+    OutputTooLarge,
+}
+
+/// How a run ended.
+pub(crate) struct Ended {
+    pub(crate) status: ExitStatus,
+    pub(crate) stopped: Option<Stopped>,
+    /// What the program wrote to standard output.
+    pub(crate) output: Vec<u8>,
+}
+
+/// The process groups of the runs.
+#[derive(Default)]
+pub(crate) struct Groups(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    running: HashSet<Pid>,
+    is_killed: bool,
+}
+
+impl Groups {
+    /// Kills all runs, and those that begin from now on.
+    pub(crate) fn kill_all(&self) {
+        let mut state = self.lock();
+        state.is_killed = true;
+        state.running.iter().for_each(|group| kill(*group, Signal::KILL));
+    }
+
+    fn add(&self, group: Pid) {
+        let mut state = self.lock();
+        state.running.insert(group);
+        if state.is_killed {
+            kill(group, Signal::KILL);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Sends a signal to a process group that may have ended.
+fn kill(group: Pid, signal: Signal) {
+    let _ = kill_process_group(group, signal);
+}
+
+/// Runs a command with this input. Its standard error goes to the log, with `id`.
+///
+/// # Errors
+/// Why it could not be started.
+pub(crate) fn run(
+    command: &mut Command,
+    input: &[u8],
+    id: &str,
+    limits: &Limits,
+    groups: &Groups,
+) -> io::Result<Ended> {
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    let mut run = Run::new(Process::start(command, groups)?, input, id, limits)?;
+    while !run.has_exited {
+        run.transfer(run.next_timer());
+        run.on_timers(Instant::now());
+    }
+    // What is left of the group. A process that has left the group may still hold the pipes open.
+    kill(run.process.group, Signal::KILL);
+    run.stdin = None;
+    let until = Instant::now() + OUTPUT_TIMEOUT;
+    while (run.stdout.is_some() || run.stderr.is_some()) && Instant::now() < until {
+        run.transfer(until);
+    }
+    if run.output.len() > limits.output {
+        run.stopped.get_or_insert(Stopped::OutputTooLarge);
+    }
+    run.log.finish();
+    let status = run.process.reap()?;
+    Ok(Ended { status, stopped: run.stopped, output: std::mem::take(&mut run.output) })
+}
+
+/// The program's process. Its end is also that of its group.
+struct Process<'a> {
+    child: Child,
+    group: Pid,
+    groups: &'a Groups,
+    is_reaped: bool,
+}
+
+impl<'a> Process<'a> {
+    fn start(command: &mut Command, groups: &'a Groups) -> io::Result<Self> {
+        let child = command.spawn()?;
+        let group = Pid::from_child(&child);
+        groups.add(group);
+        Ok(Process { child, group, groups, is_reaped: false })
+    }
+
+    fn reap(&mut self) -> io::Result<ExitStatus> {
+        self.groups.lock().running.remove(&self.group); // before its number can belong to others
+        self.is_reaped = true;
+        self.child.wait()
+    }
+}
+
+impl Drop for Process<'_> {
+    /// Ends a process that is not reaped, after an error.
+    fn drop(&mut self) {
+        if !self.is_reaped {
+            kill(self.group, Signal::KILL);
+            let _ = self.reap();
+        }
+    }
+}
+
+struct Run<'a> {
+    process: Process<'a>,
+    /// Readable when the program has exited.
+    pidfd: OwnedFd,
+    has_exited: bool,
+    /// The pipes, until they are closed.
+    stdin: Option<ChildStdin>,
+    stdout: Option<ChildStdout>,
+    stderr: Option<ChildStderr>,
+    unwritten: &'a [u8],
+    output: Vec<u8>,
+    log: RunLog,
+    limits: &'a Limits<'a>,
+    /// When it is stopped: at the time limit, or at the caller's deadline.
+    stop_at: Option<Instant>,
+    next_caller_check: Instant,
+    stopped: Option<Stopped>,
+    kill_at: Option<Instant>,
+}
+
+impl<'a> Run<'a> {
+    fn new(mut process: Process<'a>, input: &'a [u8], id: &str, limits: &'a Limits) -> io::Result<Self> {
+        let now = Instant::now();
+        let run = Run {
+            pidfd: pidfd_open(process.group, PidfdFlags::empty())?,
+            has_exited: false,
+            stdin: process.child.stdin.take().filter(|_| !input.is_empty()),
+            stdout: process.child.stdout.take(),
+            stderr: process.child.stderr.take(),
+            process,
+            unwritten: input,
+            output: Vec::new(),
+            log: RunLog::new(id),
+            limits,
+            stop_at: now.checked_add(limits.time).into_iter().chain(limits.deadline).min(),
+            next_caller_check: now + CALLER_CHECK_INTERVAL,
+            stopped: None,
+            kill_at: None,
+        };
+        run.pipes().into_iter().flatten().try_for_each(|pipe| fcntl_setfl(pipe, OFlags::NONBLOCK))?;
+        Ok(run)
+    }
+
+    fn pipes(&self) -> [Option<BorrowedFd<'_>>; 3] {
+        [
+            self.stdin.as_ref().map(AsFd::as_fd),
+            self.stdout.as_ref().map(AsFd::as_fd),
+            self.stderr.as_ref().map(AsFd::as_fd),
+        ]
+    }
+
+    /// Writes and reads once what is ready by `until`, and notices that the program has exited.
+    fn transfer(&mut self, until: Instant) {
+        let [has_exited, stdin, stdout, stderr] = self.ready(until);
+        self.has_exited |= has_exited;
+        if stdin {
+            self.write_input();
+        }
+        if stdout {
+            let (output, keeps) = (&mut self.output, self.stopped.is_none());
+            read(&mut self.stdout, |bytes| {
+                if keeps {
+                    output.extend_from_slice(bytes);
+                }
+            });
+        }
+        if stderr {
+            read(&mut self.stderr, |bytes| self.log.add(bytes));
+        }
+    }
+
+    /// Which of the pidfd and the pipes are ready. Waits for one, but no longer than `until`.
+    fn ready(&self, until: Instant) -> [bool; 4] {
+        let [stdin, stdout, stderr] = self.pipes();
+        let pidfd = Some(self.pidfd.as_fd()).filter(|_| !self.has_exited);
+        let all = [(pidfd, PollFlags::IN), (stdin, PollFlags::OUT), (stdout, PollFlags::IN), (stderr, PollFlags::IN)];
+        let open = all.iter().enumerate().filter_map(|(index, (fd, flags))| Some((index, (*fd)?, *flags)));
+        let (indexes, mut polled): (Vec<_>, Vec<_>) =
+            open.map(|(index, fd, flags)| (index, PollFd::from_borrowed_fd(fd, flags))).unzip();
+        let timeout = Timespec::try_from(until.saturating_duration_since(Instant::now())).ok();
+        let _ = poll(&mut polled, timeout.as_ref()); // interrupted by a signal, nothing is ready
+        let mut ready = [false; 4];
+        for (index, polled) in indexes.into_iter().zip(polled) {
+            ready[index] = !polled.revents().is_empty();
+        }
+        ready
+    }
+
+    fn write_input(&mut self) {
+        let Some(stdin) = &mut self.stdin else { return };
+        match stdin.write(self.unwritten) {
+            Ok(written) => self.unwritten = &self.unwritten[written..],
+            Err(error) if is_not_ready(&error) => {}
+            Err(_) => self.unwritten = &[], // the program does not read all of it
+        }
+        if self.unwritten.is_empty() {
+            self.stdin = None;
+        }
+    }
+
+    fn next_timer(&self) -> Instant {
+        let stop_at = self.stop_at.filter(|_| self.stopped.is_none());
+        [stop_at, self.kill_at].into_iter().flatten().fold(self.next_caller_check, Instant::min)
+    }
+
+    fn on_timers(&mut self, now: Instant) {
+        if self.stopped.is_none() {
+            self.stopped = self.reason_to_stop(now);
+            if self.stopped.is_some() {
+                kill(self.process.group, Signal::TERM);
+                self.kill_at = now.checked_add(self.limits.kill_after);
+            }
+        }
+        if self.next_caller_check <= now {
+            self.next_caller_check = now + CALLER_CHECK_INTERVAL;
+        }
+        if self.kill_at.is_some_and(|kill_at| kill_at <= now) {
+            kill(self.process.group, Signal::KILL);
+            self.kill_at = None;
+        }
+    }
+
+    fn reason_to_stop(&self, now: Instant) -> Option<Stopped> {
+        if self.output.len() > self.limits.output {
+            Some(Stopped::OutputTooLarge)
+        } else if self.limits.deadline.is_some_and(|deadline| deadline <= now) {
+            Some(Stopped::AtDeadline)
+        } else if self.stop_at.is_some_and(|stop_at| stop_at <= now) {
+            Some(Stopped::AtTimeLimit)
+        } else if self.next_caller_check <= now && (self.limits.is_caller_gone)() {
+            Some(Stopped::CallerGone)
+        } else {
+            None
+        }
+    }
+}
+
+/// Reads once from a pipe. Closes it at its end.
+fn read(pipe: &mut Option<impl Read>, on_bytes: impl FnOnce(&[u8])) {
+    let mut buffer = [0; READ_SIZE];
+    match pipe.as_mut().map(|pipe| pipe.read(&mut buffer)) {
+        Some(Ok(len @ 1..)) => on_bytes(&buffer[..len]),
+        Some(Err(error)) if is_not_ready(&error) => {}
+        _ => *pipe = None,
+    }
+}
+
+fn is_not_ready(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
+}

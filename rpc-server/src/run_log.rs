@@ -1,0 +1,61 @@
+//! What a program writes to standard error: it goes to the log, line by line.
+
+use rpc_common::logging::PROGRAM_TARGET;
+use rpc_common::text::escape_up_to;
+
+/// How many lines of a run are logged, and how much of each, in bytes.
+const MAX_LINES: u64 = 100;
+const MAX_LINE: usize = 1_000;
+
+/// Logs the lines of one run.
+pub(crate) struct RunLog {
+    /// Identifies the request, safe to print.
+    id: String,
+    /// The line that has not ended, as far as it is shown.
+    line: Vec<u8>,
+    /// How many lines have begun.
+    lines: u64,
+    is_in_line: bool,
+}
+
+impl RunLog {
+    pub(crate) fn new(id: &str) -> Self {
+        RunLog { id: id.into(), line: Vec::new(), lines: 0, is_in_line: false }
+    }
+
+    pub(crate) fn add(&mut self, bytes: &[u8]) {
+        for part in bytes.split_inclusive(|byte| *byte == b'\n') {
+            if !self.is_in_line {
+                (self.lines, self.is_in_line) = (self.lines + 1, true);
+            }
+            let text = part.strip_suffix(b"\n").unwrap_or(part);
+            let room = (MAX_LINE + 1).saturating_sub(self.line.len()); // one more than is shown, to show that there is more
+            if self.lines <= MAX_LINES {
+                self.line.extend_from_slice(&text[..text.len().min(room)]);
+            }
+            if text.len() < part.len() {
+                self.end_line();
+            }
+        }
+    }
+
+    /// Logs what is left, and how many lines were not logged.
+    pub(crate) fn finish(&mut self) {
+        if self.is_in_line {
+            self.end_line();
+        }
+        if self.lines > MAX_LINES {
+            let (id, more) = (&self.id, self.lines - MAX_LINES);
+            log::info!(target: PROGRAM_TARGET, "program[{id}]: {more} more lines");
+        }
+    }
+
+    fn end_line(&mut self) {
+        if self.lines <= MAX_LINES {
+            let (id, line) = (&self.id, escape_up_to(MAX_LINE, &self.line));
+            log::info!(target: PROGRAM_TARGET, "program[{id}]: {line}");
+        }
+        self.line.clear();
+        self.is_in_line = false;
+    }
+}

@@ -8,6 +8,7 @@ use rpc_common::exit;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
@@ -52,7 +53,7 @@ fn blocks() -> Vec<Block> {
 }
 
 /// In a block of language `console`, a line that starts with `$ ` is a command, which lines that start with `> `
-/// continue. What follows is all that it prints. A server is running.
+/// continue. What follows is all that it prints. A server of fib is running; one that an example starts runs to the end.
 #[test]
 fn the_examples_of_the_readme_files_print_what_they_say() {
     let node = private_node();
@@ -60,8 +61,8 @@ fn the_examples_of_the_readme_files_print_what_they_say() {
     let _server = Program::start_server_at(node.url(), &queue, &[]);
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("readme");
     install_wrappers(&folder, &queue);
-    let environment = format!("cd {0}; export PATH={0}:$PATH AMQP_URL={1}; exec 2>&1", folder.display(), node.url());
-    let mut run = [0; PAGES.len()];
+    let environment = format!("cd {0}; export PATH={0}:$PATH AMQP_URL={1}", folder.display(), node.url());
+    let (mut run, mut servers) = ([0; PAGES.len()], Vec::new());
     for block in blocks().iter().filter(|block| block.language == "console") {
         if !applies(block, node.url()) {
             continue;
@@ -70,7 +71,15 @@ fn the_examples_of_the_readme_files_print_what_they_say() {
         for example in format!("\n{}", block.text).split("\n$ ").skip(1) {
             let (command, output) = split_example(&example.replace("rpc_queue", &queue));
             let command = command.replace("@localhost", &format!("@{}", node.authority()));
-            bash(&format!("{environment}\n{command}")).stdout(output);
+            if command.starts_with("rpc-server") {
+                let mut server = Command::new("bash");
+                server.args(["-c", &format!("{environment}\nexec {command}")]);
+                let server = Program::spawn_command(&server);
+                assert_eq!(format!("{}\n", server.next_line()), output, "{command}");
+                servers.push(server);
+            } else {
+                bash(&format!("{environment}; exec 2>&1\n{command}")).stdout(output);
+            }
             run[page] += 1;
         }
     }

@@ -105,7 +105,7 @@ peers() {
     python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
     command -v node >/dev/null || missing="$missing nodejs"
     command -v npm >/dev/null || missing="$missing npm"
-    command -v convert >/dev/null || missing="$missing imagemagick" # for a recipe of the guide
+    command -v identify >/dev/null || missing="$missing imagemagick" # for a recipe in rpc-server/README.md
     # shellcheck disable=SC2086 # a list of words
     [ -z "$missing" ] || apt_install "the peers in other languages, for the tests" $missing
 

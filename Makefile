@@ -16,11 +16,11 @@ CARGO_DOC = RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build check test test-fast test-brokers test-cluster fuzz bench bench-quick demo broker broker-stop \
+.PHONY: help build check test test-fast test-brokers test-cluster fuzz bench bench-quick bench-programs demo broker broker-stop \
 	cluster cluster-stop install uninstall clean setup-build setup-broker setup-brokers setup-peers setup-fuzz setup-bench
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: setup-build ## build both programs, optimised, in target/release
 	cargo build --release --locked -p rpc-server -p rpc-client
@@ -53,6 +53,9 @@ bench: build setup-broker setup-peers setup-bench ## compare with other librarie
 
 bench-quick: build setup-broker setup-peers setup-bench ## like bench, in two minutes; only prints the tables
 	$(BENCH) --quick
+
+bench-programs: build setup-bench setup-broker ## measure served programs (five minutes); only prints the table
+	tests/benches/programs.sh $(TARGET)/release
 
 demo: build $(if $(AMQP_URL),,setup-broker) ## start a broker and a server, ask for fib(30), print the answer, stop both
 	tests/demo.sh $(TARGET)/release

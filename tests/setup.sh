@@ -149,6 +149,7 @@ bench() {
     has_header amqp.h || missing="$missing librabbitmq-dev"
     has_header gmp.h || missing="$missing libgmp-dev"
     command -v valgrind >/dev/null || missing="$missing valgrind"
+    command -v amqp-consume >/dev/null || missing="$missing amqp-tools"
     [ -x /usr/bin/time ] || missing="$missing time" # the shell's keyword does not report memory
     # shellcheck disable=SC2086 # a list of words
     [ -z "$missing" ] || apt_install "for the benchmarks" $missing
@@ -159,6 +160,7 @@ bench() {
         { [ "$built/c-$program" -nt "$source" ] && [ "$built/c-$program" -nt "$here/peers/c/rpc.h" ]; } ||
             cc -O2 -Wall -Wextra -o "$built/c-$program" "$source" -lrabbitmq
     done
+    [ "$built/c-spawn" -nt "$here/peers/c/spawn.c" ] || cc -O2 -Wall -Wextra -o "$built/c-spawn" "$here/peers/c/spawn.c"
     [ "$built/c-fib" -nt "$here/peers/c/fib.c" ] ||
         cc -O2 -Wall -Wextra -o "$built/c-fib" "$here/peers/c/fib.c" -lgmp
     [ -e "$built/lapin-client" ] || log_line "building lapin from crates.io into target/peers"

@@ -10,4 +10,5 @@ pub mod fib;
 pub mod logging;
 pub mod message;
 pub mod options;
+pub mod sync;
 pub mod text;

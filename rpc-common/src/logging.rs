@@ -1,12 +1,13 @@
 //! The log of both programs: on standard error, without passwords, and limited in rate.
 
 use crate::background_writer::BackgroundWriter;
+use crate::sync::lock;
 use crate::text::escape;
 use env_logger::{Builder, Target};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use std::collections::HashMap;
 use std::io::{self, Write};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use std::{panic, thread};
 
@@ -94,7 +95,7 @@ struct RateLimitedLog<L> {
 
 impl<L: Log> RateLimitedLog<L> {
     fn limiter(&self) -> MutexGuard<'_, RateLimiter> {
-        self.limiter.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.limiter)
     }
 
     fn log_limited(&self, record: &Record) {

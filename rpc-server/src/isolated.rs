@@ -8,8 +8,9 @@
 use amiquip::{Publish, Return};
 use rpc_common::connection::{Connection, Deadline, Endpoint, Error, OpenChannel, Publisher};
 use rpc_common::message::{encode_reply, ErrorCode, Failure, Reply, Request};
+use rpc_common::sync::lock;
 use rpc_common::text::escape;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// How long the server's loop is quiet before the isolated connection is closed, so that it does not stay open for good.
@@ -63,7 +64,7 @@ impl IsolatedPublisher {
         request: &Request,
         correlation_id: Option<&[u8]>,
     ) -> Published {
-        let mut state = self.lock();
+        let mut state = lock(&self.0);
         if let Some((error, _)) = state.failure.as_ref().filter(|(_, until)| Instant::now() < *until) {
             return Published::Unknown(error.clone());
         }
@@ -87,7 +88,7 @@ impl IsolatedPublisher {
     /// Whether the broker says that there is no queue of this name. (One that is exclusive to its caller's connection is refused
     /// to us, and exists.)
     pub(crate) fn is_queue_gone(&self, endpoint: &Endpoint, queue: &str) -> bool {
-        let mut state = self.lock();
+        let mut state = lock(&self.0);
         let deadline = Deadline::after(PUBLISH_TIMEOUT);
         let Ok(mut open) = state.open(endpoint, &deadline) else { return false };
         let looked_at = open.connection.queue_stats(queue, &deadline);
@@ -95,10 +96,6 @@ impl IsolatedPublisher {
             state.open = Some(open);
         }
         looked_at.is_err_and(|error| error.is_not_found())
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Closes the connection, if it is not in use. The next reply opens another one.

@@ -4,6 +4,7 @@
 //! consumer, and delivers the request again, perhaps to another worker; computing the reply again would take as long again.
 
 use rpc_common::message::{Reply, Request};
+use rpc_common::sync::lock;
 use std::collections::VecDeque;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -49,7 +50,7 @@ impl KeptReplies {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

@@ -119,7 +119,7 @@ fn a_program_may_read_and_write_in_any_order() {
     let body = vec![b'x'; 8 << 20];
     Served::start("reads_nothing", &["--", "true"]).assert_answer(&body, b"");
     let script = "head -c 8000000 /dev/zero; cat >/dev/null";
-    Served::script("writes_first", &[], script).assert_answer(&body, &[0; 8_000_000]);
+    Served::script("writes_first", &[], script).assert_answer(&body, &vec![0; 8_000_000]);
     Served::script("closes_early", &[], "exec >&- 2>&-; sleep 0.2").assert_answer(b"x", b"");
 }
 
@@ -242,8 +242,8 @@ fn standard_error_goes_to_the_log_with_the_correlation_id_and_never_to_the_calle
 #[test]
 fn the_environment_describes_the_request_and_holds_no_secret() {
     let queue = Queue::named("environment");
-    let mut server = process::Command::new(program_folder().join("rpc-server"));
-    server.args([
+    let mut command = process::Command::new(program_folder().join("rpc-server"));
+    command.args([
         "--queue",
         &queue,
         "--",
@@ -251,9 +251,8 @@ fn the_environment_describes_the_request_and_holds_no_secret() {
         "-c",
         "env -0 | sort -z | grep -z -e ^RPC_ -e ^AMQP -e ^KEPT | tr '\\0' '\\n'",
     ]);
-    server.env("AMQP_URL", broker::url()).env("RPC_CLIENT_TIMEOUT", "1s").env("RPC_SECRET", "x").env("KEPT", "yes");
-    let server = Program::spawn_command(&server);
-    let served = Served { queue, server };
+    command.env("AMQP_URL", broker::url()).env("RPC_CLIENT_TIMEOUT", "1s").env("RPC_SECRET", "x").env("KEPT", "yes");
+    let served = Served { queue, server: Program::spawn_command(&command) };
     assert_eq!(served.server.next_line(), " [x] Awaiting RPC requests");
     let queue = format!("RPC_REQUEST_QUEUE={}\nRPC_REQUEST_REDELIVERED=0\n", &*served.queue);
     served.assert_answer(b"", format!("KEPT=yes\n{queue}").as_bytes());

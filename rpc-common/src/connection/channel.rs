@@ -8,9 +8,9 @@
 //! On a channel that has a publisher nothing else publishes, so that the frames of two messages are never mixed.
 //! Nothing is written on a channel that the broker has closed: the broker would close the connection.
 
-use super::deadline::lock;
 use super::sanitize::{correlation_id_range, Changes};
 use super::writer::FrameWriter;
+use crate::sync::lock;
 use amiquip::{Channel, Confirm, Consumer, ConsumerMessage, ConsumerOptions, FieldTable, Publish, Return};
 use amq_protocol::frame::generation::{gen_content_body_frame, gen_content_header_frame, gen_method_frame};
 use amq_protocol::protocol::{basic, confirm, connection, queue, AMQPClass};

@@ -1,8 +1,8 @@
 //! The socket of a connection, with or without TLS, and the one way to write to it: whole frames, for amiquip's I/O
 //! thread and for all publishers.
 
-use super::deadline::lock;
 use super::tls::TlsStream;
+use crate::sync::lock;
 use mio::unix::EventedFd;
 use mio::{Events, Poll, PollOpt, Ready, Token};
 use std::collections::VecDeque;

@@ -2,7 +2,7 @@
 
 use crate::connection::{Endpoint, Error, ErrorKind, Secret, TlsFiles, DEFAULT_HEARTBEAT};
 use crate::exit::{print_message, ExitCode};
-use clap::error::ErrorKind as ClapErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind as ClapErrorKind};
 use std::env;
 use std::error::Error as _;
 use std::path::PathBuf;
@@ -26,20 +26,29 @@ pub fn parse_args<Cli: clap::Parser>() -> Result<Cli, ExitCode> {
     })
 }
 
-/// Describes an error in one line, without clap's suggestions; `None` if clap's text is help.
+/// Describes an error in one line, with what the user may have meant; `None` if clap's text is help.
 fn describe_error(error: &clap::Error) -> Option<String> {
     if error.kind() == ClapErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         return None;
     }
     let text = error.to_string();
-    // Suggestions and usage follow in paragraphs of their own.
+    // Hints and usage follow in paragraphs of their own.
     let message = text.strip_prefix("error: ")?.split("\n\n").next()?.trim_end();
     let message = message.lines().map(str::trim).collect::<Vec<_>>().join(" ");
     let message = match error.source().map(ToString::to_string) {
         Some(reason) => message.replace(&reason, &reword(&reason)),
         None => message,
     };
-    Some(format!("{message}; see --help"))
+    let suggestion =
+        [ContextKind::SuggestedArg, ContextKind::SuggestedValue].into_iter().find_map(|kind| error.get(kind));
+    let suggestion = match suggestion {
+        Some(ContextValue::String(meant)) => format!(": did you mean '{meant}'?"),
+        Some(ContextValue::Strings(meant)) if !meant.is_empty() => {
+            format!(": did you mean '{}'?", meant.join("' or '"))
+        }
+        _ => String::new(),
+    };
+    Some(format!("{message}{suggestion}; see --help"))
 }
 
 /// Rewords how the standard library and clap say that a number is invalid.
@@ -138,8 +147,9 @@ impl BrokerOptions {
 
 fn endpoint_from_env() -> Result<Endpoint, ErrorKind> {
     match env::var("AMQP_URL") {
-        Ok(url) if !url.is_empty() => Endpoint::parse(&url, "AMQP_URL"),
-        Ok(_) | Err(env::VarError::NotPresent) => Endpoint::parse("amqp://localhost", "the default"),
+        Ok(url) if url.is_empty() => Err(ErrorKind::bad_url("AMQP_URL", "it is empty: set it to a URL, or unset it")),
+        Ok(url) => Endpoint::parse(&url, "AMQP_URL"),
+        Err(env::VarError::NotPresent) => Endpoint::parse("amqp://localhost", "the default"),
         Err(env::VarError::NotUnicode(_)) => Err(ErrorKind::bad_url("AMQP_URL", "not valid UTF-8")),
     }
 }
@@ -170,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_is_one_line_with_inclusive_bounds_and_no_suggestions() {
+    fn an_error_is_one_line_with_inclusive_bounds_and_a_suggestion() {
         for (args, message) in [
             (&["--workers", "0"][..], "invalid value '0' for '--workers <N>': must be between 1 and 65535; see --help"),
             (
@@ -185,9 +195,9 @@ mod tests {
             ),
             (
                 &["--output", "jsno"],
-                "invalid value 'jsno' for '--output <FORMAT>' [possible values: text, json]; see --help",
+                "invalid value 'jsno' for '--output <FORMAT>' [possible values: text, json]: did you mean 'json'?; see --help",
             ),
-            (&["--worker", "1"], "unexpected argument '--worker' found; see --help"),
+            (&["--worker", "1"], "unexpected argument '--worker' found: did you mean '--workers'?; see --help"),
             (&["--cert", "a.pem"], "the following required arguments were not provided: --key <PEM>; see --help"),
         ] {
             assert_eq!(error(args).as_deref(), Some(message));

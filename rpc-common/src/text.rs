@@ -88,16 +88,14 @@ pub fn parse_content_type(text: &str) -> Result<String, String> {
     }
 }
 
-/// Parses a duration of 0 to 365 days: `1500ms`, `30s`, `2m`; a bare number is seconds.
+/// Parses a duration of 0 to 365 days: `1500ms`, `1.5s`, `2m`; a bare number is seconds.
 ///
 /// # Errors
 /// What is wrong with the duration, for a message.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
-    let duration = match text.parse() {
-        Ok(seconds) => Ok(Duration::from_secs(seconds)),
-        Err(_) => humantime::parse_duration(text),
-    };
-    match duration {
+    let is_number = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+    let unit = if is_number { "s" } else { "" };
+    match humantime::parse_duration(&format!("{text}{unit}")) {
         Ok(duration) if duration <= MAX_DURATION => Ok(duration),
         Ok(_) => Err("must be at most 365 days".into()),
         Err(_) => Err("not a duration such as 1500ms, 30s or 2m".into()),
@@ -174,9 +172,17 @@ mod tests {
 
     #[test]
     fn durations_have_units_or_are_seconds() {
-        for (text, millis) in
-            [("1500ms", 1_500), ("30s", 30_000), ("2m", 120_000), ("5", 5_000), ("0", 0), ("1m 1s", 61_000)]
-        {
+        for (text, millis) in [
+            ("1500ms", 1_500),
+            ("30s", 30_000),
+            ("2m", 120_000),
+            ("5", 5_000),
+            ("0", 0),
+            ("0.2", 200),
+            ("1.5", 1_500),
+            ("1.5s", 1_500),
+            ("1m 1s", 61_000),
+        ] {
             assert_eq!(parse_duration(text), Ok(Duration::from_millis(millis)), "{text}");
         }
     }
@@ -196,7 +202,7 @@ mod tests {
 
     #[test]
     fn an_invalid_duration_is_refused_with_the_reason() {
-        for text in ["", "s", "-1", "1.5.2s", "ten", "1e3", "99999999999999999999999"] {
+        for text in ["", "s", "-1", ".", "1.", "1.5.2s", "1.5.2", "ten", "1e3", "99999999999999999999999"] {
             assert_eq!(parse_duration(text), Err("not a duration such as 1500ms, 30s or 2m".into()), "{text}");
         }
         for text in ["366d", "31536001", "18446744073709551615"] {

@@ -1,7 +1,7 @@
 //! The request queue: used as it is if it exists, else declared.
 
 use amiquip::{AmqpValue, FieldTable, QueueDeclareOptions};
-use rpc_common::connection::{Connection, Deadline, Error, ErrorKind, PRECONDITION_FAILED};
+use rpc_common::connection::{Connection, Deadline, Error, ErrorKind, ACCESS_REFUSED, PRECONDITION_FAILED};
 
 /// How the request queue is declared if it does not exist.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -44,7 +44,8 @@ pub(crate) fn find_or_declare(
     let mut attempts_left = MAX_ATTEMPTS;
     loop {
         match connection.queue_stats(queue, deadline) {
-            Ok(_) => return Ok(None),
+            Ok(_) if queue_type == QueueType::Auto => return Ok(None),
+            Ok(_) => return check_type(connection, queue, options, deadline).map(|()| None),
             Err(error) if error.is_not_found() => {}
             Err(error) => return Err(error),
         }
@@ -62,6 +63,33 @@ pub(crate) fn find_or_declare(
             }
             declared => return declared.map(|()| Some(name)),
         }
+    }
+}
+
+/// Checks that an existing queue has the type of these options. What else others have set when they declared it is accepted, and
+/// so is a user that may not declare.
+fn check_type(
+    connection: &mut Connection,
+    queue: &str,
+    options: QueueDeclareOptions,
+    deadline: &Deadline,
+) -> Result<(), Error> {
+    let declared = connection.call(deadline, "checking the type of a queue", |amqp| {
+        amqp.open_channel(None)?.queue_declare(queue, options).map(drop)
+    });
+    match declared {
+        Err(Error { broker, kind: ErrorKind::ChannelClosed(reason) }) if reason.code == PRECONDITION_FAILED => {
+            let is_other_type = ["'durable'", "'x-queue-type'"].iter().any(|name| reason.text.contains(name));
+            if is_other_type {
+                return Err(Error { broker, kind: ErrorKind::Refused(reason) });
+            }
+            Ok(())
+        }
+        Err(Error { kind: ErrorKind::Refused(reason), .. }) if reason.code == ACCESS_REFUSED => {
+            log::warn!("cannot check the type of queue '{queue}': {}", reason.text);
+            Ok(())
+        }
+        declared => declared,
     }
 }
 

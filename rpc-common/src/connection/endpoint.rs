@@ -16,7 +16,9 @@ use url::{Host, ParseError, Url};
 pub const DEFAULT_HEARTBEAT: u16 = 10;
 
 const URL_FORM: &str = "not of the form amqp://user:password@host:port/vhost";
-const BAD_PORT: &str = "bad port: is # / ? or @ in the password percent-encoded?";
+const NOT_ENCODED: &str = "bad port: is # / ? or @ in the password percent-encoded?";
+const BAD_PORT: &str = "bad port: it must be a number from 1 to 65535";
+const SEVERAL: &str = "it must be one URL: repeat --url for several brokers";
 
 /// An **endpoint** is a broker's address, and how to log in there.
 #[derive(Clone, Debug)]
@@ -109,8 +111,13 @@ impl Endpoint {
 }
 
 fn parse(url: &str, source_name: &'static str) -> Result<Endpoint, String> {
+    let has_password = url.contains('@');
+    if url.contains(',') && !has_password {
+        return Err(SEVERAL.into());
+    }
     let url = Url::parse(url).map_err(|error| match error {
         ParseError::RelativeUrlWithoutBase => URL_FORM.into(),
+        ParseError::InvalidPort if has_password => NOT_ENCODED.into(),
         ParseError::InvalidPort => BAD_PORT.into(),
         error => error.to_string(),
     })?;
@@ -123,7 +130,7 @@ fn parse(url: &str, source_name: &'static str) -> Result<Endpoint, String> {
         return Err(URL_FORM.into());
     }
     if url.query().is_some_and(|query| query.contains('@')) {
-        return Err(BAD_PORT.into());
+        return Err(NOT_ENCODED.into());
     }
     let host = match url.host() {
         None | Some(Host::Domain("")) => "localhost".into(),

@@ -85,6 +85,7 @@ impl Reason {
     fn hint(&self) -> &'static str {
         match self.code {
             ACCESS_REFUSED => ": the user lacks this permission",
+            PRECONDITION_FAILED => ": use --queue-type auto to use the queue as it is, or delete it",
             NOT_ALLOWED => ": is the vhost in the URL right, and may this user access it?",
             _ => "",
         }

@@ -2,47 +2,59 @@
 //!
 //! Many calls are made by three loops, each on a thread of its own, that share nothing but channels:
 //!
-//! - the [`reader`] reads numbers and sends a request for each of them to the calls;
+//! - the [`reader`] reads the input and sends its requests to the calls;
 //! - the calls ([`rpc_client::run`]) send every outcome to the printer;
 //! - the [`Printer`] prints the lines in order, and now and then sends a permit to the reader.
 
 use crate::cli::Cli;
 use crate::error::Error;
-use crate::input::{Argument, Input};
+use crate::input::{Argument, BadInput, Input, Origin};
 use crate::printer::{Event, Printer};
 use crate::reader;
+use crate::source::Unreadable;
 use crossbeam_channel::bounded;
-use rpc_client::Error as CallError;
+use rpc_client::{Error as CallError, Request};
 use rpc_common::connection::Endpoint;
 use rpc_common::exit::ExitCode;
 use std::io::{self, BufWriter};
 use std::sync::mpsc;
 use std::thread;
 
-/// How many lines a **permit** allows to be read, in multiples of the calls in flight: many, so that the reader is woken
-/// rarely. The number of permits bounds the lines that wait behind a slow call.
-const LINES_PER_PERMIT: u64 = 8;
+/// How many numbers a **permit** allows to be read, in multiples of the calls in flight: many, so that the reader is woken
+/// rarely. Other requests, and their replies, may be large: then it is one such multiple.
+/// The number of permits bounds the requests that wait behind a slow call.
+const NUMBERS_PER_PERMIT: u64 = 8;
 const PERMITS: usize = 2;
 
 /// Makes all calls and prints their answers. Returns the largest exit code of the calls.
 pub(crate) fn make_calls(cli: &Cli) -> Result<ExitCode, Error> {
     let endpoints = cli.config.broker.endpoints().map_err(CallError::from)?;
-    let result = match cli.arguments[..] {
-        [Argument::Number(n)] if cli.repeat == 1 => make_one_call(cli, endpoints, n),
-        _ => make_many_calls(cli, endpoints),
+    let result = match single_request(cli).map_err(BadInput::from)? {
+        Some(request) => make_one_call(cli, endpoints, request),
+        None => make_many_calls(cli, endpoints),
     };
     result.map_err(Error::Output)
 }
 
+/// The request, if the command line asks for one call only.
+fn single_request(cli: &Cli) -> Result<Option<Request<Input>>, Unreadable> {
+    let request = |origin, body| Some(Request { context: Input { index: 0, origin }, body });
+    Ok(match (&cli.input.numbers[..], &cli.input.data[..], cli.repeat) {
+        (&[Argument::Number(n)], _, 1) => request(Origin::Number { n, line: None }, n.to_string().into()),
+        (_, [data], 1) => request(Origin::SingleData, data.read()?),
+        _ => None,
+    })
+}
+
 /// Without the threads of many calls, each of which would cost about 0.1 ms and 0.1 MiB.
-fn make_one_call(cli: &Cli, endpoints: Vec<Endpoint>, n: u64) -> io::Result<ExitCode> {
+fn make_one_call(cli: &Cli, endpoints: Vec<Endpoint>, request: Request<Input>) -> io::Result<ExitCode> {
     let (request_sender, requests) = bounded(1);
     let (_running, stop) = bounded(0); // disconnected when this function ends
     let mut printer = Printer::new(BufWriter::new(io::stdout()), cli.output.clone());
     if cli.output.announces() {
-        reader::announce(n);
+        reader::announce(request.context.origin);
     }
-    let _ = request_sender.send(Input { index: 0, n, line: None }.into()); // there is room for it
+    let _ = request_sender.send(request); // there is room for it
     drop(request_sender);
     let mut result = Ok(());
     // An error of the run is the outcome of the call, too. An answer is printed before the connection is closed.
@@ -53,7 +65,8 @@ fn make_one_call(cli: &Cli, endpoints: Vec<Endpoint>, n: u64) -> io::Result<Exit
 }
 
 fn make_many_calls(cli: &Cli, endpoints: Vec<Endpoint>) -> io::Result<ExitCode> {
-    let lines_per_permit = LINES_PER_PERMIT * u64::from(cli.config.in_flight);
+    let multiple = if cli.input.numbers.is_empty() { 1 } else { NUMBERS_PER_PERMIT };
+    let requests_per_permit = multiple * u64::from(cli.config.in_flight);
     let (permit_sender, permits) = bounded(PERMITS);
     (0..PERMITS).try_for_each(|_| permit_sender.send(())).expect("the channel has room for them");
     // Bounded by the permits. Not crossbeam's channel: its receiver yields the processor several times before it
@@ -63,9 +76,9 @@ fn make_many_calls(cli: &Cli, endpoints: Vec<Endpoint>) -> io::Result<ExitCode> 
     let printer = Printer::new(BufWriter::new(io::stdout()), cli.output.clone());
     let printer = thread::spawn(move || {
         let _running = running; // dropped when the printer has ended; that stops the calls
-        printer.print_all(&events, &permit_sender, lines_per_permit)
+        printer.print_all(&events, &permit_sender, requests_per_permit)
     });
-    let requests = reader::start(cli, event_sender.clone(), permits, lines_per_permit);
+    let requests = reader::start(cli, event_sender.clone(), permits, requests_per_permit);
     // An error of the run is the outcome of its calls, too.
     let _ = rpc_client::run(&cli.config, endpoints, &requests, &stop, &mut |outcomes| {
         let _ = event_sender.send(Event::Outcomes(outcomes)); // fails if the printer has ended

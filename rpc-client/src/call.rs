@@ -2,9 +2,9 @@
 
 use clap::ValueEnum;
 use rpc_common::connection::{Error as ConnectionError, ErrorKind, QueueStats};
-use rpc_common::message::{Answer, ErrorCode, Failure};
+use rpc_common::message::{Answer, ErrorCode, Failure, DEADLINE_HEADER, TEXT};
 use rpc_common::options::{self, BrokerOptions};
-use rpc_common::text::{escape, format_duration, parse_name, parse_timeout};
+use rpc_common::text::{escape, format_duration, parse_content_type, parse_name, parse_timeout};
 use std::fmt::{self, Display};
 use std::time::Duration;
 use uuid::Uuid;
@@ -29,6 +29,14 @@ pub struct Config {
     #[arg(long, value_name = "KIND", default_value = "queue", hide_possible_values = true)]
     pub reply_to: ReplyTo,
 
+    /// MIME type of the request
+    #[arg(long, value_name = "TYPE", default_value = TEXT, value_parser = parse_content_type)]
+    pub content_type: String,
+
+    /// Header of the request, repeatable
+    #[arg(short = 'H', long = "header", value_name = "NAME=VALUE", value_parser = parse_header)]
+    pub headers: Vec<(String, String)>,
+
     /// Where the broker is.
     #[command(flatten)]
     pub broker: BrokerOptions,
@@ -37,6 +45,19 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         options::from_args(&[])
+    }
+}
+
+/// The longest name of a header in bytes: it is an AMQP short string.
+const MAX_HEADER_NAME: usize = 255;
+
+fn parse_header(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("not of the form NAME=VALUE")?;
+    match name.len() {
+        0 => Err("the name must not be empty".into()),
+        1..=MAX_HEADER_NAME if name == DEADLINE_HEADER => Err("--timeout sets this header".into()),
+        1..=MAX_HEADER_NAME => Ok((name.into(), value.into())),
+        len => Err(format!("the name must be at most {MAX_HEADER_NAME} bytes long, not {len}")),
     }
 }
 
@@ -62,8 +83,8 @@ pub struct Request<T> {
 /// An **outcome** is how a call ended.
 #[derive(Debug)]
 pub struct Outcome<T> {
-    /// The request's context.
-    pub context: T,
+    /// The request, as it was given.
+    pub request: Request<T>,
     /// The correlation id of the call.
     pub correlation_id: Uuid,
     /// From the first publish to the end of the call; `None` if nothing was published.
@@ -96,6 +117,16 @@ pub enum Error {
         queue: String,
         /// Host and port of the broker.
         broker: String,
+    },
+    /// The broker refused the request because of its size (`max_message_size`): nothing ran.
+    #[error("the request of {size} bytes is too large for {broker}: {reason}")]
+    TooLarge {
+        /// The size of the request's body in bytes.
+        size: usize,
+        /// Host and port of the broker.
+        broker: String,
+        /// What the broker said.
+        reason: String,
     },
     /// The deadline passed: the function may or may not have run.
     #[error("no answer from '{queue}' on {broker} within {limit}: {cause}")]
@@ -184,6 +215,22 @@ impl Display for NoAnswerCause {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_header_has_a_name_and_a_value_that_may_be_anything() {
+        let header = |name: &str, value: &str| Ok((name.to_owned(), value.to_owned()));
+        assert_eq!(parse_header("a=b=c"), header("a", "b=c"));
+        assert_eq!(parse_header("a="), header("a", ""));
+        assert_eq!(parse_header(&("x".repeat(255) + "=")), header(&"x".repeat(255), ""));
+        for (text, error) in [
+            ("a", "not of the form NAME=VALUE"),
+            ("=b", "the name must not be empty"),
+            ("x-deadline-ms=1", "--timeout sets this header"),
+            (&("x".repeat(256) + "="), "the name must be at most 255 bytes long, not 256"),
+        ] {
+            assert_eq!(parse_header(text), Err(error.into()));
+        }
+    }
 
     fn lost(kind: ErrorKind) -> ConnectionError {
         ConnectionError::new("rabbit:5672", kind)

@@ -1,8 +1,9 @@
 //! The command line of `rpc-client`.
 
 use crate::error::Error;
-use crate::input::Argument;
-use clap::builder::{EnumValueParser, TypedValueParser};
+use crate::input::{Argument, BadInput, Data};
+use crate::source::Source;
+use clap::builder::{EnumValueParser, OsStringValueParser, TypedValueParser};
 use clap::Parser;
 use log::LevelFilter;
 use rpc_client::Config;
@@ -10,22 +11,27 @@ use rpc_common::exit::{exit_codes_help, CLIENT_EXIT_CODES};
 use rpc_common::logging::LogOptions;
 use std::io::{self, IsTerminal};
 
-/// Ask rpc-server, or any server of the RabbitMQ RPC tutorial, for fib(n)
+/// The largest headers in bytes: they must fit into one frame, with what brokers add on the way.
+const MAX_HEADERS: usize = 64 << 10;
+
+/// Call fib(n) of rpc-server or of any server of the RabbitMQ RPC tutorial, or any other function
 #[derive(Clone, Debug, Parser)]
 #[command(
     version,
+    override_usage = "rpc-client [OPTIONS] <N>...\n       \
+                      rpc-client [OPTIONS] --data <DATA>\n       \
+                      rpc-client [OPTIONS] --lines <FILE>",
     after_help = exit_codes_help(CLIENT_EXIT_CODES),
     arg_required_else_help = true,
     args_override_self = true, // the last of an option given twice counts, for aliases and wrappers
     allow_negative_numbers = true // so that -5 is reported as a wrong number, not as an unknown option
 )]
 pub(crate) struct Cli {
-    /// The numbers n to ask fib(n) for; `-` reads standard input, one number per line
-    #[arg(required = true, value_name = "N")]
-    pub(crate) arguments: Vec<Argument>,
+    // The groups of the help are in the order in which their first option is declared: so "Calls" is the first.
+    #[command(flatten)]
+    pub(crate) input: InputOptions,
 
     /// Make every call N times
-    // The groups of the help are in the order in which their first option is declared: so "Calls" is the first.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     #[arg(help_heading = "Calls", display_order = 100)]
     pub(crate) repeat: u64,
@@ -38,6 +44,24 @@ pub(crate) struct Cli {
 
     #[command(flatten)]
     pub(crate) config: Config,
+}
+
+/// What to ask for: numbers, data or lines.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub(crate) struct InputOptions {
+    /// The numbers n to ask fib(n) for; `-` reads standard input, one number per line
+    #[arg(required = true, conflicts_with_all = ["data", "lines"], value_name = "N")]
+    pub(crate) numbers: Vec<Argument>,
+
+    /// Any request, repeatable: text, @FILE, or @- for standard input
+    #[arg(long, value_name = "DATA", allow_hyphen_values = true, conflicts_with = "lines")]
+    #[arg(value_parser = OsStringValueParser::new().map(Data::from), help_heading = "Calls")]
+    pub(crate) data: Vec<Data>,
+
+    /// A request per line of FILE, or of standard input for `-`
+    #[arg(long, value_name = "FILE", help_heading = "Calls")]
+    #[arg(value_parser = OsStringValueParser::new().map(Source::from))]
+    pub(crate) lines: Option<Source>,
 }
 
 /// The options of what is printed.
@@ -90,11 +114,27 @@ impl Cli {
         self.log.start_for_prompt("rpc-client", level);
     }
 
-    /// Refuses options that do not go together.
+    /// Refuses options that do not go together, and files that cannot be read.
     pub(crate) fn check(&self) -> Result<(), Error> {
         if self.output.unordered && self.output.format != Format::Json {
             return Err(Error::Usage("--unordered needs --output json, or answers cannot be told apart"));
         }
+        let headers = self.config.headers.iter();
+        if headers.map(|(name, value)| name.len() + value.len()).sum::<usize>() > MAX_HEADERS {
+            return Err(Error::Usage("the headers must not be larger than 64KiB in all"));
+        }
+        self.input.check()
+    }
+}
+
+impl InputOptions {
+    fn check(&self) -> Result<(), Error> {
+        let is_standard_input = |data: &&Data| **data == Data::Source(Source::StandardInput);
+        if self.data.iter().filter(is_standard_input).count() > 1 {
+            return Err(Error::Usage("standard input can be the data of one request only"));
+        }
+        self.data.iter().try_for_each(Data::check).map_err(BadInput::from)?;
+        self.lines.iter().try_for_each(|source| source.check().map(drop)).map_err(BadInput::from)?;
         Ok(())
     }
 }

@@ -59,8 +59,8 @@ fn make_calls(config: &Config, endpoints: &[Endpoint], requests: &Receiver<Reque
     let (_running, stop) = bounded(0);
     let on_outcomes = &mut |outcomes: Vec<Outcome<ResultSender>>| {
         for outcome in outcomes {
-            let _ = outcome.context.send(outcome.result.map(|answer| answer.body));
-            // the caller waits for it
+            let result = outcome.result.map(|answer| answer.body);
+            let _ = outcome.request.context.send(result); // the caller waits for it
         }
     };
     while let Err(error) = run(config, endpoints.to_vec(), requests, &stop, on_outcomes) {

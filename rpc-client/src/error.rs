@@ -1,8 +1,9 @@
 //! Why a call failed, or the whole run, with its exit code and its code in JSON.
 
-use crate::input::BadLine;
+use crate::input::BadInput;
 use rpc_client::Error as CallError;
 use rpc_common::exit::ExitCode;
+use rpc_common::message::ErrorCode;
 use rpc_common::text::describe_io_error;
 use std::io;
 
@@ -19,11 +20,8 @@ pub(crate) enum Error {
         reply: String,
         problem: &'static str,
     },
-    /// A line of standard input is not a number.
     #[error(transparent)]
-    BadLine(#[from] BadLine),
-    #[error("cannot read standard input: {}", describe_io_error(.0))]
-    Input(io::Error),
+    BadInput(#[from] BadInput),
     #[error("cannot write to standard output: {}", describe_io_error(.0))]
     Output(io::Error),
     /// Options that do not go together.
@@ -42,12 +40,13 @@ impl Error {
             Error::Call(CallError::NoQueue { .. }) => "no-server",
             Error::Call(CallError::QueueFull { .. }) => "queue-full",
             Error::Call(CallError::NoAnswer { .. } | CallError::RefusedAfterSend(_)) => "timeout",
+            Error::Call(CallError::TooLarge { .. }) => ErrorCode::TooLarge.as_str(),
             Error::Call(CallError::Failed(failure)) => match failure.code.as_str() {
                 code if CLIENT_CODES.contains(&code) => "internal",
                 code => code,
             },
             Error::BadReply { .. } => "bad-reply",
-            Error::BadLine(_) | Error::Input(_) | Error::Usage(_) => "usage",
+            Error::BadInput(_) | Error::Usage(_) => "usage",
             Error::Output(_) => "output", // in no JSON: it cannot be written
         }
     }
@@ -57,8 +56,10 @@ impl Error {
             Error::Call(CallError::Connection(error)) => error.into(),
             Error::Call(CallError::NoQueue { .. } | CallError::QueueFull { .. }) => ExitCode::NoServer,
             Error::Call(CallError::NoAnswer { .. } | CallError::RefusedAfterSend(_)) => ExitCode::NoAnswer,
-            Error::Call(CallError::Failed(_)) | Error::BadReply { .. } => ExitCode::RemoteError,
-            Error::BadLine(_) | Error::Input(_) | Error::Usage(_) => ExitCode::Usage,
+            Error::Call(CallError::Failed(_) | CallError::TooLarge { .. }) | Error::BadReply { .. } => {
+                ExitCode::RemoteError
+            }
+            Error::BadInput(_) | Error::Usage(_) => ExitCode::Usage,
             Error::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::BrokenPipe,
             Error::Output(_) => ExitCode::Output,
         }

@@ -4,7 +4,7 @@ use crate::call::{Config, Error, NoAnswerCause, Request};
 use crate::diagnosis::Diagnosis;
 use crate::outcomes::{OnOutcomes, Outcomes};
 use crate::pending::{PendingCalls, Returned};
-use crate::retry::{ends_run, MIN_PAUSE};
+use crate::retry::{ends_run, too_large_reason, MIN_PAUSE};
 use crate::session::{Session, SessionEvent};
 use amiquip::{Confirm, ConnectionBlockedNotification, ConsumerMessage, Delivery, Return};
 use crossbeam_channel::{never, select, Receiver, RecvError};
@@ -192,6 +192,9 @@ impl<T> EventLoop<'_, '_, T> {
     /// Pauses before the next session, unless the error ends the run.
     fn on_session_error(&mut self, error: Error) -> Result<(), Error> {
         let Error::Connection(connection_error) = &error else { return Err(self.end_all(error)) };
+        if too_large_reason(connection_error).is_some_and(|reason| self.end_too_large(reason)) {
+            return Ok(()); // without a pause: there is nothing to wait for, and a call less
+        }
         self.diagnosis.on_connection_error(connection_error);
         let pause = self.backoff.next_pause(Instant::now());
         let was_connected = !self.broker.is_empty();
@@ -212,6 +215,15 @@ impl<T> EventLoop<'_, '_, T> {
         }
         self.outcomes.deliver();
         Ok(())
+    }
+
+    /// Ends the call whose request is too large. False if there is none.
+    fn end_too_large(&mut self, reason: &str) -> bool {
+        let Some(call) = self.pending.pop_too_large() else { return false };
+        let (size, broker, reason) = (call.request.body.len(), self.broker.clone(), reason.to_owned());
+        self.outcomes.add(call, Err(Error::TooLarge { size, broker, reason }));
+        self.outcomes.deliver();
+        true
     }
 
     /// Ends all pending calls with this error.

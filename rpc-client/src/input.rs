@@ -1,10 +1,12 @@
-//! The input: the numbers of the command line, and the lines of standard input for `-`.
+//! The input: numbers, data and lines, and what a request is called in messages.
 
-use rpc_client::Request;
+use crate::source::{Source, Unreadable, TOO_LARGE};
 use rpc_common::message::{parse_number, NumberError};
-use rpc_common::text::escape;
+use rpc_common::text::{escape, MAX_SIZE};
+use std::ffi::{OsStr, OsString};
 use std::io::{self, BufRead, Read};
 use std::iter;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::str::FromStr;
 
 /// An argument of the command line.
@@ -27,76 +29,162 @@ impl FromStr for Argument {
     }
 }
 
+/// A value of `--data`: a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Data {
+    Bytes(Vec<u8>),
+    /// `@FILE`, or `@-` for standard input.
+    Source(Source),
+}
+
+impl From<OsString> for Data {
+    fn from(text: OsString) -> Self {
+        match text.as_bytes().strip_prefix(b"@") {
+            Some(name) => Data::Source(OsStr::from_bytes(name).to_owned().into()),
+            None => Data::Bytes(text.into_vec()),
+        }
+    }
+}
+
+impl Data {
+    /// Refuses a file that cannot be read, or is too large.
+    pub(crate) fn check(&self) -> Result<(), Unreadable> {
+        match self {
+            Data::Source(source) if source.check()? > MAX_SIZE as u64 => Err(source.too_large()),
+            Data::Source(_) | Data::Bytes(_) => Ok(()),
+        }
+    }
+
+    /// The body of the request.
+    pub(crate) fn read(&self) -> Result<Vec<u8>, Unreadable> {
+        match self {
+            Data::Bytes(bytes) => Ok(bytes.clone()),
+            Data::Source(source) => source.read_up_to(MAX_SIZE),
+        }
+    }
+}
+
 /// What a call was made for; its request carries this to its line of output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Input {
     /// The position of the line of output, from 0.
     pub(crate) index: u64,
-    /// The number n of fib(n).
-    pub(crate) n: u64,
-    /// The line of standard input that n comes from, if it comes from there.
-    pub(crate) line: Option<u64>,
+    pub(crate) origin: Origin,
 }
 
-/// The request for fib(n).
-impl From<Input> for Request<Input> {
-    fn from(input: Input) -> Self {
-        Request { context: input, body: input.n.to_string().into() }
+/// Where a request comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// The number n of fib(n), and the line of standard input, from 1, if n comes from there.
+    Number { n: u64, line: Option<u64> },
+    /// The only `--data`, called once: its reply is all that is printed.
+    SingleData,
+    /// One of several: the position of its `--data`, from 1.
+    Data(u64),
+    /// The line of `--lines`, from 1.
+    Line(u64),
+}
+
+impl Origin {
+    /// What messages call the request; None for the only one.
+    pub(crate) fn label(self) -> Option<String> {
+        match self {
+            Origin::Number { n, line: None } => Some(format!("fib({n})")),
+            Origin::Number { n, line: Some(line) } => Some(format!("line {line}: fib({n})")),
+            Origin::SingleData => None,
+            Origin::Data(position) => Some(format!("request {position}")),
+            Origin::Line(line) => Some(format!("line {line}")),
+        }
     }
 }
 
-/// A line of standard input that is not a number.
+/// Input that is not a request.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("line {line}: '{text}' is {problem}")]
-pub(crate) struct BadLine {
-    /// The line number, from 1.
-    pub(crate) line: u64,
-    /// The line, trimmed and escaped.
-    pub(crate) text: String,
-    pub(crate) problem: NumberError,
+pub(crate) enum BadInput {
+    /// A line of standard input, from 1, trimmed and escaped.
+    #[error("line {line}: '{text}' is {problem}")]
+    NotANumber { line: u64, text: String, problem: NumberError },
+    /// A line of `--lines`, from 1.
+    #[error("line {0}: {TOO_LARGE}")]
+    LineTooLarge(u64),
+    #[error(transparent)]
+    Unreadable(#[from] Unreadable),
 }
 
-/// The maximum length of an input line in bytes, without its end.
-const MAX_LINE_LEN: usize = 1024;
+/// The maximum length in bytes of the line of a number, without its end.
+pub(crate) const MAX_NUMBER_LINE: usize = 1024;
 
-/// The lines of standard input; each is read when it is taken.
-pub(crate) fn read_lines(mut input: impl BufRead) -> impl Iterator<Item = io::Result<Vec<u8>>> {
-    iter::from_fn(move || read_line(&mut input).transpose())
+/// The lines of an input, without their ends; each is read when it is taken. A longer one than `max` is cut to one byte more.
+pub(crate) fn read_lines(mut input: impl BufRead, max: usize) -> impl Iterator<Item = io::Result<Vec<u8>>> {
+    iter::from_fn(move || read_line(&mut input, max).transpose())
 }
 
-/// Reads a line without its end; None at the end of the input. An overlong line is cut to one byte more than the
-/// maximum.
-fn read_line(input: &mut impl BufRead) -> io::Result<Option<Vec<u8>>> {
+fn read_line(input: &mut impl BufRead, max: usize) -> io::Result<Option<Vec<u8>>> {
     let mut line = Vec::new();
-    if input.by_ref().take(MAX_LINE_LEN as u64 + 1).read_until(b'\n', &mut line)? == 0 {
+    if input.by_ref().take(max as u64 + 1).read_until(b'\n', &mut line)? == 0 {
         return Ok(None);
     }
     if line.last() == Some(&b'\n') {
         line.pop();
-    } else if line.len() > MAX_LINE_LEN {
+    } else if line.len() > max {
         input.skip_until(b'\n')?;
     }
     Ok(Some(line))
 }
 
-/// The number n of a line; blanks around it are allowed.
-pub(crate) fn parse_line(line: u64, bytes: &[u8]) -> Result<u64, BadLine> {
+/// The request of a line with a number; blanks around it are allowed.
+pub(crate) fn number_line(line: u64, bytes: &[u8]) -> Result<(Origin, Vec<u8>), BadInput> {
     // An overlong line was cut: trimmed, the rest could look like a number.
-    let text = if bytes.len() > MAX_LINE_LEN { bytes } else { bytes.trim_ascii() };
-    parse_number(text).map_err(|problem| BadLine { line, text: escape(text).to_string(), problem })
+    let text = if bytes.len() > MAX_NUMBER_LINE { bytes } else { bytes.trim_ascii() };
+    match parse_number(text) {
+        Ok(n) => Ok((Origin::Number { n, line: Some(line) }, n.to_string().into())),
+        Err(problem) => Err(BadInput::NotANumber { line, text: escape(text).to_string(), problem }),
+    }
+}
+
+/// The request of a line of `--lines`.
+pub(crate) fn request_line(line: u64, bytes: Vec<u8>) -> Result<(Origin, Vec<u8>), BadInput> {
+    if bytes.len() > MAX_SIZE {
+        return Err(BadInput::LineTooLarge(line));
+    }
+    Ok((Origin::Line(line), bytes))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn read(input: &[u8]) -> Vec<Result<u64, BadLine>> {
-        let lines = read_lines(input).map(Result::unwrap);
-        (1..).zip(lines).map(|(line, bytes)| parse_line(line, &bytes)).collect()
+    fn read(input: &[u8]) -> Vec<Result<u64, BadInput>> {
+        let lines = read_lines(input, MAX_NUMBER_LINE).map(Result::unwrap);
+        let numbers = (1..).zip(lines).map(|(line, bytes)| match number_line(line, &bytes)?.0 {
+            Origin::Number { n, .. } => Ok(n),
+            origin => panic!("{origin:?}"),
+        });
+        numbers.collect()
     }
 
-    fn bad_line(line: u64, text: &str) -> Result<u64, BadLine> {
-        Err(BadLine { line, text: text.into(), problem: NumberError::Malformed })
+    fn bad_line(line: u64, text: &str) -> Result<u64, BadInput> {
+        Err(BadInput::NotANumber { line, text: text.into(), problem: NumberError::Malformed })
+    }
+
+    #[test]
+    fn data_is_any_bytes_or_names_where_to_read_them() {
+        for (text, data) in [
+            ("", Data::Bytes(Vec::new())),
+            ("-x", Data::Bytes(b"-x".into())),
+            ("a@b", Data::Bytes(b"a@b".into())),
+            ("@-", Data::Source(Source::StandardInput)),
+            ("@-x", Data::Source(Source::File("-x".into()))),
+        ] {
+            assert_eq!(Data::from(OsString::from(text)), data);
+        }
+        assert_eq!(Data::from(OsString::from_vec(vec![0xff])), Data::Bytes(vec![0xff]));
+    }
+
+    #[test]
+    fn only_the_newline_is_cut_from_a_line_and_an_overlong_one_is_told_by_its_length() {
+        let lines: Vec<_> = read_lines(&b"a \r\n\n\xff\0\n12345\n1234567\nz"[..], 4).map(Result::unwrap).collect();
+        assert_eq!(lines, [&b"a \r"[..], b"", b"\xff\0", b"12345", b"12345", b"z"]);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Calls fib(n) over RabbitMQ RPC: numbers in, answers out.
+//! Calls fib(n), or any function, over RabbitMQ RPC: requests in, answers out.
 //!
 //! [`cli`] is the command line. [`batch`] connects three loops by channels: the [`reader`] reads the [`input`], the
 //! library makes the calls, and the [`printer`] prints lines of [`output`] and the [`summary`].
@@ -8,6 +8,7 @@ mod cli;
 mod batch;
 mod input;
 mod reader;
+mod source;
 
 mod output;
 mod printer;
@@ -39,7 +40,7 @@ fn main() -> process::ExitCode {
     code.into()
 }
 
-/// Calls fib(n) for every number of the input and prints the answers in the order asked. The exit code is the largest
+/// Makes a call for every request of the input and prints the answers in the order asked. The exit code is the largest
 /// of the calls' exit codes.
 fn run(cli: &Cli) -> Result<ExitCode, Error> {
     cli.check()?;

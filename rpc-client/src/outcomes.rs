@@ -26,8 +26,7 @@ impl<'a, 'f, T> Outcomes<'a, 'f, T> {
     /// Adds how a call ended.
     pub(crate) fn add(&mut self, call: Call<T>, result: Result<Answer, Error>) {
         let latency = call.first_sent.map(|first_sent| first_sent.elapsed());
-        let (context, correlation_id) = (call.request.context, call.id);
-        self.undelivered.push(Outcome { context, correlation_id, latency, result });
+        self.undelivered.push(Outcome { request: call.request, correlation_id: call.id, latency, result });
     }
 
     pub(crate) fn deliver(&mut self) {

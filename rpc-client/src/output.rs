@@ -2,67 +2,89 @@
 
 use crate::cli::Format;
 use crate::error::Error;
-use crate::input::{BadLine, Input};
-use rpc_client::Outcome;
-use rpc_common::text::escape;
+use crate::input::{BadInput, Input, Origin};
+use base64::prelude::{Engine, BASE64_STANDARD};
+use rpc_client::{Error as CallError, Outcome, Request};
+use rpc_common::message::{Answer, Failure};
+use rpc_common::text::{escape, escape_text, is_control};
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
+use serde_json::ser::Formatter;
 use std::io::{self, Write};
+use std::str;
 use std::time::Duration;
 use uuid::Uuid;
 
-/// A **line** of output: how a call ended, or a bad line of input.
+/// A **line** of output: how a call ended, or bad input. (The reply to data may have several lines, or no end of a line.)
 #[derive(Debug)]
 pub(crate) struct Line {
     pub(crate) index: u64,
-    /// None for a bad line of input.
-    input: Option<Input>,
-    pub(crate) result: Result<String, Error>,
+    /// None for bad input.
+    origin: Option<Origin>,
+    /// The body of the request; empty unless the format is JSON, so that it takes no memory while the line waits.
+    request: Vec<u8>,
+    pub(crate) result: Result<Answer, Error>,
     pub(crate) latency: Option<Duration>,
     correlation_id: Option<Uuid>,
 }
 
 impl Line {
-    pub(crate) fn from_outcome(outcome: Outcome<Input>) -> Self {
-        let input = outcome.context;
+    pub(crate) fn from_outcome(outcome: Outcome<Input>, format: Format) -> Self {
+        let Request { context: Input { index, origin }, body } = outcome.request;
         let result = outcome.result.map_err(Error::Call);
         Line {
-            index: input.index,
-            input: Some(input),
-            result: result.and_then(|reply| parse_answer(input.n, reply.body)),
+            index,
+            origin: Some(origin),
+            request: if format == Format::Json { body } else { Vec::new() },
+            result: match origin {
+                Origin::Number { n, .. } => result.and_then(|answer| check_number(n, answer)),
+                _ => result,
+            },
             latency: outcome.latency,
             correlation_id: Some(outcome.correlation_id),
         }
     }
 
-    pub(crate) fn from_bad_line(index: u64, bad_line: BadLine) -> Self {
-        let result = Err(bad_line.into());
-        Line { index, input: None, result, latency: None, correlation_id: None }
+    pub(crate) fn from_bad_input(index: u64, bad_input: BadInput) -> Self {
+        let result = Err(bad_input.into());
+        Line { index, origin: None, request: Vec::new(), result, latency: None, correlation_id: None }
     }
 
     /// Writes the line, if the format has one for it.
     pub(crate) fn write(&self, output: &mut impl Write, format: Format) -> io::Result<()> {
         match (format, &self.result) {
             (Format::Json, _) => {
-                serde_json::to_writer(&mut *output, self)?;
+                self.serialize(&mut serde_json::Serializer::with_formatter(&mut *output, TerminalSafe))?;
                 output.write_all(b"\n")
             }
-            (Format::Text, Ok(answer)) => writeln!(output, " [.] Got {answer}"),
-            // Parsing has replaced `Auto`.
-            (Format::Raw | Format::Auto, Ok(answer)) => writeln!(output, "{answer}"),
-            (Format::Raw | Format::Auto, Err(_)) => writeln!(output),
+            (Format::Text, Ok(answer)) => self.write_text(output, &answer.body),
             (Format::Text, Err(_)) => Ok(()),
+            // Parsing has replaced `Auto`.
+            (Format::Raw | Format::Auto, result) => {
+                output.write_all(result.as_ref().map_or(&[], |answer| &answer.body))?;
+                match self.origin {
+                    Some(Origin::SingleData) => Ok(()),
+                    _ => output.write_all(b"\n"),
+                }
+            }
         }
+    }
+
+    fn write_text(&self, output: &mut impl Write, answer: &[u8]) -> io::Result<()> {
+        if let Some(Origin::Number { .. }) = self.origin {
+            output.write_all(b" [.] Got ")?;
+        }
+        write!(output, "{}", escape_text(answer))?;
+        if answer.ends_with(b"\n") {
+            return Ok(());
+        }
+        output.write_all(b"\n")
     }
 
     /// The message for standard error: the error, and the call that it belongs to.
     pub(crate) fn error_message(&self, error: &Error) -> String {
-        match self.input {
-            None => error.to_string(),
-            Some(_) if error.concerns_every_call() => error.to_string(),
-            Some(Input { n, line: None, .. }) => format!("fib({n}): {error}"),
-            Some(Input { n, line: Some(line), .. }) => format!("line {line}: fib({n}): {error}"),
-        }
+        let label = self.origin.filter(|_| !error.concerns_every_call()).and_then(Origin::label);
+        label.map_or_else(|| error.to_string(), |label| format!("{label}: {error}"))
     }
 }
 
@@ -70,7 +92,8 @@ impl Line {
 const DIGITS_PER_N: f64 = 0.208_987_640_249_978_73;
 
 /// An answer is a decimal number with no more digits than fib(n) can have.
-fn parse_answer(n: u64, reply: Vec<u8>) -> Result<String, Error> {
+fn check_number(n: u64, answer: Answer) -> Result<Answer, Error> {
+    let reply = &answer.body;
     #[allow(clippy::cast_precision_loss)] // where it matters, no answer fits into memory
     let is_too_long = reply.len() as f64 > n as f64 * DIGITS_PER_N + 1.0;
     let problem = if reply.is_empty() || !reply.iter().all(u8::is_ascii_digit) {
@@ -78,9 +101,9 @@ fn parse_answer(n: u64, reply: Vec<u8>) -> Result<String, Error> {
     } else if is_too_long {
         "longer than the answer can be"
     } else {
-        return Ok(String::from_utf8(reply).expect("digits are UTF-8"));
+        return Ok(answer);
     };
-    Err(Error::BadReply { reply: escape(&reply).to_string(), problem })
+    Err(Error::BadReply { reply: escape(reply).to_string(), problem })
 }
 
 /// Milliseconds, to the microsecond.
@@ -93,18 +116,25 @@ pub(crate) fn millis(duration: Duration) -> f64 {
 impl Serialize for Line {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut object = serializer.serialize_map(None)?;
-        if let Some(input) = &self.input {
-            object.serialize_entry("n", &input.n)?;
+        match &self.origin {
+            Some(Origin::Number { n, .. }) => object.serialize_entry("n", n)?,
+            Some(_) => serialize_bytes(&mut object, ["data", "data_base64"], &self.request)?,
+            None => {}
         }
+        let is_number = matches!(self.origin, Some(Origin::Number { .. }));
         match &self.result {
-            // A string, because the numbers of many JSON parsers are not exact.
-            Ok(answer) => object.serialize_entry("result", answer)?,
-            Err(error) => {
-                if let Error::BadLine(bad_line) = error {
-                    object.serialize_entry("input", &bad_line.text)?;
+            Ok(answer) => {
+                // Numbers, too, are strings, because those of many JSON parsers are not exact.
+                serialize_bytes(&mut object, ["result", "result_base64"], &answer.body)?;
+                if let (Some(content_type), false) = (&answer.content_type, is_number) {
+                    object.serialize_entry("content_type", content_type)?;
                 }
-                let error = JsonError { code: error.code(), message: error.to_string() };
-                object.serialize_entry("error", &error)?;
+            }
+            Err(error) => {
+                if let Error::BadInput(BadInput::NotANumber { text, .. }) = error {
+                    object.serialize_entry("input", text)?;
+                }
+                object.serialize_entry("error", &JsonError::from(error))?;
             }
         }
         if let Some(latency) = self.latency {
@@ -117,17 +147,54 @@ impl Serialize for Line {
     }
 }
 
+/// Adds bytes by the first name if they are UTF-8, else as base64 by the second one.
+fn serialize_bytes<M: SerializeMap>(object: &mut M, [name, base64]: [&str; 2], bytes: &[u8]) -> Result<(), M::Error> {
+    match str::from_utf8(bytes) {
+        Ok(text) => object.serialize_entry(name, text),
+        Err(_) => object.serialize_entry(base64, &BASE64_STANDARD.encode(bytes)),
+    }
+}
+
 #[derive(Serialize)]
 struct JsonError<'a> {
     code: &'a str,
     message: String,
+    /// Of a program that failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exit_code: Option<i32>,
+}
+
+impl<'a> From<&'a Error> for JsonError<'a> {
+    fn from(error: &'a Error) -> Self {
+        let exit_code = match error {
+            Error::Call(CallError::Failed(Failure { exit_code, .. })) => *exit_code,
+            _ => None,
+        };
+        JsonError { code: error.code(), message: error.to_string(), exit_code }
+    }
+}
+
+/// Escapes in strings what can control a terminal, too: JSON requires it for a part of that only.
+struct TerminalSafe;
+
+impl Formatter for TerminalSafe {
+    fn write_string_fragment<W: Write + ?Sized>(&mut self, output: &mut W, fragment: &str) -> io::Result<()> {
+        for part in fragment.split_inclusive(is_control) {
+            let plain = part.trim_end_matches(is_control);
+            output.write_all(plain.as_bytes())?;
+            let mut controls = part[plain.len()..].chars();
+            controls.try_for_each(|char| write!(output, "\\u{:04x}", u32::from(char)))?;
+            // all are below 2^16
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use rpc_common::fib::fib;
-    use rpc_common::message::NumberError;
+    use rpc_common::message::{ErrorCode, NumberError};
 
     fn written(line: &Line, format: Format) -> String {
         let mut output = Vec::new();
@@ -136,17 +203,32 @@ mod tests {
     }
 
     fn line(n: u64, input_line: Option<u64>, reply: &str) -> Line {
-        Line::from_outcome(Outcome {
-            context: Input { index: 0, n, line: input_line },
+        let origin = Origin::Number { n, line: input_line };
+        line_of(origin, n.to_string().as_bytes(), Ok(reply.to_owned().into()))
+    }
+
+    fn line_of(origin: Origin, request: &[u8], result: Result<Answer, CallError>) -> Line {
+        let outcome = Outcome {
+            request: Request { context: Input { index: 0, origin }, body: request.into() },
             correlation_id: Uuid::nil(),
             latency: Some(Duration::from_micros(1_500)),
-            result: Ok(reply.to_owned().into()),
-        })
+            result,
+        };
+        Line::from_outcome(outcome, Format::Json)
+    }
+
+    fn replied(origin: Origin, request: &[u8], reply: &[u8], content_type: Option<&str>) -> Line {
+        line_of(origin, request, Ok(Answer { body: reply.into(), content_type: content_type.map(Into::into) }))
+    }
+
+    fn failed(origin: Origin) -> Line {
+        let failure = Failure { exit_code: Some(3), ..Failure::new(ErrorCode::Failed, "wc failed") };
+        line_of(origin, b"x", Err(CallError::Failed(failure)))
     }
 
     fn bad_line() -> Line {
         let problem = NumberError::Malformed;
-        Line::from_bad_line(0, BadLine { line: 2, text: "a\"b".into(), problem })
+        Line::from_bad_input(0, BadInput::NotANumber { line: 2, text: "a\"b".into(), problem })
     }
 
     #[test]
@@ -177,11 +259,56 @@ mod tests {
     }
 
     #[test]
+    fn a_reply_to_data_is_raw_without_a_change_and_a_newline_is_added_to_one_of_several() {
+        let raw = |origin, reply| {
+            let mut output = Vec::new();
+            replied(origin, b"x", reply, None).write(&mut output, Format::Raw).unwrap();
+            output
+        };
+        assert_eq!(raw(Origin::SingleData, b"a\xff\n"), b"a\xff\n");
+        assert_eq!(raw(Origin::SingleData, b""), b"");
+        assert_eq!(raw(Origin::Data(1), b"a\xff"), b"a\xff\n");
+        assert_eq!(raw(Origin::Line(1), b""), b"\n");
+        assert_eq!(written(&failed(Origin::SingleData), Format::Raw), "");
+        assert_eq!(written(&failed(Origin::Line(1)), Format::Raw), "\n");
+    }
+
+    #[test]
+    fn a_reply_to_data_is_text_with_an_end_of_line_and_without_control_characters() {
+        let text = |reply| written(&replied(Origin::SingleData, b"x", reply, None), Format::Text);
+        assert_eq!(text(b"a\tb\nc"), "a\tb\nc\n");
+        assert_eq!(text(b"a\n"), "a\n");
+        assert_eq!(text(b"\x1b[2J\xff"), "\\u{1b}[2J\\xff\n");
+        assert_eq!(text(b""), "\n");
+        assert_eq!(written(&failed(Origin::SingleData), Format::Text), "");
+    }
+
+    #[test]
+    fn json_has_bytes_as_text_or_base64_and_what_is_said_of_them() {
+        let json = |line: &Line| written(line, Format::Json).split(",\"latency_ms\"").next().unwrap().to_owned();
+        assert_eq!(
+            json(&replied(Origin::Line(1), b"a\"\n", b"\xff\0", Some("image/png"))),
+            r#"{"data":"a\"\n","result_base64":"/wA=","content_type":"image/png""#
+        );
+        assert_eq!(
+            json(&replied(Origin::SingleData, b"\xff", "\x1b\u{7f}\u{9b}\u{202e}".as_bytes(), None)),
+            r#"{"data_base64":"/w==","result":"\u001b\u007f\u009b\u202e""#
+        );
+        assert_eq!(
+            json(&failed(Origin::Data(1))),
+            r#"{"data":"x","error":{"code":"failed","message":"wc failed","exit_code":3}"#
+        );
+    }
+
+    #[test]
     fn a_message_names_the_call_and_its_line_of_input() {
         let message = |line: Line| line.error_message(line.result.as_ref().unwrap_err());
         let error = "the reply '' is not a number: does another program serve this queue?";
         assert_eq!(message(line(7, None, "")), format!("fib(7): {error}"));
         assert_eq!(message(line(7, Some(3), "")), format!("line 3: fib(7): {error}"));
+        assert_eq!(message(failed(Origin::SingleData)), "wc failed");
+        assert_eq!(message(failed(Origin::Data(2))), "request 2: wc failed");
+        assert_eq!(message(failed(Origin::Line(3))), "line 3: wc failed");
         assert!(message(bad_line()).starts_with("line 2: 'a\"b' is "));
     }
 
@@ -189,12 +316,13 @@ mod tests {
     fn an_answer_is_a_number_and_not_longer_than_it_can_be() {
         for n in (0..2_000).chain([1_000_000]) {
             let answer = fib(n).to_string();
-            assert_eq!(parse_answer(n, answer.clone().into()).unwrap(), answer);
+            assert!(check_number(n, answer.clone().into()).is_ok());
             let longer = answer + "00";
-            assert!(parse_answer(n, longer.clone().into()).is_err(), "fib({n}) = {longer}");
+            assert!(check_number(n, longer.clone().into()).is_err(), "fib({n}) = {longer}");
         }
         for reply in [&b""[..], b"NaN", b"-1", b"1\n", b" 1", b"\xff"] {
-            assert!(parse_answer(30, reply.into()).is_err(), "{reply:?}");
+            let answer = Answer { body: reply.into(), content_type: None };
+            assert!(check_number(30, answer).is_err(), "{reply:?}");
         }
     }
 }

@@ -248,6 +248,15 @@ impl<T> PendingCalls<T> {
         self.remove(id)
     }
 
+    /// The broker has refused a request because of its size, but does not say which one: ends the call whose request is the
+    /// largest of those that the queue has not taken. It is too large, whether or not it is the refused one.
+    pub(crate) fn pop_too_large(&mut self) -> Option<Call<T>> {
+        let may_be_refused = |call: &&Call<T>| call.sends > 0 && call.fate == Fate::Unknown;
+        let largest = self.calls.values().filter(may_be_refused).max_by_key(|call| call.request.body.len());
+        let id = largest?.id;
+        self.remove(id)
+    }
+
     fn remove(&mut self, id: Uuid) -> Option<Call<T>> {
         let index = self.index_of.remove(&id)?;
         let call = self.calls.remove(&index);
@@ -436,6 +445,23 @@ mod tests {
         assert!(resend(&mut calls, now + RESEND_DELAY).is_none());
         calls.resend_refused(now);
         assert_eq!(resend(&mut calls, now + RESEND_DELAY), Some(ID));
+    }
+
+    #[test]
+    fn the_largest_request_that_was_sent_and_not_taken_is_the_one_that_is_too_large() {
+        let mut calls = PendingCalls::new();
+        for (number, size) in [(1, 40), (2, 10), (3, 30), (4, 20), (5, 50)] {
+            let request = Request { context: (), body: vec![0; size] };
+            calls.begin(Uuid::from_u128(number), request, Deadline::after(Duration::from_secs(9)));
+        }
+        assert!(calls.pop_too_large().is_none(), "none is sent");
+        for _ in 1..5 {
+            calls.next_to_send().unwrap().mark_sent(Instant::now());
+        }
+        calls.on_ack(one(1)); // so the queue has taken the one of 40 bytes
+        let mut sizes = iter::from_fn(|| calls.pop_too_large().map(|call| call.request.body.len()));
+        assert_eq!(sizes.by_ref().take(3).collect::<Vec<_>>(), [30, 20, 10]);
+        assert!(sizes.next().is_none());
     }
 
     #[test]

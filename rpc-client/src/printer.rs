@@ -2,8 +2,9 @@
 
 use crate::cli::OutputOptions;
 use crate::error::Error;
-use crate::input::{BadLine, Input};
+use crate::input::{BadInput, Input};
 use crate::output::Line;
+use crate::source::Unreadable;
 use crate::summary::Summary;
 use crossbeam_channel::Sender;
 use rpc_client::Outcome;
@@ -16,10 +17,10 @@ use std::sync::mpsc::Receiver;
 pub(crate) enum Event {
     /// Calls have ended.
     Outcomes(Vec<Outcome<Input>>),
-    /// A bad line of input, with the index of its line of output.
-    BadLine(u64, BadLine),
-    /// Standard input cannot be read.
-    ReadError(io::Error),
+    /// Bad input in place of a request, with the index of its line of output.
+    BadInput(u64, BadInput),
+    /// The rest of the input cannot be read.
+    ReadError(Unreadable),
     /// No call is left. (The end of the channel does not show it: the reader may still wait for input.)
     RunEnded,
 }
@@ -51,7 +52,7 @@ impl<W: Write> Printer<W> {
         }
     }
 
-    /// Prints until the run has ended. Lets the reader read on, by a permit for each `lines_per_permit` that are printed.
+    /// Prints until the run has ended. Lets the reader read on, by a permit for each `requests_per_permit` that are printed.
     /// Returns the largest exit code.
     ///
     /// # Errors
@@ -60,7 +61,7 @@ impl<W: Write> Printer<W> {
         mut self,
         events: &Receiver<Event>,
         permits: &Sender<()>,
-        lines_per_permit: u64,
+        requests_per_permit: u64,
     ) -> io::Result<ExitCode> {
         let mut permits_given = 0;
         loop {
@@ -71,15 +72,15 @@ impl<W: Write> Printer<W> {
             })?;
             match event {
                 Event::Outcomes(outcomes) => self.print_outcomes(outcomes)?,
-                Event::BadLine(index, bad_line) => self.print_in_order(Line::from_bad_line(index, bad_line))?,
+                Event::BadInput(index, bad_input) => self.print_in_order(Line::from_bad_input(index, bad_input))?,
                 Event::ReadError(error) => {
-                    let error = Error::Input(error);
+                    let error = Error::BadInput(error.into());
                     self.print_error(&error, error.to_string());
                 }
                 // If the run ended early, bad lines of input may still wait behind a number that was not called.
                 Event::RunEnded => return self.finish(),
             }
-            let permits_earned = self.printed / lines_per_permit;
+            let permits_earned = self.printed / requests_per_permit;
             for _ in permits_given..permits_earned {
                 let _ = permits.try_send(()); // fails if all input is read
             }
@@ -88,7 +89,8 @@ impl<W: Write> Printer<W> {
     }
 
     pub(crate) fn print_outcomes(&mut self, outcomes: Vec<Outcome<Input>>) -> io::Result<()> {
-        outcomes.into_iter().try_for_each(|outcome| self.print_in_order(Line::from_outcome(outcome)))
+        let format = self.options.format;
+        outcomes.into_iter().try_for_each(|outcome| self.print_in_order(Line::from_outcome(outcome, format)))
     }
 
     pub(crate) fn flush(&mut self) -> io::Result<()> {
@@ -144,8 +146,11 @@ impl<W: Write> Printer<W> {
 mod tests {
     use super::*;
     use crate::cli::Cli;
+    use crate::input::Origin;
+    use crate::source::Source;
     use clap::Parser;
     use crossbeam_channel::bounded;
+    use rpc_client::Request;
     use rpc_common::message::{Answer, ErrorCode, Failure, NumberError};
     use std::sync::mpsc;
     use uuid::Uuid;
@@ -160,14 +165,14 @@ mod tests {
     }
 
     fn ended(index: u64, result: Result<Answer, rpc_client::Error>) -> Event {
-        let context = Input { index, n: 90, line: None };
-        let (correlation_id, latency) = (Uuid::nil(), None);
-        Event::Outcomes(vec![Outcome { context, correlation_id, latency, result }])
+        let context = Input { index, origin: Origin::Number { n: 90, line: None } };
+        let (request, correlation_id, latency) = (Request { context, body: Vec::new() }, Uuid::nil(), None);
+        Event::Outcomes(vec![Outcome { request, correlation_id, latency, result }])
     }
 
     fn bad_line(index: u64) -> Event {
         let problem = NumberError::Malformed;
-        Event::BadLine(index, BadLine { line: 1, text: "x".into(), problem })
+        Event::BadInput(index, BadInput::NotANumber { line: 1, text: "x".into(), problem })
     }
 
     fn print(output: impl Write, options: &[&str], events: Vec<Event>, permits: &Sender<()>) -> io::Result<ExitCode> {
@@ -201,7 +206,7 @@ mod tests {
 
     #[test]
     fn the_largest_exit_code_counts() {
-        let unreadable = || Event::ReadError(io::ErrorKind::Other.into());
+        let unreadable = || Event::ReadError(Source::StandardInput.too_large());
         for (events, code) in [
             (vec![answered(0, "13")], ExitCode::Success),
             (vec![answered(0, "13"), failed(1), answered(2, "21")], ExitCode::RemoteError),

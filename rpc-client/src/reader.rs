@@ -1,20 +1,23 @@
 //! The reader: from the arguments and lines of the input to requests.
 
-use crate::cli::Cli;
-use crate::input::{parse_line, read_lines, Argument, BadLine, Input};
+use crate::cli::{Cli, InputOptions};
+use crate::input::{number_line, read_lines, request_line, Argument, BadInput, Input, Origin, MAX_NUMBER_LINE};
 use crate::printer::Event;
+use crate::source::Source;
 use crossbeam_channel::{bounded, unbounded, Receiver, Sender};
 use rpc_client::Request;
+use rpc_common::text::MAX_SIZE;
 use std::io::{self, BufRead, BufReader, Write};
+use std::mem;
 use std::sync::mpsc;
 use std::thread;
 
-/// Starts to read the input on a thread of its own, and returns the requests. Bad lines go to the printer directly.
+/// Starts to read the input on a thread of its own, and returns the requests. Bad input goes to the printer directly.
 pub(crate) fn start(
     cli: &Cli,
     events: mpsc::Sender<Event>,
     permits: Receiver<()>,
-    lines_per_permit: u64,
+    requests_per_permit: u64,
 ) -> Receiver<Request<Input>> {
     let announces = cli.output.announces();
     let (request_sender, requests) = if announces {
@@ -22,71 +25,107 @@ pub(crate) fn start(
     } else {
         unbounded() // bounded by the permits
     };
-    let (arguments, repeat) = (cli.arguments.clone(), cli.repeat);
-    let reader = Reader { requests: request_sender, events, permits, lines_per_permit, announces, repeat, index: 0 };
+    let (input, repeat) = (cli.input.clone(), cli.repeat);
+    let reader = Reader { requests: request_sender, events, permits, requests_per_permit, announces, repeat, index: 0 };
     // Not joined: when the calls end early, it may still wait for input.
-    thread::spawn(move || reader.read(&arguments, BufReader::new(io::stdin())));
+    thread::spawn(move || reader.read(&input, BufReader::new(io::stdin())));
     requests
 }
 
-/// Prints the line of the tutorial.
-pub(crate) fn announce(n: u64) {
-    let _ = writeln!(io::stderr(), " [x] Requesting fib({n})"); // if it cannot be printed, the call is made all the same
+/// Prints the line of the tutorial, if the request is for fib(n).
+pub(crate) fn announce(origin: Origin) {
+    if let Origin::Number { n, .. } = origin {
+        let _ = writeln!(io::stderr(), " [x] Requesting fib({n})"); // if it fails, the call is made all the same
+    }
 }
 
 struct Reader {
     requests: Sender<Request<Input>>,
     events: mpsc::Sender<Event>,
-    /// Each permit allows `lines_per_permit` lines to be read.
+    /// Each permit allows `requests_per_permit` requests to be read.
     permits: Receiver<()>,
-    lines_per_permit: u64,
+    requests_per_permit: u64,
     /// Whether requests are announced on standard error.
     announces: bool,
-    /// How often each number is asked for.
+    /// How often each call is made.
     repeat: u64,
     /// The position of the next line of output.
     index: u64,
 }
 
+/// Makes a request of a line of input, with its number from 1.
+type ParseLine = fn(u64, Vec<u8>) -> Result<(Origin, Vec<u8>), BadInput>;
+
 impl Reader {
-    /// Reads all arguments. None if the calls or the printer have ended before.
-    fn read(mut self, arguments: &[Argument], standard_input: impl BufRead) -> Option<()> {
-        let mut lines = (1..).zip(read_lines(standard_input));
+    /// Reads all of the input. None if the calls or the printer have ended before.
+    fn read(mut self, input: &InputOptions, standard_input: impl BufRead) -> Option<()> {
+        if let Some(source) = &input.lines {
+            return self.read_request_lines(source);
+        }
+        for (position, data) in (1..).zip(&input.data) {
+            self.send_or_report(data.read().map(|body| (Origin::Data(position), body)).map_err(BadInput::from))?;
+        }
+        self.read_numbers(&input.numbers, standard_input)
+    }
+
+    fn read_numbers(&mut self, arguments: &[Argument], standard_input: impl BufRead) -> Option<()> {
+        let mut lines = (1..).zip(read_lines(standard_input, MAX_NUMBER_LINE));
         for argument in arguments {
             match argument {
-                Argument::Number(n) => self.send_number(*n, None)?,
-                Argument::StandardInput => self.read_lines(&mut lines)?,
+                Argument::Number(n) => self.send(Origin::Number { n: *n, line: None }, n.to_string().into())?,
+                Argument::StandardInput => {
+                    self.read_lines(&Source::StandardInput, &mut lines, |line, bytes| number_line(line, &bytes))?;
+                }
             }
         }
         Some(())
     }
 
-    fn read_lines(&mut self, lines: &mut impl Iterator<Item = (u64, io::Result<Vec<u8>>)>) -> Option<()> {
+    fn read_request_lines(&mut self, source: &Source) -> Option<()> {
+        match source.open() {
+            Ok(input) => self.read_lines(source, (1..).zip(read_lines(input, MAX_SIZE)), request_line),
+            Err(error) => self.events.send(Event::ReadError(error)).ok(),
+        }
+    }
+
+    fn read_lines(
+        &mut self,
+        source: &Source,
+        lines: impl Iterator<Item = (u64, io::Result<Vec<u8>>)>,
+        parse: ParseLine,
+    ) -> Option<()> {
         for (line, bytes) in lines {
-            match bytes.map(|bytes| parse_line(line, &bytes)) {
-                Ok(Ok(n)) => self.send_number(n, Some(line))?,
-                Ok(Err(bad_line)) => self.send_bad_line(&bad_line)?,
-                Err(error) => return self.events.send(Event::ReadError(error)).ok(),
+            match bytes {
+                Ok(bytes) => self.send_or_report(parse(line, bytes))?,
+                Err(error) => return self.events.send(Event::ReadError(source.unreadable(&error))).ok(),
             }
         }
         Some(())
     }
 
-    fn send_number(&mut self, n: u64, line: Option<u64>) -> Option<()> {
-        for _ in 0..self.repeat {
-            let context = Input { index: self.next_index()?, n, line };
+    fn send_or_report(&mut self, request: Result<(Origin, Vec<u8>), BadInput>) -> Option<()> {
+        match request {
+            Ok((origin, body)) => self.send(origin, body),
+            Err(bad_input) => self.report(&bad_input),
+        }
+    }
+
+    fn send(&mut self, origin: Origin, mut body: Vec<u8>) -> Option<()> {
+        for left in (0..self.repeat).rev() {
+            let context = Input { index: self.next_index()?, origin };
             if self.announces {
-                announce(n);
+                announce(origin);
             }
-            self.requests.send(context.into()).ok()?;
+            let body = if left == 0 { mem::take(&mut body) } else { body.clone() };
+            self.requests.send(Request { context, body }).ok()?;
         }
         Some(())
     }
 
-    fn send_bad_line(&mut self, bad_line: &BadLine) -> Option<()> {
+    fn report(&mut self, bad_input: &BadInput) -> Option<()> {
         for _ in 0..self.repeat {
             let index = self.next_index()?;
-            self.events.send(Event::BadLine(index, bad_line.clone())).ok()?;
+            self.events.send(Event::BadInput(index, bad_input.clone())).ok()?;
         }
         Some(())
     }
@@ -94,7 +133,7 @@ impl Reader {
     /// The position of the next line of output, once a permit allows it.
     fn next_index(&mut self) -> Option<u64> {
         let index = self.index;
-        if index.is_multiple_of(self.lines_per_permit) {
+        if index.is_multiple_of(self.requests_per_permit) {
             self.permits.recv().ok()?;
         }
         self.index += 1;
@@ -109,6 +148,7 @@ mod tests {
 
     /// Reads with `permits` for two lines each. Returns the inputs of the requests, and the other events.
     fn read(arguments: &[Argument], input: impl BufRead, repeat: u64, permits: usize) -> (Vec<Input>, Vec<Event>) {
+        let options = InputOptions { numbers: arguments.into(), ..InputOptions::default() };
         let (requests, taken_requests) = unbounded();
         let (events, printer_events) = mpsc::channel();
         let permits = {
@@ -116,14 +156,14 @@ mod tests {
             (0..permits).for_each(|_| sender.send(()).unwrap());
             receiver // without its sender, the reader does not wait for further permits
         };
-        let (lines_per_permit, announces, index) = (2, false, 0);
-        let reader = Reader { requests, events, permits, lines_per_permit, announces, repeat, index };
-        reader.read(arguments, input);
+        let (requests_per_permit, announces, index) = (2, false, 0);
+        let reader = Reader { requests, events, permits, requests_per_permit, announces, repeat, index };
+        reader.read(&options, input);
         (taken_requests.iter().map(|request| request.context).collect(), printer_events.iter().collect())
     }
 
     fn input(index: u64, n: u64, line: impl Into<Option<u64>>) -> Input {
-        Input { index, n, line: line.into() }
+        Input { index, origin: Origin::Number { n, line: line.into() } }
     }
 
     #[test]
@@ -132,14 +172,14 @@ mod tests {
         let (inputs, events) = read(&arguments, &b"2\nx\n3\n"[..], 1, 9);
         let expected = [input(0, 1, None), input(1, 2, 1), input(3, 3, 3), input(4, 4, None)];
         assert_eq!(inputs, expected);
-        assert!(matches!(&events[..], [Event::BadLine(2, BadLine { line: 2, .. })]));
+        assert!(matches!(&events[..], [Event::BadInput(2, BadInput::NotANumber { line: 2, .. })]));
     }
 
     #[test]
     fn every_number_and_bad_line_is_repeated() {
         let (inputs, events) = read(&[StandardInput], &b"7\nx\n"[..], 2, 9);
         assert_eq!(inputs, [input(0, 7, 1), input(1, 7, 1)]);
-        assert!(matches!(&events[..], [Event::BadLine(2, _), Event::BadLine(3, _)]));
+        assert!(matches!(&events[..], [Event::BadInput(2, _), Event::BadInput(3, _)]));
     }
 
     #[test]

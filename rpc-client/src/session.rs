@@ -5,7 +5,9 @@
 
 use crate::call::{Config, Error, ReplyTo};
 use crate::pending::Call;
-use amiquip::{Confirm, ConnectionBlockedNotification, ConsumerMessage, ConsumerOptions, Return};
+use amiquip::{
+    AmqpValue, Confirm, ConnectionBlockedNotification, ConsumerMessage, ConsumerOptions, FieldTable, Return,
+};
 use crossbeam_channel::{never, unbounded, Receiver, Sender};
 use rpc_common::connection::{
     close_timeout, Connection, Deadline, Endpoint, Error as ConnectionError, ErrorKind, Publisher, QueueStats, Watchdog,
@@ -50,6 +52,8 @@ pub(crate) struct RequestPublisher {
     pub(crate) broker: String,
     publisher: Publisher,
     reply_queue: String,
+    content_type: String,
+    headers: FieldTable,
     watchdog: Watchdog,
 }
 
@@ -60,7 +64,8 @@ impl RequestPublisher {
         let time_left = call.deadline.remaining();
         let request = message::Request {
             body: &call.request.body,
-            content_type: Some(message::TEXT),
+            content_type: Some(&self.content_type),
+            headers: Some(&self.headers),
             reply_to: Some(&self.reply_queue),
             correlation_id: Some(&id),
             deadline_ms: Some(unix_time_ms(SystemTime::now() + time_left)),
@@ -175,7 +180,9 @@ fn run_session(
     }
     let _ = publisher.flush(); // fails on a closed channel: the consumer reports that
     let (broker, watchdog) = (connection.broker().to_owned(), connection.watchdog.clone());
-    let publisher = RequestPublisher { broker, publisher, reply_queue: reply_queue.clone(), watchdog };
+    let (content_type, headers) = (config.content_type.clone(), header_table(config));
+    let publisher =
+        RequestPublisher { broker, publisher, reply_queue: reply_queue.clone(), content_type, headers, watchdog };
     let (returns, confirms) = (channel.returns.clone(), channel.confirms.clone());
     let connected = SessionEvent::Connected { publisher, returns, confirms, notifications };
 
@@ -207,6 +214,10 @@ fn run_session(
         }
     }
     Ok(())
+}
+
+fn header_table(config: &Config) -> FieldTable {
+    config.headers.iter().map(|(name, value)| (name.clone(), AmqpValue::LongString(value.clone()))).collect()
 }
 
 /// The error of a consumer that the broker refused, after requests were published: [`Error::RefusedAfterSend`] if they may have

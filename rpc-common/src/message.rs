@@ -10,7 +10,8 @@ use std::time::{Duration, SystemTime};
 /// The content type of text: of the numbers of fib, and of errors.
 pub const TEXT: &str = "text/plain";
 const PERSISTENT: u8 = 2;
-const DEADLINE_HEADER: &str = "x-deadline-ms";
+/// The header of a call's deadline, [`Request::deadline_ms`]. It wins over another header of this name.
+pub const DEADLINE_HEADER: &str = "x-deadline-ms";
 const ERROR_TYPE: &str = "error";
 const ERROR_CODE_HEADER: &str = "x-error-code";
 const EXIT_CODE_HEADER: &str = "x-exit-code";

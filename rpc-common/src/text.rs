@@ -64,6 +64,37 @@ pub fn describe_io_error(error: &io::Error) -> String {
     chars.next().map_or_else(String::new, |first| first.to_lowercase().chain(chars).collect())
 }
 
+/// Whether a character can control a terminal or reorder text on it: C0 (line ends and tab, too), DEL, C1, and Unicode's
+/// line separators and bidirectional controls.
+pub fn is_control(char: char) -> bool {
+    let reorders =
+        |char| matches!(char, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    char.is_control() || reorders(char)
+}
+
+/// Makes a text of any length safe to print: escapes control characters but newlines and tabs, and invalid UTF-8.
+pub fn escape_text(bytes: &[u8]) -> impl Display + '_ {
+    EscapedText(bytes)
+}
+
+struct EscapedText<'a>(&'a [u8]);
+
+impl Display for EscapedText<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let is_escaped = |char| is_control(char) && !matches!(char, '\n' | '\t');
+        for chunk in self.0.utf8_chunks() {
+            for part in chunk.valid().split_inclusive(is_escaped) {
+                let plain = part.trim_end_matches(is_escaped);
+                write!(f, "{plain}{}", part[plain.len()..].escape_debug())?;
+            }
+            for byte in chunk.invalid() {
+                write!(f, "\\x{byte:02x}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Parses a name that goes into an AMQP short string: 1 to 255 bytes without control characters.
 ///
 /// # Errors
@@ -148,6 +179,15 @@ mod tests {
         fn escaped_text_is_one_line_of_printable_characters(bytes: Vec<u8>) {
             prop_assert!(!escape(&bytes).to_string().contains(char::is_control));
         }
+    }
+
+    #[test]
+    fn a_long_text_keeps_its_lines_and_tabs_but_cannot_control_a_terminal() {
+        let text = "a\tb\nC:\\ \"e\u{301}\"\n".repeat(100);
+        assert_eq!(escape_text(text.as_bytes()).to_string(), text);
+        let hostile = "\r\0\u{1b}[2J\u{7f}\u{9b}\u{202e}x";
+        assert_eq!(escape_text(hostile.as_bytes()).to_string(), r"\r\0\u{1b}[2J\u{7f}\u{9b}\u{202e}x");
+        assert_eq!(escape_text(b"a\xff\xfe\n").to_string(), "a\\xff\\xfe\n");
     }
 
     #[test]

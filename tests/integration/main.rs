@@ -25,6 +25,7 @@ mod tls;
 mod wire;
 
 // What users see at the prompt
+mod any_data;
 mod batches;
 mod command_line;
 mod exit_codes;

@@ -124,6 +124,11 @@ impl Publisher {
                 header[range].copy_from_slice(id);
             }
         }
+        if message.body.len() > MAX_KEPT {
+            // Growing by doubling would take up to twice the space.
+            let frame_count = message.body.len().div_ceil(MAX_PAYLOAD);
+            self.frames.borrow_mut().reserve_exact(message.body.len() + frame_count * FRAME_OVERHEAD);
+        }
         for part in message.body.chunks(MAX_PAYLOAD) {
             self.add(part.len() + FRAME_OVERHEAD, |space| gen_content_body_frame(space, self.channel, part));
         }

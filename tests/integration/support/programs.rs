@@ -193,6 +193,12 @@ impl Program {
         Process::new(pid).and_then(|process| process.status()).ok()?.vmrss
     }
 
+    /// The most resident memory that it has used, in KiB; None if it has ended.
+    pub(crate) fn peak_memory_kib(&self) -> Option<u64> {
+        let pid = Pid::from_child(&self.child).as_raw_pid();
+        Process::new(pid).and_then(|process| process.status()).ok()?.vmhwm
+    }
+
     /// Waits until it ends.
     #[track_caller]
     pub(crate) fn wait(&mut self) -> ExitStatus {

@@ -250,6 +250,32 @@ fn a_sentence_from_a_peers_server_is_a_bad_reply() {
     }
 }
 
+/// All byte values, so that nothing on the way can take them for text.
+fn all_bytes() -> Vec<u8> {
+    (0..=255).cycle().take(100_000).collect()
+}
+
+#[test]
+fn peers_call_a_program_with_any_bytes() {
+    let queue = Queue::named("peers_bytes");
+    let _server = Program::start_server(&queue, &["--", "cat"]);
+    for language in [Python, Node] {
+        let call = with_environment(language.program("bytes_client"), &[("RPC_QUEUE", &queue)]);
+        let mut call = Command::from_std(call);
+        call.write_stdin(all_bytes()).timeout(PEER_TIMEOUT).assert().success().stdout(all_bytes()).stderr("");
+    }
+}
+
+#[test]
+fn rpc_client_gets_any_bytes_from_a_peers_server() {
+    let queue = Queue::declare("bytes_of_a_peer");
+    let server = with_environment(Python.program("bytes_server"), &[("RPC_QUEUE", &queue)]);
+    let server = Program::spawn_command(&server);
+    assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
+    let reversed: Vec<u8> = all_bytes().into_iter().rev().collect();
+    client(&queue, &["--data", "@-"]).write_stdin(all_bytes()).assert().success().stdout(reversed).stderr("");
+}
+
 /// The client prints a second answer on standard error, and the server would log a reply without a receiver.
 #[test]
 fn direct_reply_to_gets_exactly_one_answer() {

@@ -50,7 +50,7 @@ fn single_request(cli: &Cli) -> Result<Option<Request<Input>>, Unreadable> {
 fn make_one_call(cli: &Cli, endpoints: Vec<Endpoint>, request: Request<Input>) -> io::Result<ExitCode> {
     let (request_sender, requests) = bounded(1);
     let (_running, stop) = bounded(0); // disconnected when this function ends
-    let mut printer = Printer::new(BufWriter::new(io::stdout()), cli.output.clone());
+    let mut printer = Printer::new(BufWriter::new(io::stdout()), cli.output.clone(), true);
     if cli.output.announces() {
         reader::announce(request.context.origin);
     }
@@ -73,7 +73,7 @@ fn make_many_calls(cli: &Cli, endpoints: Vec<Endpoint>) -> io::Result<ExitCode> 
     // sleeps, which took a third more CPU time here.
     let (event_sender, events) = mpsc::channel();
     let (running, stop) = bounded(0);
-    let printer = Printer::new(BufWriter::new(io::stdout()), cli.output.clone());
+    let printer = Printer::new(BufWriter::new(io::stdout()), cli.output.clone(), false);
     let printer = thread::spawn(move || {
         let _running = running; // dropped when the printer has ended; that stops the calls
         printer.print_all(&events, &permit_sender, requests_per_permit)

@@ -25,6 +25,14 @@ pub struct Config {
     #[arg(short = 'j', long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
     pub in_flight: u16,
 
+    /// Wait for a queue that does not exist, until the deadline
+    #[arg(long, conflicts_with = "no_wait")]
+    pub wait: bool,
+
+    /// Do not wait for servers: a queue without consumers is exit code 4
+    #[arg(long)]
+    pub no_wait: bool,
+
     /// Where replies go: queue: an exclusive queue | direct: RabbitMQ's direct reply-to, at most once, for few calls
     #[arg(long, value_name = "KIND", default_value = "queue", hide_possible_values = true)]
     pub reply_to: ReplyTo,
@@ -110,6 +118,14 @@ pub enum Error {
         /// Host and port of the broker.
         broker: String,
     },
+    /// The request queue has no consumers, and [`Config::no_wait`] is set: nothing ran.
+    #[error("no server is consuming '{queue}' on {broker}: nothing ran")]
+    NoConsumers {
+        /// The request queue.
+        queue: String,
+        /// Host and port of the broker.
+        broker: String,
+    },
     /// The request queue is full, and refuses requests (`overflow=reject-publish`): nothing ran.
     #[error("queue '{queue}' on {broker} is full: nothing ran")]
     QueueFull {
@@ -129,7 +145,7 @@ pub enum Error {
         reason: String,
     },
     /// The deadline passed: the function may or may not have run.
-    #[error("no answer from '{queue}' on {broker} within {limit}: {cause}")]
+    #[error("no answer from '{queue}' on {broker} within {limit}: {cause}{}", explain_ahead(*.ahead))]
     NoAnswer {
         /// The request queue.
         queue: String,
@@ -139,10 +155,21 @@ pub enum Error {
         limit: String,
         /// What is known of the cause.
         cause: NoAnswerCause,
+        /// How many calls of this run were in flight before this one, if any was answered while it waited.
+        ahead: usize,
     },
     /// The server answered with an error.
     #[error("{}", escape(.0.message.as_bytes()))]
     Failed(Failure),
+}
+
+/// Calls of one run wait for each other.
+fn explain_ahead(ahead: usize) -> String {
+    match ahead {
+        0 => String::new(),
+        1 => "; 1 call of this run was ahead of it: lower --in-flight, or raise --timeout".into(),
+        ahead => format!("; {ahead} calls of this run were ahead of it: lower --in-flight, or raise --timeout"),
+    }
 }
 
 impl Error {

@@ -18,9 +18,7 @@ const MAX_HEADERS: usize = 64 << 10;
 #[derive(Clone, Debug, Parser)]
 #[command(
     version,
-    override_usage = "rpc-client [OPTIONS] <N>...\n       \
-                      rpc-client [OPTIONS] --data <DATA>\n       \
-                      rpc-client [OPTIONS] --lines <FILE>",
+    override_usage = "rpc-client [OPTIONS] <N>... | --data <DATA> | --lines <FILE> | --check",
     after_help = exit_codes_help(CLIENT_EXIT_CODES),
     arg_required_else_help = true,
     args_override_self = true, // the last of an option given twice counts, for aliases and wrappers
@@ -50,18 +48,22 @@ pub(crate) struct Cli {
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(crate) struct InputOptions {
     /// The numbers n to ask fib(n) for; `-` reads standard input, one number per line
-    #[arg(required = true, conflicts_with_all = ["data", "lines"], value_name = "N")]
+    #[arg(required = true, conflicts_with_all = ["data", "lines", "check_queue"], value_name = "N")]
     pub(crate) numbers: Vec<Argument>,
 
     /// Any request, repeatable: text, @FILE, or @- for standard input
-    #[arg(long, value_name = "DATA", allow_hyphen_values = true, conflicts_with = "lines")]
+    #[arg(long, value_name = "DATA", allow_hyphen_values = true, conflicts_with_all = ["lines", "check_queue"])]
     #[arg(value_parser = OsStringValueParser::new().map(Data::from), help_heading = "Calls")]
     pub(crate) data: Vec<Data>,
 
     /// A request per line of FILE, or of standard input for `-`
-    #[arg(long, value_name = "FILE", help_heading = "Calls")]
+    #[arg(long, value_name = "FILE", help_heading = "Calls", conflicts_with = "check_queue")]
     #[arg(value_parser = OsStringValueParser::new().map(Source::from))]
     pub(crate) lines: Option<Source>,
+
+    /// Make no call: print how many consumers and waiting messages the queue has; exit code 4 without consumers
+    #[arg(long = "check", help_heading = "Calls")]
+    pub(crate) check_queue: bool,
 }
 
 /// The options of what is printed.

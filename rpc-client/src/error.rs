@@ -37,7 +37,7 @@ impl Error {
     pub(crate) fn code(&self) -> &str {
         match self {
             Error::Call(CallError::Connection(_)) => "unreachable",
-            Error::Call(CallError::NoQueue { .. }) => "no-server",
+            Error::Call(CallError::NoQueue { .. } | CallError::NoConsumers { .. }) => "no-server",
             Error::Call(CallError::QueueFull { .. }) => "queue-full",
             Error::Call(CallError::NoAnswer { .. } | CallError::RefusedAfterSend(_)) => "timeout",
             Error::Call(CallError::TooLarge { .. }) => ErrorCode::TooLarge.as_str(),
@@ -54,7 +54,9 @@ impl Error {
     pub(crate) fn exit_code(&self) -> ExitCode {
         match self {
             Error::Call(CallError::Connection(error)) => error.into(),
-            Error::Call(CallError::NoQueue { .. } | CallError::QueueFull { .. }) => ExitCode::NoServer,
+            Error::Call(CallError::NoQueue { .. } | CallError::NoConsumers { .. } | CallError::QueueFull { .. }) => {
+                ExitCode::NoServer
+            }
             Error::Call(CallError::NoAnswer { .. } | CallError::RefusedAfterSend(_)) => ExitCode::NoAnswer,
             Error::Call(CallError::Failed(_) | CallError::TooLarge { .. }) | Error::BadReply { .. } => {
                 ExitCode::RemoteError
@@ -67,8 +69,11 @@ impl Error {
 
     /// Whether the error is the same for every call, so that its message needs no number.
     pub(crate) fn concerns_every_call(&self) -> bool {
-        use CallError::{Connection, NoQueue, QueueFull, RefusedAfterSend};
-        matches!(self, Error::Call(Connection(_) | RefusedAfterSend(_) | NoQueue { .. } | QueueFull { .. }))
+        use CallError::{Connection, NoConsumers, NoQueue, QueueFull, RefusedAfterSend};
+        matches!(
+            self,
+            Error::Call(Connection(_) | RefusedAfterSend(_) | NoQueue { .. } | NoConsumers { .. } | QueueFull { .. })
+        )
     }
 }
 

@@ -42,7 +42,7 @@ pub fn run<T>(
         stop,
         has_more_requests: true,
         is_stopped: false,
-        pending: PendingCalls::new(),
+        pending: PendingCalls::new(config.wait),
         outcomes: Outcomes::new(on_outcomes),
         backoff: Backoff::new(now),
         broker: String::new(),
@@ -76,7 +76,8 @@ impl<T> EventLoop<'_, '_, T> {
     fn make_calls(&mut self) -> Result<(), Error> {
         while self.wait_for_call() {
             let deadline = self.pending.connect_deadline();
-            let mut session = Session::start(self.endpoints.clone(), self.config, deadline);
+            let needs_consumers = self.config.no_wait && !self.pending.was_any_sent();
+            let mut session = Session::start(self.endpoints.clone(), self.config, needs_consumers, deadline);
             let result = self.use_session(&mut session);
             if result.is_err() {
                 self.take_what_has_arrived(&session);
@@ -404,7 +405,13 @@ impl<T> EventLoop<'_, '_, T> {
         while let Some(call) = self.pending.expire(now) {
             let (queue, broker) = (self.config.queue.clone(), self.broker.clone());
             let (limit, cause) = (call.deadline.limit(), self.diagnosis.cause());
-            self.outcomes.add(call, Err(Error::NoAnswer { queue, broker, limit, cause }));
+            let ahead = self.pending.calls_ahead(&call);
+            let error = if self.config.wait && call.was_never_accepted() {
+                Error::NoQueue { queue, broker }
+            } else {
+                Error::NoAnswer { queue, broker, limit, cause, ahead }
+            };
+            self.outcomes.add(call, Err(error));
         }
         self.pending.len() < before
     }

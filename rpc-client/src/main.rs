@@ -1,11 +1,12 @@
 //! Calls fib(n), or any function, over RabbitMQ RPC: requests in, answers out.
 //!
 //! [`cli`] is the command line. [`batch`] connects three loops by channels: the [`reader`] reads the [`input`], the
-//! library makes the calls, and the [`printer`] prints lines of [`output`] and the [`summary`].
+//! library makes the calls, and the [`printer`] prints lines of [`output`] and the [`summary`]. [`check`] makes no call.
 
 mod cli;
 
 mod batch;
+mod check;
 mod input;
 mod reader;
 mod source;
@@ -44,5 +45,8 @@ fn main() -> process::ExitCode {
 /// of the calls' exit codes.
 fn run(cli: &Cli) -> Result<ExitCode, Error> {
     cli.check()?;
+    if cli.input.check_queue {
+        return check::check_queue(cli);
+    }
     batch::make_calls(cli)
 }

@@ -50,29 +50,35 @@ impl Line {
         Line { index, origin: None, request: Vec::new(), result, latency: None, correlation_id: None }
     }
 
-    /// Writes the line, if the format has one for it.
-    pub(crate) fn write(&self, output: &mut impl Write, format: Format) -> io::Result<()> {
+    /// Writes the line, if the format has one for it. `is_only`: whether it is the only one of the run.
+    pub(crate) fn write(&self, output: &mut impl Write, format: Format, is_only: bool) -> io::Result<()> {
         match (format, &self.result) {
             (Format::Json, _) => {
                 self.serialize(&mut serde_json::Serializer::with_formatter(&mut *output, TerminalSafe))?;
                 output.write_all(b"\n")
             }
-            (Format::Text, Ok(answer)) => self.write_text(output, &answer.body),
+            (Format::Text, Ok(answer)) => self.write_text(output, &answer.body, is_only),
             (Format::Text, Err(_)) => Ok(()),
             // Parsing has replaced `Auto`.
-            (Format::Raw | Format::Auto, result) => {
-                output.write_all(result.as_ref().map_or(&[], |answer| &answer.body))?;
-                match self.origin {
-                    Some(Origin::SingleData) => Ok(()),
-                    _ => output.write_all(b"\n"),
+            (Format::Raw | Format::Auto, Ok(answer)) => {
+                output.write_all(&answer.body)?;
+                let is_data = !matches!(self.origin, Some(Origin::Number { .. }));
+                if is_only && is_data {
+                    Ok(())
+                } else {
+                    output.write_all(b"\n")
                 }
             }
+            (Format::Raw | Format::Auto, Err(_)) if is_only => Ok(()),
+            (Format::Raw | Format::Auto, Err(_)) => output.write_all(b"\n"), // the lines stay aligned with the input
         }
     }
 
-    fn write_text(&self, output: &mut impl Write, answer: &[u8]) -> io::Result<()> {
-        if let Some(Origin::Number { .. }) = self.origin {
-            output.write_all(b" [.] Got ")?;
+    fn write_text(&self, output: &mut impl Write, answer: &[u8], is_only: bool) -> io::Result<()> {
+        match self.origin {
+            Some(Origin::Number { .. }) if is_only => output.write_all(b" [.] Got ")?,
+            Some(Origin::Number { n, .. }) => write!(output, " [.] fib({n}) = ")?,
+            _ => {}
         }
         write!(output, "{}", escape_text(answer))?;
         if answer.ends_with(b"\n") {
@@ -197,8 +203,12 @@ mod tests {
     use rpc_common::message::{ErrorCode, NumberError};
 
     fn written(line: &Line, format: Format) -> String {
+        written_as(false, line, format)
+    }
+
+    fn written_as(is_only: bool, line: &Line, format: Format) -> String {
         let mut output = Vec::new();
-        line.write(&mut output, format).unwrap();
+        line.write(&mut output, format, is_only).unwrap();
         String::from_utf8(output).unwrap()
     }
 
@@ -232,12 +242,21 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_call_is_an_empty_line_as_raw_and_no_line_as_text() {
+    fn of_several_calls_text_names_each_and_raw_has_an_empty_line_for_one_that_failed() {
         let (answered, failed) = (line(7, None, "13"), line(7, None, "NaN"));
         assert_eq!(written(&answered, Format::Raw), "13\n");
         assert_eq!(written(&failed, Format::Raw), "\n");
-        assert_eq!(written(&answered, Format::Text), " [.] Got 13\n");
+        assert_eq!(written(&answered, Format::Text), " [.] fib(7) = 13\n");
         assert_eq!(written(&failed, Format::Text), "");
+    }
+
+    #[test]
+    fn of_the_only_call_text_is_that_of_the_tutorial_and_nothing_is_printed_if_it_failed() {
+        let (answered, failed) = (line(7, None, "13"), line(7, None, "NaN"));
+        assert_eq!(written_as(true, &answered, Format::Raw), "13\n");
+        assert_eq!(written_as(true, &failed, Format::Raw), "");
+        assert_eq!(written_as(true, &answered, Format::Text), " [.] Got 13\n");
+        assert_eq!(written_as(true, &failed, Format::Text), "");
     }
 
     #[test]
@@ -262,14 +281,15 @@ mod tests {
     fn a_reply_to_data_is_raw_without_a_change_and_a_newline_is_added_to_one_of_several() {
         let raw = |origin, reply| {
             let mut output = Vec::new();
-            replied(origin, b"x", reply, None).write(&mut output, Format::Raw).unwrap();
+            let is_only = origin == Origin::SingleData;
+            replied(origin, b"x", reply, None).write(&mut output, Format::Raw, is_only).unwrap();
             output
         };
         assert_eq!(raw(Origin::SingleData, b"a\xff\n"), b"a\xff\n");
         assert_eq!(raw(Origin::SingleData, b""), b"");
         assert_eq!(raw(Origin::Data(1), b"a\xff"), b"a\xff\n");
         assert_eq!(raw(Origin::Line(1), b""), b"\n");
-        assert_eq!(written(&failed(Origin::SingleData), Format::Raw), "");
+        assert_eq!(written_as(true, &failed(Origin::SingleData), Format::Raw), "");
         assert_eq!(written(&failed(Origin::Line(1)), Format::Raw), "\n");
     }
 

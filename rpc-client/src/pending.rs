@@ -30,6 +30,9 @@ pub(crate) struct Call<T> {
     /// How often the request was sent.
     pub(crate) sends: u32,
     pub(crate) first_sent: Option<Instant>,
+    /// How many calls were in flight when it began, and how many had been answered.
+    ahead: usize,
+    answered_before: u64,
     /// Whether a queue has taken the request, or an earlier connection has ended with it.
     pub(crate) may_have_run: bool,
     fate: Fate,
@@ -49,6 +52,11 @@ enum Fate {
 }
 
 impl<T> Call<T> {
+    /// Whether each of its requests was returned or refused: nothing ran.
+    pub(crate) fn was_never_accepted(&self) -> bool {
+        self.fate == Fate::Lost && !self.may_have_run
+    }
+
     pub(crate) fn mark_sent(&mut self, now: Instant) {
         self.sends += 1;
         self.first_sent.get_or_insert(now);
@@ -77,7 +85,10 @@ pub(crate) struct PendingCalls<T> {
     numbered: u64,
     /// The calls whose requests the broker has neither taken nor refused, by the number of the request.
     unconfirmed: BTreeMap<u64, u64>,
-    was_answered: bool,
+    /// How many calls were answered.
+    answered: u64,
+    /// Whether a queue that does not exist is waited for, also by a call that finds none at first.
+    waits_for_queue: bool,
     /// False from a request that was returned or refused until the queue takes one.
     is_accepted: bool,
     /// When to send again what was returned or refused; and, if the queue was missing, what it had taken before.
@@ -86,7 +97,7 @@ pub(crate) struct PendingCalls<T> {
 }
 
 impl<T> PendingCalls<T> {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(waits_for_queue: bool) -> Self {
         PendingCalls {
             calls: BTreeMap::new(),
             index_of: HashMap::new(),
@@ -94,7 +105,8 @@ impl<T> PendingCalls<T> {
             begun: 0,
             numbered: 0,
             unconfirmed: BTreeMap::new(),
-            was_answered: false,
+            answered: 0,
+            waits_for_queue,
             is_accepted: true,
             resend_at: None,
             was_queue_missing: false,
@@ -103,13 +115,24 @@ impl<T> PendingCalls<T> {
 
     /// Begins a call, whose request is to be sent.
     pub(crate) fn begin(&mut self, id: Uuid, request: Request<T>, deadline: Deadline) {
-        let index = self.begun;
+        let (index, ahead, answered_before) = (self.begun, self.calls.len(), self.answered);
         self.begun += 1;
         self.index_of.insert(id, index);
         self.to_send.push_back(index);
         self.calls.insert(
             index,
-            Call { index, id, request, deadline, sends: 0, first_sent: None, may_have_run: false, fate: Fate::Unknown },
+            Call {
+                index,
+                id,
+                request,
+                deadline,
+                sends: 0,
+                first_sent: None,
+                ahead,
+                answered_before,
+                may_have_run: false,
+                fate: Fate::Unknown,
+            },
         );
     }
 
@@ -178,7 +201,7 @@ impl<T> PendingCalls<T> {
     pub(crate) fn on_reply(&mut self, correlation_id: Option<&str>) -> Option<Call<T>> {
         let id = Uuid::try_parse(correlation_id?).ok()?;
         let call = self.remove(id)?;
-        (self.was_answered, self.is_accepted) = (true, true);
+        (self.answered, self.is_accepted, self.waits_for_queue) = (self.answered + 1, true, true);
         Some(call)
     }
 
@@ -187,7 +210,7 @@ impl<T> PendingCalls<T> {
         let id = Uuid::try_parse(correlation_id?).ok()?;
         let call = self.calls.get_mut(self.index_of.get(&id)?)?;
         call.fate = Fate::Lost;
-        let is_first = call.sends == 1 && !self.was_answered;
+        let is_first = call.sends == 1 && !self.waits_for_queue;
         self.on_missing_queue(now);
         if is_first {
             return self.remove(id).map(Returned::Ended);
@@ -304,6 +327,15 @@ impl<T> PendingCalls<T> {
         self.remove(id)
     }
 
+    /// How many calls this one has waited for, if any was answered meanwhile.
+    pub(crate) fn calls_ahead(&self, call: &Call<T>) -> usize {
+        if self.answered > call.answered_before {
+            call.ahead
+        } else {
+            0
+        }
+    }
+
     /// Ends a call whose deadline has passed.
     pub(crate) fn expire(&mut self, now: Instant) -> Option<Call<T>> {
         let deadline = self.first_deadline()?;
@@ -341,7 +373,7 @@ mod tests {
 
     #[test]
     fn a_reply_ends_its_call_and_a_second_one_is_unknown() {
-        let mut calls = PendingCalls::new();
+        let mut calls = PendingCalls::new(false);
         begin(&mut calls, ID, 1);
         begin(&mut calls, OTHER, 1);
         assert_eq!(calls.on_reply(Some(&text(ID))).unwrap().index, 0);
@@ -351,7 +383,7 @@ mod tests {
 
     #[test]
     fn unknown_ids_end_nothing() {
-        let mut calls = PendingCalls::new();
+        let mut calls = PendingCalls::new(false);
         begin(&mut calls, ID, 1);
         for id in [None, Some(""), Some("1"), Some(text(OTHER).as_str())] {
             assert!(calls.on_reply(id).is_none(), "{id:?}");
@@ -362,7 +394,7 @@ mod tests {
 
     #[test]
     fn the_return_of_a_first_request_ends_its_call() {
-        let mut calls = PendingCalls::new();
+        let mut calls = PendingCalls::new(false);
         begin(&mut calls, ID, 1);
         let returned = calls.on_return(Some(&text(ID)), Instant::now());
         assert!(matches!(returned, Some(Returned::Ended(call)) if call.id == ID));
@@ -371,7 +403,7 @@ mod tests {
 
     #[test]
     fn the_return_of_a_resent_request_is_tried_again_after_a_while() {
-        let mut calls = PendingCalls::new();
+        let mut calls = PendingCalls::new(false);
         begin(&mut calls, ID, 2);
         let now = Instant::now();
         let returned = calls.on_return(Some(&text(ID)), now);
@@ -392,7 +424,7 @@ mod tests {
 
     #[test]
     fn after_an_answer_a_return_means_that_the_queue_is_away_and_no_call_begins_until_it_is_back() {
-        let mut calls = PendingCalls::new();
+        let mut calls = PendingCalls::new(false);
         let now = Instant::now();
         begin(&mut calls, OTHER, 1);
         calls.on_reply(Some(&text(OTHER))).unwrap();
@@ -409,7 +441,7 @@ mod tests {
 
     #[test]
     fn what_a_queue_had_taken_is_sent_again_after_it_was_missing() {
-        let mut calls = PendingCalls::new();
+        let mut calls = PendingCalls::new(false);
         let now = Instant::now();
         for id in [ID, OTHER] {
             begin(&mut calls, id, 1);
@@ -422,7 +454,7 @@ mod tests {
 
     #[test]
     fn a_request_that_is_refused_at_first_ends_its_call_and_a_later_one_is_sent_again() {
-        let mut calls = PendingCalls::new();
+        let mut calls = PendingCalls::new(false);
         let now = Instant::now();
         begin(&mut calls, ID, 1);
         begin(&mut calls, OTHER, 2);
@@ -438,7 +470,7 @@ mod tests {
 
     #[test]
     fn a_request_that_a_queue_refuses_which_is_not_full_is_sent_again() {
-        let mut calls = PendingCalls::new();
+        let mut calls = PendingCalls::new(false);
         let now = Instant::now();
         begin(&mut calls, ID, 1);
         assert!(calls.on_nack(one(1), now));
@@ -449,7 +481,7 @@ mod tests {
 
     #[test]
     fn the_largest_request_that_was_sent_and_not_taken_is_the_one_that_is_too_large() {
-        let mut calls = PendingCalls::new();
+        let mut calls = PendingCalls::new(false);
         for (number, size) in [(1, 40), (2, 10), (3, 30), (4, 20), (5, 50)] {
             let request = Request { context: (), body: vec![0; size] };
             calls.begin(Uuid::from_u128(number), request, Deadline::after(Duration::from_secs(9)));
@@ -466,7 +498,7 @@ mod tests {
 
     #[test]
     fn a_queue_that_confirms_nothing_gets_no_requests_without_end() {
-        let mut calls = PendingCalls::new();
+        let mut calls = PendingCalls::new(false);
         let mut sent = 0;
         for number in 0..10_000 {
             assert!(calls.accepts_calls(), "calls begin and expire as usual");
@@ -480,7 +512,7 @@ mod tests {
 
     #[test]
     fn one_call_at_a_time_tries_a_queue_that_refuses_requests() {
-        let mut calls = PendingCalls::new();
+        let mut calls = PendingCalls::new(false);
         let now = Instant::now();
         begin(&mut calls, ID, 1);
         calls.on_nack(one(1), now);
@@ -494,7 +526,7 @@ mod tests {
 
     #[test]
     fn calls_that_end_before_they_are_sent_leave_nothing_behind() {
-        let mut calls = PendingCalls::new();
+        let mut calls = PendingCalls::new(false);
         for number in 0..100 {
             let request = Request { context: (), body: Vec::new() };
             calls.begin(Uuid::from_u128(number), request, Deadline::after(Duration::ZERO));
@@ -505,7 +537,7 @@ mod tests {
 
     #[test]
     fn a_confirmation_of_several_requests_ends_with_its_number() {
-        let mut calls = PendingCalls::new();
+        let mut calls = PendingCalls::new(false);
         for number in 1..=3 {
             begin(&mut calls, Uuid::from_u128(number), 1);
         }
@@ -516,7 +548,7 @@ mod tests {
 
     #[test]
     fn calls_expire_in_their_order_and_not_before_their_time() {
-        let mut calls = PendingCalls::new();
+        let mut calls = PendingCalls::new(false);
         let begun = Instant::now();
         let first = begin(&mut calls, ID, 1);
         let second = begin(&mut calls, OTHER, 1);
@@ -564,7 +596,7 @@ mod tests {
         /// a request that was sent once in a run without an answer, or at its deadline; and it is not sent again after that.
         #[test]
         fn every_call_ends_once(events in proptest::collection::vec(event(), 0..60)) {
-            let mut calls = PendingCalls::new();
+            let mut calls = PendingCalls::new(false);
             let mut model: Vec<Expected> = Vec::new();
             let mut was_answered = false;
             let mut now = Instant::now();

@@ -29,6 +29,8 @@ pub(crate) enum Event {
 pub(crate) struct Printer<W> {
     output: W,
     options: OutputOptions,
+    /// Whether there is one line only.
+    is_only: bool,
     /// Lines that wait for a line before them, by index.
     waiting: BTreeMap<u64, Line>,
     /// How many lines were printed. If they are ordered, this is the index of the next one.
@@ -40,11 +42,12 @@ pub(crate) struct Printer<W> {
 }
 
 impl<W: Write> Printer<W> {
-    pub(crate) fn new(output: W, options: OutputOptions) -> Self {
+    pub(crate) fn new(output: W, options: OutputOptions, is_only: bool) -> Self {
         Printer {
             output,
             summary: options.summary.map(Summary::new),
             options,
+            is_only,
             waiting: BTreeMap::new(),
             printed: 0,
             last_error: None,
@@ -124,7 +127,7 @@ impl<W: Write> Printer<W> {
             self.output.flush()?; // on a terminal the error then stands where the answer would
             self.print_error(error, line.error_message(error));
         }
-        line.write(&mut self.output, self.options.format)?;
+        line.write(&mut self.output, self.options.format, self.is_only)?;
         if let Some(summary) = &mut self.summary {
             summary.count(line);
         }
@@ -182,7 +185,7 @@ mod tests {
             sender.send(event).unwrap();
         }
         sender.send(Event::RunEnded).unwrap();
-        Printer::new(output, cli.output).print_all(&receiver, permits, 2)
+        Printer::new(output, cli.output, false).print_all(&receiver, permits, 2)
     }
 
     fn printed(options: &[&str], events: Vec<Event>) -> (String, ExitCode) {

@@ -105,13 +105,13 @@ pub(crate) enum SessionEvent {
 }
 
 impl Session {
-    /// Starts to connect. The deadline is that of connecting.
-    pub(crate) fn start(endpoints: Vec<Endpoint>, config: &Config, deadline: Deadline) -> Self {
+    /// Starts to connect. The deadline is that of connecting. If it `needs_consumers`, a request queue without them ends it.
+    pub(crate) fn start(endpoints: Vec<Endpoint>, config: &Config, needs_consumers: bool, deadline: Deadline) -> Self {
         let (commands, received) = unbounded();
         let (sender, events) = unbounded();
         let config = config.clone();
         thread::spawn(move || {
-            if let Err(error) = run_session(&endpoints, &config, &deadline, &sender, &received) {
+            if let Err(error) = run_session(&endpoints, &config, needs_consumers, &deadline, &sender, &received) {
                 let _ = sender.send(SessionEvent::Ended(error)); // fails if the event loop has ended
             }
         });
@@ -161,12 +161,16 @@ impl Session {
 fn run_session(
     endpoints: &[Endpoint],
     config: &Config,
+    needs_consumers: bool,
     deadline: &Deadline,
     events: &Sender<SessionEvent>,
     commands: &Receiver<Command>,
 ) -> Result<(), Error> {
     let send = |event| drop(events.send(event)); // fails if the event loop has ended
     let mut connection = Connection::open_any(endpoints, "rpc-client", deadline)?;
+    if needs_consumers {
+        check_consumers(&mut connection, &config.queue, deadline)?;
+    }
     let max_unread = usize::from(config.in_flight) * MAX_UNREAD_PER_CALL + MAX_UNREAD;
     let (channel, publisher) = connection.open_channel(max_unread, deadline)?;
     let notifications = connection.blocked_notifications(deadline)?;
@@ -218,6 +222,17 @@ fn run_session(
 
 fn header_table(config: &Config) -> FieldTable {
     config.headers.iter().map(|(name, value)| (name.clone(), AmqpValue::LongString(value.clone()))).collect()
+}
+
+/// Refuses a queue that does not exist or has no consumers.
+fn check_consumers(connection: &mut Connection, queue: &str, deadline: &Deadline) -> Result<(), Error> {
+    let (queue, broker) = (queue.to_owned(), connection.broker().to_owned());
+    match connection.queue_stats(&queue, deadline) {
+        Ok(QueueStats { consumers: 0, .. }) => Err(Error::NoConsumers { queue, broker }),
+        Ok(_) => Ok(()),
+        Err(error) if error.is_not_found() => Err(Error::NoQueue { queue, broker }),
+        Err(error) => Err(Error::Connection(error)),
+    }
 }
 
 /// The error of a consumer that the broker refused, after requests were published: [`Error::RefusedAfterSend`] if they may have

@@ -39,7 +39,10 @@ pub const CLIENT_EXIT_CODES: &[(ExitCode, &str)] = &[
     (ExitCode::RemoteError, "the server answered with an error, or with something that is not an answer"),
     (ExitCode::Usage, "the command line, a file that it names, AMQP_URL, or a line of standard input is invalid"),
     (ExitCode::Unreachable, "the broker was not reached or refused us: nothing was sent"),
-    (ExitCode::NoServer, "not accepted: the request queue does not exist, or is full; nothing ran"),
+    (
+        ExitCode::NoServer,
+        "not accepted: the request queue does not exist, is full, or (--no-wait) has no consumers; nothing ran",
+    ),
     (ExitCode::NoAnswer, "no answer before the deadline: it may or may not have run"),
     (ExitCode::Output, "an answer could not be written to standard output"),
     (ExitCode::Interrupted, "ended by SIGINT"),

@@ -28,9 +28,10 @@ impl LogOptions {
         start(&mut builder, Some(writer));
     }
 
-    /// Starts a log for a user at a prompt: the lines look like the errors of `program`.
+    /// Starts a log for a user at a prompt: the lines look like the errors of `program`. With `--verbose` it is at debug level
+    /// at least.
     pub fn start_for_prompt(&self, program: &'static str, level: LevelFilter) {
-        let mut builder = self.builder(level);
+        let mut builder = self.builder(if self.verbose > 0 { LevelFilter::Info } else { level });
         builder.format(move |line, record| match record.level() {
             Level::Warn => writeln!(line, "{program}: warning: {}", record.args()),
             _ => writeln!(line, "{program}: {}", record.args()),

@@ -5,6 +5,7 @@ use crate::exit::{print_message, ExitCode};
 use clap::error::{ContextKind, ContextValue, ErrorKind as ClapErrorKind};
 use std::env;
 use std::error::Error as _;
+use std::io::{self, Write};
 use std::path::PathBuf;
 
 /// Parses the command line. Prints an error as one line, and help in clap's format.
@@ -15,6 +16,10 @@ use std::path::PathBuf;
 pub fn parse_args<Cli: clap::Parser>() -> Result<Cli, ExitCode> {
     Cli::try_parse().map_err(|error| {
         match describe_error(&error) {
+            _ if error.kind() == ClapErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+                let mut command = Cli::command();
+                let _ = write!(io::stderr(), "{}\nSee {} --help.\n", command.render_usage(), command.get_name());
+            }
             Some(message) => print_message(Cli::command().get_name(), message),
             None => drop(error.print()), // if the output is closed, the exit code still tells
         }
@@ -28,9 +33,6 @@ pub fn parse_args<Cli: clap::Parser>() -> Result<Cli, ExitCode> {
 
 /// Describes an error in one line, with what the user may have meant; `None` if clap's text is help.
 fn describe_error(error: &clap::Error) -> Option<String> {
-    if error.kind() == ClapErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return None;
-    }
     let text = error.to_string();
     // Hints and usage follow in paragraphs of their own.
     let message = text.strip_prefix("error: ")?.split("\n\n").next()?.trim_end();

@@ -37,7 +37,7 @@ fn a_reply_that_is_not_a_number_is_exit_code_1() {
             reply.escape_debug(),
             if reply.len() == 8 { "longer than the answer can be" } else { "not a number" }
         );
-        assert_output(&mut client(&queue, &["-q", "30"]), 1, "\n", &error);
+        assert_output(&mut client(&queue, &["-q", "30"]), 1, "", &error);
     }
     server.join().expect("the peer sent its replies");
 }

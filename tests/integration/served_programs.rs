@@ -217,7 +217,7 @@ fn the_exit_code_says_how_it_ended() {
     // The caller's terminal is safe.
     let served = Served::script("escaped", &[], "printf '\\033[2J'; exit 9");
     let expected = "rpc-client: fib(30): \\u{1b}[2J\n";
-    assert_output(&mut client(&served.queue, &["30"]), 1, "\n", expected);
+    assert_output(&mut client(&served.queue, &["30"]), 1, "", expected);
 }
 
 #[test]

@@ -23,8 +23,10 @@ pub use error::{Error, ErrorKind, Reason, ACCESS_REFUSED, NOT_FOUND, PRECONDITIO
 pub use retry::Backoff;
 pub use tls::TlsFiles;
 
-use crate::text::describe_io_error;
-use amiquip::{Auth, ConnectionBlockedNotification, ConnectionOptions, ConnectionTuning, ConsumerMessage, Delivery};
+use crate::text::{describe_io_error, escape};
+use amiquip::{
+    AmqpValue, Auth, ConnectionBlockedNotification, ConnectionOptions, ConnectionTuning, ConsumerMessage, Delivery,
+};
 use amq_protocol::protocol::connection::Close;
 use channel::ConnectionState;
 use crossbeam_channel::{Receiver, RecvError};
@@ -32,7 +34,7 @@ use frames::{FrameError, FrameInspector, FRAME_MAX};
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{fs, process};
 use stream::{Login, Stream};
 use writer::FrameWriter;
@@ -104,6 +106,7 @@ impl Connection {
         let login = Login { connection_name: connection_name(program), user_timeout };
         let (stream, writer) = Stream::new(transport, FrameInspector::new(state.clone()), login)
             .map_err(|error| ErrorKind::ConnectionLost(describe_io_error(&error)))?;
+        let begun = Instant::now();
         let handshake = watchdog.run_until(deadline, || {
             amiquip::Connection::insecure_open_stream(
                 stream,
@@ -119,7 +122,10 @@ impl Connection {
             return Err(ErrorKind::TimedOut(deadline.limit(), step));
         };
         let amqp = amqp.map_err(|error| handshake_error(endpoint, error, state.close.get()))?;
-        Ok(Connection { amqp: Some(amqp), watchdog, writer, state, endpoint: endpoint.clone() })
+        let connection = Connection { amqp: Some(amqp), watchdog, writer, state, endpoint: endpoint.clone() };
+        let (broker, version) = (connection.broker(), connection.broker_version());
+        log::debug!("logged in to {broker}, {version}, after {:.1?}", begun.elapsed());
+        Ok(connection)
     }
 
     /// Connects to the first endpoint that accepts us. The endpoints divide the remaining time.
@@ -148,6 +154,15 @@ impl Connection {
     /// Host and port of the broker, for messages.
     pub fn broker(&self) -> &str {
         &self.endpoint.broker
+    }
+
+    /// The broker's name for itself, such as `RabbitMQ 4.0.5`, safe to print.
+    pub fn broker_version(&self) -> String {
+        let property = |name| match self.amqp.as_ref()?.server_properties().get(name) {
+            Some(AmqpValue::LongString(text)) => Some(escape(text.as_bytes()).to_string()),
+            _ => None,
+        };
+        [property("product"), property("version")].into_iter().flatten().collect::<Vec<_>>().join(" ")
     }
 
     /// Runs a blocking call of amiquip on this connection. `step` says what it does, for the error that it timed out.

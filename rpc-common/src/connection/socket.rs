@@ -10,7 +10,7 @@ use crossbeam_channel::RecvTimeoutError;
 use socket2::{SockRef, TcpKeepalive};
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The largest times of a TCP keepalive that Linux accepts, in seconds.
 const MAX_KEEPALIVE: u16 = 32_767;
@@ -21,16 +21,21 @@ pub(crate) fn connect(
     address: SocketAddr,
     deadline: &Deadline,
 ) -> Result<(Transport, Watchdog), ErrorKind> {
+    let begun = Instant::now();
     let timeout = deadline.remaining().max(Duration::from_millis(1)); // zero is an error
     let socket = TcpStream::connect_timeout(&address, timeout).map_err(|error| match deadline.remaining() {
         Duration::ZERO => ErrorKind::TimedOut(deadline.limit(), "opening the TCP connection"),
         _ => unreachable(endpoint, &error),
     })?;
     let watchdog = configure(&socket, endpoint.heartbeat).map_err(|error| unreachable(endpoint, &error))?;
+    log::debug!("{address} accepted the connection, after {:.1?}", begun.elapsed());
     let Some(files) = &endpoint.tls else { return Ok((Transport::Plain(socket), watchdog)) };
-    let (config, host) = (files.client_config()?, &endpoint.host);
+    let (config, host, begun) = (files.client_config()?, &endpoint.host, Instant::now());
     match watchdog.run_until(deadline, || TlsStream::handshake(config, host, socket)) {
-        Some(Ok(stream)) => Ok((Transport::Tls(Box::new(stream)), watchdog)),
+        Some(Ok(stream)) => {
+            log::debug!("{host} proved its name by a certificate, {}, after {:.1?}", stream.version(), begun.elapsed());
+            Ok((Transport::Tls(Box::new(stream)), watchdog))
+        }
         Some(Err(error)) => Err(tls_error(&error, host)),
         None => Err(ErrorKind::TimedOut(deadline.limit(), "waiting for the TLS handshake")),
     }
@@ -42,11 +47,14 @@ pub(crate) fn resolve(endpoint: &Endpoint, deadline: &Deadline) -> Result<Vec<So
     if let Ok(address) = endpoint.host.parse::<IpAddr>() {
         return Ok(vec![(address, endpoint.port).into()]);
     }
-    let name = (endpoint.host.clone(), endpoint.port);
+    let (name, begun) = ((endpoint.host.clone(), endpoint.port), Instant::now());
     let lookup = run_in_background(move || name.to_socket_addrs().map(Vec::from_iter));
     let reason = match lookup.recv_deadline(deadline.instant()) {
         Ok(Ok(addresses)) if addresses.is_empty() => "no address".into(),
-        Ok(Ok(addresses)) => return Ok(addresses),
+        Ok(Ok(addresses)) => {
+            log::debug!("{} is {addresses:?}, found after {:.1?}", endpoint.host, begun.elapsed());
+            return Ok(addresses);
+        }
         Ok(Err(error)) => describe_io_error(&error),
         Err(RecvTimeoutError::Timeout) => {
             return Err(ErrorKind::TimedOut(deadline.limit(), "resolving the host name"));

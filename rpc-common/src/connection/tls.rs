@@ -102,6 +102,11 @@ impl TlsStream {
         Ok(TlsStream { connection, socket, unreported: 0 })
     }
 
+    /// The version of TLS that both sides agreed on, for the log.
+    pub(crate) fn version(&self) -> String {
+        self.connection.protocol_version().map_or_else(String::new, |version| format!("{version:?}"))
+    }
+
     fn receive(&mut self) -> io::Result<()> {
         self.connection.read_tls(&mut self.socket)?;
         match self.connection.process_new_packets() {

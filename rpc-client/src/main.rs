@@ -1,7 +1,7 @@
 //! Calls fib(n), or any function, over RabbitMQ RPC: requests in, answers out.
 //!
-//! [`cli`] is the command line. [`batch`] connects three loops by channels: the [`reader`] reads the [`input`], the
-//! library makes the calls, and the [`printer`] prints lines of [`output`] and the [`summary`].
+//! [`cli`] is the command line. [`batch`] connects three loops by channels: the [`reader`] reads the [`input`] from its
+//! [`source`], the library makes the calls, and the [`printer`] prints lines of [`output`] and the [`summary`].
 
 mod cli;
 

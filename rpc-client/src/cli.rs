@@ -14,12 +14,47 @@ use std::io::{self, IsTerminal};
 /// The largest headers in bytes: they must fit into one frame, with what brokers add on the way.
 const MAX_HEADERS: usize = 64 << 10;
 
+/// What `-h` prints: one screen.
+pub(crate) const SHORT_HELP: &str = "\
+Calls fib(n), or any function, over RabbitMQ and waits for the answer.
+
+  rpc-client [OPTIONS] <N>...          fib(n) of each number; - reads them
+  rpc-client [OPTIONS] --data <DATA>   any request: text, @FILE, or @- (input)
+  rpc-client [OPTIONS] --lines <FILE>  a request per line of FILE, or of -
+  rpc-client [OPTIONS] --check         is the function being served?
+
+      --url <URL>            the broker [AMQP_URL, else amqp://localhost]
+      --queue <NAME>         request queue [rpc_queue]
+  -t, --timeout <DURATION>   limit of each call: 1500ms, 30s, 2m [30s]
+  -j, --in-flight <N>        calls outstanding at once [64]
+  -o, --output <FORMAT>      text | raw | json [text on a terminal, else raw]
+      --summary              figures on standard error at the end
+      --wait, --no-wait      wait for a missing queue; do not wait for servers
+  -q, --quiet                only errors on standard error
+  -v, --verbose              more log
+
+Exit codes: 0 answered, 1 error from the server, 2 usage, 3 no broker,
+4 not accepted, 5 no answer in time. All options: rpc-client --help
+";
+
+const EXAMPLES: &str = "\
+Examples:
+  answer=$(rpc-client 30)
+  seq 1 1000 | rpc-client --timeout 10s - >answers
+  rpc-client --queue thumbnail --data @photo.jpg >small.jpg
+
+Environment:
+  AMQP_URL is the broker. Each option can be set by a variable: --timeout by
+  RPC_CLIENT_TIMEOUT. The command line wins.
+
+";
+
 /// Call fib(n) of rpc-server or of any server of the RabbitMQ RPC tutorial, or any other function
 #[derive(Clone, Debug, Parser)]
 #[command(
     version,
     override_usage = "rpc-client [OPTIONS] <N>... | --data <DATA> | --lines <FILE> | --check",
-    after_help = exit_codes_help(CLIENT_EXIT_CODES),
+    after_help = EXAMPLES.to_owned() + &exit_codes_help(CLIENT_EXIT_CODES),
     arg_required_else_help = true,
     args_override_self = true, // the last of an option given twice counts, for aliases and wrappers
     allow_negative_numbers = true // so that -5 is reported as a wrong number, not as an unknown option

@@ -1,7 +1,8 @@
 //! Calls fib(n), or any function, over RabbitMQ RPC: requests in, answers out.
 //!
-//! [`cli`] is the command line. [`batch`] connects three loops by channels: the [`reader`] reads the [`input`], the
-//! library makes the calls, and the [`printer`] prints lines of [`output`] and the [`summary`]. [`check`] makes no call.
+//! [`cli`] is the command line. [`batch`] connects three loops by channels: the [`reader`] reads the [`input`] from its
+//! [`source`], the library makes the calls, and the [`printer`] prints lines of [`output`] and the [`summary`].
+//! [`check`] makes no call.
 
 mod cli;
 
@@ -24,7 +25,7 @@ use rpc_common::{logging, options};
 use std::process;
 
 fn main() -> process::ExitCode {
-    let cli: Cli = match options::parse_args() {
+    let cli: Cli = match options::parse_args(cli::SHORT_HELP) {
         Ok(cli) => cli,
         Err(code) => return code.into(),
     };

@@ -62,10 +62,24 @@ pub const SERVER_EXIT_CODES: &[(ExitCode, &str)] = &[
     (ExitCode::Terminated, "ended at once by a second signal, SIGTERM"),
 ];
 
+/// The width of the help in columns.
+const HELP_WIDTH: usize = 80;
+
 /// Formats a table of exit codes for the end of `--help`.
 pub fn exit_codes_help(codes: &[(ExitCode, &str)]) -> String {
-    let lines = codes.iter().map(|(code, meaning)| format!("\n  {:>3}  {meaning}", *code as u8));
-    "Exit codes:".to_owned() + &lines.collect::<String>()
+    let mut help = "Exit codes:".to_owned();
+    for (code, meaning) in codes {
+        let mut line = format!("  {:>3} ", *code as u8);
+        for word in meaning.split(' ') {
+            if line.len() + 1 + word.len() > HELP_WIDTH {
+                help.extend(["\n", &line]);
+                line = " ".repeat(6);
+            }
+            line.extend([" ", word]);
+        }
+        help.extend(["\n", &line]);
+    }
+    help
 }
 
 /// Prints a message of a program, such as why it failed, on standard error.

@@ -2,19 +2,28 @@
 
 use crate::connection::{Endpoint, Error, ErrorKind, Secret, TlsFiles, DEFAULT_HEARTBEAT};
 use crate::exit::{print_message, ExitCode};
+use clap::builder::FalseyValueParser;
 use clap::error::{ContextKind, ContextValue, ErrorKind as ClapErrorKind};
+use clap::ArgAction;
 use std::env;
 use std::error::Error as _;
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-/// Parses the command line. Prints an error as one line, and help in clap's format.
+/// Parses the command line. Prints an error as one line, and help in clap's format; or `short_help`, if the first argument is
+/// `-h`.
 ///
 /// # Errors
 /// The exit code to end with at once: [`ExitCode::Success`] after `--help` and `--version`, [`ExitCode::Usage`] after
 /// an error.
-pub fn parse_args<Cli: clap::Parser>() -> Result<Cli, ExitCode> {
-    Cli::try_parse().map_err(|error| {
+pub fn parse_args<Cli: clap::Parser>(short_help: &str) -> Result<Cli, ExitCode> {
+    if env::args_os().nth(1).is_some_and(|arg| arg == "-h") {
+        let _ = io::stdout().write_all(short_help.as_bytes()); // if it cannot be written, nobody reads it
+        return Err(ExitCode::Success);
+    }
+    let command = with_environment(Cli::command().max_term_width(80));
+    let matches = command.try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
+    matches.map_err(|error| {
         match describe_error(&error) {
             _ if error.kind() == ClapErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
                 let mut command = Cli::command();
@@ -27,6 +36,22 @@ pub fn parse_args<Cli: clap::Parser>() -> Result<Cli, ExitCode> {
             ExitCode::Usage
         } else {
             ExitCode::Success
+        }
+    })
+}
+
+/// Lets the environment set the options: `RPC_CLIENT_TIMEOUT` is the `--timeout` of rpc-client.
+///
+/// Not what the program is asked to do, and not `--url`: clap would print its password. `AMQP_URL` is for that.
+fn with_environment(command: clap::Command) -> clap::Command {
+    let prefix = command.get_name().to_uppercase().replace('-', "_");
+    command.mut_args(|arg| match arg.get_long() {
+        None | Some("url" | "data" | "lines" | "check") => arg,
+        Some(name) => {
+            let variable = format!("{prefix}_{}", name.to_uppercase().replace('-', "_"));
+            let is_flag = matches!(arg.get_action(), ArgAction::SetTrue);
+            let arg = if is_flag { arg.value_parser(FalseyValueParser::new()) } else { arg };
+            arg.env(variable).hide_env(true) // the end of the help says it once
         }
     })
 }

@@ -8,12 +8,45 @@ use rpc_server::{Config, Program, ProgramOptions};
 use std::env;
 use std::time::Duration;
 
+/// What `-h` prints: one screen.
+pub(crate) const SHORT_HELP: &str = "\
+Serves fib(n), or a program, to rpc-client and other clients over RabbitMQ.
+
+  rpc-server [OPTIONS]                      fib(n)
+  rpc-server [OPTIONS] -- PROGRAM [ARG]...  a program: each request is its
+                                            standard input, its output the reply
+
+      --url <URL>             the broker [AMQP_URL, else amqp://localhost]
+      --queue <NAME>          request queue [rpc_queue]
+      --queue-type <TYPE>     auto | transient | classic | quorum [auto]
+      --workers <N>           requests served at once; 0: one per core [1]
+      --prefetch <N>          unacknowledged requests per worker [1]
+      --time-limit <DURATION> stop a run of the program after this [25m]
+  -q, --quiet                 do not print a line for each request
+  -v, --verbose               more log
+
+Exit codes: 0 stopped by a signal, 2 usage, 3 the broker refused us.
+All options: rpc-server --help
+";
+
+const EXAMPLES: &str = "\
+Examples:
+  rpc-server
+  rpc-server --workers 0 --queue-type quorum
+  rpc-server --queue thumbnail --workers 0 -- convert - -resize 64x64 jpg:-
+
+Environment:
+  AMQP_URL is the broker. Each option can be set by a variable: --workers by
+  RPC_SERVER_WORKERS. The command line wins.
+
+";
+
 /// Serve fib(n), or any program, to rpc-client and every other client of the RabbitMQ RPC tutorial.
 #[derive(Debug, Parser)]
 #[command(
     version,
     override_usage = "rpc-server [OPTIONS] [-- PROGRAM [ARG]...]",
-    after_help = exit_codes_help(SERVER_EXIT_CODES),
+    after_help = EXAMPLES.to_owned() + &exit_codes_help(SERVER_EXIT_CODES),
     args_override_self = true // the last of repeated options counts, for aliases and wrappers
 )]
 pub(crate) struct Cli {

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::{io, process};
 
 fn main() -> process::ExitCode {
-    let cli: Cli = match options::parse_args() {
+    let cli: Cli = match options::parse_args(cli::SHORT_HELP) {
         Ok(cli) => cli,
         Err(code) => return code.into(),
     };

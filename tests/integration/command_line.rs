@@ -1,14 +1,50 @@
 //! The command line: usage, `--help`, and arguments that are refused. `messages.txt` has the errors.
 
+use crate::support::broker;
 use crate::support::peer::{Peer, Queue};
-use crate::support::programs::{client, command};
+use crate::support::programs::{assert_output, client, command, program_folder, Program};
 use rpc_common::exit;
+use std::process;
 
 #[test]
 fn without_arguments_the_client_prints_its_usage() {
-    let output = command("rpc-client").assert().code(2).stdout("").get_output().clone();
-    let usage = String::from_utf8(output.stderr).expect("help is text");
-    assert!(usage.contains("Usage: rpc-client [OPTIONS] <N>..."), "{usage}");
+    let usage = "Usage: rpc-client [OPTIONS] <N>... | --data <DATA> | --lines <FILE> | --check\n\
+                 See rpc-client --help.\n";
+    assert_output(&mut command("rpc-client"), 2, "", usage);
+}
+
+/// What a program prints with this option.
+fn help(program: &str, option: &str) -> String {
+    let output = command(program).arg(option).assert().code(0).stderr("").get_output().clone();
+    String::from_utf8(output.stdout).expect("help is text")
+}
+
+#[test]
+fn the_short_help_is_one_screen_and_the_long_one_has_all_options() {
+    for program in ["rpc-client", "rpc-server"] {
+        let (short, long) = (help(program, "-h"), help(program, "--help"));
+        assert!(short.lines().count() <= 23, "{short}");
+        let words = short.split([' ', '\n', ',']).filter(|word| word.starts_with("--") && word.len() > 2);
+        words.for_each(|option| assert!(long.contains(option), "{option}"));
+        for line in short.lines().chain(long.lines()) {
+            assert!(line.chars().count() <= 80, "{line}");
+        }
+    }
+}
+
+#[test]
+fn options_can_be_set_by_the_environment_and_the_command_line_wins() {
+    let queue = Queue::named("from_environment");
+    let mut server = process::Command::new(program_folder().join("rpc-server"));
+    server.env("AMQP_URL", broker::url()).env("RPC_SERVER_QUEUE", &*queue).env("RPC_SERVER_QUIET", "1");
+    let server = Program::spawn_command(&server);
+    assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
+    let mut call = command("rpc-client");
+    call.env("RPC_CLIENT_QUEUE", &*queue).env("RPC_CLIENT_OUTPUT", "json").args(["-o", "raw", "30"]);
+    assert_output(&mut call, 0, "832040\n", "");
+    assert!(server.stop().is_empty());
+    let error = "rpc-client: invalid value 'x' for '--timeout <DURATION>': not a duration such as 1500ms, 30s or 2m; see --help\n";
+    assert_output(command("rpc-client").env("RPC_CLIENT_TIMEOUT", "x").arg("30"), 2, "", error);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use crate::support::broker::{self, exclusive_node};
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{assert_output, bash, client, command, Program};
+use amiquip::AmqpProperties;
 use rustix::process::Signal;
 use std::net::TcpListener;
 use std::os::unix::process::ExitStatusExt;
@@ -40,6 +41,60 @@ fn a_reply_that_is_not_a_number_is_exit_code_1() {
         assert_output(&mut client(&queue, &["-q", "30"]), 1, "", &error);
     }
     server.join().expect("the peer sent its replies");
+}
+
+#[test]
+fn check_says_whether_a_queue_is_served() {
+    let queue = Queue::named("check");
+    let (name, broker) = (&*queue, broker::authority());
+    let missing = format!("rpc-client: no queue '{name}' on {broker}: is rpc-server running?\n");
+    assert_output(&mut client(&queue, &["--check"]), 4, "", &missing);
+    let server = Program::start_server(&queue, &["--delay", "365d", "--workers", "2"]);
+    Peer::connect().publish(&queue, b"1", AmqpProperties::default().with_reply_to("nobody".into())); // keeps one busy
+    assert_eq!(server.next_line(), " [.] fib(1)");
+    let report = format!("{name} on {broker}: 2 consumers, 0 messages waiting\n");
+    assert_output(&mut client(&queue, &["--check"]), 0, &report, "");
+    let json = client(&queue, &["--check", "-o", "json"]).assert().code(0).stderr("").get_output().stdout.clone();
+    let json: serde_json::Value = serde_json::from_slice(&json).expect("it is JSON");
+    assert_eq!((&json["queue"], &json["consumers"], &json["messages"]), (&name.into(), &2.into(), &0.into()));
+    drop(server);
+    let mut peer = Peer::connect();
+    peer.wait_for_consumers(&queue, 0);
+    let report = format!("{name} on {broker}: 0 consumers, 1 message waiting\n");
+    let error = format!("rpc-client: no server is consuming '{name}' on {broker}: nothing ran\n");
+    peer.wait_for_messages(&queue, 1);
+    assert_output(&mut client(&queue, &["--check"]), 4, &report, &error);
+}
+
+#[test]
+fn without_waiting_a_queue_without_consumers_is_exit_code_4_and_nothing_is_sent() {
+    let queue = Queue::declare("no_wait");
+    let error = format!("rpc-client: no server is consuming '{}' on {}: nothing ran\n", &*queue, broker::authority());
+    assert_output(&mut client(&queue, &["--no-wait", "30"]), 4, "", &error);
+    assert!(Peer::connect().try_take(&queue).is_none());
+    let _server = Program::start_server(&queue, &[]);
+    assert_output(&mut client(&queue, &["--no-wait", "30"]), 0, "832040\n", "");
+}
+
+#[test]
+fn with_wait_a_missing_queue_is_waited_for_until_the_deadline() {
+    let queue = Queue::named("wait");
+    let error = format!("rpc-client: no queue '{}' on {}: is rpc-server running?\n", &*queue, broker::authority());
+    assert_output(&mut client(&queue, &["--wait", "-q", "-t", "1s", "30"]), 4, "", &error);
+    let caller = Program::spawn("rpc-client", &["--queue", &queue, "--wait", "-v", "30"]);
+    caller.wait_for_log("sending again");
+    let _server = Program::start_server(&queue, &[]);
+    assert_eq!(caller.next_line(), "832040");
+}
+
+#[test]
+fn a_call_that_waited_behind_others_says_so() {
+    let queue = Queue::named("ahead");
+    let _server = Program::start_server(&queue, &["--delay", "1s"]);
+    let calls = client(&queue, &["-q", "-t", "2500ms", "1", "2", "3", "4"]).assert().code(5);
+    let errors = String::from_utf8_lossy(&calls.get_output().stderr).into_owned();
+    let expected = "; 3 calls of this run were ahead of it: lower --in-flight, or raise --timeout\n";
+    assert!(errors.ends_with(expected), "{errors}");
 }
 
 #[test]

@@ -34,6 +34,8 @@ fn text_output_is_what_the_tutorials_client_prints() {
     let (got, asked) = (" [.] Got 832040\n", " [x] Requesting fib(30)\n");
     assert_output(&mut client(&queue, &["-o", "text", "30"]), 0, got, asked);
     assert_output(&mut client(&queue, &["-o", "text", "-q", "30"]), 0, got, "");
+    let several = " [.] fib(30) = 832040\n [.] fib(7) = 13\n";
+    assert_output(&mut client(&queue, &["-o", "text", "-q", "30", "7"]), 0, several, "");
 }
 
 #[test]

@@ -142,7 +142,7 @@ fn a_socket_that_is_closed_during_the_login_is_not_called_a_wrong_password() {
     let error =
         format!("{} closed the connection during the login: see the broker's log", &broker.url["amqp://".len()..]);
     let mut call = client("any", &["30"]);
-    assert_output(call.env("AMQP_URL", &broker.url), 3, "\n", &format!("rpc-client: {error}\n"));
+    assert_output(call.env("AMQP_URL", &broker.url), 3, "", &format!("rpc-client: {error}\n"));
     let mut server = Program::spawn_at(&broker.url, "rpc-server", &[]);
     let attempts = 1 + 3; // of the client, and of the server
     for _ in 0..attempts {
@@ -166,7 +166,7 @@ fn a_server_waits_while_the_broker_limits_connections() {
     let error = error.expect("it is a warning");
     assert!(error.ends_with("connection limit (0) is reached"), "{error}");
     let mut call = client(queue, &["30"]);
-    assert_output(call.env("AMQP_URL", broker.url()), 3, "\n", &format!("rpc-client: {error}\n"));
+    assert_output(call.env("AMQP_URL", broker.url()), 3, "", &format!("rpc-client: {error}\n"));
     drop(limit);
     assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
     server.stop();
@@ -291,7 +291,7 @@ fn several_brokers_are_tried_in_turn() {
     let urls = ["--url", &silent, "--url", unreachable, "-t", "2s"];
     let error =
         "rpc-client: 127.0.0.1:1 cannot be reached (from --url): connection refused: is RabbitMQ running there?\n";
-    assert_output(&mut client(&queue, &[&urls[..], &["30"]].concat()), 3, "\n", error);
+    assert_output(&mut client(&queue, &[&urls[..], &["30"]].concat()), 3, "", error);
     // The error of a broker that refused the client is shown rather than that of an unreachable one.
     let wrong = broker::url_with_vhost("nowhere");
     let error = format!(
@@ -300,7 +300,7 @@ fn several_brokers_are_tried_in_turn() {
         broker::authority()
     );
     let urls = ["--url", &wrong, "--url", unreachable, "-q", "30"];
-    assert_output(&mut client(&queue, &urls), 3, "\n", &error);
+    assert_output(&mut client(&queue, &urls), 3, "", &error);
 }
 
 #[test]

@@ -106,7 +106,7 @@ fn a_refusal_by_one_address_of_a_host_name_is_reported_at_once() {
     let url = format!("amqp://nobody:wrong@two.example:{port}");
     let error = format!("rpc-client: two.example:{port} refused user 'nobody': is the password right?\n");
     let mut call = client("any", &["30"]);
-    assert_output(call.env("AMQP_URL", &url).env("LD_PRELOAD", &library), 3, "\n", &error);
+    assert_output(call.env("AMQP_URL", &url).env("LD_PRELOAD", &library), 3, "", &error);
     drop(broker);
 }
 

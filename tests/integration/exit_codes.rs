@@ -127,7 +127,7 @@ fn too_many_workers_for_the_broker_are_exit_code_3() {
 fn no_queue_is_exit_code_4() {
     let queue = Queue::named("no_queue");
     let error = format!("rpc-client: no queue '{}' on {}: is rpc-server running?\n", &*queue, broker::authority());
-    assert_output(&mut client(&queue, &["30"]), 4, "\n", &error);
+    assert_output(&mut client(&queue, &["30"]), 4, "", &error);
     assert_output(&mut client(&queue, &["-o", "text", "-q", "30"]), 4, "", &error);
 }
 
@@ -144,7 +144,7 @@ fn a_request_that_a_server_drops_is_exit_code_5() {
         &*queue,
         broker::authority()
     );
-    assert_output(&mut client(&queue, &["-q", "-t", "5s", "30"]), 5, "\n", &error);
+    assert_output(&mut client(&queue, &["-q", "-t", "5s", "30"]), 5, "", &error);
     server.join().expect("the peer took the request");
 }
 

@@ -17,7 +17,7 @@ fn a_call_without_an_answer_is_exit_code_5_and_its_request_leaves_the_queue() {
         &*queue,
         broker::authority()
     );
-    assert_output(&mut client(&queue, &["-q", "-t", "5s", "30"]), 5, "\n", &error);
+    assert_output(&mut client(&queue, &["-q", "-t", "5s", "30"]), 5, "", &error);
     Peer::connect().wait_for_messages(&queue, 0);
 }
 

@@ -21,7 +21,7 @@ fn a_full_queue_is_exit_code_4() {
         });
         let error = format!("rpc-client: queue '{}' on {} is full: nothing ran\n", &*queue, authority());
         let text = |bytes| String::from_utf8(bytes).expect("it is text");
-        assert_eq!((text(full.stdout), text(full.stderr)), ("\n".into(), error.clone()));
+        assert_eq!((text(full.stdout), text(full.stderr)), (String::new(), error.clone()));
         let mut call = client(&queue, &["-q", "-t", "1h", "-o", "json", "30"]);
         let output = call.output().expect("the client runs");
         let json: Value = serde_json::from_slice(&output.stdout).expect("it is JSON");
@@ -108,7 +108,7 @@ fn a_permission_that_is_taken_away_after_a_request_was_sent_is_exit_code_5() {
     broker.rabbitmqctl(&["set_permissions", "demoted", "", "", ""]);
     broker.rabbitmqctl(&["close_all_user_connections", "demoted", "test"]);
     let output = call.join().expect("the client runs");
-    assert_eq!((output.status.code(), String::from_utf8_lossy(&output.stdout)), (Some(5), "\n".into()));
+    assert_eq!((output.status.code(), String::from_utf8_lossy(&output.stdout)), (Some(5), "".into()));
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(stderr.contains("refused") && stderr.contains("the user lacks this permission"), "{stderr}");
     broker.rabbitmqctl(&["delete_user", "demoted"]);

@@ -68,7 +68,7 @@ fn a_wrong_password_is_reported_at_once() {
     let url = broker::url_with_credentials("nobody:wrong");
     let error = format!("{} refused user 'nobody': is the password right?\n", broker::authority());
     let mut call = client("any", &["-t", "2500ms", "30"]);
-    assert_output(call.env("AMQP_URL", &url), 3, "\n", &format!("rpc-client: {error}"));
+    assert_output(call.env("AMQP_URL", &url), 3, "", &format!("rpc-client: {error}"));
     assert_output(command("rpc-server").env("AMQP_URL", &url), 3, "", &format!("rpc-server: {error}"));
 }
 

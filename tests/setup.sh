@@ -105,6 +105,8 @@ peers() {
     python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
     command -v node >/dev/null || missing="$missing nodejs"
     command -v npm >/dev/null || missing="$missing npm"
+    command -v jq >/dev/null || missing="$missing jq" # for recipes in rpc-client/README.md
+    command -v parallel >/dev/null || missing="$missing parallel"
     command -v identify >/dev/null || missing="$missing imagemagick" # for a recipe in rpc-server/README.md
     # shellcheck disable=SC2086 # a list of words
     [ -z "$missing" ] || apt_install "the peers in other languages, for the tests" $missing

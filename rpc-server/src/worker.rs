@@ -21,15 +21,17 @@ use std::time::{Duration, Instant, SystemTime};
 /// Timeout of a worker's synchronous broker calls.
 pub(crate) const BROKER_CALL_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Timeout of the calls whose answer comes after deliveries: RabbitMQ 4 needs seconds of CPU time to send one deeply nested
+/// header, and whoever does not wait for it gets it again on the next connection. A dead connection is noticed by its
+/// heartbeats, and a stop does not wait for these calls.
+const DELIVERY_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// How often an idle worker looks at the queue.
 pub(crate) const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// How often it looks when it has consumed again in vain: twice as rarely each time, down to this. (A queue with a single
 /// active consumer gives the others nothing.)
 const MAX_LOOK_INTERVAL: Duration = Duration::from_secs(600);
-
-/// How long the broker may take to answer such a look.
-const LOOK_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// How many deliveries, and returned replies, may be unread in addition to twice the prefetch: a quorum queue delivers the
 /// prefetched requests again when it loses and finds the node that we are connected to.
@@ -147,7 +149,7 @@ impl Worker<'_> {
     /// Consumes until it is time to stop or the channel ends.
     fn use_channel(&self, channel: &WorkerChannel) -> Result<(), Error> {
         let (service, open) = (self.service, &channel.open);
-        let consumer = channel.call(BROKER_CALL_TIMEOUT, || {
+        let consumer = channel.call(DELIVERY_TIMEOUT, || {
             open.amqp.qos(0, service.config.prefetch, false)?; // per consumer: RabbitMQ 4.3 refuses a global one
             open.consume(&service.config.queue, ConsumerOptions::default())
         })?;
@@ -208,7 +210,7 @@ impl Worker<'_> {
             return Ok(false); // the broker would not answer
         }
         let queue = &self.service.config.queue;
-        let queue = channel.call(LOOK_TIMEOUT, || channel.open.amqp.queue_declare_passive(queue))?;
+        let queue = channel.call(DELIVERY_TIMEOUT, || channel.open.amqp.queue_declare_passive(queue))?;
         Ok(queue.declared_message_count() > Some(0))
     }
 

@@ -9,7 +9,7 @@ use crate::isolated::{IsolatedPublisher, IDLE_TIMEOUT};
 use crate::kept::KeptReplies;
 use crate::queue::{self, QueueType};
 use crate::signals::Stop;
-use crate::worker::{Service, Worker, WorkerChannel, WorkerEvent, LOOK_INTERVAL};
+use crate::worker::{Service, Worker, WorkerChannel, WorkerEvent, BROKER_CALL_TIMEOUT, LOOK_INTERVAL};
 use amiquip::ConnectionBlockedNotification::{self, Blocked, Unblocked};
 use crossbeam_channel::{select_biased, unbounded, Receiver, Sender};
 use rpc_common::connection::{
@@ -176,6 +176,7 @@ impl Server<'_> {
                 default(IDLE_TIMEOUT) => self.service.isolated.close_unused(),
             }
         }
+        connection.watchdog.limit_running(&Deadline::after(BROKER_CALL_TIMEOUT)); // the workers' calls
         self.events.iter().for_each(drop); // the workers end before the connection is closed
         if let Err(error) = connection.close() {
             log::warn!("{error}"); // what was not acknowledged is in the queue again

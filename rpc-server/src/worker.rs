@@ -21,15 +21,17 @@ use std::time::{Duration, Instant, SystemTime};
 /// Timeout of a worker's synchronous broker calls.
 pub(crate) const BROKER_CALL_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Timeout of the calls whose answer comes after deliveries: RabbitMQ 4 needs seconds of CPU time to send one deeply nested
+/// header, and whoever does not wait for it gets it again on the next connection. A dead connection is noticed by its
+/// heartbeats, and a stop does not wait for these calls.
+const DELIVERY_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// How often an idle worker looks at the queue.
 pub(crate) const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// How often it looks when it has consumed again in vain: twice as rarely each time, down to this. (A queue with a single
 /// active consumer gives the others nothing.)
 const MAX_LOOK_INTERVAL: Duration = Duration::from_secs(600);
-
-/// How long the broker may take to answer such a look.
-const LOOK_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// After how many failures to run the function in a row a worker pauses.
 const MAX_UNAVAILABLE: u32 = 5;
@@ -153,7 +155,7 @@ impl Worker<'_> {
     /// Consumes until it is time to stop or the channel ends.
     fn use_channel(&self, channel: &WorkerChannel) -> Result<(), Error> {
         let (service, open) = (self.service, &channel.open);
-        let consumer = channel.call(BROKER_CALL_TIMEOUT, || {
+        let consumer = channel.call(DELIVERY_TIMEOUT, || {
             open.amqp.qos(0, service.config.prefetch, false)?; // per consumer: RabbitMQ 4.3 refuses a global one
             open.consume(&service.config.queue, ConsumerOptions::default())
         })?;
@@ -225,7 +227,7 @@ impl Worker<'_> {
             return Ok(false); // the broker would not answer
         }
         let queue = &self.service.config.queue;
-        let queue = channel.call(LOOK_TIMEOUT, || channel.open.amqp.queue_declare_passive(queue))?;
+        let queue = channel.call(DELIVERY_TIMEOUT, || channel.open.amqp.queue_declare_passive(queue))?;
         Ok(queue.declared_message_count() > Some(0))
     }
 

@@ -124,12 +124,18 @@ impl AttackedQueue {
 /// How many kinds of bad messages [`publish`] has.
 pub(crate) const KINDS: usize = 7;
 
-/// Publishes a bad message of this kind, to the queue or to an exchange that is bound to it.
-pub(crate) fn publish(attacker: &mut RawPeer, kind: usize, queue: &str, exchange: &str, replies: &str) {
+/// Publishes a bad message of this kind, to the queue or to an exchange that is bound to it. Headers are nested in `nested`
+/// bytes.
+pub(crate) fn publish(
+    attacker: &mut RawPeer,
+    kind: usize,
+    nested: usize,
+    (queue, exchange, replies): (&str, &str, &str),
+) {
     let (queue, reply_to) = (("", queue.as_bytes()), &short_str(replies.as_bytes())[..]);
     match kind {
-        0 => attacker.publish(queue, HEADERS | REPLY_TO, &[&nested_tables(130_000), reply_to]),
-        1 => attacker.publish(queue, HEADERS, &[&nested_arrays(130_000)]),
+        0 => attacker.publish(queue, HEADERS | REPLY_TO, &[&nested_tables(nested), reply_to]),
+        1 => attacker.publish(queue, HEADERS, &[&nested_arrays(nested)]),
         2 => attacker.publish(queue, REPLY_TO, &[&short_str(b"amq.rabbitmq.reply-to.%%%.%%%")]),
         3 => {
             let headers = large_table(NEARLY_A_FRAME);

@@ -12,6 +12,8 @@ use rpc_client::{Client, Config, Error};
 use rpc_common::options::BrokerOptions;
 use rustix::process::Signal;
 use std::net::TcpListener;
+use std::thread;
+use std::time::Duration;
 
 #[test]
 fn an_idle_server_reconnects_with_all_its_workers() {
@@ -318,6 +320,22 @@ fn after_a_broker_has_frozen_the_next_one_is_tried_first() {
     peer.take(&queue);
     peer.reply(&peer.take(&queue), b"832040");
     assert_eq!(client.next_line(), "832040");
+}
+
+/// RabbitMQ 4 sends nothing on a channel while it encodes a deeply nested header, for 4 s on an idle machine. If the server gave
+/// up its connection meanwhile, the next one would get the message again, and so on.
+#[test]
+fn a_slow_answer_to_an_idle_server_does_not_end_its_connection() {
+    let queue = Queue::named("slow_answer");
+    let proxy = Proxy::start();
+    let server = Program::start_server_at(&proxy.url(), &queue, &["--heartbeat", "60"]);
+    proxy.set_traffic(Traffic::Frozen);
+    thread::sleep(Duration::from_secs(20)); // after 5 s the server looks at the queue
+    proxy.set_traffic(Traffic::Normal);
+    assert_output(&mut client(&queue, &["-q", "30"]), 0, "832040\n", "");
+    let log = server.new_log();
+    assert!(!log.iter().any(|line| line.contains("no longer answers")), "{log:#?}");
+    assert_eq!(server.stop(), [" [.] fib(30)"]);
 }
 
 /// The tutorial's servers answer no heartbeats while they compute, so the broker closes their connections.

@@ -11,6 +11,7 @@ use rustix::process::Signal;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::thread;
+use std::time::{Duration, Instant};
 
 #[test]
 fn sigterm_and_sigint_let_a_server_finish_what_it_has_begun() {
@@ -113,14 +114,20 @@ fn a_server_that_stops_under_load_loses_nothing_and_repeats_nothing() {
     assert_eq!(broker.unclean_closes(), unclean_before);
 }
 
+/// After a while the server waits for an answer, too: it looks at the queue every 5 s.
 #[test]
 fn a_frozen_broker_does_not_prevent_a_server_from_stopping() {
-    let queue = Queue::named("frozen_stop");
-    let proxy = Proxy::start();
-    let mut server = Program::start_server_at(&proxy.url(), &queue, &["--heartbeat", "600"]);
-    proxy.set_traffic(Traffic::Frozen);
-    server.send_signal(Signal::TERM);
-    assert_eq!(server.wait().code(), Some(0));
+    for (name, frozen_for) in [("frozen_stop", Duration::ZERO), ("frozen_look", Duration::from_secs(8))] {
+        let queue = Queue::named(name);
+        let proxy = Proxy::start();
+        let mut server = Program::start_server_at(&proxy.url(), &queue, &["--heartbeat", "600"]);
+        proxy.set_traffic(Traffic::Frozen);
+        thread::sleep(frozen_for);
+        server.send_signal(Signal::TERM);
+        let start = Instant::now();
+        assert_eq!(server.wait().code(), Some(0));
+        assert!(start.elapsed() < Duration::from_secs(30));
+    }
 }
 
 /// The level and the text of a log line, which looks like `[2026-01-31T12:00:00.000Z INFO ] text`.

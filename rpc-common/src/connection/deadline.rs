@@ -109,6 +109,13 @@ impl Watchdog {
         number
     }
 
+    /// Gives the calls that are running no longer than this deadline.
+    pub fn limit_running(&self, deadline: &Deadline) {
+        let mut calls = lock(&self.watched.calls);
+        calls.deadlines.values_mut().for_each(|running| *running = deadline.instant.min(*running));
+        let _ = self.wake.try_send(()); // fails if the thread is about to wake up
+    }
+
     /// Shuts the socket down now.
     pub fn shut_down(&self) {
         self.watched.shut_down();
@@ -184,6 +191,24 @@ mod tests {
         let result = watchdog.run_until(&Deadline::after(Duration::from_secs(60)), || 42);
         assert_eq!(result, Some(42));
         assert!(is_open(&mut stream, &mut peer));
+    }
+
+    #[test]
+    fn the_deadline_of_a_running_call_can_be_made_earlier() {
+        let (stream, _peer) = connect();
+        let watchdog = Watchdog::new(stream.try_clone().unwrap()).unwrap();
+        let (started, is_running) = bounded(1);
+        let block = || {
+            started.send(()).unwrap();
+            (&stream).read(&mut [0]).is_ok()
+        };
+        let result = thread::scope(|scope| {
+            let blocked = scope.spawn(|| watchdog.run_until(&Deadline::after(MAX_DEADLINE), block));
+            is_running.recv().unwrap();
+            watchdog.limit_running(&Deadline::after(Duration::from_millis(20)));
+            blocked.join().unwrap()
+        });
+        assert_eq!(result, None);
     }
 
     #[test]

@@ -45,6 +45,9 @@ pub fn parse_args<Cli: clap::Parser>(short_help: &str) -> Result<Cli, ExitCode> 
 /// Not what the program is asked to do, and not `--url`: clap would print its password. `AMQP_URL` is for that.
 fn with_environment(command: clap::Command) -> clap::Command {
     let prefix = command.get_name().to_uppercase().replace('-', "_");
+    if !env::vars_os().any(|(name, _)| name.as_encoded_bytes().starts_with(prefix.as_bytes())) {
+        return command; // saves a cold call memory
+    }
     command.mut_args(|arg| match arg.get_long() {
         None | Some("url" | "data" | "lines" | "check") => arg,
         Some(name) => {

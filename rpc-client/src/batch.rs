@@ -10,15 +10,20 @@ use crate::cli::Cli;
 use crate::error::Error;
 use crate::input::{Argument, BadInput, Input, Origin};
 use crate::printer::{Event, Printer};
+use crate::progress::Progress;
 use crate::reader;
 use crate::source::Unreadable;
 use crossbeam_channel::bounded;
 use rpc_client::{Error as CallError, Request};
 use rpc_common::connection::Endpoint;
 use rpc_common::exit::ExitCode;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use signal_hook::low_level::emulate_default_handler;
 use std::io::{self, BufWriter};
 use std::sync::mpsc;
 use std::thread;
+use std::time::Duration;
 
 /// How many numbers a **permit** allows to be read, in multiples of the calls in flight: many, so that the reader is woken
 /// rarely. Other requests, and their replies, may be large: then it is one such multiple.
@@ -50,9 +55,9 @@ fn single_request(cli: &Cli) -> Result<Option<Request<Input>>, Unreadable> {
 fn make_one_call(cli: &Cli, endpoints: Vec<Endpoint>, request: Request<Input>) -> io::Result<ExitCode> {
     let (request_sender, requests) = bounded(1);
     let (_running, stop) = bounded(0); // disconnected when this function ends
-    let mut printer = Printer::new(BufWriter::new(io::stdout()), cli.output.clone(), true);
+    let mut printer = Printer::new(BufWriter::new(io::stdout()), cli.output.clone(), true, Progress::of_one_call(cli));
     if cli.output.announces() {
-        reader::announce(request.context.origin);
+        reader::announce("", request.context.origin);
     }
     let _ = request_sender.send(request); // there is room for it
     drop(request_sender);
@@ -73,7 +78,10 @@ fn make_many_calls(cli: &Cli, endpoints: Vec<Endpoint>) -> io::Result<ExitCode> 
     // sleeps, which took a third more CPU time here.
     let (event_sender, events) = mpsc::channel();
     let (running, stop) = bounded(0);
-    let printer = Printer::new(BufWriter::new(io::stdout()), cli.output.clone(), false);
+    let printer = Printer::new(BufWriter::new(io::stdout()), cli.output.clone(), false, Progress::of_batch(cli));
+    if cli.output.summary.is_some() {
+        summarise_on_signals(event_sender.clone());
+    }
     let printer = thread::spawn(move || {
         let _running = running; // dropped when the printer has ended; that stops the calls
         printer.print_all(&events, &permit_sender, requests_per_permit)
@@ -85,4 +93,19 @@ fn make_many_calls(cli: &Cli, endpoints: Vec<Endpoint>) -> io::Result<ExitCode> 
     });
     let _ = event_sender.send(Event::RunEnded);
     printer.join().expect("the printer does not panic")
+}
+
+/// How long the printer may take to print the summary after a signal: the reader of its output may have stopped.
+const SUMMARY_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// On SIGINT and SIGTERM the printer prints the summary of what was done, and ends the program as the signal would have.
+fn summarise_on_signals(events: mpsc::Sender<Event>) {
+    let Ok(mut signals) = Signals::new([SIGINT, SIGTERM]) else { return };
+    thread::spawn(move || {
+        if let Some(signal) = signals.forever().next() {
+            let _ = events.send(Event::Interrupted(signal));
+            thread::sleep(SUMMARY_TIMEOUT);
+            let _ = emulate_default_handler(signal); // does not return
+        }
+    });
 }

@@ -19,12 +19,13 @@ pub(crate) enum Argument {
 }
 
 impl FromStr for Argument {
-    type Err = NumberError;
+    type Err = String;
 
-    fn from_str(text: &str) -> Result<Self, NumberError> {
+    fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "-" => Ok(Argument::StandardInput),
-            _ => parse_number(text.as_bytes()).map(Argument::Number),
+            "json" => Err("not a whole number; is it --summary=json, with a '='?".into()),
+            _ => parse_number(text.as_bytes()).map(Argument::Number).map_err(|error| error.to_string()),
         }
     }
 }

@@ -14,6 +14,7 @@ mod source;
 
 mod output;
 mod printer;
+mod progress;
 mod summary;
 
 mod error;

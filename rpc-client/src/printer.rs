@@ -4,11 +4,13 @@ use crate::cli::OutputOptions;
 use crate::error::Error;
 use crate::input::{BadInput, Input};
 use crate::output::Line;
+use crate::progress::Progress;
 use crate::source::Unreadable;
 use crate::summary::Summary;
 use crossbeam_channel::Sender;
 use rpc_client::Outcome;
 use rpc_common::exit::{print_message, ExitCode};
+use signal_hook::low_level::emulate_default_handler;
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::sync::mpsc::Receiver;
@@ -21,6 +23,8 @@ pub(crate) enum Event {
     BadInput(u64, BadInput),
     /// The rest of the input cannot be read.
     ReadError(Unreadable),
+    /// This signal ends the program, when the summary of what was done is printed.
+    Interrupted(i32),
     /// No call is left. (The end of the channel does not show it: the reader may still wait for input.)
     RunEnded,
 }
@@ -39,10 +43,11 @@ pub(crate) struct Printer<W> {
     /// The largest one so far.
     exit_code: ExitCode,
     summary: Option<Summary>,
+    progress: Option<Progress>,
 }
 
 impl<W: Write> Printer<W> {
-    pub(crate) fn new(output: W, options: OutputOptions, is_only: bool) -> Self {
+    pub(crate) fn new(output: W, options: OutputOptions, is_only: bool, progress: Option<Progress>) -> Self {
         Printer {
             output,
             summary: options.summary.map(Summary::new),
@@ -52,6 +57,7 @@ impl<W: Write> Printer<W> {
             printed: 0,
             last_error: None,
             exit_code: ExitCode::Success,
+            progress,
         }
     }
 
@@ -80,6 +86,11 @@ impl<W: Write> Printer<W> {
                     let error = Error::BadInput(error.into());
                     self.print_error(&error, error.to_string());
                 }
+                Event::Interrupted(signal) => {
+                    self.finish()?;
+                    let _ = emulate_default_handler(signal); // does not return
+                    return Ok(ExitCode::Interrupted);
+                }
                 // If the run ended early, bad lines of input may still wait behind a number that was not called.
                 Event::RunEnded => return self.finish(),
             }
@@ -97,12 +108,18 @@ impl<W: Write> Printer<W> {
     }
 
     pub(crate) fn flush(&mut self) -> io::Result<()> {
-        self.output.flush()
+        match &self.progress {
+            Some(progress) => progress.suspend(|| self.output.flush()), // standard output may be the same terminal
+            None => self.output.flush(),
+        }
     }
 
     /// Prints the summary. Returns the largest exit code.
     pub(crate) fn finish(mut self) -> io::Result<ExitCode> {
         self.flush()?;
+        if let Some(progress) = &self.progress {
+            progress.finish();
+        }
         if let Some(summary) = &self.summary {
             summary.print();
         }
@@ -124,12 +141,15 @@ impl<W: Write> Printer<W> {
 
     fn print(&mut self, line: &Line) -> io::Result<()> {
         if let Err(error) = &line.result {
-            self.output.flush()?; // on a terminal the error then stands where the answer would
+            self.flush()?; // on a terminal the error then stands where the answer would
             self.print_error(error, line.error_message(error));
         }
         line.write(&mut self.output, self.options.format, self.is_only)?;
         if let Some(summary) = &mut self.summary {
             summary.count(line);
+        }
+        if let Some(progress) = &self.progress {
+            progress.count(line.result.is_err());
         }
         self.printed += 1;
         Ok(())
@@ -139,7 +159,8 @@ impl<W: Write> Printer<W> {
     fn print_error(&mut self, error: &Error, message: String) {
         self.exit_code = self.exit_code.max(error.exit_code());
         if self.last_error.as_ref() != Some(&message) {
-            print_message("rpc-client", &message);
+            let print = || print_message("rpc-client", &message);
+            self.progress.as_ref().map_or_else(print, |progress| progress.suspend(print));
             self.last_error = Some(message);
         }
     }
@@ -185,7 +206,7 @@ mod tests {
             sender.send(event).unwrap();
         }
         sender.send(Event::RunEnded).unwrap();
-        Printer::new(output, cli.output, false).print_all(&receiver, permits, 2)
+        Printer::new(output, cli.output, false, None).print_all(&receiver, permits, 2)
     }
 
     fn printed(options: &[&str], events: Vec<Event>) -> (String, ExitCode) {

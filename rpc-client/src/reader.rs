@@ -6,6 +6,7 @@ use crate::printer::Event;
 use crate::source::Source;
 use crossbeam_channel::{bounded, unbounded, Receiver, Sender};
 use rpc_client::Request;
+use rpc_common::logging::start_of_line;
 use rpc_common::text::MAX_SIZE;
 use std::io::{self, BufRead, BufReader, Write};
 use std::mem;
@@ -32,10 +33,11 @@ pub(crate) fn start(
     requests
 }
 
-/// Prints the line of the tutorial, if the request is for fib(n).
-pub(crate) fn announce(origin: Origin) {
+/// Prints the line of the tutorial after `start`, if the request is for fib(n).
+pub(crate) fn announce(start: &str, origin: Origin) {
     if let Origin::Number { n, .. } = origin {
-        let _ = writeln!(io::stderr(), " [x] Requesting fib({n})"); // if it fails, the call is made all the same
+        // If it fails, the call is made all the same.
+        let _ = writeln!(io::stderr(), "{start} [x] Requesting fib({n})");
     }
 }
 
@@ -114,7 +116,7 @@ impl Reader {
         for left in (0..self.repeat).rev() {
             let context = Input { index: self.next_index()?, origin };
             if self.announces {
-                announce(origin);
+                announce(start_of_line(), origin);
             }
             let body = if left == 0 { mem::take(&mut body) } else { body.clone() };
             self.requests.send(Request { context, body }).ok()?;

@@ -9,13 +9,21 @@ use rpc_common::exit::print_message;
 use rpc_common::message::{ErrorCode, Failure};
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::fmt::{self, Display};
+use std::fmt::{self, Display, Write as _};
 use std::io::{self, Write};
 use std::time::{Duration, Instant};
+use terminal_size::{terminal_size_of, Width};
 
 /// The latencies that the histogram distinguishes, in microseconds, and its precision in decimal digits.
 const MAX_LATENCY: u64 = 366 * 24 * 60 * 60 * 1_000_000;
 const PRECISION: u8 = 3;
+
+/// The rows of the histogram: as many as there are percentiles. What a row takes without its bar, and the longest bar, in
+/// columns.
+const ROWS: i32 = 6;
+const WIDTH_WITHOUT_BAR: usize = 43;
+const MIN_WIDTH: u16 = 60;
+const MAX_BAR: usize = 50;
 
 /// Counts the lines of output.
 pub(crate) struct Summary {
@@ -56,12 +64,46 @@ impl Summary {
     pub(crate) fn print(&self) {
         let figures = self.figures();
         match self.format {
-            SummaryFormat::Text => print_message("rpc-client", &figures),
+            SummaryFormat::Text => match terminal_size_of(io::stderr()) {
+                Some((Width(width @ MIN_WIDTH..), _)) => self.print_histogram(&figures, width.into()),
+                _ => print_message("rpc-client", &figures),
+            },
             SummaryFormat::Json => {
                 let json = serde_json::to_string(&figures).expect("figures are plain JSON");
                 let _ = writeln!(io::stderr(), "{json}"); // if it cannot be written, the exit code is left
             }
         }
+    }
+
+    /// Prints the latencies as a histogram, with the percentiles beside it.
+    fn print_histogram(&self, figures: &Figures, width: usize) {
+        let Some(latency) = &figures.latency_ms else { return print_message("rpc-client", figures) };
+        let bar_width = width.saturating_sub(WIDTH_WITHOUT_BAR).clamp(1, MAX_BAR);
+        let bounds = self.bounds();
+        let rows = bounds.windows(2).enumerate().map(|(row, range)| {
+            let end = if row + 2 == bounds.len() { range[1] } else { range[1] - 1 };
+            (range[0], self.latencies.count_between(range[0], end))
+        });
+        let rows = rows.collect::<Vec<_>>();
+        let most = rows.iter().map(|(_, count)| *count).max().unwrap_or(1).max(1);
+        let mut text = format!("rpc-client: {}\n", figures.totals());
+        for ((from, count), (name, value)) in rows.into_iter().zip(latency.named()) {
+            let bar = "▇".repeat(usize::try_from(count * bar_width as u64 / most).unwrap_or(bar_width));
+            let from = millis(Duration::from_micros(from));
+            let _ = writeln!(text, "{from:>9.2} ms {bar:<bar_width$} {count:>8}  {name:>5} {value:>9.2} ms");
+        }
+        let _ = io::stderr().write_all(text.as_bytes()); // if it cannot be written, the exit code is left
+    }
+
+    /// The bounds of the histogram's rows in microseconds, from the least latency to the greatest: each is the same multiple of
+    /// the one before.
+    #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // up to a year
+    fn bounds(&self) -> Vec<u64> {
+        let (min, max) = (self.latencies.min().max(1), self.latencies.max());
+        let factor = (max as f64 / min as f64).powf(1.0 / f64::from(ROWS));
+        let mut bounds = (0..ROWS).map(|row| (min as f64 * factor.powi(row)) as u64).collect::<Vec<_>>();
+        bounds.push(max);
+        bounds
     }
 
     fn figures(&self) -> Figures<'_> {
@@ -120,17 +162,29 @@ struct Latency {
     max: f64,
 }
 
-impl Display for Figures<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Figures { calls, errors, seconds, calls_per_second, latency_ms } = self;
+impl Latency {
+    fn named(&self) -> [(&'static str, f64); ROWS as usize] {
+        let Latency { min, p50, p90, p99, p99_9, max } = *self;
+        [("min", min), ("p50", p50), ("p90", p90), ("p99", p99), ("p99.9", p99_9), ("max", max)]
+    }
+}
+
+impl Figures<'_> {
+    /// All but the latencies.
+    fn totals(&self) -> String {
+        let Figures { calls, errors, seconds, calls_per_second, .. } = self;
         let s = if *calls == 1 { "" } else { "s" };
-        write!(f, "{calls} call{s} in {seconds:.3} s, {calls_per_second:.0} calls/s")?;
-        if let Some(Latency { min, p50, p90, p99, p99_9, max }) = latency_ms {
-            write!(f, "; latency in ms: min {min:.2}, p50 {p50:.2}, p90 {p90:.2}")?;
-            write!(f, ", p99 {p99:.2}, p99.9 {p99_9:.2}, max {max:.2}")?;
-        }
         let errors: Vec<_> = errors.iter().map(|(code, count)| format!("{count} {code}")).collect();
         let errors = if errors.is_empty() { "none".into() } else { errors.join(", ") };
-        write!(f, "; errors: {errors}")
+        format!("{calls} call{s} in {seconds:.3} s, {calls_per_second:.0} calls/s; errors: {errors}")
+    }
+}
+
+impl Display for Figures<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.totals())?;
+        let Some(latency) = &self.latency_ms else { return Ok(()) };
+        let latencies = latency.named().map(|(name, value)| format!("{name} {value:.2}"));
+        write!(f, "; latency in ms: {}", latencies.join(", "))
     }
 }

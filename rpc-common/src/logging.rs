@@ -6,10 +6,10 @@ use crate::text::escape;
 use env_logger::{Builder, Target};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use std::collections::HashMap;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
-use std::{panic, thread};
+use std::{env, panic, thread};
 
 /// The options of both programs for the log.
 #[derive(Clone, Debug, clap::Args)]
@@ -32,9 +32,10 @@ impl LogOptions {
     /// at least.
     pub fn start_for_prompt(&self, program: &'static str, level: LevelFilter) {
         let mut builder = self.builder(if self.verbose > 0 { LevelFilter::Info } else { level });
+        let clear = start_of_line();
         builder.format(move |line, record| match record.level() {
-            Level::Warn => writeln!(line, "{program}: warning: {}", record.args()),
-            _ => writeln!(line, "{program}: {}", record.args()),
+            Level::Warn => writeln!(line, "{clear}{program}: warning: {}", record.args()),
+            _ => writeln!(line, "{clear}{program}: {}", record.args()),
         });
         start(&mut builder, None);
     }
@@ -51,6 +52,21 @@ impl LogOptions {
             .filter_module("amiquip::io_loop::handshake_state", LevelFilter::Info);
         builder
     }
+}
+
+/// What a line on standard error begins with: on a terminal, it replaces a line that shows progress.
+pub fn start_of_line() -> &'static str {
+    if is_interactive() {
+        "\r\x1b[K" // to the first column, and clear the line
+    } else {
+        ""
+    }
+}
+
+/// Whether standard error is a terminal on which a line can be drawn again.
+pub fn is_interactive() -> bool {
+    let is_dumb = env::var_os("TERM").is_none_or(|name| name.is_empty() || name == "dumb");
+    !is_dumb && io::stderr().is_terminal()
 }
 
 fn start(builder: &mut Builder, writer: Option<BackgroundWriter>) {

@@ -3,6 +3,8 @@
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{assert_output, bash, client, Program};
 use rpc_common::fib::fib;
+use rustix::process::Signal;
+use std::os::unix::process::ExitStatusExt;
 use std::thread;
 
 #[test]
@@ -132,5 +134,53 @@ fn the_summary_counts_calls_and_errors() {
     let output = client(&queue, &["--summary", "7"]).assert().code(0).stdout("13\n").get_output().clone();
     let stderr = String::from_utf8(output.stderr).expect("the summary is text");
     assert!(stderr.starts_with("rpc-client: 1 call in "), "{stderr}");
-    assert!(stderr.ends_with("; errors: none\n"), "{stderr}");
+    assert!(stderr.contains("; errors: none; latency in ms: min ") && stderr.lines().count() == 1, "{stderr}");
+}
+
+#[test]
+fn the_summary_of_what_was_done_is_printed_at_ctrl_c() {
+    let queue = Queue::named("interrupted");
+    let _server = Program::start_server(&queue, &["--delay", "10ms"]);
+    let mut caller = Program::spawn("rpc-client", &["--queue", &queue, "--repeat", "1000000", "--summary", "6"]);
+    assert_eq!(caller.next_line(), "8");
+    caller.send_signal(Signal::INT);
+    assert_eq!(caller.wait().signal(), Some(Signal::INT.as_raw()));
+    let (_, stderr) = caller.remaining_output();
+    assert!(stderr.iter().any(|line| line.contains("; errors: none; latency in ms: min ")), "{stderr:?}");
+}
+
+/// What rpc-client prints on a terminal of this width, with its control characters.
+fn on_terminal(columns: u32, queue: &str, args: &str) -> String {
+    let call = format!("stty cols {columns} rows 24; rpc-client --queue {queue} {args}");
+    let output = bash(&format!("TERM=xterm script -qec '{call}' /dev/null")).success().get_output().stdout.clone();
+    String::from_utf8(output).expect("the output is text")
+}
+
+#[test]
+fn on_a_terminal_a_call_that_waits_and_a_batch_show_progress_which_is_gone_at_the_end() {
+    let queue = Queue::named("progress");
+    let _server = Program::start_server(&queue, &["--delay", "3s"]);
+    let waiting = format!("waiting for an answer from '{}' … 1s", &*queue);
+    let shown = on_terminal(80, &queue, "30");
+    assert!(shown.contains(&waiting) && shown.ends_with("\r\x1b[2K"), "{shown:?}");
+    assert!(shown.contains(" [.] Got 832040\r\n"), "{shown:?}");
+    let shown = on_terminal(80, &queue, "30 7 2>&1 >/dev/null");
+    assert!(shown.contains("0/2 calls, 0/s, 0 errors") && shown.ends_with("\r\x1b[2K"), "{shown:?}");
+    assert!(!on_terminal(80, &queue, "-q 30").contains("waiting for"), "quiet");
+    assert_output(&mut client(&queue, &["30"]), 0, "832040\n", ""); // a pipe
+}
+
+#[test]
+fn on_a_terminal_the_summary_is_a_histogram_that_fits() {
+    let queue = Queue::named("histogram");
+    let _server = Program::start_server(&queue, &[]);
+    let shown = on_terminal(70, &queue, "--repeat 100 --summary 30 >/dev/null");
+    let lines: Vec<_> = shown.lines().filter(|line| line.contains(" ms ")).collect();
+    assert_eq!(lines.len(), 6, "{shown:?}");
+    assert!(
+        lines.iter().all(|line| line.chars().count() <= 70) && lines.iter().any(|line| line.contains('▇')),
+        "{shown:?}"
+    );
+    let shown = on_terminal(40, &queue, "--repeat 100 --summary 30 >/dev/null");
+    assert!(shown.contains("latency in ms: min"), "{shown:?}");
 }

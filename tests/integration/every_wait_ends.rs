@@ -27,7 +27,7 @@ const LONG_TIMEOUT: u64 = 4;
 fn assert_call_ends(seconds: u64, situation: &str, call: &mut assert_cmd::Command, code: i32, message: &str) {
     let (limit, message) = (format!("{seconds}s"), format!("rpc-client: {message}"));
     let start = Instant::now();
-    assert_output(call.args(["-q", "-t", &limit, "30"]), code, "\n", &format!("{message}\n"));
+    assert_output(call.args(["-q", "-t", &limit, "30"]), code, "", &format!("{message}\n"));
     let took = start.elapsed();
     eprintln!("| {situation} | {seconds} s | {:.3} s | {code} | {message} |", took.as_secs_f64());
     let limit = Duration::from_secs(seconds);

@@ -37,12 +37,7 @@ impl Diagnosis {
         self.cause = NoAnswerCause::Waiting(step);
     }
 
-    /// The consumer was started.
-    pub(crate) fn on_consuming(&mut self, now: Instant) {
-        self.on_reply(now);
-    }
-
-    /// A reply has arrived: what was known before is old.
+    /// A reply has arrived, or the consumer was started: what was known before is old.
     pub(crate) fn on_reply(&mut self, now: Instant) {
         self.cause = NoAnswerCause::Unknown;
         self.next_check = now + FIRST_CHECK;

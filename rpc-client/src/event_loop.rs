@@ -179,7 +179,7 @@ impl<T> EventLoop<'_, '_, T> {
             }
             SessionEvent::Consuming(replies) => {
                 (session.replies, session.is_consuming) = (replies, true);
-                self.diagnosis.on_consuming(Instant::now());
+                self.diagnosis.on_reply(Instant::now());
             }
             SessionEvent::QueueChecked(stats) => {
                 session.is_checking = false;
@@ -192,15 +192,18 @@ impl<T> EventLoop<'_, '_, T> {
 
     /// Pauses before the next session, unless the error ends the run.
     fn on_session_error(&mut self, error: Error) -> Result<(), Error> {
-        let Error::Connection(connection_error) = &error else { return Err(self.end_all(error)) };
-        if too_large_reason(connection_error).is_some_and(|reason| self.end_too_large(reason)) {
+        let Error::Connection(connection_error) = &error else {
+            return Err(self.outcomes.end_all(&mut self.pending, error));
+        };
+        let end_call = |reason: &str| self.outcomes.end_too_large(&mut self.pending, &self.broker, reason);
+        if too_large_reason(connection_error).is_some_and(end_call) {
             return Ok(()); // without a pause: there is nothing to wait for, and a call less
         }
         self.diagnosis.on_connection_error(connection_error);
         let pause = self.backoff.next_pause(Instant::now());
         let was_connected = !self.broker.is_empty();
         if ends_run(connection_error, self.pending.progress(was_connected)) {
-            return Err(self.end_all(error));
+            return Err(self.outcomes.end_all(&mut self.pending, error));
         }
         if connection_error.is_silence() {
             self.endpoints.rotate_left(1);
@@ -216,28 +219,6 @@ impl<T> EventLoop<'_, '_, T> {
         }
         self.outcomes.deliver();
         Ok(())
-    }
-
-    /// Ends the call whose request is too large. False if there is none.
-    fn end_too_large(&mut self, reason: &str) -> bool {
-        let Some(call) = self.pending.pop_too_large() else { return false };
-        let (size, broker, reason) = (call.request.body.len(), self.broker.clone(), reason.to_owned());
-        self.outcomes.add(call, Err(Error::TooLarge { size, broker, reason }));
-        self.outcomes.deliver();
-        true
-    }
-
-    /// Ends all pending calls with this error.
-    fn end_all(&mut self, error: Error) -> Error {
-        while let Some(call) = self.pending.pop() {
-            let error = match &error {
-                Error::Connection(error) if call.may_have_run => Error::RefusedAfterSend(error.clone()),
-                error => error.clone(),
-            };
-            self.outcomes.add(call, Err(error));
-        }
-        self.outcomes.deliver();
-        error
     }
 
     /// Begins the call of a request, or learns that there are no more.
@@ -340,17 +321,10 @@ impl<T> EventLoop<'_, '_, T> {
             self.pending.on_missing_queue(Instant::now());
         }
         if stats.as_ref().is_ok_and(|stats| stats.messages > 0) {
-            self.end_refused(); // the queue is full; an empty one that refuses requests has lost its process
+            self.outcomes.end_refused(&mut self.pending, &self.config.queue, &self.broker);
+            // the queue is full; an empty one that refuses requests has lost its process
         }
         self.pending.resend_refused(Instant::now());
-    }
-
-    /// Ends the calls whose only request the queue has refused.
-    fn end_refused(&mut self) {
-        while let Some(call) = self.pending.pop_refused() {
-            let (queue, broker) = (self.config.queue.clone(), self.broker.clone());
-            self.outcomes.add(call, Err(Error::QueueFull { queue, broker }));
-        }
     }
 
     /// Takes a confirmation and those that have arrived by now. A request that is confirmed although there is no queue was

@@ -1,7 +1,7 @@
-//! The outcomes of calls, collected until they are delivered.
+//! The outcomes of calls, collected until they are delivered; and the errors that end calls before their deadline.
 
 use crate::call::{Error, Outcome};
-use crate::pending::Call;
+use crate::pending::{Call, PendingCalls};
 use rpc_common::message::Answer;
 use std::mem;
 
@@ -33,5 +33,35 @@ impl<'a, 'f, T> Outcomes<'a, 'f, T> {
         if !self.undelivered.is_empty() {
             (self.on_outcomes)(mem::take(&mut self.undelivered));
         }
+    }
+
+    /// Ends all pending calls with this error, and delivers how they ended.
+    pub(crate) fn end_all(&mut self, pending: &mut PendingCalls<T>, error: Error) -> Error {
+        while let Some(call) = pending.pop() {
+            let error = match &error {
+                Error::Connection(error) if call.may_have_run => Error::RefusedAfterSend(error.clone()),
+                error => error.clone(),
+            };
+            self.add(call, Err(error));
+        }
+        self.deliver();
+        error
+    }
+
+    /// Ends the calls whose only request the queue has refused.
+    pub(crate) fn end_refused(&mut self, pending: &mut PendingCalls<T>, queue: &str, broker: &str) {
+        while let Some(call) = pending.pop_refused() {
+            let (queue, broker) = (queue.to_owned(), broker.to_owned());
+            self.add(call, Err(Error::QueueFull { queue, broker }));
+        }
+    }
+
+    /// Ends the call whose request is too large for the broker. False if there is none.
+    pub(crate) fn end_too_large(&mut self, pending: &mut PendingCalls<T>, broker: &str, reason: &str) -> bool {
+        let Some(call) = pending.pop_too_large() else { return false };
+        let (size, broker, reason) = (call.request.body.len(), broker.to_owned(), reason.to_owned());
+        self.add(call, Err(Error::TooLarge { size, broker, reason }));
+        self.deliver();
+        true
     }
 }

@@ -36,7 +36,8 @@ impl Deadline {
 
     /// The limit that it was made from, for messages.
     pub fn limit(&self) -> String {
-        format_duration(self.limit).to_string()
+        let millis = self.limit.as_millis().try_into().unwrap_or(u64::MAX); // a share of a limit is no round number
+        format_duration(Duration::from_millis(millis)).to_string()
     }
 
     /// When it passes.

@@ -131,24 +131,32 @@ impl Connection {
     /// Connects to the first endpoint that accepts us. The endpoints divide the remaining time.
     ///
     /// # Errors
-    /// A permanent error if there was one, else that of the last endpoint.
+    /// A permanent error if there was one, else that of the last endpoint, with those of the others.
     ///
     /// # Panics
     /// When there is no endpoint.
     pub fn open_any(endpoints: &[Endpoint], program: &str, deadline: &Deadline) -> Result<Self, Error> {
         let (last, others) = endpoints.split_last().expect("there is an endpoint");
-        let mut permanent = None;
+        let (mut permanent, mut errors) = (None, Vec::new());
         for (index, endpoint) in others.iter().enumerate() {
             let share = deadline.split(endpoints.len() - index, MAX_ATTEMPT);
             match Connection::open(endpoint, program, &share) {
                 Ok(connection) => return Ok(connection),
                 Err(error) => {
                     log::debug!("{error}; trying the next broker");
+                    errors.push(error.to_string());
                     permanent = Some(error).filter(Error::is_permanent).or(permanent);
                 }
             }
         }
-        Connection::open(last, program, deadline).map_err(|error| permanent.unwrap_or(error))
+        Connection::open(last, program, deadline).map_err(|error| match (permanent, error) {
+            (Some(permanent), _) => permanent,
+            (None, Error { broker, kind: ErrorKind::NotConnected(reason) }) if !errors.is_empty() => {
+                let reason = format!("{reason} (before that: {})", errors.join("; "));
+                Error { broker, kind: ErrorKind::NotConnected(reason) }
+            }
+            (None, error) => error,
+        })
     }
 
     /// Host and port of the broker, for messages.

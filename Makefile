@@ -17,7 +17,7 @@ CARGO_DOC = RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help build check test test-fast test-brokers test-cluster fuzz bench bench-quick bench-programs demo broker broker-stop \
-	cluster cluster-stop install uninstall clean setup-build setup-broker setup-brokers setup-peers setup-fuzz setup-bench
+	cluster cluster-stop generate install uninstall clean setup-build setup-broker setup-brokers setup-peers setup-fuzz setup-bench
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,14 +73,19 @@ cluster: setup-broker ## start a private cluster of three nodes and print their 
 cluster-stop: ## stop that cluster
 	@tests/broker.sh cluster stop "$(CLUSTER_DIR)"
 
-install: ## install both programs in PREFIX/bin (PREFIX=/usr/local)
+generate: setup-build ## generate man pages and shell completions, in target/share
+	cargo run --release --locked --quiet -p rpc-generate -- $(TARGET)/share
+
+install: ## install both programs, man pages and completions below PREFIX (/usr/local)
 	@# under sudo it does not build: root may have no cargo, or another version
-	@if [ -z "$$SUDO_UID" ] && command -v cargo >/dev/null; then $(MAKE) build; fi
+	@if [ -z "$$SUDO_UID" ] && command -v cargo >/dev/null; then $(MAKE) build generate; fi
 	install -d "$(DESTDIR)$(PREFIX)/bin"
 	install -m 755 $(TARGET)/release/rpc-server $(TARGET)/release/rpc-client "$(DESTDIR)$(PREFIX)/bin"
+	cd $(TARGET)/share && find . -type f -exec install -D -m 644 "{}" "$(DESTDIR)$(PREFIX)/share/{}" \;
 
 uninstall: ## remove the installed programs
 	rm -f "$(DESTDIR)$(PREFIX)/bin/rpc-server" "$(DESTDIR)$(PREFIX)/bin/rpc-client"
+	cd $(TARGET)/share && find . -type f -exec rm -f "$(DESTDIR)$(PREFIX)/share/{}" \;
 
 clean: broker-stop cluster-stop ## remove all build results
 	cargo clean

@@ -2,8 +2,9 @@
 
 use crate::support::broker;
 use crate::support::peer::{Peer, Queue};
-use crate::support::programs::{assert_output, client, command, program_folder, Program};
+use crate::support::programs::{assert_output, bash, client, command, program_folder, Program};
 use rpc_common::exit;
+use std::path::Path;
 use std::process;
 
 #[test]
@@ -63,6 +64,31 @@ fn help_lists_the_exit_codes_and_hides_the_environment() {
         assert!(text.contains(&exit::exit_codes_help(codes)), "{text}");
         assert!(!text.contains("sesame"), "{text}");
     }
+}
+
+/// Calls the completion of `rpc-server --queue-type <TAB>`, and of an option, as bash does.
+#[test]
+fn bash_completes_options_and_their_values_and_man_pages_have_the_options() {
+    let share = Path::new(env!("CARGO_TARGET_TMPDIR")).join("share");
+    let generated = process::Command::new(env!("CARGO"))
+        .args(["run", "--quiet", "--locked", "-p", "rpc-generate", "--"])
+        .arg(&share)
+        .status();
+    assert!(generated.expect("cargo runs").success(), "the generator runs");
+    let complete = |word: &str, before: &str| {
+        let script = format!(
+            "source {}/bash-completion/completions/rpc-server; COMP_WORDS=(rpc-server {before} {word:?}); \
+             COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); COMP_LINE=\"rpc-server {before} {word}\"; \
+             function=$(complete -p rpc-server | sed 's/.*-F \\([^ ]*\\).*/\\1/'); \
+             $function rpc-server {word:?} {before:?}; echo \"${{COMPREPLY[*]}}\"",
+            share.display()
+        );
+        String::from_utf8(bash(&script).success().get_output().stdout.clone()).expect("it is text")
+    };
+    assert_eq!(complete("", "--queue-type"), "auto transient classic quorum\n");
+    assert_eq!(complete("--pre", ""), "--prefetch\n");
+    let page = std::fs::read_to_string(share.join("man/man1/rpc-client.1")).expect("the page is there");
+    assert!(page.contains("fB\\-\\-no\\-wait\\fR") && page.contains("Exit codes:"), "{page}");
 }
 
 #[test]

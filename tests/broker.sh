@@ -259,6 +259,9 @@ start() {
             sleep 0.1
         done
     fi
+    if [ -z "$cluster" ] && [ $# -gt 0 ] && ! grep -q ":$1\$" "$dir.url"; then
+        die "a node runs already, on another port than $1: $(cat "$dir.url"); stop it first (make broker-stop)"
+    fi
     cat "$dir.url"
 }
 

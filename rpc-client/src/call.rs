@@ -4,7 +4,7 @@ use clap::ValueEnum;
 use rpc_common::connection::{Error as ConnectionError, ErrorKind, QueueStats};
 use rpc_common::message::{Answer, ErrorCode, Failure, DEADLINE_HEADER, TEXT};
 use rpc_common::options::{self, BrokerOptions};
-use rpc_common::text::{escape, format_duration, parse_content_type, parse_name, parse_timeout};
+use rpc_common::text::{escape_up_to, format_duration, parse_content_type, parse_name, parse_timeout};
 use std::fmt::{self, Display};
 use std::time::Duration;
 use uuid::Uuid;
@@ -26,11 +26,11 @@ pub struct Config {
     pub in_flight: u16,
 
     /// Wait for a queue that does not exist, until the deadline
-    #[arg(long, conflicts_with = "no_wait")]
+    #[arg(long, overrides_with = "no_wait")]
     pub wait: bool,
 
     /// Do not wait for servers: a queue without consumers is exit code 4
-    #[arg(long)]
+    #[arg(long, overrides_with = "wait")]
     pub no_wait: bool,
 
     /// Where replies go: queue: an exclusive queue | direct: RabbitMQ's direct reply-to, at most once, for few calls
@@ -101,6 +101,9 @@ pub struct Outcome<T> {
     pub result: Result<Answer, Error>,
 }
 
+/// How much of a server's error is shown, in bytes.
+const MAX_SENTENCE: usize = 4 << 10;
+
 /// Why a call has no answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
@@ -159,7 +162,7 @@ pub enum Error {
         ahead: usize,
     },
     /// The server answered with an error.
-    #[error("{}", escape(.0.message.as_bytes()))]
+    #[error("{}", escape_up_to(MAX_SENTENCE, .0.message.as_bytes()))]
     Failed(Failure),
 }
 

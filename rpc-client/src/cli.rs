@@ -120,7 +120,7 @@ pub(crate) struct OutputOptions {
     pub(crate) summary: Option<SummaryFormat>,
 
     /// Suppress warnings and progress
-    #[arg(short, long, conflicts_with = "verbose")]
+    #[arg(short, long)]
     pub(crate) quiet: bool,
 }
 

@@ -126,8 +126,14 @@ impl<W: Write> Printer<W> {
         Ok(self.exit_code)
     }
 
-    /// Prints a line when all lines before it are printed.
+    /// Counts a line, and prints it when all lines before it are printed.
     fn print_in_order(&mut self, line: Line) -> io::Result<()> {
+        if let Some(summary) = &mut self.summary {
+            summary.count(&line);
+        }
+        if let Some(progress) = &self.progress {
+            progress.count(line.result.is_err());
+        }
         if !self.options.unordered && line.index != self.printed {
             self.waiting.insert(line.index, line);
             return Ok(());
@@ -145,12 +151,6 @@ impl<W: Write> Printer<W> {
             self.print_error(error, line.error_message(error));
         }
         line.write(&mut self.output, self.options.format, self.is_only)?;
-        if let Some(summary) = &mut self.summary {
-            summary.count(line);
-        }
-        if let Some(progress) = &self.progress {
-            progress.count(line.result.is_err());
-        }
         self.printed += 1;
         Ok(())
     }

@@ -80,14 +80,14 @@ impl Summary {
         let Some(latency) = &figures.latency_ms else { return print_message("rpc-client", figures) };
         let bar_width = width.saturating_sub(WIDTH_WITHOUT_BAR).clamp(1, MAX_BAR);
         let bounds = self.bounds();
-        let rows = bounds.windows(2).enumerate().map(|(row, range)| {
-            let end = if row + 2 == bounds.len() { range[1] } else { range[1] - 1 };
-            (range[0], self.latencies.count_between(range[0], end))
-        });
-        let rows = rows.collect::<Vec<_>>();
-        let most = rows.iter().map(|(_, count)| *count).max().unwrap_or(1).max(1);
+        let mut counts = vec![0; bounds.len()];
+        for value in self.latencies.iter_recorded() {
+            let row = bounds.partition_point(|bound| *bound <= value.value_iterated_to()).saturating_sub(1);
+            counts[row] += value.count_at_value();
+        }
+        let most = counts.iter().copied().max().unwrap_or(1).max(1);
         let mut text = format!("rpc-client: {}\n", figures.totals());
-        for ((from, count), (name, value)) in rows.into_iter().zip(latency.named()) {
+        for ((from, count), (name, value)) in bounds.into_iter().zip(counts).zip(latency.named()) {
             let bar = "▇".repeat(usize::try_from(count * bar_width as u64 / most).unwrap_or(bar_width));
             let from = millis(Duration::from_micros(from));
             let _ = writeln!(text, "{from:>9.2} ms {bar:<bar_width$} {count:>8}  {name:>5} {value:>9.2} ms");
@@ -95,15 +95,12 @@ impl Summary {
         let _ = io::stderr().write_all(text.as_bytes()); // if it cannot be written, the exit code is left
     }
 
-    /// The bounds of the histogram's rows in microseconds, from the least latency to the greatest: each is the same multiple of
-    /// the one before.
+    /// Where the histogram's rows begin, in microseconds, from the least latency on: each is the same multiple of the one before.
     #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // up to a year
     fn bounds(&self) -> Vec<u64> {
         let (min, max) = (self.latencies.min().max(1), self.latencies.max());
         let factor = (max as f64 / min as f64).powf(1.0 / f64::from(ROWS));
-        let mut bounds = (0..ROWS).map(|row| (min as f64 * factor.powi(row)) as u64).collect::<Vec<_>>();
-        bounds.push(max);
-        bounds
+        (0..ROWS).map(|row| (min as f64 * factor.powi(row)) as u64).collect()
     }
 
     fn figures(&self) -> Figures<'_> {

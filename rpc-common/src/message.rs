@@ -41,7 +41,7 @@ pub struct Request<'a> {
 }
 
 /// Properties of a request that its function may use, and rpc-client does not set.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Details<'a> {
     /// The encoding of the body, such as gzip.
     pub content_encoding: Option<&'a str>,

@@ -19,6 +19,9 @@ pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long one reply may take.
 const PUBLISH_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long it may take to ask whether a caller has gone.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// For how long no reply is tried after one that got no answer.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(5);
 
@@ -65,7 +68,7 @@ impl IsolatedPublisher {
         correlation_id: Option<&[u8]>,
     ) -> Published {
         let mut state = lock(&self.0);
-        if let Some((error, _)) = state.failure.as_ref().filter(|(_, until)| Instant::now() < *until) {
+        if let (true, Some((error, _))) = (state.is_paused(), &state.failure) {
             return Published::Unknown(error.clone());
         }
         let mut publish = |reply: &Reply| {
@@ -88,9 +91,18 @@ impl IsolatedPublisher {
     /// Whether the broker says that there is no queue of this name. (One that is exclusive to its caller's connection is refused
     /// to us, and exists.)
     pub(crate) fn is_queue_gone(&self, endpoint: &Endpoint, queue: &str) -> bool {
-        let mut state = lock(&self.0);
-        let deadline = Deadline::after(PUBLISH_TIMEOUT);
-        let Ok(mut open) = state.open(endpoint, &deadline) else { return false };
+        let Ok(mut state) = self.0.try_lock() else { return false }; // another time: a program waits for this
+        if state.is_paused() {
+            return false;
+        }
+        let deadline = Deadline::after(CHECK_TIMEOUT);
+        let mut open = match state.open(endpoint, &deadline) {
+            Ok(open) => open,
+            Err(error) => {
+                state.failure = Some((error, Instant::now() + PAUSE_AFTER_FAILURE));
+                return false;
+            }
+        };
         let looked_at = open.connection.queue_stats(queue, &deadline);
         if !looked_at.as_ref().is_err_and(Error::ends_connection) {
             state.open = Some(open);
@@ -107,10 +119,16 @@ impl IsolatedPublisher {
 }
 
 impl State {
+    /// Whether the latest attempt got no answer, a short time ago.
+    fn is_paused(&self) -> bool {
+        self.failure.as_ref().is_some_and(|(_, until)| Instant::now() < *until)
+    }
+
     /// Takes the connection, or opens one.
     fn open(&mut self, endpoint: &Endpoint, deadline: &Deadline) -> Result<Open, Error> {
+        let open = self.open.take().filter(|open| open.connection.endpoint.is_same(endpoint));
         // One that is open may have ended since.
-        let open = self.open.take().and_then(|mut open| open.make_round_trip(deadline).ok().map(|()| open));
+        let open = open.and_then(|mut open| open.make_round_trip(deadline).ok().map(|()| open));
         open.map_or_else(|| Open::new(endpoint, deadline), Ok)
     }
 

@@ -9,8 +9,9 @@ use std::collections::VecDeque;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-/// How many replies are kept: the latest ones.
+/// How many replies are kept, the latest ones, and their bytes.
 const MAX_KEPT: usize = 64;
+const MAX_KEPT_BYTES: usize = 64 << 20;
 
 /// The latest replies whose channel or consumer had ended when they were sent, of all workers; and the requests in hand.
 #[derive(Default)]
@@ -58,8 +59,11 @@ impl InHand<'_> {
     /// Keeps the reply to this request.
     pub(crate) fn keep(&self, reply: Reply) {
         let mut state = self.kept.lock();
-        state.replies.truncate(MAX_KEPT - 1);
         state.replies.push_front((self.key, reply));
+        let size = |(_, reply): &(u64, Reply)| reply.as_ref().map_or(0, |answer| answer.body.len());
+        while state.replies.len() > MAX_KEPT || state.replies.iter().map(size).sum::<usize>() > MAX_KEPT_BYTES {
+            state.replies.pop_back();
+        }
     }
 }
 
@@ -72,16 +76,26 @@ impl Drop for InHand<'_> {
     }
 }
 
+/// The beginnings of the names of headers that RabbitMQ adds, or changes, when it delivers a message again.
+const BROKER_HEADERS: [&str; 5] =
+    ["x-acquired-count", "x-death", "x-delivery-count", "x-first-death-", "x-last-death-"];
+
 /// What identifies a request when it is delivered again.
 fn key(request: &Request) -> u64 {
     let mut hasher = DefaultHasher::new();
-    (request.correlation_id, request.reply_to, request.body).hash(&mut hasher);
+    (request.correlation_id, request.reply_to, request.body, request.content_type, request.details).hash(&mut hasher);
+    for (name, value) in request.headers.into_iter().flatten() {
+        if !BROKER_HEADERS.iter().any(|prefix| name.starts_with(prefix)) {
+            (name, format!("{value:?}")).hash(&mut hasher);
+        }
+    }
     hasher.finish()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use amiquip::{AmqpValue, FieldTable};
     use rpc_common::message::Answer;
     use std::thread;
 
@@ -113,6 +127,17 @@ mod tests {
         assert_eq!(take(&kept, b"30"), None);
         (0..MAX_KEPT).for_each(|_| keep(&kept, b"30", "832040"));
         assert_eq!(take(&kept, b"20"), None, "it was the oldest");
+    }
+
+    #[test]
+    fn a_reply_is_kept_for_the_same_headers_but_those_of_the_broker() {
+        let kept = KeptReplies::default();
+        let headers = |name: &str| FieldTable::from([(name.into(), AmqpValue::LongInt(1))]);
+        let (plain, german, counted) = (FieldTable::new(), headers("x-lang"), headers("x-delivery-count"));
+        let with = |headers| Request { headers: Some(headers), ..request(b"30") };
+        kept.begin(&with(&plain), false).0.keep(Ok(answer("832040")));
+        assert_eq!(kept.begin(&with(&german), true).1, None);
+        assert_eq!(kept.begin(&with(&counted), true).1, Some(Ok(answer("832040"))));
     }
 
     #[test]

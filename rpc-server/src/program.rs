@@ -98,24 +98,26 @@ impl Program {
             return Err(Failure::new(ErrorCode::TooLarge, message));
         }
         let begun = Instant::now();
-        let id = escape(request.correlation_id.unwrap_or("none").as_bytes()).to_string();
+        // The id cannot look like the end of the id.
+        let id = escape(request.correlation_id.unwrap_or("none").as_bytes()).to_string().replace(']', "\\]");
         let limits = Limits {
             time: self.options.time_limit,
             deadline: request.deadline_ms.and_then(instant_of),
             kill_after: self.options.kill_after,
-            output: self.options.max_reply,
+            output: self.options.max_reply.max(MAX_SENTENCE), // the text of a failure is no reply
             is_caller_gone: &|| caller.is_gone(),
         };
         let ended = run(&mut self.command(request), request.body, &id, &limits, &self.groups);
         let Ended { status, stopped, output } = ended.map_err(|error| self.not_started(&error))?;
-        let millis = begun.elapsed().as_millis();
-        log::debug!("program[{id}]: {status} after {millis} ms");
-        match stopped {
-            Some(stopped) => Err(self.stopped(stopped)),
-            None if status.success() => {
+        let (millis, shown) =
+            (begun.elapsed().as_millis(), status.map_or("running".into(), |status| status.to_string()));
+        log::debug!("program[{id}]: {shown} after {millis} ms");
+        match (stopped, status) {
+            (None, Some(status)) if !status.success() => Err(failure(status, output)),
+            (None, Some(_)) if output.len() <= self.options.max_reply => {
                 Ok(Answer { body: output, content_type: Some(self.options.content_type.clone()) })
             }
-            None => Err(failure(status, output)),
+            (stopped, _) => Err(self.stopped(stopped.unwrap_or(Stopped::OutputTooLarge))),
         }
     }
 
@@ -147,17 +149,16 @@ impl Program {
     }
 
     fn stopped(&self, stopped: Stopped) -> Failure {
-        let (code, reason) = match stopped {
-            Stopped::AtTimeLimit => {
-                (ErrorCode::TimeLimit, format!("it ran longer than {}", format_duration(self.options.time_limit)))
-            }
-            Stopped::AtDeadline => (ErrorCode::TimeLimit, "the caller's deadline has passed".into()),
-            Stopped::CallerGone => (ErrorCode::TimeLimit, "its caller has gone".into()),
+        let reason = match stopped {
+            Stopped::AtTimeLimit => format!("it ran longer than {}", format_duration(self.options.time_limit)),
+            Stopped::AtDeadline => "the caller's deadline has passed".into(),
+            Stopped::CallerGone => "its caller has gone".into(),
             Stopped::OutputTooLarge => {
-                (ErrorCode::TooLarge, format!("its reply is larger than {} bytes", self.options.max_reply))
+                let message = format!("the reply is too large: {} bytes are accepted here", self.options.max_reply);
+                return Failure::new(ErrorCode::TooLarge, message);
             }
         };
-        Failure::new(code, format!("the program was stopped: {reason}"))
+        Failure::new(ErrorCode::TimeLimit, format!("the program was stopped: {reason}"))
     }
 }
 
@@ -171,7 +172,9 @@ fn find_executable(name: &OsStr) -> Result<PathBuf, String> {
     }
     let path = env::var_os("PATH").unwrap_or_default();
     let mut reason = "not found on PATH".to_owned();
-    for candidate in env::split_paths(&path).map(|folder| folder.join(name)) {
+    for folder in env::split_paths(&path) {
+        // An empty one is the current folder.
+        let candidate = if folder.as_os_str().is_empty() { Path::new(".").join(name) } else { folder.join(name) };
         match check_executable(&candidate) {
             Ok(()) => return Ok(candidate),
             Err(error) if candidate.is_file() => reason = error,

@@ -15,9 +15,13 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
+use std::{mem, thread};
 
 /// How long the output is waited for when the program has exited: a process outside its group may hold the pipes open.
 const OUTPUT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long after SIGKILL a run is given up.
+const GIVE_UP_AFTER: Duration = Duration::from_secs(5);
 
 /// How often a run asks whether its caller has gone.
 const CALLER_CHECK_INTERVAL: Duration = Duration::from_secs(10);
@@ -49,7 +53,8 @@ pub(crate) enum Stopped {
 
 /// How a run ended.
 pub(crate) struct Ended {
-    pub(crate) status: ExitStatus,
+    /// None if it could not be killed.
+    pub(crate) status: Option<ExitStatus>,
     pub(crate) stopped: Option<Stopped>,
     /// What the program wrote to standard output.
     pub(crate) output: Vec<u8>,
@@ -66,18 +71,34 @@ struct State {
 }
 
 impl Groups {
-    /// Kills all runs, and those that begin from now on.
+    /// Kills all runs. None of them returns, and none begins: the process is about to end, and their requests must not be answered.
     pub(crate) fn kill_all(&self) {
         let mut state = self.lock();
         state.is_killed = true;
         state.running.iter().for_each(|group| kill(*group, Signal::KILL));
     }
 
-    fn add(&self, group: Pid) {
-        let mut state = self.lock();
-        state.running.insert(group);
-        if state.is_killed {
-            kill(group, Signal::KILL);
+    /// Starts a process in a group of its own.
+    fn start(&self, command: &mut Command) -> io::Result<Child> {
+        let mut state = self.lock_or_park(); // also while it starts, so that `kill_all` knows it
+        let child = command.spawn()?;
+        state.running.insert(Pid::from_child(&child));
+        Ok(child)
+    }
+
+    /// Removes a group before its number can belong to others.
+    fn remove(&self, group: Pid) {
+        self.lock_or_park().running.remove(&group);
+    }
+
+    fn lock_or_park(&self) -> MutexGuard<'_, State> {
+        let state = self.lock();
+        if !state.is_killed {
+            return state;
+        }
+        drop(state);
+        loop {
+            thread::park(); // until the process ends
         }
     }
 
@@ -104,52 +125,55 @@ pub(crate) fn run(
 ) -> io::Result<Ended> {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
     let mut run = Run::new(Process::start(command, groups)?, input, id, limits)?;
-    while !run.has_exited {
+    loop {
         run.transfer(run.next_timer());
+        if run.has_exited {
+            break;
+        }
         run.on_timers(Instant::now());
+        if run.give_up_at.is_some_and(|give_up_at| give_up_at <= Instant::now()) {
+            return Ok(run.give_up());
+        }
     }
     // What is left of the group. A process that has left the group may still hold the pipes open.
     kill(run.process.group, Signal::KILL);
     run.stdin = None;
     let until = Instant::now() + OUTPUT_TIMEOUT;
-    while (run.stdout.is_some() || run.stderr.is_some()) && Instant::now() < until {
+    while (run.stdout.is_some() || run.stderr.is_some()) && !run.is_output_too_large() && Instant::now() < until {
         run.transfer(until);
     }
-    if run.output.len() > limits.output {
+    if run.is_output_too_large() {
         run.stopped.get_or_insert(Stopped::OutputTooLarge);
     }
     run.log.finish();
     let status = run.process.reap()?;
-    Ok(Ended { status, stopped: run.stopped, output: std::mem::take(&mut run.output) })
+    Ok(Ended { status: Some(status), stopped: run.stopped, output: mem::take(&mut run.output) })
 }
 
 /// The program's process. Its end is also that of its group.
 struct Process<'a> {
-    child: Child,
+    /// None once it is reaped, or given up.
+    child: Option<Child>,
     group: Pid,
     groups: &'a Groups,
-    is_reaped: bool,
 }
 
 impl<'a> Process<'a> {
     fn start(command: &mut Command, groups: &'a Groups) -> io::Result<Self> {
-        let child = command.spawn()?;
-        let group = Pid::from_child(&child);
-        groups.add(group);
-        Ok(Process { child, group, groups, is_reaped: false })
+        let child = groups.start(command)?;
+        Ok(Process { group: Pid::from_child(&child), child: Some(child), groups })
     }
 
     fn reap(&mut self) -> io::Result<ExitStatus> {
-        self.groups.lock().running.remove(&self.group); // before its number can belong to others
-        self.is_reaped = true;
-        self.child.wait()
+        self.groups.remove(self.group);
+        self.child.take().expect("it is reaped once").wait()
     }
 }
 
 impl Drop for Process<'_> {
     /// Ends a process that is not reaped, after an error.
     fn drop(&mut self) {
-        if !self.is_reaped {
+        if self.child.is_some() {
             kill(self.group, Signal::KILL);
             let _ = self.reap();
         }
@@ -174,17 +198,19 @@ struct Run<'a> {
     next_caller_check: Instant,
     stopped: Option<Stopped>,
     kill_at: Option<Instant>,
+    give_up_at: Option<Instant>,
 }
 
 impl<'a> Run<'a> {
     fn new(mut process: Process<'a>, input: &'a [u8], id: &str, limits: &'a Limits) -> io::Result<Self> {
         let now = Instant::now();
+        let child = process.child.as_mut().expect("it is not reaped yet");
         let run = Run {
             pidfd: pidfd_open(process.group, PidfdFlags::empty())?,
             has_exited: false,
-            stdin: process.child.stdin.take().filter(|_| !input.is_empty()),
-            stdout: process.child.stdout.take(),
-            stderr: process.child.stderr.take(),
+            stdin: child.stdin.take().filter(|_| !input.is_empty()),
+            stdout: child.stdout.take(),
+            stderr: child.stderr.take(),
             process,
             unwritten: input,
             output: Vec::new(),
@@ -194,6 +220,7 @@ impl<'a> Run<'a> {
             next_caller_check: now + CALLER_CHECK_INTERVAL,
             stopped: None,
             kill_at: None,
+            give_up_at: None,
         };
         run.pipes().into_iter().flatten().try_for_each(|pipe| fcntl_setfl(pipe, OFlags::NONBLOCK))?;
         Ok(run)
@@ -215,7 +242,8 @@ impl<'a> Run<'a> {
             self.write_input();
         }
         if stdout {
-            let (output, keeps) = (&mut self.output, self.stopped.is_none());
+            let keeps = self.stopped.is_none() && !self.is_output_too_large();
+            let output = &mut self.output;
             read(&mut self.stdout, |bytes| {
                 if keeps {
                     output.extend_from_slice(bytes);
@@ -258,7 +286,7 @@ impl<'a> Run<'a> {
 
     fn next_timer(&self) -> Instant {
         let stop_at = self.stop_at.filter(|_| self.stopped.is_none());
-        [stop_at, self.kill_at].into_iter().flatten().fold(self.next_caller_check, Instant::min)
+        [stop_at, self.kill_at, self.give_up_at].into_iter().flatten().fold(self.next_caller_check, Instant::min)
     }
 
     fn on_timers(&mut self, now: Instant) {
@@ -270,16 +298,30 @@ impl<'a> Run<'a> {
             }
         }
         if self.next_caller_check <= now {
-            self.next_caller_check = now + CALLER_CHECK_INTERVAL;
+            self.next_caller_check = Instant::now() + CALLER_CHECK_INTERVAL; // the check has taken time
         }
         if self.kill_at.is_some_and(|kill_at| kill_at <= now) {
             kill(self.process.group, Signal::KILL);
-            self.kill_at = None;
+            (self.kill_at, self.give_up_at) = (None, now.checked_add(GIVE_UP_AFTER));
         }
     }
 
+    fn is_output_too_large(&self) -> bool {
+        self.output.len() > self.limits.output
+    }
+
+    /// A program that belongs to another user, or hangs in the kernel, cannot be killed: it is reaped when it ends.
+    fn give_up(&mut self) -> Ended {
+        log::warn!("process {} cannot be killed, and is left alone", self.process.group.as_raw_nonzero());
+        self.process.groups.remove(self.process.group);
+        if let Some(mut child) = self.process.child.take() {
+            thread::spawn(move || child.wait());
+        }
+        Ended { status: None, stopped: self.stopped, output: Vec::new() }
+    }
+
     fn reason_to_stop(&self, now: Instant) -> Option<Stopped> {
-        if self.output.len() > self.limits.output {
+        if self.is_output_too_large() {
             Some(Stopped::OutputTooLarge)
         } else if self.limits.deadline.is_some_and(|deadline| deadline <= now) {
             Some(Stopped::AtDeadline)

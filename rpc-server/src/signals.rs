@@ -1,10 +1,11 @@
 //! SIGINT and SIGTERM as a channel to wait on.
 
 use crossbeam_channel::Receiver;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGCHLD, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
 use std::convert::Infallible;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
@@ -28,6 +29,8 @@ pub fn stop_signal() -> io::Result<Stop> {
 /// As [`stop_signal`].
 pub fn stop_signal_with(on_second: impl FnOnce() + Send + 'static) -> io::Result<Stop> {
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    // If SIGCHLD is ignored, as some parents leave it, the kernel reaps programs before they can be waited for.
+    signal_hook::flag::register(SIGCHLD, Arc::default())?;
     let (running, stop) = crossbeam_channel::bounded(0);
     thread::Builder::new().name("signals".into()).spawn(move || {
         let mut signals = signals.forever();

@@ -6,7 +6,7 @@ use crate::isolated::{log_return, IsolatedPublisher, Published};
 use crate::kept::KeptReplies;
 use crate::signals::Stop;
 use amiquip::{ConsumerMessage, ConsumerOptions, Delivery};
-use crossbeam_channel::{select_biased, Receiver, Sender};
+use crossbeam_channel::{select_biased, Receiver, Sender, TryRecvError};
 use rpc_common::connection::{
     delivery, Backoff, ChannelClosed, Connection, Deadline, Endpoint, Error, ErrorKind, OpenChannel, Publisher,
     Watchdog,
@@ -245,6 +245,9 @@ impl Worker<'_> {
             return channel.send();
         };
         let (in_hand, kept) = self.service.kept.begin(&request, delivery.redelivered);
+        if kept.is_none() && delivery.redelivered && self.service.stop.try_recv() == Err(TryRecvError::Disconnected) {
+            return Ok(()); // it may have waited for another worker: it is not begun, and goes back to the queue
+        }
         let mut reply = kept.unwrap_or_else(|| self.run_handler(&request, &channel.endpoint));
         // The bytes of an id that is not UTF-8, which amiquip cannot hold. Any other id is in the request.
         let original_id = changes.original_correlation_id.as_deref();

@@ -109,7 +109,7 @@ fn what_is_larger_than_the_limits_is_too_large() {
     assert_eq!(served.ask(&body), Err(failure(ErrorCode::TooLarge, &message)));
     let served = Served::script("reply_limit", &["--max-reply", "1KiB"], "head -c $(cat) /dev/zero");
     assert_eq!(served.ask(b"1024").unwrap().body.len(), 1024);
-    let message = "the program was stopped: its reply is larger than 1024 bytes";
+    let message = "the reply is too large: 1024 bytes are accepted here";
     assert_eq!(served.ask(b"1025"), Err(failure(ErrorCode::TooLarge, message)));
     assert_eq!(served.ask(b"100000000"), Err(failure(ErrorCode::TooLarge, message)));
 }

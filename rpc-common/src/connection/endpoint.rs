@@ -53,6 +53,12 @@ impl Endpoint {
         parse(url, source_name).map_err(|reason| ErrorKind::bad_url(source_name, &reason))
     }
 
+    /// Whether this is the same broker, vhost and user.
+    pub fn is_same(&self, other: &Endpoint) -> bool {
+        let key = |endpoint: &Endpoint| (endpoint.broker.clone(), endpoint.vhost.clone(), endpoint.user.clone());
+        key(self) == key(other)
+    }
+
     /// Whether the URL contains a password.
     pub fn has_password(&self) -> bool {
         self.password.is_some()

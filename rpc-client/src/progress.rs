@@ -1,82 +1,122 @@
 //! What moves on a terminal while calls take longer than a second. Nothing is shown in a pipe or with `--quiet`.
+//!
+//! Not by a library: indicatif computes its rates with libm, which then is loaded in every call and takes 0.6 MB.
 
 use crate::cli::Cli;
 use crate::input::Argument;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
-use rpc_common::logging::is_interactive;
-use std::fmt::Write;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::Arc;
+use rpc_common::logging::{is_interactive, start_of_line};
+use rpc_common::sync::lock;
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+use terminal_size::{terminal_size_of, Width};
 
 /// After how long the line is shown, and how often it is drawn again.
 const DELAY: Duration = Duration::from_secs(1);
 const INTERVAL: Duration = Duration::from_millis(200);
 
+/// The width of a terminal that does not tell it, in columns.
+const DEFAULT_WIDTH: u16 = 80;
+
 /// A line on standard error, if that is a terminal.
-#[derive(Clone)]
-pub(crate) struct Progress {
-    bar: ProgressBar,
-    errors: Arc<AtomicU64>,
+pub(crate) struct Progress(Arc<Mutex<State>>);
+
+struct State {
+    begun: Instant,
+    done: u64,
+    errors: u64,
+    /// Of this many calls, if that is known.
+    total: Option<u64>,
+    /// The queue that a single call waits for.
+    queue: Option<String>,
+    is_shown: bool,
+    is_finished: bool,
 }
 
 impl Progress {
     /// The line of one call: how long it has waited. None where nothing is shown.
     pub(crate) fn of_one_call(cli: &Cli) -> Option<Self> {
-        let text = format!("waiting for an answer from '{}' …", cli.config.queue);
-        let show = move |state: &ProgressState, line: &mut dyn Write| {
-            let _ = write!(line, "{text} {}s", state.elapsed().as_secs()); // cannot fail: it is in memory
-        };
-        Self::start(cli, show)
+        Self::start(cli, Some(cli.config.queue.clone()), None)
     }
 
     /// The line of a batch: calls done, of how many if that is known, their rate, errors, and the time left.
     pub(crate) fn of_batch(cli: &Cli) -> Option<Self> {
-        let errors = Arc::new(AtomicU64::new(0));
-        let (counted, total) = (errors.clone(), count_calls(cli));
-        let show = move |state: &ProgressState, line: &mut dyn Write| {
-            let (done, rate, errors) = (state.pos(), state.per_sec(), counted.load(Ordering::Relaxed));
-            let of_total = total.map_or_else(String::new, |total| format!("/{total}"));
-            let _ = write!(line, "{done}{of_total} calls, {rate:.0}/s, {errors} errors");
-            if let Some(left) = total.map(|total| total.saturating_sub(done)).filter(|_| rate >= 1.0) {
-                #[allow(clippy::cast_precision_loss)] // it is shown in seconds
-                let _ = write!(line, ", {:.0}s left", left as f64 / rate);
-            }
-        };
-        Self::start(cli, show).map(|progress| Progress { errors, ..progress })
+        Self::start(cli, None, count_calls(cli))
     }
 
-    fn start(cli: &Cli, show: impl Fn(&ProgressState, &mut dyn Write) + Clone + Send + Sync + 'static) -> Option<Self> {
+    fn start(cli: &Cli, queue: Option<String>, total: Option<u64>) -> Option<Self> {
         if cli.output.quiet || !is_interactive() {
             return None;
         }
-        let style = ProgressStyle::with_template("{line}").expect("it is well formed");
-        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
-        bar.set_style(style.with_key("line", show));
-        let shown = bar.clone();
+        let (begun, is_shown, is_finished) = (Instant::now(), false, false);
+        let state = State { begun, done: 0, errors: 0, total, queue, is_shown, is_finished };
+        let state = Arc::new(Mutex::new(state));
+        let drawn = state.clone();
         thread::spawn(move || {
             thread::sleep(DELAY);
-            if !shown.is_finished() {
-                shown.set_draw_target(ProgressDrawTarget::stderr());
-                shown.enable_steady_tick(INTERVAL);
+            while lock(&drawn).draw() {
+                thread::sleep(INTERVAL);
             }
         });
-        Some(Progress { bar, errors: Arc::default() })
+        Some(Progress(state))
     }
 
     pub(crate) fn count(&self, is_error: bool) {
-        self.errors.fetch_add(is_error.into(), Ordering::Relaxed);
-        self.bar.inc(1);
+        let mut state = lock(&self.0);
+        state.done += 1;
+        state.errors += u64::from(is_error);
     }
 
-    /// Prints something else: the line is away meanwhile.
+    /// Prints something else: the line is away until it is drawn again.
     pub(crate) fn suspend<T>(&self, print: impl FnOnce() -> T) -> T {
-        self.bar.suspend(print)
+        let mut state = lock(&self.0);
+        state.clear();
+        print()
     }
 
     pub(crate) fn finish(&self) {
-        self.bar.finish_and_clear();
+        let mut state = lock(&self.0);
+        state.clear();
+        state.is_finished = true;
+    }
+}
+
+impl State {
+    /// Draws the line. False when it is no longer needed.
+    fn draw(&mut self) -> bool {
+        if !self.is_finished {
+            let width = terminal_size_of(io::stderr()).map_or(DEFAULT_WIDTH, |(Width(width), _)| width);
+            let line: String = self.line().chars().take(usize::from(width).saturating_sub(1)).collect();
+            let _ = write!(io::stderr(), "{}{line}", start_of_line()); // if it fails, nobody sees it
+            self.is_shown = true;
+        }
+        !self.is_finished
+    }
+
+    fn clear(&mut self) {
+        if self.is_shown {
+            let _ = write!(io::stderr(), "{}", start_of_line());
+            self.is_shown = false;
+        }
+    }
+
+    #[allow(clippy::cast_precision_loss)] // it is shown rounded
+    fn line(&self) -> String {
+        let elapsed = self.begun.elapsed();
+        if let Some(queue) = &self.queue {
+            return format!("waiting for an answer from '{queue}' … {}s", elapsed.as_secs());
+        }
+        let rate = self.done as f64 / elapsed.as_secs_f64();
+        let (of_total, time_left) = match self.total {
+            Some(total) if self.done > 0 => {
+                let left = total.saturating_sub(self.done) as f64 / rate;
+                (format!("/{total}"), format!(", {left:.0}s left"))
+            }
+            Some(total) => (format!("/{total}"), String::new()),
+            None => (String::new(), String::new()),
+        };
+        format!("{}{of_total} calls, {rate:.0}/s, {} errors{time_left}", self.done, self.errors)
     }
 }
 
@@ -85,5 +125,5 @@ fn count_calls(cli: &Cli) -> Option<u64> {
     let input = &cli.input;
     let is_streamed = input.lines.is_some() || input.numbers.contains(&Argument::StandardInput);
     let count = input.numbers.len() + input.data.len();
-    (!is_streamed).then_some(count as u64 * cli.repeat)
+    (!is_streamed).then_some((count as u64).saturating_mul(cli.repeat))
 }

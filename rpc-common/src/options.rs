@@ -2,11 +2,10 @@
 
 use crate::connection::{Endpoint, Error, ErrorKind, Secret, TlsFiles, DEFAULT_HEARTBEAT};
 use crate::exit::{print_message, ExitCode};
-use clap::builder::FalseyValueParser;
 use clap::error::{ContextKind, ContextValue, ErrorKind as ClapErrorKind};
-use clap::ArgAction;
 use std::env;
 use std::error::Error as _;
+use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::PathBuf;
 
@@ -21,8 +20,9 @@ pub fn parse_args<Cli: clap::Parser>(short_help: &str) -> Result<Cli, ExitCode> 
         let _ = io::stdout().write_all(short_help.as_bytes()); // if it cannot be written, nobody reads it
         return Err(ExitCode::Success);
     }
-    let command = with_environment(Cli::command().max_term_width(80));
-    let matches = command.try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
+    let command = Cli::command().max_term_width(80);
+    let arguments = arguments(&command);
+    let matches = command.try_get_matches_from(arguments).and_then(|matches| Cli::from_arg_matches(&matches));
     matches.map_err(|error| {
         match describe_error(&error) {
             _ if error.kind() == ClapErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
@@ -40,23 +40,32 @@ pub fn parse_args<Cli: clap::Parser>(short_help: &str) -> Result<Cli, ExitCode> 
     })
 }
 
-/// Lets the environment set the options: `RPC_CLIENT_TIMEOUT` is the `--timeout` of rpc-client.
+/// The arguments, and before them those that the environment sets: `RPC_CLIENT_TIMEOUT=5s` is `--timeout=5s` of rpc-client. So the
+/// command line wins: of an option that is given twice, the last one counts.
 ///
-/// Not what the program is asked to do, and not `--url`: clap would print its password. `AMQP_URL` is for that.
-fn with_environment(command: clap::Command) -> clap::Command {
+/// Not what the program is asked to do, and not `--url`: an error would show its password. `AMQP_URL` is for that. (clap's own
+/// support costs every call memory.)
+fn arguments(command: &clap::Command) -> Vec<OsString> {
+    let mut given = env::args_os();
+    let mut arguments = given.next().into_iter().collect::<Vec<_>>();
     let prefix = command.get_name().to_uppercase().replace('-', "_");
-    if !env::vars_os().any(|(name, _)| name.as_encoded_bytes().starts_with(prefix.as_bytes())) {
-        return command; // saves a cold call memory
-    }
-    command.mut_args(|arg| match arg.get_long() {
-        None | Some("url" | "data" | "lines" | "check") => arg,
-        Some(name) => {
-            let variable = format!("{prefix}_{}", name.to_uppercase().replace('-', "_"));
-            let is_flag = matches!(arg.get_action(), ArgAction::SetTrue);
-            let arg = if is_flag { arg.value_parser(FalseyValueParser::new()) } else { arg };
-            arg.env(variable).hide_env(true) // the end of the help says it once
+    for arg in command.get_arguments() {
+        let Some(name) = arg.get_long().filter(|name| !["url", "data", "lines", "check"].contains(name)) else {
+            continue;
+        };
+        let variable = format!("{prefix}_{}", name.to_uppercase().replace('-', "_"));
+        let Some(value) = env::var_os(variable) else { continue };
+        let mut argument = OsString::from(format!("--{name}"));
+        if arg.get_action().takes_values() {
+            argument.push("=");
+            argument.push(value);
+        } else if ["", "0", "false", "no"].iter().any(|no| value == *no) {
+            continue;
         }
-    })
+        arguments.push(argument);
+    }
+    arguments.extend(given);
+    arguments
 }
 
 /// Describes an error in one line, with what the user may have meant; `None` if clap's text is help.

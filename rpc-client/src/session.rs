@@ -173,12 +173,12 @@ fn run_session(
     }
     let max_unread = usize::from(config.in_flight) * MAX_UNREAD_PER_CALL + MAX_UNREAD;
     let (channel, publisher) = connection.open_channel(max_unread, deadline)?;
+    connection.enable_confirms(&channel, deadline)?;
     let notifications = connection.blocked_notifications(deadline)?;
     let reply_queue = match config.reply_to {
         ReplyTo::Queue => format!("rpc.reply.{}", Uuid::new_v4()),
         ReplyTo::Direct => DIRECT_REPLY_TO.into(),
     };
-    publisher.enable_confirms();
     if config.reply_to == ReplyTo::Queue {
         publisher.declare_exclusive_queue(&reply_queue); // if it fails, so does the consumer
     }

@@ -13,7 +13,7 @@ use super::writer::FrameWriter;
 use crate::sync::lock;
 use amiquip::{Channel, Confirm, Consumer, ConsumerMessage, ConsumerOptions, FieldTable, Publish, Return};
 use amq_protocol::frame::generation::{gen_content_body_frame, gen_content_header_frame, gen_method_frame};
-use amq_protocol::protocol::{basic, confirm, connection, queue, AMQPClass};
+use amq_protocol::protocol::{basic, connection, queue, AMQPClass};
 use crossbeam_channel::Receiver;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
@@ -38,7 +38,7 @@ pub struct OpenChannel {
     pub amqp: Channel,
     /// Published messages that the broker could not route to a queue.
     pub returns: Receiver<Return>,
-    /// Which published messages the broker has taken; see [`Publisher::enable_confirms`].
+    /// Which published messages the broker has taken; see [`Connection::enable_confirms`](super::Connection::enable_confirms).
     pub confirms: Receiver<Confirm>,
     pub(crate) state: Arc<ChannelState>,
 }
@@ -82,12 +82,6 @@ pub struct ChannelClosed;
 impl Publisher {
     pub(crate) fn new(writer: Arc<FrameWriter>, state: Arc<ChannelState>, channel: u16) -> Self {
         Publisher { writer, state, channel, frames: RefCell::default() }
-    }
-
-    /// Puts the channel into confirm mode, without waiting for an answer. The broker then numbers the messages that are
-    /// published on it, from 1, and confirms or refuses each of them.
-    pub fn enable_confirms(&self) {
-        self.add_method(&AMQPClass::Confirm(confirm::AMQPMethod::Select(confirm::Select { nowait: true })));
     }
 
     /// Adds the declaration of an exclusive queue, without waiting for an answer: if it fails, the broker closes the

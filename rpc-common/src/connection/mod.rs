@@ -35,7 +35,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use std::{fs, process};
+use std::{fs, process, thread};
 use stream::{Login, Stream};
 use writer::FrameWriter;
 
@@ -209,6 +209,25 @@ impl Connection {
         let state = self.state.open(number, max_unread, returns.clone(), confirms.clone());
         let publisher = Publisher::new(self.writer.clone(), state.clone(), number);
         Ok((OpenChannel { amqp, returns, confirms, state }, publisher))
+    }
+
+    /// Puts the channel into confirm mode: the broker then numbers the messages that are published on it, from 1, and confirms or
+    /// refuses each of them.
+    ///
+    /// amiquip does this, and its I/O thread handles what it is told in order. So when it has written this, it also knows who
+    /// listens for returned and confirmed messages; until then it drops them, and a publisher does not go by way of that thread.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    pub fn enable_confirms(&mut self, channel: &OpenChannel, deadline: &Deadline) -> Result<(), Error> {
+        let writes = |connection: &Self| connection.writer.amiquip_writes.load(Ordering::Acquire);
+        let before = writes(self);
+        self.call(deadline, "preparing the connection", |_| channel.amqp.enable_publisher_confirms_nowait())?;
+        let limit = Instant::now() + deadline.remaining().min(MAX_CLOSE_TIMEOUT);
+        while writes(self) == before && Instant::now() < limit {
+            thread::sleep(Duration::from_micros(10));
+        }
+        Ok(())
     }
 
     /// The numbers of a queue, by a passive declaration on a channel of its own: if there is no such queue, the broker

@@ -14,6 +14,7 @@ use socket2::SockRef;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -75,6 +76,7 @@ impl Write for Stream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let Some(login) = &self.login else {
             self.writer.write(bytes)?;
+            self.writer.amiquip_writes.fetch_add(1, Ordering::Release);
             return Ok(bytes.len());
         };
         match parse_frame(bytes) {

@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
@@ -46,7 +47,11 @@ impl Transport {
 }
 
 /// A **frame writer** takes whole frames from any thread, one caller at a time, and never waits for the peer.
-pub(crate) struct FrameWriter(Mutex<State>);
+pub(crate) struct FrameWriter {
+    state: Mutex<State>,
+    /// How often amiquip has written since the login.
+    pub(crate) amiquip_writes: AtomicU64,
+}
 
 struct State {
     transport: Transport,
@@ -57,12 +62,13 @@ struct State {
 impl FrameWriter {
     /// Takes a non-blocking transport.
     pub(crate) fn new(transport: Transport) -> Self {
-        FrameWriter(Mutex::new(State { transport, backlog: VecDeque::new() }))
+        let state = Mutex::new(State { transport, backlog: VecDeque::new() });
+        FrameWriter { state, amiquip_writes: AtomicU64::new(0) }
     }
 
     /// Reads from the transport. With TLS reading and writing share their state.
     pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        match &mut lock(&self.0).transport {
+        match &mut lock(&self.state).transport {
             Transport::Plain(socket) => socket.read(buffer),
             Transport::Tls(stream) => stream.read(buffer),
         }
@@ -73,7 +79,7 @@ impl FrameWriter {
     /// # Errors
     /// When the connection has ended. It is shut down, so that reading from it fails, too.
     pub(crate) fn write(self: &Arc<Self>, frames: &[u8]) -> io::Result<()> {
-        let mut state = lock(&self.0);
+        let mut state = lock(&self.state);
         if !state.backlog.is_empty() {
             state.backlog.extend(frames); // a thread drains it
             return Ok(());
@@ -92,7 +98,7 @@ impl FrameWriter {
             let writer = self.clone();
             thread::Builder::new().name("backlog".into()).spawn(move || {
                 if writer.drain_backlog().is_err() {
-                    lock(&writer.0).shut_down();
+                    lock(&writer.state).shut_down();
                 }
             })?;
         }
@@ -102,11 +108,11 @@ impl FrameWriter {
     /// Writes the backlog as the socket takes it, until it is empty.
     fn drain_backlog(&self) -> io::Result<()> {
         let poll = Poll::new()?;
-        let fd = lock(&self.0).transport.socket().as_raw_fd();
+        let fd = lock(&self.state).transport.socket().as_raw_fd();
         poll.register(&EventedFd(&fd), Token(0), Ready::writable(), PollOpt::level())?;
         loop {
             poll.poll(&mut Events::with_capacity(1), None)?;
-            let mut state = lock(&self.0);
+            let mut state = lock(&self.state);
             let State { transport, backlog } = &mut *state;
             let written = transport.write_available(backlog.as_slices().0)?;
             backlog.drain(..written);
@@ -139,7 +145,7 @@ pub(crate) mod tests {
     }
 
     fn has_backlog(writer: &FrameWriter) -> bool {
-        !lock(&writer.0).backlog.is_empty()
+        !lock(&writer.state).backlog.is_empty()
     }
 
     #[test]

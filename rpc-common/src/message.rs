@@ -230,8 +230,18 @@ impl From<&str> for ErrorCode {
             Expired, Failed, Internal, InvalidArgument, Other, OutOfRange, PermissionDenied, TimeLimit, TooLarge,
             Unavailable,
         };
-        let here = [InvalidArgument, OutOfRange, Expired, Unavailable, PermissionDenied, Failed, TimeLimit, TooLarge];
-        here.into_iter().chain([Internal]).find(|known| known.as_str() == code).unwrap_or_else(|| {
+        let ours = [
+            InvalidArgument,
+            OutOfRange,
+            Expired,
+            Unavailable,
+            PermissionDenied,
+            Failed,
+            TimeLimit,
+            TooLarge,
+            Internal,
+        ];
+        ours.into_iter().find(|known| known.as_str() == code).unwrap_or_else(|| {
             let escaped = escape(code.as_bytes()).to_string();
             Other(escaped.chars().take(MAX_CODE_CHARS).collect())
         })

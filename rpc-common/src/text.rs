@@ -113,10 +113,7 @@ pub fn parse_name(text: &str) -> Result<String, String> {
 /// # Errors
 /// What is wrong with it, for a message.
 pub fn parse_content_type(text: &str) -> Result<String, String> {
-    match text.len() {
-        1..=255 if !text.contains(char::is_control) => Ok(text.into()),
-        _ => Err("not a content type such as text/plain".into()),
-    }
+    parse_name(text).map_err(|_| "not a content type such as text/plain".into())
 }
 
 /// Parses a duration of 0 to 365 days: `1500ms`, `1.5s`, `2m`; a bare number is seconds.

@@ -98,7 +98,7 @@ impl Program {
             return Err(Failure::new(ErrorCode::TooLarge, message));
         }
         let begun = Instant::now();
-        // The id cannot look like the end of the id.
+        // It stands in brackets in the log, so it must not close them.
         let id = escape(request.correlation_id.unwrap_or("none").as_bytes()).to_string().replace(']', "\\]");
         let limits = Limits {
             time: self.options.time_limit,

@@ -55,8 +55,7 @@ impl Endpoint {
 
     /// Whether this is the same broker, vhost and user.
     pub fn is_same(&self, other: &Endpoint) -> bool {
-        let key = |endpoint: &Endpoint| (endpoint.broker.clone(), endpoint.vhost.clone(), endpoint.user.clone());
-        key(self) == key(other)
+        (&self.broker, &self.vhost, &self.user) == (&other.broker, &other.vhost, &other.user)
     }
 
     /// Whether the URL contains a password.

@@ -43,6 +43,9 @@ use writer::FrameWriter;
 const MAX_CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 const MIN_CLOSE_TIMEOUT: Duration = Duration::from_millis(10);
 
+/// How long amiquip's I/O thread is waited for before we publish.
+const MAX_HANDOVER: Duration = Duration::from_secs(1);
+
 /// How long each of several brokers, or of several addresses of one, but the last is tried.
 const MAX_ATTEMPT: Duration = Duration::from_secs(5);
 
@@ -223,7 +226,7 @@ impl Connection {
         let writes = |connection: &Self| connection.writer.amiquip_writes.load(Ordering::Acquire);
         let before = writes(self);
         self.call(deadline, "preparing the connection", |_| channel.amqp.enable_publisher_confirms_nowait())?;
-        let limit = Instant::now() + deadline.remaining().min(MAX_CLOSE_TIMEOUT);
+        let limit = Instant::now() + deadline.remaining().min(MAX_HANDOVER);
         while writes(self) == before && Instant::now() < limit {
             thread::sleep(Duration::from_micros(10));
         }

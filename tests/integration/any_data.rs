@@ -179,7 +179,7 @@ fn text_output_has_no_label_no_control_characters_and_a_newline_at_its_end() {
     assert_output(client(&queue, &args).write_stdin(b"\xff".to_vec()), 0, expected, "");
     let long = "0123456789".repeat(100);
     assert_output(&mut client(&queue, &["-o", "text", "--data", &long]), 0, &format!("{long}\n"), "");
-    bash(&format!("script -qec \"rpc-client --queue {} --data $'a\\x9bb'\" /dev/null", &*queue))
+    bash(&format!(r#"script -qec 'rpc-client --queue {} --data "$(printf "a\233b")"' /dev/null"#, &*queue))
         .code(0)
         .stdout("a\\x9bb\r\n");
 }

@@ -16,8 +16,9 @@ CARGO_DOC = RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build check test test-fast test-brokers test-cluster fuzz bench bench-quick bench-programs demo broker broker-stop \
-	cluster cluster-stop generate install uninstall clean setup-build setup-broker setup-brokers setup-peers setup-fuzz setup-bench
+.PHONY: help build check test test-fast test-brokers test-cluster fuzz bench bench-quick bench-programs demo picture broker broker-stop \
+	cluster cluster-stop generate install uninstall clean setup-build setup-broker setup-brokers setup-peers setup-fuzz setup-bench \
+	setup-picture
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +60,9 @@ bench-programs: build setup-bench setup-broker ## measure served programs (five 
 
 demo: build $(if $(AMQP_URL),,setup-broker) ## start a broker and a server, ask for fib(30), print the answer, stop both
 	tests/demo.sh $(TARGET)/release
+
+picture: build setup-broker setup-picture ## record the picture of README.md again
+	TERMTOSVG=$(TARGET)/peers/picture/bin/termtosvg tests/picture.sh $(TARGET)/release tests/picture.svg
 
 broker: setup-broker ## start a private RabbitMQ and print its URL (PORT=5672 for the default port)
 	@url=$$(tests/broker.sh start "$(BROKER_DIR)" $(PORT)) && echo "export AMQP_URL=$$url"
@@ -107,3 +111,6 @@ setup-bench:
 
 setup-fuzz:
 	@tests/setup.sh fuzz
+
+setup-picture:
+	@tests/setup.sh picture

@@ -7,6 +7,7 @@
 #   tests/setup.sh peers     the languages of the peers, and below target/peers their AMQP libraries
 #   tests/setup.sh fuzz      cargo-fuzz, from crates.io, and the C++ compiler
 #   tests/setup.sh bench     for the benchmarks: below target/peers the peers in C and on lapin; valgrind and time
+#   tests/setup.sh picture   what records the picture of README.md: tmux, and below target/peers termtosvg
 set -eu
 
 # Debian starts and enables a broker on port 5672 when it installs the package. This policy file, see invoke-rc.d(8),
@@ -172,9 +173,22 @@ bench() {
     done
 }
 
+picture() {
+    missing=
+    command -v tmux >/dev/null || missing="$missing tmux"
+    python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
+    # shellcheck disable=SC2086 # a list of words
+    [ -z "$missing" ] || apt_install "to record the picture of README.md" $missing
+    [ -x "$built/picture/bin/termtosvg" ] || {
+        log_line "installing termtosvg from PyPI into target/peers"
+        python3 -m venv "$built/picture"
+        "$built/picture/bin/pip" --quiet install termtosvg==1.1.0
+    }
+}
+
 for part in "$@"; do
     case $part in
-        build | broker | brokers | peers | fuzz | bench) "$part" ;;
+        build | broker | brokers | peers | fuzz | bench | picture) "$part" ;;
         *) die "unknown part '$part'" ;;
     esac
 done

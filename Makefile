@@ -86,6 +86,7 @@ install: ## install both programs, man pages and completions below PREFIX (/usr/
 	install -d "$(DESTDIR)$(PREFIX)/bin"
 	install -m 755 $(TARGET)/release/rpc-server $(TARGET)/release/rpc-client "$(DESTDIR)$(PREFIX)/bin"
 	cd $(TARGET)/share && find . -type f -exec install -D -m 644 "{}" "$(DESTDIR)$(PREFIX)/share/{}" \;
+	@case ":$$PATH:" in *":$(PREFIX)/bin:"*) ;; *) echo '$(PREFIX)/bin is not on your PATH: export PATH="$(PREFIX)/bin:$$PATH"' ;; esac
 
 uninstall: ## remove the installed programs
 	rm -f "$(DESTDIR)$(PREFIX)/bin/rpc-server" "$(DESTDIR)$(PREFIX)/bin/rpc-client"

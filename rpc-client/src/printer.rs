@@ -12,7 +12,7 @@ use rpc_client::Outcome;
 use rpc_common::exit::{print_message, ExitCode};
 use signal_hook::low_level::emulate_default_handler;
 use std::collections::BTreeMap;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::sync::mpsc::Receiver;
 
 /// What the printer receives.
@@ -109,8 +109,8 @@ impl<W: Write> Printer<W> {
 
     pub(crate) fn flush(&mut self) -> io::Result<()> {
         match &self.progress {
-            Some(progress) => progress.suspend(|| self.output.flush()), // standard output may be the same terminal
-            None => self.output.flush(),
+            Some(progress) if io::stdout().is_terminal() => progress.suspend(|| self.output.flush()),
+            _ => self.output.flush(),
         }
     }
 

@@ -87,7 +87,7 @@ fn describe_error(error: &clap::Error) -> Option<String> {
         }
         _ => String::new(),
     };
-    Some(format!("{message}{suggestion}; see --help"))
+    Some(format!("{message}{suggestion}; see --help").replace("?; see", "? see"))
 }
 
 /// Rewords how the standard library and clap say that a number is invalid.
@@ -234,9 +234,9 @@ mod tests {
             ),
             (
                 &["--output", "jsno"],
-                "invalid value 'jsno' for '--output <FORMAT>' [possible values: text, json]: did you mean 'json'?; see --help",
+                "invalid value 'jsno' for '--output <FORMAT>' [possible values: text, json]: did you mean 'json'? see --help",
             ),
-            (&["--worker", "1"], "unexpected argument '--worker' found: did you mean '--workers'?; see --help"),
+            (&["--worker", "1"], "unexpected argument '--worker' found: did you mean '--workers'? see --help"),
             (&["--cert", "a.pem"], "the following required arguments were not provided: --key <PEM>; see --help"),
         ] {
             assert_eq!(error(args).as_deref(), Some(message));

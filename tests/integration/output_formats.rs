@@ -170,6 +170,15 @@ fn on_a_terminal_a_call_that_waits_and_a_batch_show_progress_which_is_gone_at_th
 }
 
 #[test]
+fn answers_that_go_to_a_file_do_not_take_the_progress_off_the_terminal() {
+    let queue = Queue::named("progress_of_file");
+    let _server = Program::start_server(&queue, &["--delay", "100ms"]);
+    let shown = on_terminal(80, &queue, "-j 1 --repeat 20 30 >/dev/null");
+    let (cleared, drawn) = (shown.matches("\r\x1b[K").count(), shown.matches("/20 calls").count());
+    assert!(drawn > 0 && cleared == drawn + 1, "drawn {drawn} times, cleared also at the end only: {shown:?}");
+}
+
+#[test]
 fn on_a_terminal_the_summary_is_a_histogram_that_fits() {
     let queue = Queue::named("histogram");
     let _server = Program::start_server(&queue, &[]);

@@ -2,13 +2,14 @@
 //!
 //! [`serve`] serves any [`Handler`]; the program `rpc-server` serves [`fib_handler`] or a [`Program`]. Read in this order:
 //! `config` is what to serve, `handler` the function, `program` a program as the function, `run` one process group of it; `server`
-//! keeps the connection, `worker` takes requests to the handler and publishes its replies, `queue` finds or declares the request
+//! keeps the connection, and tells the `observer`; `worker` takes requests to the handler and publishes its replies, `queue` finds or declares the request
 //! queue, `isolated` and `kept` are about requests that are delivered again.
 
 mod config;
 mod handler;
 mod isolated;
 mod kept;
+mod observer;
 mod program;
 mod queue;
 mod run;
@@ -19,6 +20,7 @@ mod worker;
 
 pub use config::Config;
 pub use handler::{fib_handler, Caller, Handler};
+pub use observer::Observer;
 pub use program::{Program, ProgramOptions};
 pub use queue::QueueType;
 pub use server::serve;

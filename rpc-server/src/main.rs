@@ -1,9 +1,11 @@
 //! Serves fib(n), or a program, over RabbitMQ RPC.
 
 mod cli;
+mod operator;
 
 use cli::Cli;
 use log::LevelFilter;
+use operator::Operator;
 use rpc_common::background_writer::BackgroundWriter;
 use rpc_common::connection::{Error, ErrorKind};
 use rpc_common::exit::{print_message, ExitCode};
@@ -67,7 +69,7 @@ fn serve_until_stopped(
     stdout: &BackgroundWriter,
 ) -> Result<(), Error> {
     let stop = stop.expect("the system provides signal handlers and a thread");
-    serve(&cli.config, handler, &stop, &|| stdout.write_line(" [x] Awaiting RPC requests".into()))
+    serve(&cli.config, handler, &stop, &Operator { stdout })
 }
 
 fn format_bytes(count: usize) -> String {

@@ -17,6 +17,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 const MAX_VALUE: usize = 4 << 10;
 const MAX_SENTENCE: usize = 4 << 10;
 
+/// Variables of the server's environment that the program does not get, beside those that begin with RPC_: the URL may have a
+/// password, and systemd would take the program's notifications for those of the server.
+const HIDDEN: [&str; 4] = ["AMQP_URL", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"];
+
 /// Which program to serve, and its limits.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "A program")]
@@ -66,7 +70,9 @@ impl Program {
         let Some(name) = options.command.first() else { return Ok(None) };
         let path = find_executable(name)
             .map_err(|reason| format!("cannot run '{}': {reason}", escape(name.as_encoded_bytes())))?;
-        let is_hidden = |name: &OsString| name == "AMQP_URL" || name.as_encoded_bytes().starts_with(b"RPC_");
+        let is_hidden = |name: &OsString| {
+            HIDDEN.iter().any(|hidden| name == hidden) || name.as_encoded_bytes().starts_with(b"RPC_")
+        };
         Ok(Some(Program {
             options: options.clone(),
             path,

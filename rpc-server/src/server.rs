@@ -7,11 +7,12 @@ use crate::config::Config;
 use crate::handler::Handler;
 use crate::isolated::{IsolatedPublisher, IDLE_TIMEOUT};
 use crate::kept::KeptReplies;
+use crate::observer::Observer;
 use crate::queue::{self, QueueType};
 use crate::signals::Stop;
 use crate::worker::{Service, Worker, WorkerChannel, WorkerEvent, BROKER_CALL_TIMEOUT, LOOK_INTERVAL};
 use amiquip::ConnectionBlockedNotification::{self, Blocked, Unblocked};
-use crossbeam_channel::{select_biased, unbounded, Receiver, Sender};
+use crossbeam_channel::{after, never, select_biased, tick, unbounded, Receiver, RecvError, Sender};
 use rpc_common::connection::{
     run_in_background, start_at, start_at_random, Backoff, Connection, Deadline, Endpoint, Error, ErrorKind,
 };
@@ -30,7 +31,7 @@ const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Serves until `stop` is disconnected: connects, has `handler` answer the requests, and connects again when the
-/// connection ends. Calls `on_ready` once, before the first request is handled.
+/// connection ends. `observer` is told what happens.
 ///
 /// When it stops, it finishes the requests that it has begun, and leaves the others to other servers.
 ///
@@ -40,14 +41,14 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 ///
 /// # Panics
 /// When the system refuses a thread.
-pub fn serve(config: &Config, handler: &Handler, stop: &Stop, on_ready: &(dyn Fn() + Sync)) -> Result<(), Error> {
+pub fn serve(config: &Config, handler: &Handler, stop: &Stop, observer: &dyn Observer) -> Result<(), Error> {
     let mut endpoints = config.broker.endpoints()?;
     start_at_random(&mut endpoints);
     let service = Service {
         config,
         handler,
         stop,
-        on_ready,
+        observer,
         ready: Once::new(),
         is_blocked: AtomicBool::new(false),
         isolated: IsolatedPublisher::default(),
@@ -80,6 +81,7 @@ pub fn serve(config: &Config, handler: &Handler, stop: &Stop, on_ready: &(dyn Fn
             queue_type: config.queue_type,
             backoff: Backoff::new(Instant::now()),
             last_error: None,
+            ticks: observer.alive_interval().map_or_else(never, tick),
         };
         server.run()
     })?;
@@ -101,6 +103,8 @@ struct Server<'a> {
     backoff: Backoff,
     /// The error that was logged last, so that it is not logged again. `None` once a worker consumes.
     last_error: Option<Error>,
+    /// When the observer is told that the loop is alive.
+    ticks: Receiver<Instant>,
 }
 
 /// A connection, what the broker notifies, and what was found out or done about the queue.
@@ -109,8 +113,7 @@ type Connected = (Connection, Receiver<ConnectionBlockedNotification>, String);
 impl Server<'_> {
     /// Connects, again and again, until it is time to stop.
     fn run(mut self) -> Result<(), Error> {
-        loop {
-            let Err(error) = self.run_connection() else { return Ok(()) };
+        while let Err(error) = self.run_connection() {
             let forbids_transient = queue::forbids_transient(&error);
             if forbids_transient && self.queue_type == QueueType::Auto {
                 log::info!("this broker permits no transient queues: using a quorum queue");
@@ -128,12 +131,15 @@ impl Server<'_> {
             if error.is_silence() {
                 self.endpoints.rotate_left(1);
             }
+            self.service.observer.on_disconnected(&error);
             self.last_error = Some(error);
             let pause = self.backoff.next_pause(Instant::now());
-            if self.service.stop.recv_timeout(pause).is_err_and(|end| end.is_disconnected()) {
-                return Ok(());
+            if self.wait_for(&after(pause)).is_none() {
+                break;
             }
         }
+        self.wait_for_workers();
+        Ok(())
     }
 
     /// One connection, from opening it to its end, or until it is time to stop.
@@ -143,10 +149,15 @@ impl Server<'_> {
         self.service.is_blocked.store(false, Ordering::Relaxed);
         self.service.isolated.close_unused(); // it may have lost its broker, too
         let mut queue_report = Some(queue_report); // until it is logged
+        let mut idle = after(IDLE_TIMEOUT);
         loop {
             self.open_channels(&mut connection)?;
             select_biased! {
-                recv(self.service.stop) -> _ => break,
+                recv(self.service.stop) -> _ => break self.service.observer.on_stopping(),
+                recv(self.ticks) -> _ => {
+                    self.service.observer.on_alive();
+                    continue;
+                }
                 recv(notifications) -> notification => match notification {
                     Ok(Blocked(reason)) => {
                         self.service.is_blocked.store(true, Ordering::Relaxed);
@@ -163,6 +174,7 @@ impl Server<'_> {
                     Ok(WorkerEvent::Consuming) => {
                         if let Some(report) = queue_report.take() {
                             log::info!("connected to {}; {report}", connection.broker());
+                            self.service.observer.on_connected(connection.broker());
                             self.last_error = None;
                         }
                     }
@@ -173,11 +185,12 @@ impl Server<'_> {
                     Err(_) => break, // the workers have ended
                 },
                 // A quiet moment: the isolated connection is closed until it is needed again.
-                default(IDLE_TIMEOUT) => self.service.isolated.close_unused(),
+                recv(idle) -> _ => self.service.isolated.close_unused(),
             }
+            idle = after(IDLE_TIMEOUT);
         }
         connection.watchdog.limit_running(&Deadline::after(BROKER_CALL_TIMEOUT)); // the workers' calls
-        self.events.iter().for_each(drop); // the workers end before the connection is closed
+        self.wait_for_workers(); // before the connection is closed
         if let Err(error) = connection.close() {
             log::warn!("{error}"); // what was not acknowledged is in the queue again
         }
@@ -197,12 +210,36 @@ impl Server<'_> {
             let declared = queue::find_or_declare(&mut connection, &queue, queue_type, &deadline)?;
             Ok((connection, notifications, queue::describe(&queue, declared)))
         });
-        select_biased! {
-            recv(self.service.stop) -> _ => {
-                let _ = connecting.recv_timeout(STOP_TIMEOUT); // if it is opened soon, it is closed properly
-                Ok(None)
+        let Some(connected) = self.wait_for(&connecting) else {
+            let _ = connecting.recv_timeout(STOP_TIMEOUT); // if it is opened soon, it is closed properly
+            return Ok(None);
+        };
+        connected.expect("connecting does not panic").map(Some)
+    }
+
+    /// Waits until the workers have ended, which they do when it is time to stop.
+    fn wait_for_workers(&self) {
+        loop {
+            select_biased! {
+                recv(self.ticks) -> _ => self.service.observer.on_alive(),
+                recv(self.events) -> event => if event.is_err() {
+                    return;
+                },
             }
-            recv(connecting) -> connected => connected.expect("connecting does not panic").map(Some),
+        }
+    }
+
+    /// Waits for a message. `None` when it is time to stop.
+    fn wait_for<T>(&self, messages: &Receiver<T>) -> Option<Result<T, RecvError>> {
+        loop {
+            select_biased! {
+                recv(self.service.stop) -> _ => {
+                    self.service.observer.on_stopping();
+                    return None;
+                }
+                recv(self.ticks) -> _ => self.service.observer.on_alive(),
+                recv(messages) -> message => return Some(message),
+            }
         }
     }
 

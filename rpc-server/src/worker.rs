@@ -4,6 +4,7 @@ use crate::config::Config;
 use crate::handler::{self, Caller, Handler};
 use crate::isolated::{log_return, IsolatedPublisher, Published};
 use crate::kept::KeptReplies;
+use crate::observer::Observer;
 use crate::signals::Stop;
 use amiquip::{ConsumerMessage, ConsumerOptions, Delivery};
 use crossbeam_channel::{select_biased, Receiver, Sender, TryRecvError};
@@ -45,8 +46,7 @@ pub(crate) struct Service<'a> {
     pub(crate) config: &'a Config,
     pub(crate) handler: &'a Handler<'a>,
     pub(crate) stop: &'a Stop,
-    /// Called once, before the first request is handled.
-    pub(crate) on_ready: &'a (dyn Fn() + Sync),
+    pub(crate) observer: &'a dyn Observer,
     /// Completed when a worker has consumed for the first time.
     pub(crate) ready: Once,
     /// Whether the broker blocks the connection: then it answers nothing on it.
@@ -159,7 +159,7 @@ impl Worker<'_> {
             open.amqp.qos(0, service.config.prefetch, false)?; // per consumer: RabbitMQ 4.3 refuses a global one
             open.consume(&service.config.queue, ConsumerOptions::default())
         })?;
-        service.ready.call_once(service.on_ready);
+        service.ready.call_once(|| service.observer.on_ready());
         let _ = self.events.send(WorkerEvent::Consuming); // fails if the server has stopped
         let deliveries = consumer.receiver().clone();
         let result = self.serve(channel, &deliveries);

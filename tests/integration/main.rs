@@ -16,6 +16,7 @@ mod expired_requests;
 mod graceful_stop;
 mod overload;
 mod refused_replies;
+mod sd_notify;
 mod served_programs;
 
 // What goes over the wire

@@ -1,0 +1,46 @@
+//! What the operator learns of the server: its first line on standard output, and what it tells systemd.
+
+use rpc_common::background_writer::BackgroundWriter;
+use rpc_common::connection::Error;
+use rpc_server::Observer;
+use sd_notify::NotifyState::{self, Ready, Status, Stopping, Watchdog};
+use std::env;
+use std::time::Duration;
+
+/// Reports to the operator.
+pub(crate) struct Operator<'a> {
+    pub(crate) stdout: &'a BackgroundWriter,
+}
+
+impl Observer for Operator<'_> {
+    fn on_ready(&self) {
+        self.stdout.write_line(" [x] Awaiting RPC requests".into());
+        notify(&[Ready]);
+    }
+
+    fn on_connected(&self, broker: &str) {
+        notify(&[Status(&format!("connected to {broker}"))]);
+    }
+
+    fn on_disconnected(&self, error: &Error) {
+        notify(&[Status(&format!("waiting for {}: {error}", error.broker))]);
+    }
+
+    fn on_stopping(&self) {
+        notify(&[Stopping, Status("stopping: requests that have begun are answered")]);
+    }
+
+    fn alive_interval(&self) -> Option<Duration> {
+        let limit = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero())?;
+        env::var_os("NOTIFY_SOCKET").map(|_| limit / 2)
+    }
+
+    fn on_alive(&self) {
+        notify(&[Watchdog]);
+    }
+}
+
+/// Tells systemd, if it has started this process with a socket for that.
+fn notify(states: &[NotifyState]) {
+    let _ = sd_notify::notify(states); // systemd notices itself what it is not told: no READY, no WATCHDOG
+}

@@ -1,6 +1,7 @@
 //! Exit codes: one documented type, printed by `--help` and repeated in the documentation.
 
 use crate::connection::{Error, ErrorKind};
+use crate::logging;
 use std::fmt::Display;
 use std::io::{self, Write};
 use std::process;
@@ -84,8 +85,9 @@ pub fn exit_codes_help(codes: &[(ExitCode, &str)]) -> String {
 
 /// Prints a message of a program, such as why it failed, on standard error.
 pub fn print_message(program: &str, message: impl Display) {
-    // If standard error is closed, the exit code still reports the failure.
-    let _ = writeln!(io::stderr(), "{program}: {message}");
+    let priority = if logging::is_journal() { "<3>" } else { "" }; // an error, see `logging`
+                                                                   // If standard error is closed, the exit code still reports the failure.
+    let _ = writeln!(io::stderr(), "{priority}{program}: {message}");
 }
 
 /// The exit code of a program that an error of the connection ends.

@@ -6,7 +6,10 @@ use crate::text::escape;
 use env_logger::{Builder, Target};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use std::collections::HashMap;
+use std::fs::File;
 use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use std::{env, panic, thread};
@@ -20,11 +23,15 @@ pub struct LogOptions {
 }
 
 impl LogOptions {
-    /// Starts a log for an operator: each line has a time and a level. Whoever logs does not wait for its reader.
+    /// Starts a log for an operator: each line has a time and a level; in systemd's journal a priority, see sd-daemon(3).
+    /// Whoever logs does not wait for its reader.
     pub fn start_for_operator(&self, level: LevelFilter) {
         let writer = BackgroundWriter::start(io::stderr());
         let mut builder = self.builder(level);
         builder.format_target(false).format_timestamp_millis().target(Target::Pipe(Box::new(writer.clone())));
+        if is_journal() {
+            builder.format(|line, record| writeln!(line, "<{}>{}", priority(record.level()), record.args()));
+        }
         start(&mut builder, Some(writer));
     }
 
@@ -69,6 +76,23 @@ pub fn is_interactive() -> bool {
     !is_dumb && io::stderr().is_terminal()
 }
 
+/// Whether standard error is a stream to systemd's journal, which adds the time. See JOURNAL_STREAM in systemd.exec(5).
+pub fn is_journal() -> bool {
+    let stderr = io::stderr().as_fd().try_clone_to_owned().and_then(|stderr| File::from(stderr).metadata());
+    let stream = stderr.map(|stderr| format!("{}:{}", stderr.dev(), stderr.ino()));
+    stream.is_ok_and(|stream| env::var_os("JOURNAL_STREAM").is_some_and(|journal| journal == *stream))
+}
+
+/// The priority of a line in the journal, as in syslog(3).
+fn priority(level: Level) -> u8 {
+    match level {
+        Level::Error => 3,
+        Level::Warn => 4,
+        Level::Info => 6,
+        Level::Debug | Level::Trace => 7,
+    }
+}
+
 fn start(builder: &mut Builder, writer: Option<BackgroundWriter>) {
     let log = builder.build();
     log::set_max_level(log.filter());
@@ -84,7 +108,7 @@ pub fn log_panics() {
             Some("amiquip-io") => Level::Debug,
             _ => Level::Error,
         };
-        log::log!(level, "{panic}");
+        log::log!(level, "{}", panic.to_string().replace('\n', " "));
     }));
 }
 
@@ -102,7 +126,10 @@ pub const PROGRAM_TARGET: &str = "program";
 const MAX_LINES: u64 = 5;
 const WINDOW_LENGTH: Duration = Duration::from_secs(60);
 
-/// A log that a peer cannot flood: it limits the rate of each call site.
+/// For how long a line that is repeated, with no other line between, is counted before it is logged again.
+const REPETITION_LENGTH: Duration = Duration::from_secs(300);
+
+/// A log that a peer cannot flood: it limits the rate of each call site, and counts a line that is repeated.
 struct RateLimitedLog<L> {
     log: L,
     /// What `log` writes to, if that is a thread of its own.
@@ -116,17 +143,24 @@ impl<L: Log> RateLimitedLog<L> {
     }
 
     fn log_limited(&self, record: &Record) {
-        if record.level() > Level::Info || self.limiter().allow(record, Instant::now()) {
+        if record.level() > Level::Info {
+            return self.log.log(record);
+        }
+        let (text, now) = (record.args().to_string(), Instant::now());
+        let (ended, is_allowed) = {
+            let mut limiter = self.limiter();
+            (limiter.end_windows(Some(&text), now), limiter.allow(record, text, now))
+        };
+        self.log_suppressed(ended);
+        if is_allowed {
             self.log.log(record);
         }
     }
 
-    /// Ends the windows that are at least `min_age` old, and logs how many lines each suppressed.
-    fn end_windows(&self, min_age: Duration) {
-        let ended = self.limiter().end_windows(Instant::now(), min_age);
-        for Window { level, target, lines, last_suppressed, .. } in ended {
-            let suppressed = lines - MAX_LINES;
-            let args = format_args!("suppressed {suppressed} similar lines; the last: {last_suppressed}");
+    /// Logs how many lines each window suppressed.
+    fn log_suppressed(&self, windows: Vec<Window>) {
+        for Window { level, target, suppressed, text, .. } in windows {
+            let args = format_args!("suppressed {suppressed} similar lines; the last: {text}");
             self.log.log(&Record::builder().level(level).target(&target).args(args).build());
         }
     }
@@ -144,7 +178,6 @@ impl<L: Log> Log for RateLimitedLog<L> {
         if record.target() == PROGRAM_TARGET {
             return self.log.log(record);
         }
-        self.end_windows(WINDOW_LENGTH);
         if record.target().starts_with("rpc_") {
             return self.log_limited(record);
         }
@@ -157,7 +190,8 @@ impl<L: Log> Log for RateLimitedLog<L> {
     }
 
     fn flush(&self) {
-        self.end_windows(Duration::ZERO);
+        let ended = self.limiter().end_windows(None, Instant::now());
+        self.log_suppressed(ended);
         self.log.flush();
         if let Some(writer) = &self.writer {
             writer.flush();
@@ -165,45 +199,63 @@ impl<L: Log> Log for RateLimitedLog<L> {
     }
 }
 
-/// A place in the source that logs: a module and a line.
-type CallSite = (Option<&'static str>, Option<u32>);
+/// A place in the source that logs, a module and a line, and at what level.
+type CallSite = (Option<&'static str>, Option<u32>, Level);
 
-/// A fixed-window rate limiter, with a window for each call site.
+/// A fixed-window rate limiter, with a window for each call site, and one for a line that is repeated.
 #[derive(Default)]
-struct RateLimiter(HashMap<CallSite, Window>);
+struct RateLimiter {
+    call_sites: HashMap<CallSite, Window>,
+    /// Since the latest line was logged.
+    repetition: Option<Window>,
+}
 
-/// A **window** counts the lines of one call site, the suppressed ones included.
+/// A **window** counts lines: those of one call site, or those that are the same.
 struct Window {
     level: Level,
     target: String,
     start: Instant,
-    lines: u64,
-    last_suppressed: String,
+    logged: u64,
+    suppressed: u64,
+    /// The last line.
+    text: String,
+}
+
+impl Window {
+    fn new(record: &Record, text: String, start: Instant) -> Self {
+        Window { level: record.level(), target: record.target().to_owned(), start, logged: 0, suppressed: 0, text }
+    }
+
+    fn suppress(&mut self, text: String) -> bool {
+        self.suppressed += 1;
+        self.text = text;
+        false
+    }
 }
 
 impl RateLimiter {
-    /// Counts a line, and returns whether it may be logged.
-    fn allow(&mut self, record: &Record, now: Instant) -> bool {
-        let call_site = (record.module_path_static(), record.line());
-        let window = self.0.entry(call_site).or_insert_with(|| Window {
-            level: record.level(),
-            target: record.target().to_owned(),
-            start: now,
-            lines: 0,
-            last_suppressed: String::new(),
-        });
-        window.lines += 1;
-        if window.lines <= MAX_LINES {
-            return true;
+    /// Counts a line, and returns whether it may be logged. Called after `end_windows`: a repetition is one of this line.
+    fn allow(&mut self, record: &Record, text: String, now: Instant) -> bool {
+        if let Some(repetition) = self.repetition.as_mut() {
+            return repetition.suppress(text);
         }
-        window.last_suppressed = record.args().to_string();
-        false
+        let call_site = (record.module_path_static(), record.line(), record.level());
+        let window = self.call_sites.entry(call_site).or_insert_with(|| Window::new(record, String::new(), now));
+        if window.logged == MAX_LINES {
+            return window.suppress(text);
+        }
+        window.logged += 1;
+        self.repetition = Some(Window::new(record, text, now));
+        true
     }
 
-    /// Ends the windows that are at least `min_age` old, and returns those that suppressed lines.
-    fn end_windows(&mut self, now: Instant, min_age: Duration) -> Vec<Window> {
-        let ended = self.0.extract_if(|_, window| now.duration_since(window.start) >= min_age);
-        ended.map(|(_, window)| window).filter(|window| window.lines > MAX_LINES).collect()
+    /// Ends the windows that are over when the line `next` comes, or all, and returns those that suppressed lines.
+    fn end_windows(&mut self, next: Option<&str>, now: Instant) -> Vec<Window> {
+        let is_over = |window: &Window, length| next.is_none() || now.duration_since(window.start) >= length;
+        let repetition =
+            self.repetition.take_if(|window| next != Some(&*window.text) || is_over(window, REPETITION_LENGTH));
+        let ended = self.call_sites.extract_if(|_, window| is_over(window, WINDOW_LENGTH)).map(|(_, window)| window);
+        repetition.into_iter().chain(ended).filter(|window| window.suppressed > 0).collect()
     }
 }
 
@@ -236,7 +288,7 @@ mod tests {
     fn amiquips_lines_are_escaped_and_floods_are_limited() {
         let log = RateLimitedLog { log: StoringLog::default(), writer: None, limiter: Mutex::default() };
         log_line(&log, "amiquip::io_loop", Level::Debug, "\x1b[2J");
-        (0..9).for_each(|_| log_line(&log, "rpc_common::connection", Level::Warn, "lost"));
+        (0..9).for_each(|n| log_line(&log, "rpc_common::connection", Level::Warn, &format!("lost {n}")));
         (0..9).for_each(|_| log_line(&log, "rpc_common::connection", Level::Debug, "lost"));
         let lines = log.log.0.lock().unwrap();
         assert_eq!(lines[0], r"\u{1b}[2J");
@@ -254,21 +306,45 @@ mod tests {
     }
 
     #[test]
+    fn a_line_that_is_repeated_is_counted_until_another_one_is_logged() {
+        let log = RateLimitedLog { log: StoringLog::default(), writer: None, limiter: Mutex::default() };
+        for line in ["lost", "lost", "lost", "connected", "lost"] {
+            log_line(&log, "rpc_common", Level::Warn, line);
+            log_line(&log, "rpc_common", Level::Debug, "trying");
+        }
+        let lines = log.log.0.lock().unwrap();
+        let lines: Vec<_> = lines.iter().filter(|line| *line != "trying").collect();
+        assert_eq!(lines, ["lost", "suppressed 2 similar lines; the last: lost", "connected", "lost"]);
+    }
+
+    /// Counts a line of this call site; returns whether it is logged, and what was suppressed before.
+    fn count(limiter: &mut RateLimiter, line: u32, text: &str, now: Instant) -> (bool, Vec<(u64, String)>) {
+        let ended = limiter.end_windows(Some(text), now);
+        let ended = ended.into_iter().map(|window| (window.suppressed, window.text)).collect();
+        (limiter.allow(&Record::builder().line(Some(line)).build(), text.into(), now), ended)
+    }
+
+    #[test]
+    fn a_line_that_is_repeated_is_logged_again_after_five_minutes() {
+        let (mut limiter, start) = (RateLimiter::default(), Instant::now());
+        let mut lost_at = |seconds| count(&mut limiter, 1, "lost", start + Duration::from_secs(seconds));
+        assert_eq!(lost_at(0), (true, vec![]));
+        for seconds in 1..300 {
+            assert_eq!(lost_at(seconds), (false, vec![]));
+        }
+        assert_eq!(lost_at(300), (true, vec![(299, "lost".into())]));
+        assert_eq!(lost_at(301), (false, vec![]));
+    }
+
+    #[test]
     fn a_call_site_logs_five_lines_a_minute_and_the_others_are_counted() {
         let (mut limiter, start) = (RateLimiter::default(), Instant::now());
         let at = |seconds| start + Duration::from_secs(seconds);
-        let mut allow = |line, now| {
-            let args = format_args!("lost");
-            limiter.allow(&Record::builder().line(Some(line)).args(args).build(), now)
-        };
-        assert_eq!((0..100).filter(|_| allow(1, at(0))).count(), 5);
-        assert!(allow(2, at(1)), "another call site");
-        assert!(limiter.end_windows(at(59), WINDOW_LENGTH).is_empty());
-        let ended = limiter.end_windows(at(60), WINDOW_LENGTH);
-        let counts: Vec<_> = ended.iter().map(|window| (window.lines, &*window.last_suppressed)).collect();
-        assert_eq!(counts, [(100, "lost")]);
-        let mut allow = |now| limiter.allow(&Record::builder().line(Some(1)).build(), now);
-        assert!(allow(at(61)), "a new window");
-        assert!(limiter.end_windows(at(200), WINDOW_LENGTH).is_empty());
+        let logged = (0..100).filter(|n| count(&mut limiter, 1, &format!("lost {n}"), at(0)).0).count();
+        assert_eq!(logged, 5);
+        assert_eq!(count(&mut limiter, 2, "found", at(1)), (true, vec![]), "another call site");
+        assert_eq!(count(&mut limiter, 1, "lost 100", at(59)), (false, vec![]));
+        assert_eq!(count(&mut limiter, 1, "lost 101", at(60)), (true, vec![(96, "lost 100".into())]));
+        assert_eq!(count(&mut limiter, 1, "lost 102", at(200)), (true, vec![]), "a new window");
     }
 }

@@ -112,6 +112,11 @@ impl<'a> Request<'a> {
         Publish { mandatory: true, ..Publish::with_properties(self.body, queue, properties) }
     }
 
+    /// What identifies the call in a line of the log, in brackets: safe to print, and it does not close them.
+    pub fn log_id(&self) -> String {
+        escape(self.correlation_id.unwrap_or("none").as_bytes()).to_string().replace(']', "\\]")
+    }
+
     /// Returns the body as text, for functions of text.
     ///
     /// # Errors
@@ -204,6 +209,19 @@ pub enum ErrorCode {
 }
 
 impl ErrorCode {
+    /// All codes but the other ones.
+    pub const KNOWN: [Self; 9] = [
+        Self::InvalidArgument,
+        Self::OutOfRange,
+        Self::Expired,
+        Self::Unavailable,
+        Self::PermissionDenied,
+        Self::Failed,
+        Self::TimeLimit,
+        Self::TooLarge,
+        Self::Internal,
+    ];
+
     /// The code as it is in the header.
     pub fn as_str(&self) -> &str {
         match self {
@@ -226,24 +244,9 @@ const MAX_CODE_CHARS: usize = 64;
 
 impl From<&str> for ErrorCode {
     fn from(code: &str) -> Self {
-        use ErrorCode::{
-            Expired, Failed, Internal, InvalidArgument, Other, OutOfRange, PermissionDenied, TimeLimit, TooLarge,
-            Unavailable,
-        };
-        let ours = [
-            InvalidArgument,
-            OutOfRange,
-            Expired,
-            Unavailable,
-            PermissionDenied,
-            Failed,
-            TimeLimit,
-            TooLarge,
-            Internal,
-        ];
-        ours.into_iter().find(|known| known.as_str() == code).unwrap_or_else(|| {
+        Self::KNOWN.into_iter().find(|known| known.as_str() == code).unwrap_or_else(|| {
             let escaped = escape(code.as_bytes()).to_string();
-            Other(escaped.chars().take(MAX_CODE_CHARS).collect())
+            Self::Other(escaped.chars().take(MAX_CODE_CHARS).collect())
         })
     }
 }

@@ -69,7 +69,9 @@ fn serve_until_stopped(
     stdout: &BackgroundWriter,
 ) -> Result<(), Error> {
     let stop = stop.expect("the system provides signal handlers and a thread");
-    serve(&cli.config, handler, &stop, &Operator { stdout })
+    serve(&cli.config, handler, &stop, &Operator { stdout })?;
+    log::info!("stopped");
+    Ok(())
 }
 
 fn format_bytes(count: usize) -> String {

@@ -104,8 +104,7 @@ impl Program {
             return Err(Failure::new(ErrorCode::TooLarge, message));
         }
         let begun = Instant::now();
-        // It stands in brackets in the log, so it must not close them.
-        let id = escape(request.correlation_id.unwrap_or("none").as_bytes()).to_string().replace(']', "\\]");
+        let id = request.log_id();
         let limits = Limits {
             time: self.options.time_limit,
             deadline: request.deadline_ms.and_then(instant_of),

@@ -80,13 +80,10 @@ pub fn serve(config: &Config, handler: &Handler, stop: &Stop, observer: &dyn Obs
             waiting: workers,
             queue_type: config.queue_type,
             backoff: Backoff::new(Instant::now()),
-            last_error: None,
             ticks: observer.alive_interval().map_or_else(never, tick),
         };
         server.run()
-    })?;
-    log::info!("stopped");
-    Ok(())
+    })
 }
 
 struct Server<'a> {
@@ -101,8 +98,6 @@ struct Server<'a> {
     /// As configured, or quorum where the broker does not permit transient queues.
     queue_type: QueueType,
     backoff: Backoff,
-    /// The error that was logged last, so that it is not logged again. `None` once a worker consumes.
-    last_error: Option<Error>,
     /// When the observer is told that the loop is alive.
     ticks: Receiver<Instant>,
 }
@@ -125,14 +120,11 @@ impl Server<'_> {
             if (cannot_help && !has_served) || error.kind == ErrorKind::TooManyChannels {
                 return Err(error);
             }
-            if self.last_error.as_ref() != Some(&error) {
-                log::warn!("{error}; retrying");
-            }
+            log::warn!("{error}; retrying");
             if error.is_silence() {
                 self.endpoints.rotate_left(1);
             }
             self.service.observer.on_disconnected(&error);
-            self.last_error = Some(error);
             let pause = self.backoff.next_pause(Instant::now());
             if self.wait_for(&after(pause)).is_none() {
                 break;
@@ -175,7 +167,6 @@ impl Server<'_> {
                         if let Some(report) = queue_report.take() {
                             log::info!("connected to {}; {report}", connection.broker());
                             self.service.observer.on_connected(connection.broker());
-                            self.last_error = None;
                         }
                     }
                     Ok(WorkerEvent::LostChannel(error)) => {

@@ -4,10 +4,11 @@ use crate::config::Config;
 use crate::handler::{self, Caller, Handler};
 use crate::isolated::{log_return, IsolatedPublisher, Published};
 use crate::kept::KeptReplies;
-use crate::observer::Observer;
+use crate::observer::{Observer, Outcome};
 use crate::signals::Stop;
 use amiquip::{ConsumerMessage, ConsumerOptions, Delivery};
 use crossbeam_channel::{select_biased, Receiver, Sender, TryRecvError};
+use log::Level;
 use rpc_common::connection::{
     delivery, Backoff, ChannelClosed, Connection, Deadline, Endpoint, Error, ErrorKind, OpenChannel, Publisher,
     Watchdog,
@@ -231,34 +232,51 @@ impl Worker<'_> {
         Ok(queue.declared_message_count() > Some(0))
     }
 
-    /// Answers one request: publishes the reply, then acknowledges the request, in this order on one channel. If we crash in
+    /// Handles one request, and tells the observer how it ended.
+    fn handle_delivery(&self, channel: &WorkerChannel, delivery: &Delivery) -> Result<(), Error> {
+        let (begun, observer) = (Instant::now(), self.service.observer);
+        let request = Request::decode(&delivery.properties, &delivery.body, delivery.redelivered);
+        observer.on_request();
+        log::trace!(
+            "request[{}]: {} bytes{}",
+            request.log_id(),
+            request.body.len(),
+            if delivery.redelivered { ", redelivered" } else { "" }
+        );
+        let result = self.answer(channel, delivery, &request);
+        let outcome = result.as_ref().unwrap_or(&Outcome::Requeued);
+        log::debug!("request[{}]: {outcome} after {:.1?}", request.log_id(), begun.elapsed());
+        observer.on_outcome(outcome, begun.elapsed());
+        result.map(drop)
+    }
+
+    /// Answers a request: publishes the reply, then acknowledges the request, in this order on one channel. If we crash in
     /// between, the request is in the queue, or the reply is delivered, or both. The reply to a redelivered request goes over
     /// the isolated connection instead, and the request is acknowledged when the broker has accepted it.
-    fn handle_delivery(&self, channel: &WorkerChannel, delivery: &Delivery) -> Result<(), Error> {
+    fn answer(&self, channel: &WorkerChannel, delivery: &Delivery, request: &Request) -> Result<Outcome, Error> {
         let tag = delivery.delivery_tag();
         let changes = channel.open.take_changes(tag);
-        let request = Request::decode(&delivery.properties, &delivery.body, delivery.redelivered);
         let (Some(reply_to), false) = (request.reply_to, changes.is_reply_to_changed) else {
             let reason = if changes.is_reply_to_changed { "its reply_to is not UTF-8" } else { "it has no reply_to" };
             log::warn!("rejected a request that cannot be answered, {reason}: '{}'", escape(request.body));
             channel.publisher.reject(tag);
-            return channel.send();
+            return channel.send().map(|()| Outcome::Rejected);
         };
-        let (in_hand, kept) = self.service.kept.begin(&request, delivery.redelivered);
+        let (in_hand, kept) = self.service.kept.begin(request, delivery.redelivered);
         if kept.is_none() && delivery.redelivered && self.service.stop.try_recv() == Err(TryRecvError::Disconnected) {
-            return Ok(()); // it may have waited for another worker: it is not begun, and goes back to the queue
+            return Ok(Outcome::Requeued); // it may have waited for another worker: it is not begun, and goes back to the queue
         }
-        let mut reply = kept.unwrap_or_else(|| self.run_handler(&request, &channel.endpoint));
+        let mut reply = kept.unwrap_or_else(|| self.run_handler(request, &channel.endpoint));
         // The bytes of an id that is not UTF-8, which amiquip cannot hold. Any other id is in the request.
         let original_id = changes.original_correlation_id.as_deref();
         let mut is_published = false;
         if delivery.redelivered {
-            match self.service.isolated.publish(&channel.endpoint, &mut reply, &request, original_id) {
+            match self.service.isolated.publish(&channel.endpoint, &mut reply, request, original_id) {
                 Published::Accepted => is_published = true,
                 Published::Refused(error) => {
                     log::warn!("rejected a request: the broker refuses its replies: {error}");
                     channel.publisher.reject(tag);
-                    return channel.send();
+                    return channel.send().map(|()| Outcome::Rejected);
                 }
                 Published::Unknown(error) => log::info!("{error}; answering without a check"),
             }
@@ -267,12 +285,13 @@ impl Worker<'_> {
             channel.publisher.publish(encode_reply(&reply, reply_to, request.correlation_id), original_id);
         }
         channel.publisher.ack(tag);
+        let outcome = reply.as_ref().map_or_else(|failure| Outcome::Failed(failure.code.clone()), |_| Outcome::Served);
         let sent = channel.send();
         // If the channel or the consumer has ended, the broker ignores the acknowledgement, and delivers the request again.
         if sent.is_err() || channel.open.is_cancelled() {
             in_hand.keep(reply);
         }
-        sent
+        sent.map(|()| outcome)
     }
 
     /// Runs the function, unless the caller's deadline has passed.
@@ -290,9 +309,19 @@ impl Worker<'_> {
         let count = if reply.as_ref().is_err_and(is_unavailable) { self.unavailable.get() + 1 } else { 0 };
         self.unavailable.set(count);
         if let Err(failure) = &reply {
-            log::warn!("answered with an error: {}", escape(failure.message.as_bytes()));
+            let (code, message) = (failure.code.as_str(), escape(failure.message.as_bytes()));
+            log::log!(level(&failure.code), "request[{}]: answered with the error {code}: {message}", request.log_id());
         }
         reply
+    }
+}
+
+/// The level at which a failure is logged: INFO if it is the caller's, who knows of it.
+fn level(code: &ErrorCode) -> Level {
+    use ErrorCode::{Expired, InvalidArgument, OutOfRange, PermissionDenied, TooLarge};
+    match code {
+        Expired | InvalidArgument | OutOfRange | PermissionDenied | TooLarge => Level::Info,
+        _ => Level::Warn,
     }
 }
 

@@ -27,7 +27,7 @@ fn a_server_does_not_run_a_prefetched_request_that_has_expired() {
     let queue = Queue::named("expired");
     let server = Program::start_server(&queue, &["--prefetch", "2", "--delay", "6s"]);
     client(&queue, &["-q", "-t", "3s", "1", "2"]).assert().code(5);
-    server.wait_for_log("answered with an error: expired: ");
+    server.wait_for_log("answered with the error expired: expired: ");
     assert_eq!(server.stop(), [" [.] fib(1)"]);
     assert_eq!(Peer::connect().message_count(&queue), Some(0));
 }

@@ -1,5 +1,6 @@
 //! Promise: stopping is graceful. A server that is stopped answers what it has begun, and leaves the rest to others.
 
+use crate::server_log::level_and_text;
 use crate::support::broker::{self, exclusive_node};
 use crate::support::broker_features::{broker_version, report_not_applicable};
 use crate::support::peer::{Peer, Queue};
@@ -128,13 +129,6 @@ fn a_frozen_broker_does_not_prevent_a_server_from_stopping() {
         assert_eq!(server.wait().code(), Some(0));
         assert!(start.elapsed() < Duration::from_secs(30));
     }
-}
-
-/// The level and the text of a log line, which looks like `[2026-01-31T12:00:00.000Z INFO ] text`.
-fn level_and_text(line: &str) -> Option<(&str, &str)> {
-    let (header, text) = line.split_once("] ")?;
-    let (_timestamp, level) = header.split_once(' ')?;
-    Some((level.trim(), text))
 }
 
 #[test]

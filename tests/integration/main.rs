@@ -16,7 +16,6 @@ mod expired_requests;
 mod graceful_stop;
 mod overload;
 mod refused_replies;
-mod sd_notify;
 mod served_programs;
 
 // What goes over the wire
@@ -34,6 +33,8 @@ mod messages;
 mod output_formats;
 mod passwords;
 mod readme;
+mod sd_notify;
+mod server_log;
 
 // All of it together, and with other programs
 mod cluster;

@@ -1,0 +1,102 @@
+//! The log of a server: one form of line on standard error, in a terminal or a file, and another one in systemd's journal.
+
+use crate::support::broker;
+use crate::support::peer::Queue;
+use crate::support::programs::{client, program_folder, Program};
+use crate::support::proxy::Proxy;
+use rustix::process::Signal;
+use serde_json::Value;
+use std::process::Command;
+
+/// The level and the text of a log line, which looks like `[2026-01-31T12:00:00.000Z INFO ] text`.
+pub(crate) fn level_and_text(line: &str) -> Option<(&str, &str)> {
+    let (header, text) = line.split_once("] ")?;
+    let (_timestamp, level) = header.split_once(' ')?;
+    Some((level.trim(), text))
+}
+
+/// Stops a server, and returns its log.
+fn stop(mut server: Program) -> Vec<String> {
+    server.send_signal(Signal::TERM);
+    assert_eq!(server.wait().code(), Some(0));
+    server.remaining_output().1
+}
+
+/// A caller's mistake is no warning.
+#[test]
+fn with_verbose_each_request_has_a_line_with_its_id_outcome_and_time() {
+    let queue = Queue::named("log_requests");
+    let server = Program::start_server(&queue, &["-vv", "--max-n", "100"]);
+    server.wait_for_log("connected to");
+    let output = client(&queue, &["--output", "json", "30", "101"]).assert().code(1).get_output().stdout.clone();
+    let answers = String::from_utf8(output).expect("JSON is text");
+    let [ok_id, failed_id] = [0, 1].map(|index| {
+        let answer: Value = serde_json::from_str(answers.lines().nth(index).expect("a line")).expect("JSON");
+        answer["correlation_id"].as_str().expect("an id").to_owned()
+    });
+    let log = stop(server);
+    let lines: Vec<_> = log.iter().filter_map(|line| level_and_text(line)).collect();
+    for (level, text) in [
+        ("TRACE", format!("request[{ok_id}]: 2 bytes")),
+        ("DEBUG", format!("request[{ok_id}]: ok after ")),
+        (
+            "INFO",
+            format!("request[{failed_id}]: answered with the error out-of-range: out of range: 101 is larger than"),
+        ),
+        ("DEBUG", format!("request[{failed_id}]: out-of-range after ")),
+    ] {
+        let count = lines.iter().filter(|line| line.0 == level && line.1.starts_with(&text)).count();
+        assert_eq!(count, 1, "{level} {text}: {log:#?}");
+    }
+    assert_eq!(lines.len(), log.len(), "all lines have one form: {log:#?}");
+    assert!(!log.iter().any(|line| line.contains("WARN")), "{log:#?}");
+}
+
+#[test]
+fn the_same_error_is_counted_while_a_broker_is_away() {
+    let queue = Queue::named("log_away");
+    let proxy = Proxy::start();
+    proxy.refuse(true);
+    let server = Program::spawn_at(&proxy.url(), "rpc-server", &["--queue", &queue]);
+    proxy.wait_for_refusals(4);
+    proxy.refuse(false);
+    assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
+    let log = stop(server);
+    let lines: Vec<_> = log.iter().filter_map(|line| level_and_text(line)).collect();
+    let error = lines[0].1;
+    assert!(lines[0].0 == "WARN" && error.ends_with("; retrying"), "{log:#?}");
+    let counted = lines[1].1.strip_prefix("suppressed ").and_then(|line| line.split_once(" similar lines; the last: "));
+    assert!(
+        counted.is_some_and(|(count, last)| count.parse().is_ok_and(|count: u32| count >= 3) && last == error),
+        "{log:#?}"
+    );
+    assert!(lines[2].1.starts_with("connected to"), "{log:#?}");
+}
+
+/// The journal knows the time; a line begins with its priority, see sd-daemon(3).
+#[test]
+fn in_the_journal_a_line_has_a_priority_and_no_time() {
+    let queue = Queue::named("log_journal");
+    let proxy = Proxy::start();
+    let start = |stream: &str, url: &str| {
+        let mut command = Command::new("bash");
+        command.args(["-c", &format!("JOURNAL_STREAM={stream} exec \"$0\" \"$@\"")]);
+        command.arg(program_folder().join("rpc-server")).args(["--queue", &queue]).env("AMQP_URL", url);
+        Program::spawn_command(&command)
+    };
+    let standard_error = "$(stat -L -c %d:%i /dev/stderr)";
+    let server = start(standard_error, &proxy.url());
+    let connected = server.wait_for_log("connected to");
+    assert!(connected.starts_with("<6>connected to"), "{connected}");
+    proxy.close_connections();
+    let lost = server.wait_for_log("retrying");
+    assert!(lost.starts_with(&format!("<4>{} was disconnected", proxy.authority())), "{lost}");
+    stop(server);
+    let (_, log) = start(standard_error, "").remaining_output();
+    assert_eq!(log, ["<3>rpc-server: bad AMQP_URL: it is empty: set it to a URL, or unset it"]);
+    // Standard error does not go to the journal, as with `2>file` in a unit.
+    let server = start("8:12345", broker::url());
+    let connected = server.wait_for_log("connected to");
+    assert_eq!(level_and_text(&connected).map(|(level, _)| level), Some("INFO"), "{connected}");
+    stop(server);
+}

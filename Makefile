@@ -34,8 +34,8 @@ check: setup-build ## check formatting, lints and documentation; warnings are er
 test: check setup-broker setup-peers ## check, then run all tests on private RabbitMQ nodes (or on the broker of AMQP_URL)
 	cargo test --locked
 
-test-fast: check setup-broker ## like test, without the peers in other languages
-	cargo test --locked -- --skip peers::
+test-fast: check setup-broker ## like test, without promtool and the peers in other languages
+	cargo test --locked -- --skip peers:: --skip promtool
 
 test-brokers: setup-build setup-brokers setup-peers ## run the integration tests on RabbitMQ 4.0 and 4.3 (as root; 20 minutes)
 	tests/test-brokers.sh

@@ -4,14 +4,14 @@
 #   tests/setup.sh build     what the compiler needs
 #   tests/setup.sh broker    RabbitMQ, for private nodes
 #   tests/setup.sh brokers   RabbitMQ of newer Debian releases, for private nodes: each in a folder below target/brokers
-#   tests/setup.sh peers     the languages of the peers, and below target/peers their AMQP libraries
+#   tests/setup.sh peers     the languages of the peers, and below target/peers their AMQP libraries; promtool
 #   tests/setup.sh fuzz      cargo-fuzz, from crates.io, and the C++ compiler
 #   tests/setup.sh bench     for the benchmarks: below target/peers the peers in C and on lapin; valgrind and time
 #   tests/setup.sh picture   what records the picture of README.md: tmux, and below target/peers termtosvg
 set -eu
 
-# Debian starts and enables a broker on port 5672 when it installs the package. This policy file, see invoke-rc.d(8),
-# forbids all service actions during an installation.
+# Debian starts and enables the services of a package that it installs, such as a broker on port 5672. This policy
+# file, see invoke-rc.d(8), forbids all service actions during an installation.
 policy=/usr/sbin/policy-rc.d
 mark='# written by tests/setup.sh during an installation'
 here=$(cd "$(dirname "$0")" && pwd)
@@ -60,6 +60,17 @@ allow_services() {
     trap - EXIT
 }
 
+install_without_services() {
+    forbid_services
+    apt_install "$@"
+    allow_services
+}
+
+# So that they do not start at the next boot either.
+disable_services() {
+    if command -v systemctl >/dev/null; then as_root systemctl --quiet disable "$@" 2>/dev/null || true; fi
+}
+
 build() {
     command -v cargo >/dev/null || die "cargo is missing: install Rust from https://rustup.rs first"
     command -v cc >/dev/null || apt_install "Rust links with the C compiler's linker" gcc libc6-dev
@@ -67,13 +78,8 @@ build() {
 
 broker() {
     [ ! -x /usr/lib/rabbitmq/bin/rabbitmq-server ] || return 0
-    forbid_services
-    apt_install "the broker of the calls; it runs as private nodes, not as a service" rabbitmq-server
-    allow_services
-    # The service must not start at the next boot either.
-    if command -v systemctl >/dev/null; then
-        as_root systemctl --quiet disable rabbitmq-server.service epmd.service epmd.socket 2>/dev/null || true
-    fi
+    install_without_services "the broker of the calls; it runs as private nodes, not as a service" rabbitmq-server
+    disable_services rabbitmq-server.service epmd.service epmd.socket
 }
 
 # tests/broker.sh runs these by chroot. To get a newer version, remove its folder.
@@ -111,6 +117,10 @@ peers() {
     command -v identify >/dev/null || missing="$missing imagemagick" # for a recipe in rpc-server/README.md
     # shellcheck disable=SC2086 # a list of words
     [ -z "$missing" ] || apt_install "the peers in other languages, for the tests" $missing
+    command -v promtool >/dev/null || {
+        install_without_services "promtool checks the server's metrics, in a test" prometheus
+        disable_services prometheus.service
+    }
 
     mkdir -p "$built"
     if ! cmp -s "$here/peers/python/requirements.txt" "$built/python/installed"; then

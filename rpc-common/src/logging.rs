@@ -89,14 +89,15 @@ fn priority(level: Level) -> u8 {
         Level::Error => 3,
         Level::Warn => 4,
         Level::Info => 6,
-        Level::Debug | Level::Trace => 7,
+        _ => 7,
     }
 }
 
 fn start(builder: &mut Builder, writer: Option<BackgroundWriter>) {
     let log = builder.build();
     log::set_max_level(log.filter());
-    let log = RateLimitedLog { log, writer, limiter: Mutex::default() };
+    let limiter = RateLimiter { counts_repetitions: writer.is_some(), ..RateLimiter::default() };
+    let log = RateLimitedLog { log, writer, limiter: Mutex::new(limiter) };
     log::set_boxed_logger(Box::new(log)).expect("a program starts its log once");
 }
 
@@ -159,8 +160,8 @@ impl<L: Log> RateLimitedLog<L> {
 
     /// Logs how many lines each window suppressed.
     fn log_suppressed(&self, windows: Vec<Window>) {
-        for Window { level, target, suppressed, text, .. } in windows {
-            let args = format_args!("suppressed {suppressed} similar lines; the last: {text}");
+        for Window { level, target, lines, last, .. } in windows {
+            let args = format_args!("suppressed {} similar lines; the last: {last}", lines - MAX_LINES);
             self.log.log(&Record::builder().level(level).target(&target).args(args).build());
         }
     }
@@ -206,56 +207,47 @@ type CallSite = (Option<&'static str>, Option<u32>, Level);
 #[derive(Default)]
 struct RateLimiter {
     call_sites: HashMap<CallSite, Window>,
+    /// For an operator; whoever waits at a prompt sees that something happens.
+    counts_repetitions: bool,
     /// Since the latest line was logged.
     repetition: Option<Window>,
 }
 
-/// A **window** counts lines: those of one call site, or those that are the same.
+/// A **window** counts lines, the suppressed ones included: those of one call site, or those that are the same.
 struct Window {
     level: Level,
     target: String,
     start: Instant,
-    logged: u64,
-    suppressed: u64,
-    /// The last line.
-    text: String,
-}
-
-impl Window {
-    fn new(record: &Record, text: String, start: Instant) -> Self {
-        Window { level: record.level(), target: record.target().to_owned(), start, logged: 0, suppressed: 0, text }
-    }
-
-    fn suppress(&mut self, text: String) -> bool {
-        self.suppressed += 1;
-        self.text = text;
-        false
-    }
+    lines: u64,
+    last: String,
 }
 
 impl RateLimiter {
     /// Counts a line, and returns whether it may be logged. Called after `end_windows`: a repetition is one of this line.
     fn allow(&mut self, record: &Record, text: String, now: Instant) -> bool {
-        if let Some(repetition) = self.repetition.as_mut() {
-            return repetition.suppress(text);
+        let (level, target) = (record.level(), record.target());
+        let call_site = (record.module_path_static(), record.line(), level);
+        let new = |lines, last| Window { level, target: target.into(), start: now, lines, last };
+        let window = match &mut self.repetition {
+            Some(repetition) => repetition,
+            None => self.call_sites.entry(call_site).or_insert_with(|| new(0, String::new())),
+        };
+        window.lines += 1;
+        if window.lines > MAX_LINES {
+            window.last = text;
+            return false;
         }
-        let call_site = (record.module_path_static(), record.line(), record.level());
-        let window = self.call_sites.entry(call_site).or_insert_with(|| Window::new(record, String::new(), now));
-        if window.logged == MAX_LINES {
-            return window.suppress(text);
-        }
-        window.logged += 1;
-        self.repetition = Some(Window::new(record, text, now));
+        self.repetition = self.counts_repetitions.then(|| new(MAX_LINES, text));
         true
     }
 
     /// Ends the windows that are over when the line `next` comes, or all, and returns those that suppressed lines.
     fn end_windows(&mut self, next: Option<&str>, now: Instant) -> Vec<Window> {
         let is_over = |window: &Window, length| next.is_none() || now.duration_since(window.start) >= length;
-        let repetition =
-            self.repetition.take_if(|window| next != Some(&*window.text) || is_over(window, REPETITION_LENGTH));
+        let ends = |window: &mut Window| next != Some(&*window.last) || is_over(window, REPETITION_LENGTH);
+        let repetition = self.repetition.take_if(ends).into_iter();
         let ended = self.call_sites.extract_if(|_, window| is_over(window, WINDOW_LENGTH)).map(|(_, window)| window);
-        repetition.into_iter().chain(ended).filter(|window| window.suppressed > 0).collect()
+        repetition.chain(ended).filter(|window| window.lines > MAX_LINES).collect()
     }
 }
 
@@ -307,7 +299,8 @@ mod tests {
 
     #[test]
     fn a_line_that_is_repeated_is_counted_until_another_one_is_logged() {
-        let log = RateLimitedLog { log: StoringLog::default(), writer: None, limiter: Mutex::default() };
+        let limiter = Mutex::new(RateLimiter { counts_repetitions: true, ..RateLimiter::default() });
+        let log = RateLimitedLog { log: StoringLog::default(), writer: None, limiter };
         for line in ["lost", "lost", "lost", "connected", "lost"] {
             log_line(&log, "rpc_common", Level::Warn, line);
             log_line(&log, "rpc_common", Level::Debug, "trying");
@@ -320,13 +313,14 @@ mod tests {
     /// Counts a line of this call site; returns whether it is logged, and what was suppressed before.
     fn count(limiter: &mut RateLimiter, line: u32, text: &str, now: Instant) -> (bool, Vec<(u64, String)>) {
         let ended = limiter.end_windows(Some(text), now);
-        let ended = ended.into_iter().map(|window| (window.suppressed, window.text)).collect();
+        let ended = ended.into_iter().map(|window| (window.lines - MAX_LINES, window.last)).collect();
         (limiter.allow(&Record::builder().line(Some(line)).build(), text.into(), now), ended)
     }
 
     #[test]
     fn a_line_that_is_repeated_is_logged_again_after_five_minutes() {
-        let (mut limiter, start) = (RateLimiter::default(), Instant::now());
+        let mut limiter = RateLimiter { counts_repetitions: true, ..RateLimiter::default() };
+        let start = Instant::now();
         let mut lost_at = |seconds| count(&mut limiter, 1, "lost", start + Duration::from_secs(seconds));
         assert_eq!(lost_at(0), (true, vec![]));
         for seconds in 1..300 {

@@ -6,6 +6,7 @@ use rpc_common::logging::LogOptions;
 use rpc_common::text::parse_duration;
 use rpc_server::{Config, Program, ProgramOptions};
 use std::env;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 /// What `-h` prints: one screen.
@@ -22,6 +23,7 @@ Serves fib(n), or a program, to rpc-client and other clients over RabbitMQ.
       --workers <N>           requests served at once; 0: one per core [1]
       --prefetch <N>          unacknowledged requests per worker [1]
       --time-limit <DURATION> stop a run of the program after this [25m]
+      --metrics <ADDRESS>     serve Prometheus metrics; a bare port: loopback
   -q, --quiet                 do not print a line for each request
   -v, --verbose               more log
 
@@ -60,6 +62,10 @@ pub(crate) struct Cli {
     #[command(flatten, next_help_heading = "Output")]
     pub(crate) log: LogOptions,
 
+    /// Serve Prometheus metrics on this address, such as 9394 (a bare port is on loopback) or 0.0.0.0:9394
+    #[arg(long, value_name = "ADDRESS", help_heading = "Output", value_parser = parse_address)]
+    pub(crate) metrics: Option<SocketAddr>,
+
     #[command(flatten)]
     pub(crate) fib: FibOptions,
 
@@ -92,6 +98,13 @@ impl Cli {
         }
         Program::find(&self.program, &self.config.queue)
     }
+}
+
+/// Parses an address: a bare port is on the loopback interface.
+fn parse_address(text: &str) -> Result<SocketAddr, String> {
+    let address = text.parse().or_else(|_| text.parse().map(|port: u16| (Ipv4Addr::LOCALHOST, port).into()));
+    let address = address.ok().filter(|address: &SocketAddr| address.port() != 0);
+    address.ok_or_else(|| "not a port, or an IP address and a port, such as 9394 or 0.0.0.0:9394".into())
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ mod worker;
 
 pub use config::Config;
 pub use handler::{fib_handler, Caller, Handler};
-pub use observer::{Observer, Outcome};
+pub use observer::Observer;
 pub use program::{Program, ProgramOptions};
 pub use queue::QueueType;
 pub use server::serve;

@@ -1,7 +1,9 @@
 //! Serves fib(n), or a program, over RabbitMQ RPC.
 
 mod cli;
+mod metrics;
 mod operator;
+mod statistics;
 
 use cli::Cli;
 use log::LevelFilter;
@@ -13,6 +15,7 @@ use rpc_common::message::Request;
 use rpc_common::text::escape;
 use rpc_common::{logging, options};
 use rpc_server::{fib_handler, serve, stop_signal, stop_signal_with, Caller, Handler, Stop};
+use statistics::Statistics;
 use std::sync::Arc;
 use std::{io, process};
 
@@ -37,7 +40,13 @@ fn main() -> process::ExitCode {
 }
 
 fn run(cli: &Cli, stdout: &BackgroundWriter) -> Result<(), Error> {
-    let program = cli.find_program().map_err(|reason| Error::new("", ErrorKind::Configuration(reason)))?;
+    let configuration_error = |reason| Error::new("", ErrorKind::Configuration(reason));
+    let program = cli.find_program().map_err(configuration_error)?;
+    let statistics = Statistics::new(cli.metrics.is_some());
+    if let Some(address) = cli.metrics {
+        metrics::serve(address, statistics.registry()).map_err(configuration_error)?;
+    }
+    let operator = Operator { stdout, statistics: &statistics };
     let announce = |request: String| {
         if !cli.quiet {
             stdout.write_line(format!(" [.] {request}"));
@@ -46,10 +55,14 @@ fn run(cli: &Cli, stdout: &BackgroundWriter) -> Result<(), Error> {
     match program {
         None => {
             let fib = fib_handler(cli.fib.max_n, cli.fib.delay, |n| announce(format!("fib({n})")));
-            serve_until_stopped(cli, &fib, stop_signal(), stdout)
+            serve_until_stopped(cli, &fib, stop_signal(), &operator)
         }
-        Some(program) => {
+        Some(mut program) => {
             let command_line = program.command_line();
+            let stopped_runs = statistics.programs_killed.clone();
+            program.on_stopped(move || {
+                stopped_runs.inc();
+            });
             let program = Arc::new(program);
             log::info!("serving {}", escape(program.path().as_os_str().as_encoded_bytes()));
             let killed = program.clone();
@@ -57,20 +70,15 @@ fn run(cli: &Cli, stdout: &BackgroundWriter) -> Result<(), Error> {
                 announce(format!("{command_line} ({})", format_bytes(request.body.len())));
                 program.run(request, caller)
             };
-            serve_until_stopped(cli, &handler, stop_signal_with(move || killed.kill_all()), stdout)
+            serve_until_stopped(cli, &handler, stop_signal_with(move || killed.kill_all()), &operator)
         }
     }
 }
 
-fn serve_until_stopped(
-    cli: &Cli,
-    handler: &Handler,
-    stop: io::Result<Stop>,
-    stdout: &BackgroundWriter,
-) -> Result<(), Error> {
+fn serve_until_stopped(cli: &Cli, handler: &Handler, stop: io::Result<Stop>, operator: &Operator) -> Result<(), Error> {
     let stop = stop.expect("the system provides signal handlers and a thread");
-    serve(&cli.config, handler, &stop, &Operator { stdout })?;
-    log::info!("stopped");
+    serve(&cli.config, handler, &stop, operator)?;
+    log::info!("stopped: {}", operator.statistics.summary());
     Ok(())
 }
 

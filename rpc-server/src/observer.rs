@@ -1,8 +1,6 @@
 //! What a program that serves learns of its server.
 
 use rpc_common::connection::Error;
-use rpc_common::message::ErrorCode;
-use std::fmt::{self, Display};
 use std::time::Duration;
 
 /// An **observer** is told what a server does, by several threads. A closure is an observer that is told `on_ready` only.
@@ -19,8 +17,9 @@ pub trait Observer: Sync {
     /// A request has begun.
     fn on_request(&self) {}
 
-    /// A request that has begun ended like this, after this time.
-    fn on_outcome(&self, _outcome: &Outcome, _time: Duration) {}
+    /// A request that has begun ended after this time. The outcome is `ok` or an error code, `rejected`, or `requeued` if the broker
+    /// delivers it again.
+    fn on_outcome(&self, _outcome: &str, _time: Duration) {}
 
     /// It is time to stop: the requests that have begun are answered.
     fn on_stopping(&self) {}
@@ -37,29 +36,5 @@ pub trait Observer: Sync {
 impl<OnReady: Fn() + Sync> Observer for OnReady {
     fn on_ready(&self) {
         self();
-    }
-}
-
-/// The **outcome** of a request.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// It was answered.
-    Served,
-    /// It was answered with an error.
-    Failed(ErrorCode),
-    /// It, or its answer, cannot be sent on: it was rejected.
-    Rejected,
-    /// The channel ended before it was acknowledged: the broker delivers it again.
-    Requeued,
-}
-
-impl Display for Outcome {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Outcome::Served => "ok",
-            Outcome::Failed(code) => code.as_str(),
-            Outcome::Rejected => "rejected",
-            Outcome::Requeued => "requeued",
-        })
     }
 }

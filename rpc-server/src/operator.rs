@@ -1,5 +1,6 @@
-//! What the operator learns of the server: its first line on standard output, and what it tells systemd.
+//! What the operator learns of the server: its first line on standard output, its statistics, and what it tells systemd.
 
+use crate::statistics::Statistics;
 use rpc_common::background_writer::BackgroundWriter;
 use rpc_common::connection::Error;
 use rpc_server::Observer;
@@ -10,6 +11,7 @@ use std::time::Duration;
 /// Reports to the operator.
 pub(crate) struct Operator<'a> {
     pub(crate) stdout: &'a BackgroundWriter,
+    pub(crate) statistics: &'a Statistics,
 }
 
 impl Observer for Operator<'_> {
@@ -19,11 +21,23 @@ impl Observer for Operator<'_> {
     }
 
     fn on_connected(&self, broker: &str) {
+        self.statistics.connected.set(1);
         notify(&[Status(&format!("connected to {broker}"))]);
     }
 
     fn on_disconnected(&self, error: &Error) {
+        if self.statistics.connected.set(0) == 1 {
+            self.statistics.reconnects.inc();
+        }
         notify(&[Status(&format!("waiting for {}: {error}", error.broker))]);
+    }
+
+    fn on_request(&self) {
+        self.statistics.in_flight.inc();
+    }
+
+    fn on_outcome(&self, outcome: &str, time: Duration) {
+        self.statistics.on_outcome(outcome, time);
     }
 
     fn on_stopping(&self) {

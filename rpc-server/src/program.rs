@@ -59,6 +59,7 @@ pub struct Program {
     /// Variables of the server's environment that the program does not get.
     hidden: Vec<OsString>,
     groups: Groups,
+    on_stopped: Box<dyn Fn() + Send + Sync>,
 }
 
 impl Program {
@@ -79,7 +80,13 @@ impl Program {
             queue: queue.into(),
             hidden: env::vars_os().map(|(name, _)| name).filter(is_hidden).collect(),
             groups: Groups::default(),
+            on_stopped: Box::new(|| {}),
         }))
+    }
+
+    /// Calls `on_stopped` for each run that is stopped at a limit.
+    pub fn on_stopped(&mut self, on_stopped: impl Fn() + Send + Sync + 'static) {
+        self.on_stopped = Box::new(on_stopped);
     }
 
     /// Where the program was found.
@@ -117,6 +124,9 @@ impl Program {
         let (millis, shown) =
             (begun.elapsed().as_millis(), status.map_or("running".into(), |status| status.to_string()));
         log::debug!("program[{id}]: {shown} after {millis} ms");
+        if stopped.is_some() {
+            (self.on_stopped)();
+        }
         match (stopped, status) {
             (None, Some(status)) if !status.success() => Err(failure(status, output)),
             (None, Some(_)) if output.len() <= self.options.max_reply => {

@@ -126,7 +126,7 @@ impl Server<'_> {
             }
             self.service.observer.on_disconnected(&error);
             let pause = self.backoff.next_pause(Instant::now());
-            if self.wait_for(&after(pause)).is_none() {
+            if self.wait_for(&after(pause), self.service.stop).is_none() {
                 break;
             }
         }
@@ -201,7 +201,7 @@ impl Server<'_> {
             let declared = queue::find_or_declare(&mut connection, &queue, queue_type, &deadline)?;
             Ok((connection, notifications, queue::describe(&queue, declared)))
         });
-        let Some(connected) = self.wait_for(&connecting) else {
+        let Some(connected) = self.wait_for(&connecting, self.service.stop) else {
             let _ = connecting.recv_timeout(STOP_TIMEOUT); // if it is opened soon, it is closed properly
             return Ok(None);
         };
@@ -210,21 +210,14 @@ impl Server<'_> {
 
     /// Waits until the workers have ended, which they do when it is time to stop.
     fn wait_for_workers(&self) {
-        loop {
-            select_biased! {
-                recv(self.ticks) -> _ => self.service.observer.on_alive(),
-                recv(self.events) -> event => if event.is_err() {
-                    return;
-                },
-            }
-        }
+        while let Some(Ok(_)) = self.wait_for(&self.events, &never()) {}
     }
 
-    /// Waits for a message. `None` when it is time to stop.
-    fn wait_for<T>(&self, messages: &Receiver<T>) -> Option<Result<T, RecvError>> {
+    /// Waits for a message. `None` when `stop` says that it is time to stop.
+    fn wait_for<T>(&self, messages: &Receiver<T>, stop: &Stop) -> Option<Result<T, RecvError>> {
         loop {
             select_biased! {
-                recv(self.service.stop) -> _ => {
+                recv(stop) -> _ => {
                     self.service.observer.on_stopping();
                     return None;
                 }

@@ -4,7 +4,7 @@ use crate::config::Config;
 use crate::handler::{self, Caller, Handler};
 use crate::isolated::{log_return, IsolatedPublisher, Published};
 use crate::kept::KeptReplies;
-use crate::observer::{Observer, Outcome};
+use crate::observer::Observer;
 use crate::signals::Stop;
 use amiquip::{ConsumerMessage, ConsumerOptions, Delivery};
 use crossbeam_channel::{select_biased, Receiver, Sender, TryRecvError};
@@ -15,6 +15,7 @@ use rpc_common::connection::{
 };
 use rpc_common::message::{encode_reply, unix_time_ms, ErrorCode, Failure, Reply, Request};
 use rpc_common::text::{escape, format_duration};
+use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Once;
@@ -71,6 +72,9 @@ pub(crate) struct Worker<'a> {
     pub(crate) unavailable: Cell<u32>,
     pub(crate) pauses: RefCell<Backoff>,
 }
+
+/// How a request ended, for the observer.
+type Outcome = Cow<'static, str>;
 
 /// What a worker reports to the server.
 pub(crate) enum WorkerEvent {
@@ -234,19 +238,14 @@ impl Worker<'_> {
 
     /// Handles one request, and tells the observer how it ended.
     fn handle_delivery(&self, channel: &WorkerChannel, delivery: &Delivery) -> Result<(), Error> {
-        let (begun, observer) = (Instant::now(), self.service.observer);
-        let request = Request::decode(&delivery.properties, &delivery.body, delivery.redelivered);
+        let (begun, observer, redelivered) = (Instant::now(), self.service.observer, delivery.redelivered);
+        let request = Request::decode(&delivery.properties, &delivery.body, redelivered);
         observer.on_request();
-        log::trace!(
-            "request[{}]: {} bytes{}",
-            request.log_id(),
-            request.body.len(),
-            if delivery.redelivered { ", redelivered" } else { "" }
-        );
+        log::trace!("request[{}]: {} bytes, redelivered: {redelivered}", request.log_id(), request.body.len());
         let result = self.answer(channel, delivery, &request);
-        let outcome = result.as_ref().unwrap_or(&Outcome::Requeued);
-        log::debug!("request[{}]: {outcome} after {:.1?}", request.log_id(), begun.elapsed());
-        observer.on_outcome(outcome, begun.elapsed());
+        let (outcome, time) = (result.as_deref().unwrap_or("requeued"), begun.elapsed());
+        log::debug!("request[{}]: {outcome} after {time:.1?}", request.log_id());
+        observer.on_outcome(outcome, time);
         result.map(drop)
     }
 
@@ -260,11 +259,11 @@ impl Worker<'_> {
             let reason = if changes.is_reply_to_changed { "its reply_to is not UTF-8" } else { "it has no reply_to" };
             log::warn!("rejected a request that cannot be answered, {reason}: '{}'", escape(request.body));
             channel.publisher.reject(tag);
-            return channel.send().map(|()| Outcome::Rejected);
+            return channel.send().map(|()| "rejected".into());
         };
         let (in_hand, kept) = self.service.kept.begin(request, delivery.redelivered);
         if kept.is_none() && delivery.redelivered && self.service.stop.try_recv() == Err(TryRecvError::Disconnected) {
-            return Ok(Outcome::Requeued); // it may have waited for another worker: it is not begun, and goes back to the queue
+            return Ok("requeued".into()); // it may have waited for another worker: it is not begun, and goes back to the queue
         }
         let mut reply = kept.unwrap_or_else(|| self.run_handler(request, &channel.endpoint));
         // The bytes of an id that is not UTF-8, which amiquip cannot hold. Any other id is in the request.
@@ -276,7 +275,7 @@ impl Worker<'_> {
                 Published::Refused(error) => {
                     log::warn!("rejected a request: the broker refuses its replies: {error}");
                     channel.publisher.reject(tag);
-                    return channel.send().map(|()| Outcome::Rejected);
+                    return channel.send().map(|()| "rejected".into());
                 }
                 Published::Unknown(error) => log::info!("{error}; answering without a check"),
             }
@@ -285,7 +284,7 @@ impl Worker<'_> {
             channel.publisher.publish(encode_reply(&reply, reply_to, request.correlation_id), original_id);
         }
         channel.publisher.ack(tag);
-        let outcome = reply.as_ref().map_or_else(|failure| Outcome::Failed(failure.code.clone()), |_| Outcome::Served);
+        let outcome = reply.as_ref().map_or_else(|failure| failure.code.as_str().to_owned().into(), |_| "ok".into());
         let sent = channel.send();
         // If the channel or the consumer has ended, the broker ignores the acknowledgement, and delivers the request again.
         if sent.is_err() || channel.open.is_cancelled() {

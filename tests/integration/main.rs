@@ -30,6 +30,7 @@ mod batches;
 mod command_line;
 mod exit_codes;
 mod messages;
+mod metrics;
 mod output_formats;
 mod passwords;
 mod readme;

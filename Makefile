@@ -7,6 +7,10 @@ TARGET = $(or $(CARGO_TARGET_DIR),target)
 BROKER_DIR ?= $(TARGET)/broker
 CLUSTER_DIR ?= $(TARGET)/cluster
 
+# The systemd unit of rpc-server, and where it is installed.
+UNIT = rpc-server@.service
+UNITS = $(DESTDIR)$(PREFIX)/lib/systemd/system
+
 # The duration of `make fuzz`.
 FUZZ_SECONDS ?= 600
 
@@ -16,9 +20,9 @@ CARGO_DOC = RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build check test test-fast test-brokers test-cluster fuzz bench bench-quick bench-programs demo picture broker broker-stop \
-	cluster cluster-stop generate install uninstall clean setup-build setup-broker setup-brokers setup-peers setup-fuzz setup-bench \
-	setup-picture
+.PHONY: help build check test test-fast test-brokers test-cluster test-deb fuzz bench bench-quick bench-programs demo picture \
+	broker broker-stop cluster cluster-stop generate install uninstall deb clean setup-build setup-broker setup-brokers \
+	setup-peers setup-fuzz setup-bench setup-picture setup-deb setup-container
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +46,9 @@ test-brokers: setup-build setup-brokers setup-peers ## run the integration tests
 
 test-cluster: setup-build setup-broker ## run the tests on a cluster of three nodes
 	cargo test --locked -p rpc-tests -- cluster::
+
+test-deb: deb setup-broker setup-container ## install the package in a clean Debian 12, and run its unit there (as root)
+	tests/test-deb.sh "$(TARGET)"
 
 fuzz: setup-fuzz ## fuzz the code that makes the broker's frames harmless, for FUZZ_SECONDS (600)
 	@# no sanitizer: it needs a nightly compiler, and finds nothing in code without `unsafe`
@@ -80,17 +87,25 @@ cluster-stop: ## stop that cluster
 generate: setup-build ## generate man pages and shell completions, in target/share
 	cargo run --release --locked --quiet -p rpc-generate -- $(TARGET)/share
 
-install: ## install both programs, man pages and completions below PREFIX (/usr/local)
+install: ## install both programs, man pages, completions and the systemd unit below PREFIX (/usr/local)
 	@# under sudo it does not build: root may have no cargo, or another version
 	@if [ -z "$$SUDO_UID" ] && command -v cargo >/dev/null; then $(MAKE) build generate; fi
 	install -d "$(DESTDIR)$(PREFIX)/bin"
 	install -m 755 $(TARGET)/release/rpc-server $(TARGET)/release/rpc-client "$(DESTDIR)$(PREFIX)/bin"
 	cd $(TARGET)/share && find . -type f -exec install -D -m 644 "{}" "$(DESTDIR)$(PREFIX)/share/{}" \;
+	install -d "$(UNITS)"
+	sed 's|/usr/bin/|$(PREFIX)/bin/|' "rpc-server/packaging/$(UNIT)" >"$(UNITS)/$(UNIT)"
+	chmod 644 "$(UNITS)/$(UNIT)"
 	@case ":$$PATH:" in *":$(PREFIX)/bin:"*) ;; *) echo '$(PREFIX)/bin is not on your PATH: export PATH="$(PREFIX)/bin:$$PATH"' ;; esac
 
-uninstall: ## remove the installed programs
-	rm -f "$(DESTDIR)$(PREFIX)/bin/rpc-server" "$(DESTDIR)$(PREFIX)/bin/rpc-client"
+uninstall: ## remove what is installed
+	rm -f "$(DESTDIR)$(PREFIX)/bin/rpc-server" "$(DESTDIR)$(PREFIX)/bin/rpc-client" "$(UNITS)/$(UNIT)"
 	cd $(TARGET)/share && find . -type f -exec rm -f "$(DESTDIR)$(PREFIX)/share/{}" \;
+
+deb: setup-deb ## build a Debian package of all that, in target/debian
+	rm -rf "$(TARGET)/debian"
+	umask 022 && $(MAKE) install DESTDIR="$(abspath $(TARGET))/debian/root" PREFIX=/usr
+	rpc-server/packaging/deb.sh "$(TARGET)/debian"
 
 clean: broker-stop cluster-stop ## remove all build results
 	cargo clean
@@ -103,6 +118,12 @@ setup-broker:
 
 setup-brokers:
 	@tests/setup.sh brokers
+
+setup-deb:
+	@tests/setup.sh deb
+
+setup-container:
+	@tests/setup.sh container
 
 setup-peers:
 	@tests/setup.sh peers

@@ -4,6 +4,8 @@
 #   tests/setup.sh build     what the compiler needs
 #   tests/setup.sh broker    RabbitMQ, for private nodes
 #   tests/setup.sh brokers   RabbitMQ of newer Debian releases, for private nodes: each in a folder below target/brokers
+#   tests/setup.sh deb       what builds the Debian package
+#   tests/setup.sh container   systemd-nspawn, and a clean Debian 12 for it in target/container
 #   tests/setup.sh peers     the languages of the peers, and below target/peers their AMQP libraries; promtool
 #   tests/setup.sh fuzz      cargo-fuzz, from crates.io, and the C++ compiler
 #   tests/setup.sh bench     for the benchmarks: below target/peers the peers in C and on lapin; valgrind and time
@@ -82,24 +84,41 @@ broker() {
     disable_services rabbitmq-server.service epmd.service epmd.socket
 }
 
-# tests/broker.sh runs these by chroot. To get a newer version, remove its folder.
+# Installs Debian's release $2 with the packages $3 into folder $1 below target. $4 says what for. To get newer packages, remove
+# that folder.
+install_debian() {
+    folder=$target/$1
+    [ ! -e "$folder" ] || return 0
+    [ "$(id -u)" = 0 ] || die "debootstrap and chroot, for $4, need root: run as root"
+    command -v debootstrap >/dev/null ||
+        apt_install "it installs a Debian into its own folder" debootstrap debian-archive-keyring
+    log_line "installing Debian's $2 with $3 into target/$1 (a minute): $4"
+    rm -rf "$folder.new"
+    mkdir -p "$(dirname "$folder")"
+    log=$(mktemp)
+    debootstrap --variant=minbase --include="$3" "$2" "$folder.new" >"$log" 2>&1 ||
+        { tail -n 20 "$log" >&2; rm -f "$log"; die "debootstrap failed, see above"; }
+    rm -f "$log" "$folder.new"/var/cache/apt/archives/*.deb
+    echo '127.0.0.1 localhost' >"$folder.new/etc/hosts" # not every release has it, and the name must resolve
+    mv "$folder.new" "$folder"
+}
+
+# tests/broker.sh runs these by chroot.
 brokers() {
     for release in trixie sid; do
-        folder=$target/brokers/$release
-        [ ! -e "$folder" ] || continue
-        [ "$(id -u)" = 0 ] || die "debootstrap and chroot, for RabbitMQ of Debian's $release, need root: run as root"
-        command -v debootstrap >/dev/null ||
-            apt_install "it installs each newer broker into its own folder" debootstrap debian-archive-keyring
-        log_line "installing RabbitMQ of Debian's $release into target/brokers/$release (a minute): a newer broker for the tests"
-        rm -rf "$folder.new"
-        mkdir -p "$target/brokers"
-        log=$(mktemp)
-        debootstrap --variant=minbase --include=rabbitmq-server "$release" "$folder.new" >"$log" 2>&1 ||
-            { tail -n 20 "$log" >&2; rm -f "$log"; die "debootstrap failed, see above"; }
-        rm -f "$log" "$folder.new"/var/cache/apt/archives/*.deb
-        echo '127.0.0.1 localhost' >"$folder.new/etc/hosts" # sid has no such file, and the name of a node must resolve
-        mv "$folder.new" "$folder"
+        install_debian "brokers/$release" "$release" rabbitmq-server "a newer broker for the tests"
     done
+}
+
+deb() {
+    build
+    command -v dpkg-shlibdeps >/dev/null || apt_install "it finds the dependencies of the package" dpkg-dev
+}
+
+# tests/test-deb.sh runs it by systemd-nspawn.
+container() {
+    command -v systemd-nspawn >/dev/null || apt_install "it runs systemd in a container, for the test of the package" systemd-container
+    install_debian container bookworm systemd-sysv "the test of the package"
 }
 
 peers() {
@@ -115,6 +134,8 @@ peers() {
     command -v jq >/dev/null || missing="$missing jq" # for recipes in rpc-client/README.md
     command -v parallel >/dev/null || missing="$missing parallel"
     command -v identify >/dev/null || missing="$missing imagemagick" # for a recipe in rpc-server/README.md
+    command -v openssl >/dev/null || missing="$missing openssl" # for certificates in rpc-server/README.md
+    command -v systemd-analyze >/dev/null || missing="$missing systemd" # it checks the unit of rpc-server
     # shellcheck disable=SC2086 # a list of words
     [ -z "$missing" ] || apt_install "the peers in other languages, for the tests" $missing
     command -v promtool >/dev/null || {
@@ -198,7 +219,7 @@ picture() {
 
 for part in "$@"; do
     case $part in
-        build | broker | brokers | peers | fuzz | bench | picture) "$part" ;;
+        build | broker | brokers | deb | container | peers | fuzz | bench | picture) "$part" ;;
         *) die "unknown part '$part'" ;;
     esac
 done

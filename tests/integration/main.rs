@@ -36,6 +36,7 @@ mod passwords;
 mod readme;
 mod sd_notify;
 mod server_log;
+mod unit;
 
 // All of it together, and with other programs
 mod cluster;

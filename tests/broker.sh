@@ -25,8 +25,8 @@ boot_timeout=120                             # seconds
 
 is_open() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
-# Prints the first of 16 consecutive free ports: 0 to 2 for AMQP, 3 to 7 for listeners that tests add, 8 to 10 for the
-# connections between nodes, 15 for epmd. They are below the ephemeral ports, so that no outgoing connection takes one
+# Prints the first of 16 consecutive free ports: 0 to 2 for AMQP, 3 to 7 and 11 for listeners that tests add, 8
+# to 10 for the connections between nodes, 15 for epmd. They are below the ephemeral ports, so that no outgoing connection takes one
 # before the node listens.
 free_ports() {
     local first port

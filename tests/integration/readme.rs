@@ -3,7 +3,8 @@
 use crate::support::broker::private_node;
 use crate::support::broker_features::{broker_version_at, report_not_applicable};
 use crate::support::peer::{Peer, Queue};
-use crate::support::programs::{bash, command, program_folder, Program};
+use crate::support::programs::{assert_output, bash, client, command, program_folder, Program};
+use crate::tls::listen_with;
 use rpc_common::exit;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -146,6 +147,36 @@ fn every_block_of_the_readme_files_is_checked_by_a_test() {
         }
     }
     assert_eq!(programs, ["python", "python", "php", "php", "go", "go", "js", "js"]);
+}
+
+/// The guide's certificates, in the folder of the private node, which gets a listener with the options of the guide's
+/// `rabbitmq.conf`.
+#[test]
+fn the_broker_and_the_programs_accept_the_certificates_of_the_guide() {
+    let (node, queue) = (private_node(), Queue::named("tls_guide"));
+    let folder = node.folder().join("guide");
+    let file = |name: &str| folder.join(name).display().to_string();
+    fs::create_dir_all(&folder).expect("the folder of the node is writable");
+    let find =
+        |text: &str| blocks().into_iter().find(|block| block.text.contains(text)).expect("the guide has it").text;
+    for example in format!("\n{}", find("openssl req")).split("\n$ ").skip(1) {
+        let (command, _) = split_example(example);
+        bash(&format!("cd {}; {command}", folder.display())).success();
+    }
+    let config = find("ssl_options.");
+    let options = config.lines().filter_map(|line| line.strip_prefix("ssl_options.")?.split_once(" = "));
+    let options = options.map(|(name, value)| match value.strip_prefix("/etc/rabbitmq/") {
+        Some(name_of_file) => format!("{{{name}, {:?}}}", file(name_of_file)),
+        None => format!("{{{name}, {value}}}"),
+    });
+    let port = listen_with(node, 11, &options.collect::<Vec<_>>().join(", "));
+    let url = format!("amqps://localhost:{port}");
+    let (ca, cert, key) = (file("ca.pem"), file("server.pem"), file("server.key"));
+    let files = ["--ca-file", &ca, "--cert-file", &cert, "--key-file", &key];
+    let server = Program::start_server_at(&url, &queue, &files);
+    assert_output(client(&queue, &files).arg("30").env("AMQP_URL", &url), 0, "832040\n", "");
+    client(&queue, &["--ca-file", &ca, "30"]).env("AMQP_URL", &url).assert().code(3);
+    server.stop();
 }
 
 #[test]

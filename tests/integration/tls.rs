@@ -62,12 +62,17 @@ pub(crate) fn listeners() -> &'static Listeners {
 
 /// Starts a TLS listener of the node, on the `nth` port of its range.
 fn listen(node: &Node, ca: &str, (cert, key): &(String, String), nth: u16, options: &str) -> u16 {
+    let files = format!("{{cacertfile, {ca:?}}}, {{certfile, {cert:?}}}, {{keyfile, {key:?}}}");
+    listen_with(node, nth, &format!("{files}{options}"))
+}
+
+/// Like `listen`, with all options in Erlang's form.
+pub(crate) fn listen_with(node: &Node, nth: u16, options: &str) -> u16 {
     let port = node.port() + nth;
     node.rabbitmqctl(&[
         "eval",
         &format!(
-            "[rabbit_networking:start_ssl_listener({{Address, {port}}}, [{{cacertfile, {ca:?}}}, \
-             {{certfile, {cert:?}}}, {{keyfile, {key:?}}}{options}], 1) || \
+            "[rabbit_networking:start_ssl_listener({{Address, {port}}}, [{options}], 1) || \
              Address <- [\"127.0.0.1\", \"::1\"]]."
         ),
     ]);

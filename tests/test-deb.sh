@@ -39,7 +39,7 @@ StandardError=inherit
 END
     # Without systemd on this machine, there is no unit for the container.
     [ -d /run/systemd/system ] || keep_unit=(--keep-unit)
-    flock "$target/container.lock" timeout 300 systemd-nspawn --quiet --register=no "${keep_unit[@]}" --console=pipe \
+    flock "$target/container.lock" timeout --foreground 300 systemd-nspawn --quiet --register=no "${keep_unit[@]}" --console=pipe \
         --directory="$target/container" --volatile=overlay --bind="$scratch:/test" \
         --bind-ro="$scratch/test.service:/run/systemd/system/test.service" --boot -- --unit=test.service \
         </dev/null >"$scratch/console" 2>&1 || { cat "$scratch/console" "$scratch/log" >&2; echo "test-deb: failed" >&2; exit 1; }
@@ -62,7 +62,7 @@ wait_until() {
 }
 
 show() { systemctl show -P "$1" "rpc-server@$2"; }
-has_log() { journalctl -u "rpc-server@$1" | grep -e "$2" >/dev/null; }
+has_log() { journalctl -u "rpc-server@$1" "${@:3}" | grep -e "$2" >/dev/null; }
 
 inside() {
     bash -eux guide.sh
@@ -90,7 +90,7 @@ END
     wait_until has_log count ": runs$"
     systemctl stop rpc-server@count
     wait "$!" || fail "the request failed"
-    equal "$(cat answer)" done
+    equal "$(cat answer)" "done"
     equal "$(show Result count)" success
     has_log count 'count.password: Permission denied' || fail "a program reads the password's file"
     for file in /var/x /etc/x; do
@@ -102,7 +102,7 @@ END
     echo wrong >/etc/rpc-server/count.password
     ! systemctl start rpc-server@count || fail "started with a wrong password"
     equal "$(show ActiveState count) $(show ExecMainStatus count) $(show NRestarts count)" "failed 3 0"
-    has_log count "refused user 'server': is the password right?" || fail "no reason in the journal"
+    has_log count "refused user 'server': is the password right?" -p err || fail "no error in the journal"
     rm /etc/rpc-server/count.password
     ! systemctl start rpc-server@count || fail "started without a password"
     equal "$(show ActiveState count) $(show ExecMainStatus count) $(show NRestarts count)" "failed 243 0"

@@ -39,7 +39,7 @@ StandardError=inherit
 END
     # Without systemd on this machine, there is no unit for the container.
     [ -d /run/systemd/system ] || keep_unit=(--keep-unit)
-    flock "$target/container.lock" timeout --foreground 300 systemd-nspawn --quiet --register=no "${keep_unit[@]}" --console=pipe \
+    flock /run/lock/rpc-test-deb timeout --foreground 300 systemd-nspawn --quiet --register=no "${keep_unit[@]}" --console=pipe \
         --directory="$target/container" --volatile=overlay --bind="$scratch:/test" \
         --bind-ro="$scratch/test.service:/run/systemd/system/test.service" --boot -- --unit=test.service \
         </dev/null >"$scratch/console" 2>&1 || { cat "$scratch/console" "$scratch/log" >&2; echo "test-deb: failed" >&2; exit 1; }

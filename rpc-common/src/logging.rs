@@ -148,12 +148,9 @@ impl<L: Log> RateLimitedLog<L> {
             return self.log.log(record);
         }
         let (text, now) = (record.args().to_string(), Instant::now());
-        let (ended, is_allowed) = {
-            let mut limiter = self.limiter();
-            (limiter.end_windows(Some(&text), now), limiter.allow(record, text, now))
-        };
-        self.log_suppressed(ended);
-        if is_allowed {
+        let mut limiter = self.limiter(); // until the lines are logged, in the order in which they were counted
+        self.log_suppressed(limiter.end_windows(Some(&text), now));
+        if limiter.allow(record, text, now) {
             self.log.log(record);
         }
     }
@@ -191,8 +188,7 @@ impl<L: Log> Log for RateLimitedLog<L> {
     }
 
     fn flush(&self) {
-        let ended = self.limiter().end_windows(None, Instant::now());
-        self.log_suppressed(ended);
+        self.log_suppressed(self.limiter().end_windows(None, Instant::now()));
         self.log.flush();
         if let Some(writer) = &self.writer {
             writer.flush();

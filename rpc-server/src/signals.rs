@@ -36,8 +36,8 @@ pub fn stop_signal_with(on_second: impl FnOnce() + Send + 'static) -> io::Result
         let mut signals = signals.forever();
         let first = signals.next();
         let begun = Instant::now();
-        drop(running);
         log::info!("stopping: requests that have begun are answered; a second signal stops at once");
+        drop(running);
         // timeout(1) sends its signal to the process and again to its group.
         let second = signals.find(|signal| Some(*signal) != first || begun.elapsed() >= SAME_SIGNAL);
         on_second();

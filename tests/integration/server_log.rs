@@ -65,7 +65,7 @@ fn the_same_error_is_counted_while_a_broker_does_not_work() {
     }
     let log = stop(server);
     let lines: Vec<_> = log.iter().filter_map(|line| level_and_text(line)).collect();
-    let [(level, error), (_, counted), (_, stopping), _] = lines[..] else { panic!("{log:#?}") };
+    let [(level, error), (_, counted), (_, stopping), ..] = lines[..] else { panic!("{log:#?}") };
     assert!(level == "WARN" && error.ends_with("; retrying") && stopping.starts_with("stopping"), "{log:#?}");
     let counted = counted.strip_prefix("suppressed ").and_then(|line| line.split_once(" similar lines; the last: "));
     assert!(

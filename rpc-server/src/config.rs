@@ -27,6 +27,19 @@ pub struct Config {
     /// Where the broker is.
     #[command(flatten)]
     pub broker: BrokerOptions,
+
+    /// given | random: whether the first URL or any of them is tried first
+    #[arg(long, value_name = "ORDER", default_value = "random", hide_possible_values = true, help_heading = "Broker")]
+    pub url_order: UrlOrder,
+}
+
+/// Which broker a server tries first; the others follow in turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum UrlOrder {
+    /// The first one: the node that it should be on.
+    Given,
+    /// Any, so that many servers spread over the nodes.
+    Random,
 }
 
 impl Default for Config {

@@ -18,7 +18,7 @@ mod server;
 mod signals;
 mod worker;
 
-pub use config::Config;
+pub use config::{Config, UrlOrder};
 pub use handler::{fib_handler, Caller, Handler};
 pub use observer::Observer;
 pub use program::{Program, ProgramOptions};

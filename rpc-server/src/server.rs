@@ -3,7 +3,7 @@
 //! All workers wait for a channel at first, and again when theirs has ended. They end with the stop signal, or when
 //! `Server::channels` is dropped.
 
-use crate::config::Config;
+use crate::config::{Config, UrlOrder};
 use crate::handler::Handler;
 use crate::isolated::{IsolatedPublisher, IDLE_TIMEOUT};
 use crate::kept::KeptReplies;
@@ -43,7 +43,9 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 /// When the system refuses a thread.
 pub fn serve(config: &Config, handler: &Handler, stop: &Stop, observer: &dyn Observer) -> Result<(), Error> {
     let mut endpoints = config.broker.endpoints()?;
-    start_at_random(&mut endpoints);
+    if config.url_order == UrlOrder::Random {
+        start_at_random(&mut endpoints);
+    }
     let service = Service {
         config,
         handler,

@@ -310,6 +310,24 @@ fn several_brokers_are_tried_in_turn() {
     assert_output(&mut client(&queue, &urls), 3, "", &error);
 }
 
+/// With so many other URLs, a server that begins with a random one hardly ever begins with the first two.
+#[test]
+fn a_server_with_a_preferred_broker_tries_the_urls_in_the_given_order() {
+    let queue = Queue::named("url_order");
+    let preferred = Proxy::start();
+    let url = preferred.url();
+    let urls = [&["amqp://127.0.0.1:1", &url][..], &[broker::url(); 50]].concat();
+    let urls = urls.iter().flat_map(|url| ["--url", url]).collect::<Vec<_>>();
+    let server = Program::start_server(&queue, &[&urls[..], &["--url-order", "given"]].concat());
+    let connected = server.wait_for_log("connected to");
+    assert!(connected.contains(&format!("connected to {};", preferred.authority())), "{connected}");
+    // When it loses its node, it begins with that node again, and then takes the next one.
+    preferred.refuse(true);
+    preferred.close_connections();
+    server.wait_for_log(&format!("connected to {};", broker::authority()));
+    server.stop();
+}
+
 #[test]
 fn after_a_broker_has_frozen_the_next_one_is_tried_first() {
     let queue = Queue::declare("frozen_first");

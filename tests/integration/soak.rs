@@ -138,20 +138,20 @@ fn inject_fault(rng: &mut Rng, proxy: &Proxy) -> &'static str {
 
 /// How the calls of a client ended.
 #[derive(Debug, Default)]
-struct CallCounts {
-    right: u64,
-    timeouts: u64,
+pub(crate) struct CallCounts {
+    pub(crate) right: u64,
+    pub(crate) timeouts: u64,
     /// Calls that were not sent, because the broker was unreachable for too long.
-    unreachable: u64,
+    pub(crate) unreachable: u64,
     /// Calls of a client that had no answer yet when the queue was deleted.
-    no_queue: u64,
-    wrong: Vec<String>,
+    pub(crate) no_queue: u64,
+    pub(crate) wrong: Vec<String>,
     /// Replies that were late or duplicate.
     discarded: u64,
 }
 
 impl CallCounts {
-    fn add(&mut self, answers: &[String], log: &[String]) {
+    pub(crate) fn add(&mut self, answers: &[String], log: &[String]) {
         for answer in answers {
             let call: Value = serde_json::from_str(answer).expect("it is JSON");
             let expected = call["n"].as_u64().map(|n| fib(n).to_string());
@@ -166,7 +166,7 @@ impl CallCounts {
         self.discarded += log.iter().filter(|line| line.contains("discarded an unexpected reply")).count() as u64;
     }
 
-    fn total(&self) -> u64 {
+    pub(crate) fn total(&self) -> u64 {
         self.right + self.timeouts + self.unreachable + self.no_queue + self.wrong.len() as u64
     }
 }
@@ -254,7 +254,7 @@ fn read_slowly(stop: &AtomicBool, node: &Node, queue: &str) -> [usize; 2] {
 fn serve_and_watch_deadlines(stop: &Stop, proxy: &Proxy, queue: &str, latest_ms: &AtomicI64) {
     let broker = BrokerOptions::from_url(&format!("amqp://{}", proxy.authority()));
     let (queue, queue_type) = (queue.to_owned(), QueueType::Classic);
-    let config = Config { queue, queue_type, workers: 2, prefetch: 64, broker };
+    let config = Config { queue, queue_type, workers: 2, prefetch: 64, broker, ..Config::default() };
     let fib = fib_handler(MAX_N, Duration::ZERO, |_| {});
     let handler = |request: &Request, caller: &Caller| {
         if let Some(deadline) = request.deadline_ms {

@@ -20,8 +20,8 @@ CARGO_DOC = RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build check test test-fast test-brokers test-cluster test-deb fuzz bench bench-quick bench-programs demo picture \
-	broker broker-stop cluster cluster-stop generate install uninstall deb clean setup-build setup-broker setup-brokers \
+.PHONY: help build check test test-fast test-brokers test-cluster test-deb fuzz bench bench-quick bench-programs bench-cluster \
+	demo picture broker broker-stop cluster cluster-stop generate install uninstall deb clean setup-build setup-broker setup-brokers \
 	setup-peers setup-fuzz setup-bench setup-picture setup-deb setup-container
 
 help: ## list the targets
@@ -44,8 +44,9 @@ test-fast: check setup-broker ## like test, without promtool and the peers in ot
 test-brokers: setup-build setup-brokers setup-peers ## run the integration tests on RabbitMQ 4.0 and 4.3 (as root; 20 minutes)
 	tests/test-brokers.sh
 
-test-cluster: setup-build setup-broker ## run the tests on a cluster of three nodes
-	cargo test --locked -p rpc-tests -- cluster::
+test-cluster: setup-build setup-broker ## try all faults of nodes on a cluster of three (8 minutes); prints a table
+	@# with CLUSTER_FAULTS=frozen only the faults with that word in their name
+	CLUSTER_FAULTS="$(or $(CLUSTER_FAULTS),all)" cargo test --locked -p rpc-tests -- cluster:: --nocapture
 
 test-deb: deb setup-broker setup-container ## install the package in a clean Debian 12, and run its unit there (as root)
 	tests/test-deb.sh "$(TARGET)"
@@ -64,6 +65,9 @@ bench-quick: build setup-broker setup-peers setup-bench ## like bench, in two mi
 
 bench-programs: build setup-bench setup-broker ## measure served programs (five minutes); only prints the table
 	tests/benches/programs.sh $(TARGET)/release
+
+bench-cluster: build setup-broker ## measure a cluster of three nodes (15 minutes); only prints the table
+	tests/benches/cluster.sh $(TARGET)/release
 
 demo: build $(if $(AMQP_URL),,setup-broker) ## start a broker and a server, ask for fib(30), print the answer, stop both
 	tests/demo.sh $(TARGET)/release

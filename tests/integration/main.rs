@@ -31,6 +31,7 @@ mod command_line;
 mod exit_codes;
 mod messages;
 mod metrics;
+mod operating;
 mod output_formats;
 mod passwords;
 mod readme;

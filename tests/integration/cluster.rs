@@ -109,8 +109,9 @@ const ENOUGH_CALLS: u64 = 100;
 /// In seconds. Programs notice a frozen node in twice this time.
 const HEARTBEAT: u64 = 3;
 
-/// How long RabbitMQ from 4.3 on, with Khepri, tries to find or declare a queue whose node, or whose client's node, has failed.
-const KHEPRI_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long RabbitMQ from 4.3 on, with Khepri, tries to find or declare a queue whose node, or whose client's node, has failed:
+/// 30 s, once or twice.
+const KHEPRI_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long calls may rest after a fault has been detected.
 const MAX_SILENCE: Duration = SECONDS_15;
@@ -290,7 +291,7 @@ impl<'a> Trial<'a> {
         }
         let number = self.next_number.fetch_add(1, Ordering::Relaxed);
         let text = number.to_string();
-        let args = ["--queue", &self.queue, "-q", "-t", "15s", &text];
+        let args = ["--queue", &self.queue, "-q", "--wait", "-t", "15s", &text];
         let client = Program::spawn_at("", "rpc-client", &[&args[..], &self.urls_from(2)].concat());
         assert_eq!(client.next_line(), fib(number).to_string(), "{}", self.case.name);
     }

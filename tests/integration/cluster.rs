@@ -4,12 +4,15 @@
 //! `make test-cluster` sets `CLUSTER_FAULTS=all`; without it only the quick faults are tried, and with a part of a name the faults
 //! of that name. `--nocapture` shows a table.
 
+mod cases;
+
 use crate::soak::CallCounts;
 use crate::support::broker::Cluster;
 use crate::support::broker_features::broker_version_at;
 use crate::support::eventually;
 use crate::support::peer::Peer;
 use crate::support::programs::Program;
+use cases::{Case, Fault, CASES};
 use crossbeam_channel::bounded;
 use rpc_common::fib::fib;
 use rpc_server::Stop;
@@ -20,84 +23,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use std::{env, thread};
 
-/// What happens to the cluster. Node 1 has the queue's leader, or the whole queue if it is not replicated.
-#[derive(Clone, Copy, Debug)]
-enum Fault {
-    /// SIGKILL; the node is started again when calls flow.
-    Kill(usize),
-    /// SIGKILL; the node is started again later.
-    KillFor(usize, Duration),
-    KillTwoFor(Duration),
-    FreezeFor(usize, Duration),
-    /// Stops each node, and starts it, one after the other.
-    RollingRestart,
-    MemoryAlarmFor(usize, Duration),
-    DeleteQueue,
-}
-
 use Fault::{DeleteQueue, FreezeFor, Kill, KillFor, KillTwoFor, MemoryAlarmFor, RollingRestart};
-
-/// A fault, and where it meets the calls.
-struct Case {
-    name: &'static str,
-    fault: Fault,
-    queue_type: &'static str,
-    /// The node that each client prefers.
-    clients: [usize; 3],
-    /// Whether it is tried in every test run.
-    is_quick: bool,
-}
-
-const fn case(name: &'static str, fault: Fault, clients: [usize; 3]) -> Case {
-    Case { name, fault, queue_type: "quorum", clients, is_quick: false }
-}
-
-impl Case {
-    /// The timeout of each call: longer than the fault lasts, or short where calls are lost for certain.
-    fn timeout(&self) -> &'static str {
-        match (self.fault, self.queue_type) {
-            (DeleteQueue, _) | (_, "transient") => "10s",
-            _ => "1m",
-        }
-    }
-
-    /// Whether clients connect again while a quorum queue has no leader, or use a connection that has published to an earlier
-    /// queue of this name. RabbitMQ 3.10 then takes nothing more from that connection.
-    fn sticks_on_3_10(&self) -> bool {
-        match self.fault {
-            Kill(1) | FreezeFor(1, _) | RollingRestart => self.clients.contains(&1),
-            DeleteQueue => true,
-            _ => false,
-        }
-    }
-}
-
-const SECONDS_5: Duration = Duration::from_secs(5);
-const SECONDS_15: Duration = Duration::from_secs(15);
-const SECONDS_20: Duration = Duration::from_secs(20);
-
-/// On each node there is a server. (RabbitMQ 3.10 loses what is published on a new connection while the queue elects a leader.)
-const CASES: [Case; 13] = [
-    Case { is_quick: true, ..case("kill -9 of the leader", Kill(1), [2, 3, 2]) },
-    Case { is_quick: true, ..case("kill -9 of a follower and the clients' node", Kill(2), [2, 2, 2]) },
-    Case { is_quick: true, ..case("the queue deleted", DeleteQueue, [1, 2, 3]) },
-    case("kill -9 of a follower, a server's node", Kill(3), [1, 2, 1]),
-    case("kill -9 of the leader and the clients' node", Kill(1), [1, 1, 1]),
-    case("the leader frozen for 20 s", FreezeFor(1, SECONDS_20), [2, 3, 2]),
-    case("the leader and the clients' node frozen for 20 s", FreezeFor(1, SECONDS_20), [1, 1, 1]),
-    case("a follower and the clients' node frozen for 20 s", FreezeFor(2, SECONDS_20), [2, 2, 2]),
-    case("a rolling restart of all three nodes", RollingRestart, [1, 2, 3]),
-    case("two of three nodes gone for 15 s", KillTwoFor(SECONDS_15), [3, 3, 3]),
-    case("a memory alarm on one node for 5 s", MemoryAlarmFor(3, SECONDS_5), [1, 2, 3]),
-    Case {
-        queue_type: "transient",
-        ..case("kill -9 of a transient queue's node for 15 s", KillFor(1, SECONDS_15), [2, 3, 2])
-    },
-    Case {
-        queue_type: "classic",
-        ..case("kill -9 of a classic queue's node for 15 s", KillFor(1, SECONDS_15), [2, 3, 2])
-    },
-];
 
 /// The calls of each client that are outstanding at once; while none is answered, it makes another one after this pause.
 const IN_FLIGHT: u64 = 32;
@@ -109,12 +35,15 @@ const ENOUGH_CALLS: u64 = 100;
 /// In seconds. Programs notice a frozen node in twice this time.
 const HEARTBEAT: u64 = 3;
 
+/// How long after the last answer a client with stuck calls is ended.
+const MAX_DRAIN: Duration = Duration::from_secs(5);
+
 /// How long RabbitMQ from 4.3 on, with Khepri, tries to find or declare a queue whose node, or whose client's node, has failed:
 /// 30 s, once or twice.
 const KHEPRI_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long calls may rest after a fault has been detected.
-const MAX_SILENCE: Duration = SECONDS_15;
+const MAX_SILENCE: Duration = Duration::from_secs(15);
 
 #[test]
 fn every_call_ends_right_or_with_exit_code_5_when_nodes_fail() {
@@ -249,11 +178,21 @@ impl<'a> Trial<'a> {
             progress.right.store(counts.right, Ordering::Relaxed);
             progress.ended.store(counts.total(), Ordering::Relaxed);
         }
+        client.close_stdin();
         let is_interrupted = self.may_have_stuck_clients();
         if is_interrupted {
+            // What is not stuck is answered soon.
+            let mut answered_at = Instant::now();
+            while counts.total() < asked && answered_at.elapsed() < MAX_DRAIN {
+                let lines = client.new_lines();
+                if !lines.is_empty() {
+                    answered_at = Instant::now();
+                }
+                counts.add(&lines, &[]);
+                thread::sleep(Duration::from_millis(1));
+            }
             client.send_signal(Signal::INT);
         }
-        client.close_stdin();
         let (answers, more_log) = client.remaining_output();
         counts.add(&answers, &[]);
         log.extend(more_log);

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 /// What happens to the cluster. Node 1 has the queue's leader, or the whole queue if it is not replicated.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Fault {
     /// SIGKILL; the node is started again when calls flow.
     Kill(usize),
@@ -62,7 +62,7 @@ const SECONDS_20: Duration = Duration::from_secs(20);
 pub(super) const CASES: [Case; 13] = [
     Case { is_quick: true, ..case("kill -9 of the leader", Kill(1), [2, 3, 2]) },
     Case { is_quick: true, ..case("kill -9 of a follower and the clients' node", Kill(2), [2, 2, 2]) },
-    Case { is_quick: true, ..case("the queue deleted", DeleteQueue, [1, 2, 3]) },
+    case("the queue deleted", DeleteQueue, [1, 2, 3]),
     case("kill -9 of a follower, a server's node", Kill(3), [1, 2, 1]),
     case("kill -9 of the leader and the clients' node", Kill(1), [1, 1, 1]),
     case("the leader frozen for 20 s", FreezeFor(1, SECONDS_20), [2, 3, 2]),

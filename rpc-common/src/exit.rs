@@ -83,10 +83,10 @@ pub fn exit_codes_help(codes: &[(ExitCode, &str)]) -> String {
     help
 }
 
-/// Prints a message of a program, such as why it failed, on standard error.
+/// Prints a message of a program, such as why it failed, on standard error: in systemd's journal as an error.
 pub fn print_message(program: &str, message: impl Display) {
-    let priority = if logging::is_journal() { "<3>" } else { "" }; // an error, see `logging`
-                                                                   // If standard error is closed, the exit code still reports the failure.
+    let priority = if logging::is_journal() { "<3>" } else { "" };
+    // If standard error is closed, the exit code still reports the failure.
     let _ = writeln!(io::stderr(), "{priority}{program}: {message}");
 }
 

@@ -19,7 +19,8 @@ fn address(test: u8) -> String {
 /// Gets a page: its status line, and its text.
 fn get(address: &str, path: &str) -> (String, String) {
     let mut connection = TcpStream::connect(address).expect("the server listens");
-    write!(connection, "GET {path} HTTP/1.1\r\nHost: {address}\r\n\r\n").expect("the server reads");
+    let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\n\r\n");
+    connection.write_all(request.as_bytes()).expect("the server reads");
     let mut response = String::new();
     connection.read_to_string(&mut response).expect("the server answers, and closes the connection");
     let (head, text) = response.split_once("\r\n\r\n").expect("it has a head");

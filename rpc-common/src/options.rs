@@ -87,7 +87,9 @@ fn describe_error(error: &clap::Error) -> Option<String> {
         }
         _ => String::new(),
     };
-    Some(format!("{message}{suggestion}; see --help").replace("?; see", "? see"))
+    let text = message + &suggestion;
+    let separator = if text.ends_with('?') { " " } else { "; " };
+    Some(format!("{text}{separator}see --help"))
 }
 
 /// Rewords how the standard library and clap say that a number is invalid.

@@ -26,14 +26,21 @@ session set -g status off
 session set -g pane-active-border-style default
 session split-window -v -l 17 -c "$scratch" "$shell"
 
-# Waits until the last line of a pane matches the pattern.
-wait_for() {
+# Waits until a command succeeds.
+wait_until() {
     local deadline=$((SECONDS + 60))
-    until session capture-pane -p -t "$1" | grep . | tail -n 1 | grep -q -- "$2"; do
-        [ $SECONDS -lt $deadline ] || { echo "picture: pane $1 does not show '$2'" >&2; exit 1; }
+    until "$@"; do
+        [ $SECONDS -lt $deadline ] || { echo "picture: timed out: $*" >&2; exit 1; }
         sleep 0.1
     done
 }
+
+# Whether the last line of a pane matches the pattern.
+shows() { session capture-pane -p -t "$1" | grep . | tail -n 1 | grep -q -- "$2"; }
+
+wait_for() { wait_until shows "$@"; }
+
+is_recorded() { session list-clients 2>/dev/null | grep -q .; }
 
 # Types a line into a pane as a person does.
 type_line() {
@@ -64,7 +71,8 @@ start_again() {
 }
 
 play() {
-    until session list-clients | grep -q .; do sleep 0.1; done # termtosvg is there
+    trap 'session kill-server' EXIT # it also ends the recording, when a wait fails, too
+    wait_until is_recorded
     sleep 0.5
     serve 'rpc-server 2>log'
     type_line 1 'rpc-client 30'
@@ -80,7 +88,6 @@ play() {
     sleep 1
     wait_for 1 '[$]$'
     sleep 5
-    session kill-server
 }
 
 play &

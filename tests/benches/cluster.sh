@@ -76,7 +76,7 @@ measure() { # like start_servers; appends calls/s, p50 in us, and CPU time per c
 }
 
 # Median, minimum and maximum of column $1 of file $2.
-median() { cut -f "$1" "$2" | sort -g | awk '{ a[NR] = $1 } END { printf "%.0f (%.0f to %.0f)", a[int((NR + 1) / 2)], a[1], a[NR] }'; }
+median() { cut -f "$1" "$2" | sort -g | awk '{ a[NR] = $1 } END { printf "%.0f (%.0f to %.0f)", (a[int((NR + 1) / 2)] + a[int(NR / 2) + 1]) / 2, a[1], a[NR] }'; }
 
 in_rows() { # COMMAND: runs it with the words of each row
     local row=0 words

@@ -40,6 +40,9 @@ pub fn parse_args<Cli: clap::Parser>(short_help: &str) -> Result<Cli, ExitCode> 
     })
 }
 
+/// Values of a variable that do not set an option without a value, as clap has it. Upper and lower case are the same.
+const FALSE: [&str; 7] = ["", "0", "f", "false", "n", "no", "off"];
+
 /// The arguments, and before them those that the environment sets: `RPC_CLIENT_TIMEOUT=5s` is `--timeout=5s` of rpc-client. So the
 /// command line wins: of an option that is given twice, the last one counts.
 ///
@@ -59,7 +62,7 @@ fn arguments(command: &clap::Command) -> Vec<OsString> {
         if arg.get_action().takes_values() {
             argument.push("=");
             argument.push(value);
-        } else if ["", "0", "false", "no"].iter().any(|no| value == *no) {
+        } else if FALSE.iter().any(|no| value.eq_ignore_ascii_case(no)) {
             continue;
         }
         arguments.push(argument);

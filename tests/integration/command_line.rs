@@ -43,6 +43,10 @@ fn options_can_be_set_by_the_environment_and_the_command_line_wins() {
     let mut call = command("rpc-client");
     call.env("RPC_CLIENT_QUEUE", &*queue).env("RPC_CLIENT_OUTPUT", "json").args(["-o", "raw", "30"]);
     assert_output(&mut call, 0, "832040\n", "");
+    for no in ["", "0", "f", "False", "n", "NO", "off"] {
+        let mut call = client(&queue, &["-o", "text", "30"]);
+        assert_output(call.env("RPC_CLIENT_QUIET", no), 0, " [.] Got 832040\n", " [x] Requesting fib(30)\n");
+    }
     assert!(server.stop().is_empty());
     let error = "rpc-client: invalid value 'x' for '--timeout <DURATION>': not a duration such as 1500ms, 30s or 2m; see --help\n";
     assert_output(command("rpc-client").env("RPC_CLIENT_TIMEOUT", "x").arg("30"), 2, "", error);

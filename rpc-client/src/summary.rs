@@ -5,7 +5,6 @@ use crate::error::Error;
 use crate::output::{millis, Line};
 use hdrhistogram::Histogram;
 use rpc_client::Error as CallError;
-use rpc_common::exit::print_message;
 use rpc_common::message::{ErrorCode, Failure};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -63,21 +62,19 @@ impl Summary {
     /// Prints the figures on standard error.
     pub(crate) fn print(&self) {
         let figures = self.figures();
-        match self.format {
+        let text = match self.format {
             SummaryFormat::Text => match terminal_size_of(io::stderr()) {
-                Some((Width(width @ MIN_WIDTH..), _)) => self.print_histogram(&figures, width.into()),
-                _ => print_message("rpc-client", &figures),
+                Some((Width(width @ MIN_WIDTH..), _)) => self.histogram(&figures, width.into()),
+                _ => format!("rpc-client: {figures}\n"),
             },
-            SummaryFormat::Json => {
-                let json = serde_json::to_string(&figures).expect("figures are plain JSON");
-                let _ = writeln!(io::stderr(), "{json}"); // if it cannot be written, the exit code is left
-            }
-        }
+            SummaryFormat::Json => serde_json::to_string(&figures).expect("figures are plain JSON") + "\n",
+        };
+        let _ = io::stderr().write_all(text.as_bytes()); // if it cannot be written, the exit code is left
     }
 
-    /// Prints the latencies as a histogram, with the percentiles beside it.
-    fn print_histogram(&self, figures: &Figures, width: usize) {
-        let Some(latency) = &figures.latency_ms else { return print_message("rpc-client", figures) };
+    /// The latencies as a histogram, with the percentiles beside it.
+    fn histogram(&self, figures: &Figures, width: usize) -> String {
+        let Some(latency) = &figures.latency_ms else { return format!("rpc-client: {figures}\n") };
         let bar_width = width.saturating_sub(WIDTH_WITHOUT_BAR).clamp(1, MAX_BAR);
         let bounds = self.bounds();
         let mut counts = vec![0; bounds.len()];
@@ -92,7 +89,7 @@ impl Summary {
             let from = millis(Duration::from_micros(from));
             let _ = writeln!(text, "{from:>9.2} ms {bar:<bar_width$} {count:>8}  {name:>5} {value:>9.2} ms");
         }
-        let _ = io::stderr().write_all(text.as_bytes()); // if it cannot be written, the exit code is left
+        text
     }
 
     /// Where the histogram's rows begin, in microseconds, from the least latency on: each is the same multiple of the one before.

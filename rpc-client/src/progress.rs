@@ -68,11 +68,17 @@ impl Progress {
         state.errors += u64::from(is_error);
     }
 
-    /// Prints something else: the line is away until it is drawn again.
+    /// Prints something else: the line is away meanwhile.
     pub(crate) fn suspend<T>(&self, print: impl FnOnce() -> T) -> T {
         let mut state = lock(&self.0);
+        let was_shown = state.is_shown;
         state.clear();
-        print()
+        let printed = print();
+        // The answer to a single call may end without a newline: it would be cleared.
+        if was_shown && state.queue.is_none() {
+            state.draw();
+        }
+        printed
     }
 
     pub(crate) fn finish(&self) {

@@ -136,7 +136,7 @@ impl Program {
         }
     }
 
-    /// Kills all runs, and those that begin from now on.
+    /// Kills all runs. None begins from now on.
     pub fn kill_all(&self) {
         self.groups.kill_all();
     }

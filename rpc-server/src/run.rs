@@ -139,7 +139,10 @@ pub(crate) fn run(
     kill(run.process.group, Signal::KILL);
     run.stdin = None;
     let until = Instant::now() + OUTPUT_TIMEOUT;
-    while (run.stdout.is_some() || run.stderr.is_some()) && !run.is_output_too_large() && Instant::now() < until {
+    while (run.stdout.is_some() || run.stderr.is_some()) && Instant::now() < until {
+        if run.is_output_too_large() {
+            run.stdout = None; // standard error may say why
+        }
         run.transfer(until);
     }
     if run.is_output_too_large() {

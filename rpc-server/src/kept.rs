@@ -58,10 +58,14 @@ impl KeptReplies {
 impl InHand<'_> {
     /// Keeps the reply to this request.
     pub(crate) fn keep(&self, reply: Reply) {
+        let size = |reply: &Reply| reply.as_ref().map_or(0, |answer| answer.body.len());
+        if size(&reply) > MAX_KEPT_BYTES {
+            return; // it would take the place of all others
+        }
         let mut state = self.kept.lock();
         state.replies.push_front((self.key, reply));
-        let size = |(_, reply): &(u64, Reply)| reply.as_ref().map_or(0, |answer| answer.body.len());
-        while state.replies.len() > MAX_KEPT || state.replies.iter().map(size).sum::<usize>() > MAX_KEPT_BYTES {
+        let all = |state: &State| state.replies.iter().map(|(_, reply)| size(reply)).sum::<usize>();
+        while state.replies.len() > MAX_KEPT || all(&state) > MAX_KEPT_BYTES {
             state.replies.pop_back();
         }
     }
@@ -127,6 +131,16 @@ mod tests {
         assert_eq!(take(&kept, b"30"), None);
         (0..MAX_KEPT).for_each(|_| keep(&kept, b"30", "832040"));
         assert_eq!(take(&kept, b"20"), None, "it was the oldest");
+    }
+
+    #[test]
+    fn a_reply_that_is_too_large_to_be_kept_takes_no_place_of_others() {
+        let kept = KeptReplies::default();
+        keep(&kept, b"30", "832040");
+        let large = Answer { body: vec![0; MAX_KEPT_BYTES + 1], content_type: None };
+        kept.begin(&request(b"large"), false).0.keep(Ok(large));
+        assert_eq!(take(&kept, b"large"), None);
+        assert_eq!(take(&kept, b"30"), Some(Ok(answer("832040"))));
     }
 
     #[test]

@@ -173,12 +173,12 @@ impl<T> EventLoop<'_, '_, T> {
                 self.broker.clone_from(&publisher.broker);
                 self.diagnosis.on_waiting("starting a consumer");
                 (session.returns, session.confirms, session.notifications) = (returns, confirms, notifications);
-                session.publisher = Some(publisher);
+                session.on_connected(publisher);
                 self.pending.send_all_again();
                 self.publish_requests(session);
             }
             SessionEvent::Consuming(replies) => {
-                (session.replies, session.is_consuming) = (replies, true);
+                session.on_consuming(replies);
                 self.diagnosis.on_reply(Instant::now());
             }
             SessionEvent::QueueChecked(stats) => {
@@ -239,10 +239,12 @@ impl<T> EventLoop<'_, '_, T> {
 
     /// Buffers the requests that are to be sent; the loop flushes them. Not while the broker blocks us: it would run them when
     /// their callers have gone.
-    fn publish_requests(&mut self, session: &Session) {
-        let (Some(publisher), false) = (&session.publisher, self.diagnosis.is_blocked()) else { return };
+    fn publish_requests(&mut self, session: &mut Session) {
+        if session.publisher.is_none() || self.diagnosis.is_blocked() {
+            return;
+        }
         while let Some(call) = self.pending.next_to_send() {
-            publisher.publish(&self.config.queue, call);
+            session.publish(&self.config.queue, call);
         }
     }
 
@@ -295,10 +297,11 @@ impl<T> EventLoop<'_, '_, T> {
     /// Ends expired calls, delivers outcomes, sends returned requests again, and looks at the request queue.
     fn on_idle(&mut self, session: &mut Session) -> Result<(), ConnectionError> {
         self.take_messages(session)?; // an answer that has arrived does not expire
-        let has_expired = self.calls_can_expire(Some(session)) && self.expire();
-        if has_expired && self.pending.is_empty() && !session.is_consuming && !self.diagnosis.is_blocked() {
-            // The broker has not started the consumer in time. (If it blocks us, the next calls wait for it.) This ends the
-            // session thread's wait.
+        let all_expired = self.calls_can_expire(Some(session)) && self.expire() && self.pending.is_empty();
+        let is_late = session.is_consumer_late() || (all_expired && !session.is_consuming);
+        if is_late && !self.diagnosis.is_blocked() {
+            // The broker has not started the consumer. (If it blocks us, the calls wait for it.) This ends the session
+            // thread's wait.
             session.shut_down();
         }
         self.outcomes.deliver();
@@ -408,7 +411,8 @@ impl<T> EventLoop<'_, '_, T> {
         if !self.calls_can_expire(Some(session)) {
             return Duration::MAX;
         }
-        let next_timer = self.pending.next_timer().map(|timer| timer.min(self.diagnosis.next_check));
-        next_timer.map_or(Duration::MAX, |timer| timer.saturating_duration_since(Instant::now()))
+        let Some(next_timer) = self.pending.next_timer() else { return Duration::MAX };
+        let timers = [next_timer, self.diagnosis.next_check].into_iter().chain(session.consumer_deadline);
+        timers.min().map_or(Duration::MAX, |timer| timer.saturating_duration_since(Instant::now()))
     }
 }

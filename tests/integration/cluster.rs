@@ -38,10 +38,6 @@ const HEARTBEAT: u64 = 3;
 /// How long after the last answer a client with stuck calls is ended.
 const MAX_DRAIN: Duration = Duration::from_secs(5);
 
-/// How long RabbitMQ from 4.3 on, with Khepri, tries to find or declare a queue whose node, or whose client's node, has failed:
-/// 30 s, once or twice.
-const KHEPRI_TIMEOUT: Duration = Duration::from_secs(60);
-
 /// How long calls may rest after a fault has been detected.
 const MAX_SILENCE: Duration = Duration::from_secs(15);
 
@@ -344,15 +340,13 @@ impl<'a> Trial<'a> {
         let is_lossless = matches!(self.case.fault, Kill(_) | RollingRestart) && !self.may_have_stuck_clients();
         expect(timeouts == 0 || !is_lossless, format!("{timeouts} with exit code 5"));
         let noticed = Duration::from_secs(2 * HEARTBEAT);
-        let khepri_timeout = (self.version >= (4, 3)).then_some(KHEPRI_TIMEOUT);
+        let has_khepri = self.version >= (4, 3);
         let unavoidable = match self.case.fault {
-            // The clients' reply queues cannot be declared elsewhere until the node is back.
-            FreezeFor(node, _) if self.case.clients.contains(&node) => noticed + khepri_timeout.unwrap_or(fault_time),
+            // With Mnesia, the clients' reply queues cannot be declared elsewhere until the node is back.
+            FreezeFor(node, _) if self.case.clients.contains(&node) && !has_khepri => fault_time,
             FreezeFor(..) => noticed,
-            // RabbitMQ deletes the queue, and the servers declare it on another node; from 4.3 on it may wait for the node.
-            KillFor(..) if self.case.queue_type == "transient" => {
-                khepri_timeout.map_or(Duration::ZERO, |it| it.max(fault_time))
-            }
+            // RabbitMQ deletes the queue, and the servers declare it on another node; from 4.3 on they may wait for the node.
+            KillFor(..) if self.case.queue_type == "transient" && !has_khepri => Duration::ZERO,
             KillFor(..) | KillTwoFor(..) | MemoryAlarmFor(..) => fault_time, // nothing can be served meanwhile
             Kill(_) | RollingRestart | DeleteQueue => Duration::ZERO,
         };

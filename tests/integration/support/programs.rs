@@ -78,7 +78,8 @@ pub(crate) fn bash(script: &str) -> Assert {
     command_of("bash").args(["-c", script]).env("PATH", path).assert()
 }
 
-/// A program that runs in the background. It is killed when it is dropped, or when this process ends.
+/// A program that runs in the background. It is killed when it is dropped, or when this process ends. A test that fails shows
+/// its log.
 pub(crate) struct Program {
     child: Child,
     stdin: Option<ChildStdin>,
@@ -225,6 +226,9 @@ impl Drop for Program {
     fn drop(&mut self) {
         let _ = self.child.kill(); // fails if it has ended already
         let _ = self.child.wait();
+        if thread::panicking() {
+            eprintln!("the log of process {}: {:#?}", self.process_id(), self.new_log());
+        }
     }
 }
 

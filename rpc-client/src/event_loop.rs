@@ -335,14 +335,14 @@ impl<T> EventLoop<'_, '_, T> {
     fn on_confirm(&mut self, session: &mut Session, confirm: Confirm) {
         let others = session.confirms.len();
         session.returns.try_iter().for_each(|request| self.on_return(&request));
-        let mut is_first_refused = false;
+        let mut is_any_refused = false;
         for confirm in iter::once(confirm).chain(session.confirms.try_iter().take(others)) {
             match confirm {
                 Confirm::Ack(confirmed) => self.pending.on_ack(confirmed),
-                Confirm::Nack(refused) => is_first_refused |= self.pending.on_nack(refused, Instant::now()),
+                Confirm::Nack(refused) => is_any_refused |= self.pending.on_nack(refused, Instant::now()),
             }
         }
-        if is_first_refused {
+        if is_any_refused {
             session.check_queue(); // is it full?
         }
     }

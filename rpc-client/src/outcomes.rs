@@ -4,6 +4,7 @@ use crate::call::{Error, Outcome};
 use crate::pending::{Call, PendingCalls};
 use rpc_common::message::Answer;
 use std::mem;
+use std::time::Instant;
 
 /// Receives how calls ended, in the order in which they ended.
 pub type OnOutcomes<'a, T> = dyn FnMut(Vec<Outcome<T>>) + 'a;
@@ -50,7 +51,7 @@ impl<'a, 'f, T> Outcomes<'a, 'f, T> {
 
     /// Ends the calls whose only request the queue has refused.
     pub(crate) fn end_refused(&mut self, pending: &mut PendingCalls<T>, queue: &str, broker: &str) {
-        while let Some(call) = pending.pop_refused() {
+        while let Some(call) = pending.pop_refused(Instant::now()) {
             let (queue, broker) = (queue.to_owned(), broker.to_owned());
             self.add(call, Err(Error::QueueFull { queue, broker }));
         }

@@ -18,6 +18,10 @@ const MAX_UNCONFIRMED: usize = 1_000;
 /// How long a request that was returned or refused waits before it is sent again.
 const RESEND_DELAY: Duration = Duration::from_millis(250);
 
+/// How old a request is at most that a full queue has refused. A durable classic queue, too, refuses requests when its node dies; the
+/// look at it hangs until the node is back.
+const MAX_REFUSAL_TIME: Duration = Duration::from_secs(5);
+
 /// A **call** is a request that waits for its reply.
 #[derive(Debug)]
 pub(crate) struct Call<T> {
@@ -30,6 +34,7 @@ pub(crate) struct Call<T> {
     /// How often the request was sent.
     pub(crate) sends: u32,
     pub(crate) first_sent: Option<Instant>,
+    last_sent: Option<Instant>,
     /// How many calls were in flight when it began, and how many had been answered.
     ahead: usize,
     answered_before: u64,
@@ -46,8 +51,8 @@ enum Fate {
     Accepted,
     /// No queue has taken it (`basic.return`, `basic.nack`): it is sent again.
     Lost,
-    /// The queue has not taken the only request of its call (`basic.nack`): it is full, or its process has died. A look at the
-    /// queue decides.
+    /// The queue has not taken it (`basic.nack`), and nothing has run: it is full, or its process has died. A look at the queue
+    /// decides.
     Refused,
 }
 
@@ -60,6 +65,7 @@ impl<T> Call<T> {
     pub(crate) fn mark_sent(&mut self, now: Instant) {
         self.sends += 1;
         self.first_sent.get_or_insert(now);
+        self.last_sent = Some(now);
     }
 }
 
@@ -128,6 +134,7 @@ impl<T> PendingCalls<T> {
                 deadline,
                 sends: 0,
                 first_sent: None,
+                last_sent: None,
                 ahead,
                 answered_before,
                 may_have_run: false,
@@ -234,22 +241,21 @@ impl<T> PendingCalls<T> {
         }
     }
 
-    /// The queue has not taken these requests. Returns whether a call is pending whose only request is among them: whether it
-    /// ends depends on the queue.
+    /// The queue has not taken these requests. Returns whether it is to be looked at: whether it is full.
     pub(crate) fn on_nack(&mut self, refused: ConfirmPayload, now: Instant) -> bool {
-        let mut is_any_first = false;
+        let mut is_any_refused = false;
         for index in self.take_confirmed(refused) {
             if let Some(call) = self.calls.get_mut(&index) {
-                call.fate = if call.sends == 1 { Fate::Refused } else { Fate::Lost };
-                is_any_first |= call.sends == 1;
+                call.fate = if call.may_have_run { Fate::Lost } else { Fate::Refused };
+                is_any_refused |= !call.may_have_run;
                 self.is_accepted = false;
                 self.resend_at.get_or_insert(now + RESEND_DELAY);
             }
         }
-        is_any_first
+        is_any_refused
     }
 
-    /// The queue was looked at, and is not full: requests that it refused are sent again.
+    /// The queue was looked at: requests that it refused, though it was not full then, are sent again.
     pub(crate) fn resend_refused(&mut self, now: Instant) {
         for call in self.calls.values_mut().filter(|call| call.fate == Fate::Refused) {
             call.fate = Fate::Lost;
@@ -265,9 +271,10 @@ impl<T> PendingCalls<T> {
         self.unconfirmed.remove(&delivery_tag).into_iter().collect()
     }
 
-    /// Ends a call whose only request was refused: the queue is full.
-    pub(crate) fn pop_refused(&mut self) -> Option<Call<T>> {
-        let id = self.calls.values().find(|call| call.fate == Fate::Refused)?.id;
+    /// Ends a call whose request was refused just now: the queue is full.
+    pub(crate) fn pop_refused(&mut self, now: Instant) -> Option<Call<T>> {
+        let is_new = |call: &&Call<T>| call.last_sent.is_some_and(|sent| now < sent + MAX_REFUSAL_TIME);
+        let id = self.calls.values().filter(is_new).find(|call| call.fate == Fate::Refused)?.id;
         self.remove(id)
     }
 
@@ -358,7 +365,9 @@ mod tests {
         let request = Request { context: (), body: b"30".to_vec() };
         let deadline = Deadline::after(Duration::from_secs(9));
         calls.begin(id, request, deadline);
-        calls.next_to_send().unwrap().sends = sends;
+        let call = calls.next_to_send().unwrap();
+        call.mark_sent(Instant::now());
+        call.sends = sends;
         deadline.instant()
     }
 
@@ -453,19 +462,36 @@ mod tests {
     }
 
     #[test]
-    fn a_request_that_is_refused_at_first_ends_its_call_and_a_later_one_is_sent_again() {
+    fn a_refused_request_ends_its_call_unless_it_may_have_run() {
         let mut calls = PendingCalls::new(false);
         let now = Instant::now();
+        begin(&mut calls, OTHER, 1);
+        calls.send_all_again();
+        calls.next_to_send().unwrap().mark_sent(now);
         begin(&mut calls, ID, 1);
-        begin(&mut calls, OTHER, 2);
-        assert!(!calls.on_nack(one(2), now));
-        assert!(calls.pop_refused().is_none());
-        assert!(calls.on_nack(one(1), now));
+        assert!(!calls.on_nack(one(1), now));
+        assert!(calls.pop_refused(now).is_none());
+        assert!(calls.on_nack(one(2), now));
         assert!(!calls.accepts_calls());
         let (_, slow_look) = (resend(&mut calls, now), now + 2 * RESEND_DELAY);
         assert_eq!(resend(&mut calls, slow_look), Some(OTHER), "the first one waits for the look at the queue");
-        assert_eq!(calls.pop_refused().map(|call| call.id), Some(ID));
-        assert!(calls.pop_refused().is_none());
+        assert_eq!(calls.pop_refused(now).map(|call| call.id), Some(ID));
+        assert!(calls.pop_refused(now).is_none());
+    }
+
+    #[test]
+    fn a_request_whose_queue_was_looked_at_late_is_sent_again_and_may_be_refused_then() {
+        let mut calls = PendingCalls::new(false);
+        begin(&mut calls, ID, 1);
+        let late = Instant::now() + MAX_REFUSAL_TIME;
+        assert!(calls.on_nack(one(1), late));
+        assert!(calls.pop_refused(late).is_none());
+        calls.resend_refused(late);
+        let resent = late + RESEND_DELAY;
+        calls.start_resends(resent);
+        calls.next_to_send().unwrap().mark_sent(resent);
+        assert!(calls.on_nack(one(2), resent));
+        assert_eq!(calls.pop_refused(resent).map(|call| call.id), Some(ID));
     }
 
     #[test]
@@ -516,7 +542,7 @@ mod tests {
         let now = Instant::now();
         begin(&mut calls, ID, 1);
         calls.on_nack(one(1), now);
-        calls.pop_refused().unwrap();
+        calls.pop_refused(now).unwrap();
         assert!(!calls.accepts_calls(), "not before the delay has passed");
         assert!(resend(&mut calls, now + RESEND_DELAY).is_none());
         assert!(calls.accepts_calls());

@@ -334,7 +334,7 @@ impl<'a> Trial<'a> {
         };
         expect(in_flight >= IN_FLIGHT, format!("{in_flight} calls in flight"));
         expect(wrong == 0, format!("{:#?}", results.iter().map(|(counts, _)| &counts.wrong).collect::<Vec<_>>()));
-        let is_gone = matches!(self.case.fault, DeleteQueue | KillFor(..));
+        let is_gone = self.case.fault == DeleteQueue || self.case.queue_type == "transient";
         expect(no_queue == 0 || is_gone, format!("{no_queue} with exit code 4"));
         // One node less is no reason to lose a call.
         let is_lossless = matches!(self.case.fault, Kill(_) | RollingRestart) && !self.may_have_stuck_clients();

@@ -121,6 +121,8 @@ container() {
     install_debian container bookworm systemd-sysv "the test of the package"
 }
 
+has_venv() { python3 -c 'import ensurepip, venv' 2>/dev/null; }
+
 peers() {
     missing=
     command -v php >/dev/null || missing="$missing php-cli"
@@ -128,7 +130,7 @@ peers() {
     command -v go >/dev/null || missing="$missing golang-go"
     [ -d /usr/share/gocode/src/github.com/rabbitmq/amqp091-go ] ||
         missing="$missing golang-github-rabbitmq-amqp091-go-dev"
-    python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
+    has_venv || missing="$missing python3-venv"
     command -v node >/dev/null || missing="$missing nodejs"
     command -v npm >/dev/null || missing="$missing npm"
     command -v jq >/dev/null || missing="$missing jq" # for recipes in rpc-client/README.md
@@ -207,7 +209,7 @@ bench() {
 picture() {
     missing=
     command -v tmux >/dev/null || missing="$missing tmux"
-    python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
+    has_venv || missing="$missing python3-venv"
     # shellcheck disable=SC2086 # a list of words
     [ -z "$missing" ] || apt_install "to record the picture of README.md" $missing
     [ -x "$built/picture/bin/termtosvg" ] || {

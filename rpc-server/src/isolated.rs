@@ -96,13 +96,7 @@ impl IsolatedPublisher {
             return false;
         }
         let deadline = Deadline::after(CHECK_TIMEOUT);
-        let mut open = match state.open(endpoint, &deadline) {
-            Ok(open) => open,
-            Err(error) => {
-                state.failure = Some((error, Instant::now() + PAUSE_AFTER_FAILURE));
-                return false;
-            }
-        };
+        let Ok(mut open) = state.open(endpoint, &deadline) else { return false };
         let looked_at = open.connection.queue_stats(queue, &deadline);
         if !looked_at.as_ref().is_err_and(Error::ends_connection) {
             state.open = Some(open);

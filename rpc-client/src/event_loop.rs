@@ -18,6 +18,11 @@ use std::iter;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
+/// How long the broker may take to start the consumer; after each session that it did not, twice as long. A declaration that
+/// RabbitMQ 4.3 begins while a node is frozen or lost hangs for 30 s; a few seconds later, on a new connection, it takes
+/// milliseconds.
+const MAX_CONSUMER_START: Duration = Duration::from_secs(10);
+
 /// Makes a call of each request, until `requests` is disconnected and all calls have ended, or `stop` is disconnected. Runs
 /// on the calling thread.
 ///
@@ -45,6 +50,7 @@ pub fn run<T>(
         pending: PendingCalls::new(config.wait),
         outcomes: Outcomes::new(on_outcomes),
         backoff: Backoff::new(now),
+        max_consumer_start: MAX_CONSUMER_START,
         broker: String::new(),
         diagnosis: Diagnosis::new(now),
         discarded: 0,
@@ -65,6 +71,7 @@ struct EventLoop<'a, 'f, T> {
     pending: PendingCalls<T>,
     outcomes: Outcomes<'a, 'f, T>,
     backoff: Backoff,
+    max_consumer_start: Duration,
     /// Host and port of the broker that was connected last; empty before.
     broker: String,
     diagnosis: Diagnosis,
@@ -148,6 +155,7 @@ impl<T> EventLoop<'_, '_, T> {
                 },
                 recv(session.notifications) -> notification => if let Ok(notification) = notification {
                     self.on_notification(notification);
+                    session.consumer_deadline = self.consumer_deadline(session);
                     self.publish_requests(session);
                 } else {
                     session.notifications = never();
@@ -173,12 +181,14 @@ impl<T> EventLoop<'_, '_, T> {
                 self.broker.clone_from(&publisher.broker);
                 self.diagnosis.on_waiting("starting a consumer");
                 (session.returns, session.confirms, session.notifications) = (returns, confirms, notifications);
-                session.on_connected(publisher);
+                session.publisher = Some(publisher);
+                session.consumer_deadline = self.consumer_deadline(session);
                 self.pending.send_all_again();
                 self.publish_requests(session);
             }
             SessionEvent::Consuming(replies) => {
-                session.on_consuming(replies);
+                (session.replies, session.is_consuming, session.consumer_deadline) = (replies, true, None);
+                self.max_consumer_start = MAX_CONSUMER_START;
                 self.diagnosis.on_reply(Instant::now());
             }
             SessionEvent::QueueChecked(stats) => {
@@ -239,12 +249,10 @@ impl<T> EventLoop<'_, '_, T> {
 
     /// Buffers the requests that are to be sent; the loop flushes them. Not while the broker blocks us: it would run them when
     /// their callers have gone.
-    fn publish_requests(&mut self, session: &mut Session) {
-        if session.publisher.is_none() || self.diagnosis.is_blocked() {
-            return;
-        }
+    fn publish_requests(&mut self, session: &Session) {
+        let (Some(publisher), false) = (&session.publisher, self.diagnosis.is_blocked()) else { return };
         while let Some(call) = self.pending.next_to_send() {
-            session.publish(&self.config.queue, call);
+            publisher.publish(&self.config.queue, call);
         }
     }
 
@@ -298,14 +306,18 @@ impl<T> EventLoop<'_, '_, T> {
     fn on_idle(&mut self, session: &mut Session) -> Result<(), ConnectionError> {
         self.take_messages(session)?; // an answer that has arrived does not expire
         let all_expired = self.calls_can_expire(Some(session)) && self.expire() && self.pending.is_empty();
-        let is_late = session.is_consumer_late() || (all_expired && !session.is_consuming);
-        if is_late && !self.diagnosis.is_blocked() {
-            // The broker has not started the consumer. (If it blocks us, the calls wait for it.) This ends the session
-            // thread's wait.
-            session.shut_down();
+        let now = Instant::now();
+        if let Some(deadline) = session.consumer_deadline.filter(|_| session.events.is_empty()) {
+            let is_late = deadline <= now;
+            if is_late {
+                self.max_consumer_start *= 2;
+            }
+            if is_late || all_expired {
+                session.consumer_deadline = None;
+                session.shut_down(); // ends the session thread's wait for the consumer
+            }
         }
         self.outcomes.deliver();
-        let now = Instant::now();
         self.pending.start_resends(now);
         self.publish_requests(session);
         let can_check = session.is_consuming && !self.pending.is_empty();
@@ -315,19 +327,26 @@ impl<T> EventLoop<'_, '_, T> {
         Ok(())
     }
 
+    /// When the consumer must have started. While the broker blocks us there is no such time: the calls wait until it unblocks us.
+    fn consumer_deadline(&self, session: &Session) -> Option<Instant> {
+        let is_awaited = session.publisher.is_some() && !session.is_consuming && !self.diagnosis.is_blocked();
+        is_awaited.then(|| Instant::now() + self.max_consumer_start)
+    }
+
     fn on_queue_checked(&mut self, stats: &Result<QueueStats, ErrorKind>) {
         if self.diagnosis.on_queue_checked(stats) {
             let (queue, limit) = (&self.config.queue, format_duration(self.config.timeout));
             log::warn!("no server is consuming '{queue}'; waiting up to {limit}");
         }
+        let now = Instant::now();
         if self.diagnosis.cause() == NoAnswerCause::QueueMissing {
-            self.pending.on_missing_queue(Instant::now());
+            self.pending.on_missing_queue(now);
         }
         if stats.as_ref().is_ok_and(|stats| stats.messages > 0) {
-            self.outcomes.end_refused(&mut self.pending, &self.config.queue, &self.broker);
-            // the queue is full; an empty one that refuses requests has lost its process
+            // It is full. An empty one that refuses requests has lost its process.
+            self.outcomes.end_refused(&mut self.pending, now, &self.config.queue, &self.broker);
         }
-        self.pending.resend_refused(Instant::now());
+        self.pending.resend_refused(now);
     }
 
     /// Takes a confirmation and those that have arrived by now. A request that is confirmed although there is no queue was

@@ -49,9 +49,9 @@ impl<'a, 'f, T> Outcomes<'a, 'f, T> {
         error
     }
 
-    /// Ends the calls whose only request the queue has refused.
-    pub(crate) fn end_refused(&mut self, pending: &mut PendingCalls<T>, queue: &str, broker: &str) {
-        while let Some(call) = pending.pop_refused(Instant::now()) {
+    /// Ends the calls whose request was refused a short time ago: the queue is full.
+    pub(crate) fn end_refused(&mut self, pending: &mut PendingCalls<T>, now: Instant, queue: &str, broker: &str) {
+        while let Some(call) = pending.pop_refused(now) {
             let (queue, broker) = (queue.to_owned(), broker.to_owned());
             self.add(call, Err(Error::QueueFull { queue, broker }));
         }

@@ -18,9 +18,9 @@ const MAX_UNCONFIRMED: usize = 1_000;
 /// How long a request that was returned or refused waits before it is sent again.
 const RESEND_DELAY: Duration = Duration::from_millis(250);
 
-/// How old a request is at most that a full queue has refused. A durable classic queue, too, refuses requests when its node dies; the
-/// look at it hangs until the node is back.
-const MAX_REFUSAL_TIME: Duration = Duration::from_secs(5);
+/// A look at the queue that takes longer does not show whether the queue was full when it refused a request. (A durable classic
+/// queue refuses requests when its node dies, and the look hangs until the node is back.)
+const MAX_LOOK_TIME: Duration = Duration::from_secs(5);
 
 /// A **call** is a request that waits for its reply.
 #[derive(Debug)]
@@ -34,7 +34,6 @@ pub(crate) struct Call<T> {
     /// How often the request was sent.
     pub(crate) sends: u32,
     pub(crate) first_sent: Option<Instant>,
-    last_sent: Option<Instant>,
     /// How many calls were in flight when it began, and how many had been answered.
     ahead: usize,
     answered_before: u64,
@@ -51,9 +50,9 @@ enum Fate {
     Accepted,
     /// No queue has taken it (`basic.return`, `basic.nack`): it is sent again.
     Lost,
-    /// The queue has not taken it (`basic.nack`), and nothing has run: it is full, or its process has died. A look at the queue
-    /// decides.
-    Refused,
+    /// The queue has not taken it (`basic.nack`), and had taken no earlier one: it is full, or its process has died. A look at the
+    /// queue decides.
+    Refused(Instant),
 }
 
 impl<T> Call<T> {
@@ -65,7 +64,6 @@ impl<T> Call<T> {
     pub(crate) fn mark_sent(&mut self, now: Instant) {
         self.sends += 1;
         self.first_sent.get_or_insert(now);
-        self.last_sent = Some(now);
     }
 }
 
@@ -134,7 +132,6 @@ impl<T> PendingCalls<T> {
                 deadline,
                 sends: 0,
                 first_sent: None,
-                last_sent: None,
                 ahead,
                 answered_before,
                 may_have_run: false,
@@ -188,7 +185,7 @@ impl<T> PendingCalls<T> {
         self.resend_at = None;
         let was_queue_missing = mem::take(&mut self.was_queue_missing);
         let is_lost = |call: &&mut Call<T>| match call.fate {
-            Fate::Unknown | Fate::Refused => false,
+            Fate::Unknown | Fate::Refused(_) => false,
             Fate::Accepted => was_queue_missing,
             Fate::Lost => true,
         };
@@ -241,12 +238,12 @@ impl<T> PendingCalls<T> {
         }
     }
 
-    /// The queue has not taken these requests. Returns whether it is to be looked at: whether it is full.
+    /// The queue has not taken these requests. Returns whether to look at it, to learn whether it is full.
     pub(crate) fn on_nack(&mut self, refused: ConfirmPayload, now: Instant) -> bool {
         let mut is_any_refused = false;
         for index in self.take_confirmed(refused) {
             if let Some(call) = self.calls.get_mut(&index) {
-                call.fate = if call.may_have_run { Fate::Lost } else { Fate::Refused };
+                call.fate = if call.may_have_run { Fate::Lost } else { Fate::Refused(now) };
                 is_any_refused |= !call.may_have_run;
                 self.is_accepted = false;
                 self.resend_at.get_or_insert(now + RESEND_DELAY);
@@ -255,9 +252,9 @@ impl<T> PendingCalls<T> {
         is_any_refused
     }
 
-    /// The queue was looked at: requests that it refused, though it was not full then, are sent again.
+    /// The queue was looked at: requests whose calls have not ended as refused are sent again.
     pub(crate) fn resend_refused(&mut self, now: Instant) {
-        for call in self.calls.values_mut().filter(|call| call.fate == Fate::Refused) {
+        for call in self.calls.values_mut().filter(|call| matches!(call.fate, Fate::Refused(_))) {
             call.fate = Fate::Lost;
             self.resend_at.get_or_insert(now + RESEND_DELAY);
         }
@@ -271,10 +268,10 @@ impl<T> PendingCalls<T> {
         self.unconfirmed.remove(&delivery_tag).into_iter().collect()
     }
 
-    /// Ends a call whose request was refused just now: the queue is full.
+    /// Ends a call whose request was refused a short time ago: the queue is full.
     pub(crate) fn pop_refused(&mut self, now: Instant) -> Option<Call<T>> {
-        let is_new = |call: &&Call<T>| call.last_sent.is_some_and(|sent| now < sent + MAX_REFUSAL_TIME);
-        let id = self.calls.values().filter(is_new).find(|call| call.fate == Fate::Refused)?.id;
+        let is_new = |call: &&Call<T>| matches!(call.fate, Fate::Refused(at) if now < at + MAX_LOOK_TIME);
+        let id = self.calls.values().find(is_new)?.id;
         self.remove(id)
     }
 
@@ -365,9 +362,7 @@ mod tests {
         let request = Request { context: (), body: b"30".to_vec() };
         let deadline = Deadline::after(Duration::from_secs(9));
         calls.begin(id, request, deadline);
-        let call = calls.next_to_send().unwrap();
-        call.mark_sent(Instant::now());
-        call.sends = sends;
+        calls.next_to_send().unwrap().sends = sends;
         deadline.instant()
     }
 
@@ -483,8 +478,9 @@ mod tests {
     fn a_request_whose_queue_was_looked_at_late_is_sent_again_and_may_be_refused_then() {
         let mut calls = PendingCalls::new(false);
         begin(&mut calls, ID, 1);
-        let late = Instant::now() + MAX_REFUSAL_TIME;
-        assert!(calls.on_nack(one(1), late));
+        let refused = Instant::now();
+        assert!(calls.on_nack(one(1), refused));
+        let late = refused + MAX_LOOK_TIME;
         assert!(calls.pop_refused(late).is_none());
         calls.resend_refused(late);
         let resent = late + RESEND_DELAY;

@@ -25,12 +25,6 @@ const DIRECT_REPLY_TO: &str = "amq.rabbitmq.reply-to";
 const MAX_UNREAD_PER_CALL: usize = 8;
 const MAX_UNREAD: usize = 1_000;
 
-/// How long the broker may take to start the consumer, and how much longer for each KiB of the requests that are on the way: 64
-/// kbit/s. A declaration that RabbitMQ 4.3 begins while a node is frozen or lost hangs for 30 s; on a new connection, a few seconds
-/// later, it takes milliseconds.
-const MAX_CONSUMER_START: Duration = Duration::from_secs(10);
-const UPLOAD_TIME_PER_KIB: Duration = Duration::from_millis(125);
-
 /// A **session**, as the event loop sees it.
 pub(crate) struct Session {
     commands: Sender<Command>,
@@ -46,7 +40,7 @@ pub(crate) struct Session {
     /// Silent until the consumer is started.
     pub(crate) replies: Receiver<ConsumerMessage>,
     pub(crate) is_consuming: bool,
-    /// By when the broker is to start the consumer; `None` before it is connected, and when the consumer is started.
+    /// When the consumer must have started, if it is waited for.
     pub(crate) consumer_deadline: Option<Instant>,
     /// Whether the queue is being looked at.
     pub(crate) is_checking: bool,
@@ -136,35 +130,6 @@ impl Session {
             is_checking: false,
             close_deadline: deadline,
         }
-    }
-
-    pub(crate) fn on_connected(&mut self, publisher: RequestPublisher) {
-        self.publisher = Some(publisher);
-        self.consumer_deadline = Some(Instant::now() + MAX_CONSUMER_START);
-    }
-
-    /// Buffers the request of a call, if requests can be published.
-    pub(crate) fn publish<T>(&mut self, queue: &str, call: &mut Call<T>) {
-        let Some(publisher) = &self.publisher else { return };
-        publisher.publish(queue, call);
-        if let Some(deadline) = &mut self.consumer_deadline {
-            let size = call.request.body.len() / 1024;
-            *deadline += UPLOAD_TIME_PER_KIB * size.try_into().unwrap_or(u32::MAX);
-        }
-    }
-
-    pub(crate) fn on_consuming(&mut self, replies: Receiver<ConsumerMessage>) {
-        (self.replies, self.is_consuming, self.consumer_deadline) = (replies, true, None);
-    }
-
-    /// Whether the broker has not started the consumer in time. Then it has that time again.
-    pub(crate) fn is_consumer_late(&mut self) -> bool {
-        let now = Instant::now();
-        let is_late = self.consumer_deadline.is_some_and(|deadline| deadline <= now);
-        if is_late {
-            self.consumer_deadline = Some(now + MAX_CONSUMER_START);
-        }
-        is_late
     }
 
     /// Asks for [`SessionEvent::QueueChecked`], unless it is still to come.

@@ -48,6 +48,8 @@ struct State {
     open: Option<Open>,
     /// Why the latest reply got no answer, and until when no other is tried.
     failure: Option<(Error, Instant)>,
+    /// Until when no caller is asked for, after a question that got no answer.
+    no_checks_until: Option<Instant>,
 }
 
 /// An open connection with its channel.
@@ -92,14 +94,19 @@ impl IsolatedPublisher {
     /// to us, and exists.)
     pub(crate) fn is_queue_gone(&self, endpoint: &Endpoint, queue: &str) -> bool {
         let Ok(mut state) = self.0.try_lock() else { return false }; // another time: a program waits for this
-        if state.is_paused() {
+        if state.is_paused() || state.no_checks_until.is_some_and(|until| Instant::now() < until) {
             return false;
         }
         let deadline = Deadline::after(CHECK_TIMEOUT);
-        let Ok(mut open) = state.open(endpoint, &deadline) else { return false };
-        let looked_at = open.connection.queue_stats(queue, &deadline);
-        if !looked_at.as_ref().is_err_and(Error::ends_connection) {
-            state.open = Some(open);
+        let looked_at = state.open(endpoint, &deadline).and_then(|mut open| {
+            let looked_at = open.connection.queue_stats(queue, &deadline);
+            if !looked_at.as_ref().is_err_and(Error::ends_connection) {
+                state.open = Some(open);
+            }
+            looked_at
+        });
+        if state.open.is_none() {
+            state.no_checks_until = Some(Instant::now() + PAUSE_AFTER_FAILURE);
         }
         looked_at.is_err_and(|error| error.is_not_found())
     }

@@ -243,6 +243,9 @@ impl Forwarder {
 
     /// Writes bytes as the current [`Traffic`] says; false if the connection is broken.
     fn forward(&self, bytes: &[u8], to: &mut TcpStream) -> bool {
+        if bytes.is_empty() {
+            return true;
+        }
         let is_frozen = |state: &mut State| state.traffic == Traffic::Frozen;
         let state = self.traffic_changed.wait_while(self.state(), is_frozen);
         let mut state = state.expect("no thread panics while it holds the lock");

@@ -71,6 +71,7 @@ struct EventLoop<'a, 'f, T> {
     pending: PendingCalls<T>,
     outcomes: Outcomes<'a, 'f, T>,
     backoff: Backoff,
+    /// How long the broker may take to start the consumer of the next session.
     max_consumer_start: Duration,
     /// Host and port of the broker that was connected last; empty before.
     broker: String,

@@ -34,7 +34,6 @@ quorum 1 1 queue home 2
 quorum 1 1 queue home 4
 quorum 64 1 queue home 2
 quorum 64 1 queue home 4'
-[[ $version != 4.0.* ]] || rows=$(sed '/direct/d' <<<"$rows") # there it asks all nodes for each reply
 
 # The URL of the home of queue $1, or of the next node.
 url_for() {

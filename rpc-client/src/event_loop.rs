@@ -303,22 +303,13 @@ impl<T> EventLoop<'_, '_, T> {
         session.notifications.try_iter().for_each(|notification| self.on_notification(notification));
     }
 
-    /// Ends expired calls, delivers outcomes, sends returned requests again, and looks at the request queue.
+    /// Ends expired calls, gives up a late consumer, delivers outcomes, sends returned requests again, and looks at the request queue.
     fn on_idle(&mut self, session: &mut Session) -> Result<(), ConnectionError> {
         self.take_messages(session)?; // an answer that has arrived does not expire
         let all_expired = self.calls_can_expire(Some(session)) && self.expire() && self.pending.is_empty();
-        let now = Instant::now();
-        if let Some(deadline) = session.consumer_deadline.filter(|_| session.events.is_empty()) {
-            let is_late = deadline <= now;
-            if is_late {
-                self.max_consumer_start *= 2;
-            }
-            if is_late || all_expired {
-                session.consumer_deadline = None;
-                session.shut_down(); // ends the session thread's wait for the consumer
-            }
-        }
+        self.give_up_late_consumer(session, all_expired);
         self.outcomes.deliver();
+        let now = Instant::now();
         self.pending.start_resends(now);
         self.publish_requests(session);
         let can_check = session.is_consuming && !self.pending.is_empty();
@@ -332,6 +323,21 @@ impl<T> EventLoop<'_, '_, T> {
     fn consumer_deadline(&self, session: &Session) -> Option<Instant> {
         let is_awaited = session.publisher.is_some() && !session.is_consuming && !self.diagnosis.is_blocked();
         is_awaited.then(|| Instant::now() + self.max_consumer_start)
+    }
+
+    /// Ends the session thread's wait for a consumer that has not started by its deadline, or before all calls expired.
+    fn give_up_late_consumer(&mut self, session: &mut Session, all_expired: bool) {
+        let Some(deadline) = session.consumer_deadline else { return };
+        let is_late = deadline <= Instant::now();
+        // An event that waits to be taken may say that it has started.
+        if (!is_late && !all_expired) || !session.events.is_empty() {
+            return;
+        }
+        if is_late {
+            self.max_consumer_start *= 2;
+        }
+        session.consumer_deadline = None;
+        session.shut_down();
     }
 
     fn on_queue_checked(&mut self, stats: &Result<QueueStats, ErrorKind>) {

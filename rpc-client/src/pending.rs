@@ -51,7 +51,7 @@ enum Fate {
     /// No queue has taken it (`basic.return`, `basic.nack`): it is sent again.
     Lost,
     /// The queue has not taken it (`basic.nack`), and had taken no earlier one: it is full, or its process has died. A look at the
-    /// queue decides.
+    /// queue decides, if it ends soon after this instant.
     Refused(Instant),
 }
 

@@ -51,11 +51,11 @@ test-cluster: setup-build setup-broker ## try all faults of nodes on a cluster o
 test-deb: deb setup-broker setup-container ## install the package in a clean Debian 12, and run its unit there (as root)
 	tests/test-deb.sh "$(TARGET)"
 
-fuzz: setup-fuzz ## fuzz the code that makes the broker's frames harmless, for FUZZ_SECONDS (600)
+fuzz: setup-fuzz ## fuzz the code that reads the broker's frames and properties, for FUZZ_SECONDS (600)
 	@# no sanitizer: it needs a nightly compiler, and finds nothing in code without `unsafe`
-	@mkdir -p "$(TARGET)/fuzz/sanitize"
-	cargo fuzz run --fuzz-dir tests/fuzz --target-dir "$(TARGET)" --sanitizer none sanitize \
-		"$(TARGET)/fuzz/sanitize" tests/fuzz/corpus/sanitize -- -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1
+	@mkdir -p "$(TARGET)/fuzz/frames"
+	cargo fuzz run --fuzz-dir tests/fuzz --target-dir "$(TARGET)" --sanitizer none frames \
+		"$(TARGET)/fuzz/frames" tests/fuzz/corpus/frames -- -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1
 
 bench: build setup-broker setup-peers setup-bench ## compare with other libraries (ten minutes); writes tables and a plot
 	$(BENCH)

@@ -3,25 +3,26 @@
 //! Many calls are made by three loops, each on a thread of its own, that share nothing but channels:
 //!
 //! - the [`reader`] reads the input and sends its requests to the calls;
-//! - the calls ([`rpc_client::run`]) send every outcome to the printer;
-//! - the [`Printer`] prints the lines in order, and now and then sends a permit to the reader.
+//! - the calls ([`rpc_client::run`]) give every outcome to the printer;
+//! - the [`Printer`] prints the lines in order, and now and then sends a permit to the reader. What does not block is printed on
+//!   the thread of the calls.
 
 use crate::cli::Cli;
 use crate::error::Error;
 use crate::input::{Argument, BadInput, Input, Origin};
-use crate::printer::{Event, Printer};
+use crate::printer::{Event, Printer, SharedPrinter};
 use crate::progress::Progress;
 use crate::reader;
 use crate::source::Unreadable;
 use crossbeam_channel::bounded;
-use rpc_client::{Error as CallError, Request};
+use rpc_client::{requests, Error as CallError, Request, Stopper};
 use rpc_common::connection::Endpoint;
 use rpc_common::exit::ExitCode;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
 use std::io::{self, BufWriter};
-use std::sync::mpsc;
+use std::sync::{mpsc, Arc};
 use std::thread;
 use std::time::Duration;
 
@@ -53,17 +54,16 @@ fn single_request(cli: &Cli) -> Result<Option<Request<Input>>, Unreadable> {
 
 /// Without the threads of many calls, each of which would cost about 0.1 ms and 0.1 MiB.
 fn make_one_call(cli: &Cli, endpoints: Vec<Endpoint>, request: Request<Input>) -> io::Result<ExitCode> {
-    let (request_sender, requests) = bounded(1);
-    let (_running, stop) = bounded(0); // disconnected when this function ends
+    let (request_sender, requests) = requests(None);
     let mut printer = Printer::new(BufWriter::new(io::stdout()), cli.output.clone(), true, Progress::of_one_call(cli));
     if cli.output.announces() {
         reader::announce("", request.context.origin);
     }
-    let _ = request_sender.send(request); // there is room for it
+    request_sender.send(request);
     drop(request_sender);
     let mut result = Ok(());
     // An error of the run is the outcome of the call, too. An answer is printed before the connection is closed.
-    let _ = rpc_client::run(&cli.config, endpoints, &requests, &stop, &mut |outcomes| {
+    let _ = rpc_client::run(&cli.config, endpoints, &requests, &mut |outcomes| {
         result = printer.print_outcomes(outcomes).and_then(|()| printer.flush());
     });
     result.and_then(|()| printer.finish())
@@ -77,22 +77,34 @@ fn make_many_calls(cli: &Cli, endpoints: Vec<Endpoint>) -> io::Result<ExitCode> 
     // Bounded by the permits. Not crossbeam's channel: its receiver yields the processor several times before it
     // sleeps, which took a third more CPU time here.
     let (event_sender, events) = mpsc::channel();
-    let (running, stop) = bounded(0);
+    let (request_sender, requests) = reader::requests(cli);
     let printer = Printer::new(BufWriter::new(io::stdout()), cli.output.clone(), false, Progress::of_batch(cli));
+    let printer = Arc::new(SharedPrinter::new(printer));
     if cli.output.summary.is_some() {
         summarise_on_signals(event_sender.clone());
     }
-    let printer = thread::spawn(move || {
-        let _running = running; // dropped when the printer has ended; that stops the calls
-        printer.print_all(&events, &permit_sender, requests_per_permit)
+    let stop = StopOnDrop(requests.stopper());
+    let shared = printer.clone();
+    let printing = thread::spawn(move || {
+        let _stop = stop; // when the printer has ended, the calls end
+        shared.print_all(&events, &permit_sender, requests_per_permit)
     });
-    let requests = reader::start(cli, event_sender.clone(), permits, requests_per_permit);
+    reader::start(cli, request_sender, event_sender.clone(), permits, requests_per_permit);
     // An error of the run is the outcome of its calls, too.
-    let _ = rpc_client::run(&cli.config, endpoints, &requests, &stop, &mut |outcomes| {
-        let _ = event_sender.send(Event::Outcomes(outcomes)); // fails if the printer has ended
+    let _ = rpc_client::run(&cli.config, endpoints, &requests, &mut |outcomes| {
+        printer.print(outcomes, &event_sender, requests_per_permit);
     });
     let _ = event_sender.send(Event::RunEnded);
-    printer.join().expect("the printer does not panic")
+    printing.join().expect("the printer does not panic")
+}
+
+/// Stops the calls when it is dropped.
+struct StopOnDrop(Stopper);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
 }
 
 /// How long the printer may take to print the summary after a signal: the reader of its output may have stopped.

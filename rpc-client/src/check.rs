@@ -3,7 +3,7 @@
 use crate::cli::{Cli, Format};
 use crate::error::Error;
 use rpc_client::Error as CallError;
-use rpc_common::connection::{Connection, Deadline, QueueStats};
+use rpc_common::connection::{Connection, Deadline, Owner, QueueStats};
 use rpc_common::exit::{print_message, ExitCode};
 use serde::Serialize;
 use std::io::{self, Write};
@@ -26,7 +26,8 @@ pub(crate) fn check_queue(cli: &Cli) -> Result<ExitCode, Error> {
     let config = &cli.config;
     let deadline = Deadline::after(config.timeout);
     let endpoints = config.broker.endpoints().map_err(CallError::from)?;
-    let mut connection = Connection::open_any(&endpoints, "rpc-client", &deadline).map_err(CallError::from)?;
+    let mut connection =
+        Connection::open_any(&endpoints, "rpc-client", &deadline, &Owner::Standby).map_err(CallError::from)?;
     let (queue, broker) = (config.queue.clone(), connection.broker().to_owned());
     let stats = connection.queue_stats(&queue, &deadline).map_err(|error| match error {
         error if error.is_not_found() => CallError::NoQueue { queue: queue.clone(), broker: broker.clone() },

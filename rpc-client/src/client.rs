@@ -2,14 +2,15 @@
 
 use crate::call::{Config, Error, Outcome, Request};
 use crate::event_loop::run;
-use crossbeam_channel::{bounded, unbounded, Receiver, Sender};
+use crate::requests::{requests, RequestSender, Requests};
+use crossbeam_channel::{bounded, Sender};
 use rpc_common::connection::Endpoint;
 use std::thread::{self, JoinHandle};
 
 /// A **client** makes calls, from any thread. It connects with the first call and stays connected until it is dropped.
 pub struct Client {
     /// `None` once the client is dropped.
-    requests: Option<Sender<Request<ResultSender>>>,
+    requests: Option<RequestSender<ResultSender>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -25,7 +26,7 @@ impl Client {
     /// [`Error::Connection`] when the configuration is wrong.
     pub fn new(config: Config) -> Result<Self, Error> {
         let endpoints = config.broker.endpoints()?;
-        let (requests, received) = unbounded();
+        let (requests, received) = requests(None);
         let thread = thread::spawn(move || make_calls(&config, &endpoints, &received));
         Ok(Client { requests: Some(requests), thread: Some(thread) })
     }
@@ -40,7 +41,7 @@ impl Client {
     pub fn call(&self, body: &[u8]) -> CallResult {
         let (context, result) = bounded(1);
         let requests = self.requests.as_ref().expect("it is there until the client is dropped");
-        requests.send(Request { context, body: body.to_vec() }).expect("the thread is running");
+        assert!(requests.send(Request { context, body: body.to_vec() }), "the thread is running");
         result.recv().expect("every call has an outcome")
     }
 }
@@ -55,15 +56,14 @@ impl Drop for Client {
 
 /// Makes calls until the client is dropped. A run that ends with an error has given it to its calls; the next call
 /// starts a new one.
-fn make_calls(config: &Config, endpoints: &[Endpoint], requests: &Receiver<Request<ResultSender>>) {
-    let (_running, stop) = bounded(0);
+fn make_calls(config: &Config, endpoints: &[Endpoint], requests: &Requests<ResultSender>) {
     let on_outcomes = &mut |outcomes: Vec<Outcome<ResultSender>>| {
         for outcome in outcomes {
             let result = outcome.result.map(|answer| answer.body);
             let _ = outcome.request.context.send(result); // the caller waits for it
         }
     };
-    while let Err(error) = run(config, endpoints.to_vec(), requests, &stop, on_outcomes) {
+    while let Err(error) = run(config, endpoints.to_vec(), requests, on_outcomes) {
         log::info!("{error}");
     }
 }

@@ -1,9 +1,7 @@
 //! Why there is no answer, as far as is known, and when to look at the request queue to learn more. Pure.
 
 use crate::call::NoAnswerCause;
-use amiquip::ConnectionBlockedNotification;
-use rpc_common::connection::{Error as ConnectionError, ErrorKind, QueueStats, NOT_FOUND};
-use rpc_common::text::escape;
+use rpc_common::connection::{Error as ConnectionError, ErrorKind, Notification, QueueStats, NOT_FOUND};
 use std::time::{Duration, Instant};
 
 /// After how much silence the request queue is looked at, and how often then.
@@ -49,10 +47,10 @@ impl Diagnosis {
     }
 
     /// Returns why the broker blocks publishers, if it does.
-    pub(crate) fn on_notification(&mut self, notification: ConnectionBlockedNotification) -> Option<&str> {
+    pub(crate) fn on_notification(&mut self, notification: Notification) -> Option<&str> {
         self.blocked = match notification {
-            ConnectionBlockedNotification::Blocked(reason) => Some(escape(reason.as_bytes()).to_string()),
-            ConnectionBlockedNotification::Unblocked => None,
+            Notification::Blocked(reason) => Some(reason),
+            Notification::Unblocked => None,
         };
         self.blocked.as_deref()
     }
@@ -108,7 +106,7 @@ mod tests {
         assert!(diagnosis.start_check(now + FIRST_CHECK, true));
         assert!(!diagnosis.start_check(now + FIRST_CHECK, true), "once in a while");
         assert_eq!(diagnosis.cause(), NoAnswerCause::Waiting("looking at the queue"));
-        diagnosis.on_notification(ConnectionBlockedNotification::Blocked("low on memory".into()));
+        diagnosis.on_notification(Notification::Blocked("low on memory".into()));
         assert!(!diagnosis.start_check(now + 10 * CHECK_INTERVAL, true));
         assert_eq!(diagnosis.cause(), NoAnswerCause::Blocked("low on memory".into()));
     }

@@ -1,20 +1,20 @@
 //! The event loop: begins calls, sends their requests, receives replies, and connects again when a connection ends.
+//!
+//! It drives the link of the connection, so its thread is the one that a reply wakes.
 
 use crate::call::{Config, Error, NoAnswerCause, Request};
 use crate::diagnosis::Diagnosis;
 use crate::outcomes::{OnOutcomes, Outcomes};
 use crate::pending::{PendingCalls, Returned};
+use crate::requests::Requests;
 use crate::retry::{ends_run, too_large_reason, MIN_PAUSE};
-use crate::session::{Session, SessionEvent};
-use amiquip::{Confirm, ConnectionBlockedNotification, ConsumerMessage, Delivery, Return};
-use crossbeam_channel::{never, select, Receiver, RecvError};
+use crate::session::{Connected, Session, SessionEvent};
 use rpc_common::connection::{
-    delivery, start_at, Backoff, Deadline, Endpoint, Error as ConnectionError, ErrorKind, QueueStats,
+    self, start_at, Arrived, Backoff, Confirmed, Deadline, Delivery, Endpoint, Error as ConnectionError, ErrorKind,
+    Message, Notification, QueueStats,
 };
 use rpc_common::message::decode_reply;
 use rpc_common::text::format_duration;
-use std::convert::Infallible;
-use std::iter;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
@@ -23,11 +23,11 @@ use uuid::Uuid;
 /// milliseconds.
 const MAX_CONSUMER_START: Duration = Duration::from_secs(10);
 
-/// Makes a call of each request, until `requests` is disconnected and all calls have ended, or `stop` is disconnected. Runs
-/// on the calling thread.
+/// Makes a call of each request, until there are no more and all calls have ended, or until it is stopped. Runs on the calling
+/// thread.
 ///
 /// Calls that are unanswered when a connection ends are sent again on the next one, under the same correlation id,
-/// until their deadline. When `stop` ends it, what is unanswered has no outcome.
+/// until their deadline. When a [`Stopper`](crate::Stopper) ends it, what is unanswered has no outcome.
 ///
 /// # Errors
 /// [`Error::Connection`] or [`Error::RefusedAfterSend`] when the broker cannot be reached or refuses us. It is the outcome
@@ -35,8 +35,7 @@ const MAX_CONSUMER_START: Duration = Duration::from_secs(10);
 pub fn run<T>(
     config: &Config,
     endpoints: Vec<Endpoint>,
-    requests: &Receiver<Request<T>>,
-    stop: &Receiver<Infallible>,
+    requests: &Requests<T>,
     on_outcomes: &mut OnOutcomes<T>,
 ) -> Result<(), Error> {
     let now = Instant::now();
@@ -44,9 +43,6 @@ pub fn run<T>(
         config,
         endpoints,
         requests,
-        stop,
-        has_more_requests: true,
-        is_stopped: false,
         pending: PendingCalls::new(config.wait),
         outcomes: Outcomes::new(on_outcomes),
         backoff: Backoff::new(now),
@@ -63,11 +59,7 @@ struct EventLoop<'a, 'f, T> {
     config: &'a Config,
     /// Starts with the broker that was connected last, or with the next one if that was silent.
     endpoints: Vec<Endpoint>,
-    requests: &'a Receiver<Request<T>>,
-    stop: &'a Receiver<Infallible>,
-    /// Until `requests` is disconnected.
-    has_more_requests: bool,
-    is_stopped: bool,
+    requests: &'a Requests<T>,
     pending: PendingCalls<T>,
     outcomes: Outcomes<'a, 'f, T>,
     backoff: Backoff,
@@ -85,12 +77,13 @@ impl<T> EventLoop<'_, '_, T> {
         while self.wait_for_call() {
             let deadline = self.pending.connect_deadline();
             let needs_consumers = self.config.no_wait && !self.pending.was_any_sent();
-            let mut session = Session::start(self.endpoints.clone(), self.config, needs_consumers, deadline);
+            let mut session =
+                Session::start(self.endpoints.clone(), self.config, needs_consumers, deadline, self.requests.waker());
             let result = self.use_session(&mut session);
             if result.is_err() {
-                self.take_what_has_arrived(&session);
+                self.take_arrived(&mut session); // it does not arrive again
             }
-            session.close();
+            session.close(self.requests.waker());
             self.outcomes.deliver();
             match result {
                 Ok(()) => break,
@@ -102,93 +95,72 @@ impl<T> EventLoop<'_, '_, T> {
 
     /// Waits until a call is pending; begins one if none is. False when there are no more.
     fn wait_for_call(&mut self) -> bool {
-        if self.pending.is_empty() && self.has_more_requests {
-            select! {
-                recv(self.requests) -> request => self.on_request_or_end(request),
-                recv(self.stop) -> _ => self.is_stopped = true,
+        while self.pending.is_empty() && self.requests.has_more() && !self.requests.is_stopped() {
+            match self.requests.try_take() {
+                Some(request) => self.begin(request),
+                None => self.requests.wait(None, true),
             }
         }
-        !self.pending.is_empty() && !self.is_stopped
+        !self.pending.is_empty() && !self.requests.is_stopped()
     }
 
     /// Makes calls on one session, until every request has its outcome or the session ends.
     fn use_session(&mut self, session: &mut Session) -> Result<(), Error> {
-        let no_requests = never();
-        while (self.has_more_requests || !self.pending.is_empty()) && !self.is_stopped {
-            if let Some(publisher) = &session.publisher {
-                publisher.flush();
-            }
+        while (self.requests.has_more() || !self.pending.is_empty()) && !self.requests.is_stopped() {
+            self.begin_calls(session);
+            self.publish_requests(session);
+            self.outcomes.deliver();
             if let Some(deadline) = self.pending.first_deadline() {
                 session.close_deadline = deadline;
             }
-            if self.until_next_timer(session).is_zero() {
-                self.on_idle(session)?; // a timer is due, even if the peer never stops sending
+            let next_timer = self.next_timer(session);
+            session.wait(next_timer, self.requests, self.takes_requests(session));
+            while let Some(event) = session.take_event() {
+                self.on_session_event(session, event)?;
             }
-            // `on_idle` runs when a timer is due; or at once when nothing else is ready and there are outcomes to deliver.
-            let timeout = if self.outcomes.is_empty() { self.until_next_timer(session) } else { Duration::ZERO };
-            // Until the consumer is started, one pending call is enough: more would end with the same error. But while the
-            // broker blocks us, calls begin and expire as usual.
-            let takes_requests = session.is_consuming || self.pending.is_empty() || self.diagnosis.is_blocked();
-            let requests = if takes_requests && self.has_room() { self.requests } else { &no_requests };
-            select! {
-                recv(session.replies) -> message => {
-                    self.on_message(session, message)?;
-                    self.take_messages(session)?;
-                }
-                recv(requests) -> request => {
-                    self.on_request_or_end(request);
-                    while self.has_room() {
-                        let Ok(request) = self.requests.try_recv() else { break };
-                        self.on_request(request);
-                    }
-                    self.publish_requests(session);
-                }
-                recv(session.confirms) -> confirm => match confirm {
-                    Ok(confirm) => {
-                        self.on_confirm(session, confirm);
-                        self.publish_requests(session);
-                    }
-                    Err(RecvError) => session.confirms = never(),
-                },
-                recv(session.returns) -> request => match request {
-                    Ok(request) => self.on_return(&request),
-                    Err(RecvError) => session.returns = never(), // the replies report how the channel ended
-                },
-                recv(session.notifications) -> notification => if let Ok(notification) = notification {
-                    self.on_notification(notification);
-                    session.consumer_deadline = self.consumer_deadline(session);
-                    self.publish_requests(session);
-                } else {
-                    session.notifications = never();
-                    session.ask_for_cause();
-                },
-                recv(session.events) -> event => match event {
-                    Ok(event) => self.on_session_event(session, event)?,
-                    Err(RecvError) => return Err(self.connection_lost("the session has ended").into()),
-                },
-                recv(self.stop) -> _ => self.is_stopped = true,
-                default(timeout) => self.on_idle(session)?,
+            let end = self.take_arrived(session);
+            end.map_or(Ok(()), |kind| Err(ConnectionError::new(&self.broker, kind)))?;
+            if next_timer.is_some_and(|timer| timer <= Instant::now()) {
+                self.on_timer(session);
             }
         }
         self.outcomes.deliver();
         Ok(())
     }
 
+    /// Begins the calls of the requests that have arrived.
+    fn begin_calls(&mut self, session: &Session) {
+        if !self.takes_requests(session) {
+            return;
+        }
+        while self.has_room() {
+            let Some(request) = self.requests.try_take() else { return };
+            self.begin(request);
+        }
+    }
+
+    /// Until the consumer is started, one pending call is enough: more would end with the same error. But while the broker blocks
+    /// us, calls begin and expire as usual.
+    fn takes_requests(&self, session: &Session) -> bool {
+        let can_begin = session.is_consuming || self.pending.is_empty() || self.diagnosis.is_blocked();
+        can_begin && self.has_room()
+    }
+
     fn on_session_event(&mut self, session: &mut Session, event: SessionEvent) -> Result<(), Error> {
         match event {
-            SessionEvent::Connected { publisher, returns, confirms, notifications } => {
-                log::info!("connected to {}", publisher.broker);
-                start_at(&mut self.endpoints, &publisher.broker);
-                self.broker.clone_from(&publisher.broker);
+            SessionEvent::Linked(_) => {}
+            SessionEvent::Connected(connected) => {
+                let broker = &connected.publisher.broker;
+                log::info!("connected to {broker}");
+                start_at(&mut self.endpoints, broker);
+                self.broker.clone_from(broker);
                 self.diagnosis.on_waiting("starting a consumer");
-                (session.returns, session.confirms, session.notifications) = (returns, confirms, notifications);
-                session.publisher = Some(publisher);
+                session.connected = Some(*connected);
                 session.consumer_deadline = self.consumer_deadline(session);
                 self.pending.send_all_again();
-                self.publish_requests(session);
             }
-            SessionEvent::Consuming(replies) => {
-                (session.replies, session.is_consuming, session.consumer_deadline) = (replies, true, None);
+            SessionEvent::Consuming => {
+                (session.is_consuming, session.consumer_deadline) = (true, None);
                 self.max_consumer_start = MAX_CONSUMER_START;
                 self.diagnosis.on_reply(Instant::now());
             }
@@ -196,7 +168,8 @@ impl<T> EventLoop<'_, '_, T> {
                 session.is_checking = false;
                 self.on_queue_checked(&stats);
             }
-            SessionEvent::Ended(error) => return Err(error),
+            SessionEvent::Failed(error) => return Err(error),
+            SessionEvent::ThreadEnded => return Err(self.connection_lost("the session has ended").into()),
         }
         Ok(())
     }
@@ -223,7 +196,10 @@ impl<T> EventLoop<'_, '_, T> {
         if let Some(deadline) = self.pending.first_deadline() {
             // The other half of the time is left to connect in.
             let pause = pause.min(deadline.remaining() / 2).max(MIN_PAUSE);
-            self.is_stopped = self.stop.recv_timeout(pause).is_err_and(|end| end.is_disconnected());
+            let until = Instant::now() + pause;
+            while Instant::now() < until && !self.requests.is_stopped() {
+                self.requests.wait(Some(until), false);
+            }
         }
         if self.calls_can_expire(None) {
             self.expire();
@@ -232,96 +208,69 @@ impl<T> EventLoop<'_, '_, T> {
         Ok(())
     }
 
-    /// Begins the call of a request, or learns that there are no more.
-    fn on_request_or_end(&mut self, request: Result<Request<T>, RecvError>) {
-        match request {
-            Ok(request) => self.on_request(request),
-            Err(RecvError) => self.has_more_requests = false,
-        }
-    }
-
     /// Begins the call of a request; it is not sent yet.
-    fn on_request(&mut self, request: Request<T>) {
+    fn begin(&mut self, request: Request<T>) {
         if self.pending.is_empty() {
             self.diagnosis.on_begin(Instant::now());
         }
         self.pending.begin(Uuid::new_v4(), request, Deadline::after(self.config.timeout));
     }
 
-    /// Buffers the requests that are to be sent; the loop flushes them. Not while the broker blocks us: it would run them when
-    /// their callers have gone.
+    /// Publishes the requests that are to be sent. Not while the broker blocks us or does not read: it would run them when their
+    /// callers have gone.
     fn publish_requests(&mut self, session: &Session) {
-        let (Some(publisher), false) = (&session.publisher, self.diagnosis.is_blocked()) else { return };
-        while let Some(call) = self.pending.next_to_send() {
-            publisher.publish(&self.config.queue, call);
+        let (Some(Connected { publisher, .. }), false) = (&session.connected, self.diagnosis.is_blocked()) else {
+            return;
+        };
+        while publisher.is_writable() {
+            let Some(call) = self.pending.next_to_send() else { break };
+            let id = call.id;
+            if let Err(error) = publisher.publish(&self.config.queue, call) {
+                self.outcomes.end_unsent(&mut self.pending, id, &self.broker, &error.to_string());
+            }
+        }
+        publisher.flush();
+    }
+
+    /// Takes what has arrived: replies and returned requests, then confirmations (a request that is confirmed although there is
+    /// no queue was returned before), then notifications. Returns how the consumer, its channel or the connection ended.
+    fn take_arrived(&mut self, session: &mut Session) -> Option<ErrorKind> {
+        let connected = session.connected.as_ref()?;
+        let Arrived { messages, confirmed, end } = connected.inbox.take();
+        let notifications = connected.notifications.try_iter().collect::<Vec<_>>();
+        for message in messages {
+            match message {
+                Message::Delivery(delivery) => self.on_reply(delivery),
+                Message::Returned(request) => self.on_return(&request),
+            }
+        }
+        self.on_confirmed(session, &confirmed);
+        for notification in notifications {
+            self.on_notification(notification);
+            session.consumer_deadline = self.consumer_deadline(session);
+        }
+        match end {
+            Some(ErrorKind::ConsumerCancelled) => Some(ErrorKind::ConnectionLost("the reply queue was deleted".into())),
+            // Until it consumes, the session's thread learns why the broker has closed the channel, and what that means.
+            end => end.filter(|_| session.is_consuming).or_else(|| session.ended()),
         }
     }
 
-    /// Takes a message of the consumer.
-    fn on_message(
-        &mut self,
-        session: &mut Session,
-        message: Result<ConsumerMessage, RecvError>,
-    ) -> Result<(), ConnectionError> {
-        match delivery(message) {
-            Ok(Some(delivery)) => self.on_reply(delivery),
-            Ok(None) => return Err(self.connection_lost("the reply queue was deleted")),
-            // amiquip's I/O thread has ended.
-            Err(amiquip::Error::EventLoopDropped) => {
-                session.replies = never();
-                session.ask_for_cause();
-            }
-            Err(error) => return Err(ConnectionError::new(&self.broker, error.into())),
-        }
-        Ok(())
-    }
-
-    /// Takes the messages of the consumer that have arrived by now.
-    fn take_messages(&mut self, session: &mut Session) -> Result<(), ConnectionError> {
-        for _ in 0..session.replies.len() {
-            match session.replies.try_recv() {
-                Ok(message) => self.on_message(session, Ok(message))?,
-                Err(_) => break,
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes the replies of a session that has ended: they do not arrive again.
-    fn take_what_has_arrived(&mut self, session: &Session) {
-        for message in session.replies.try_iter() {
-            if let ConsumerMessage::Delivery(delivery) = message {
-                self.on_reply(delivery);
-            }
-        }
-        session.returns.try_iter().for_each(|request| self.on_return(&request)); // before their confirmations
-        for confirm in session.confirms.try_iter() {
-            if let Confirm::Ack(confirmed) = confirm {
-                self.pending.on_ack(confirmed);
-            }
-        }
-        session.notifications.try_iter().for_each(|notification| self.on_notification(notification));
-    }
-
-    /// Ends expired calls, gives up a late consumer, delivers outcomes, sends returned requests again, and looks at the request queue.
-    fn on_idle(&mut self, session: &mut Session) -> Result<(), ConnectionError> {
-        self.take_messages(session)?; // an answer that has arrived does not expire
+    /// Ends expired calls, gives up a late consumer, sends returned requests again, and looks at the request queue.
+    fn on_timer(&mut self, session: &mut Session) {
         let all_expired = self.calls_can_expire(Some(session)) && self.expire() && self.pending.is_empty();
         self.give_up_late_consumer(session, all_expired);
-        self.outcomes.deliver();
         let now = Instant::now();
         self.pending.start_resends(now);
-        self.publish_requests(session);
         let can_check = session.is_consuming && !self.pending.is_empty();
         if self.diagnosis.start_check(now, can_check) {
             session.check_queue();
         }
-        Ok(())
     }
 
     /// When the consumer must have started. While the broker blocks us there is no such time: the calls wait until it unblocks us.
     fn consumer_deadline(&self, session: &Session) -> Option<Instant> {
-        let is_awaited = session.publisher.is_some() && !session.is_consuming && !self.diagnosis.is_blocked();
+        let is_awaited = session.connected.is_some() && !session.is_consuming && !self.diagnosis.is_blocked();
         is_awaited.then(|| Instant::now() + self.max_consumer_start)
     }
 
@@ -330,14 +279,14 @@ impl<T> EventLoop<'_, '_, T> {
         let Some(deadline) = session.consumer_deadline else { return };
         let is_late = deadline <= Instant::now();
         // An event that waits to be taken may say that it has started.
-        if (!is_late && !all_expired) || !session.events.is_empty() {
+        if (!is_late && !all_expired) || session.has_event() {
             return;
         }
         if is_late {
             self.max_consumer_start *= 2;
         }
         session.consumer_deadline = None;
-        session.shut_down();
+        session.give_up();
     }
 
     fn on_queue_checked(&mut self, stats: &Result<QueueStats, ErrorKind>) {
@@ -356,16 +305,13 @@ impl<T> EventLoop<'_, '_, T> {
         self.pending.resend_refused(now);
     }
 
-    /// Takes a confirmation and those that have arrived by now. A request that is confirmed although there is no queue was
-    /// returned before: so the returns are taken first.
-    fn on_confirm(&mut self, session: &mut Session, confirm: Confirm) {
-        let others = session.confirms.len();
-        session.returns.try_iter().for_each(|request| self.on_return(&request));
+    fn on_confirmed(&mut self, session: &mut Session, confirmed: &[Confirmed]) {
         let mut is_any_refused = false;
-        for confirm in iter::once(confirm).chain(session.confirms.try_iter().take(others)) {
-            match confirm {
-                Confirm::Ack(confirmed) => self.pending.on_ack(confirmed),
-                Confirm::Nack(refused) => is_any_refused |= self.pending.on_nack(refused, Instant::now()),
+        for confirmed in confirmed {
+            if confirmed.is_ack {
+                self.pending.on_ack(*confirmed);
+            } else {
+                is_any_refused |= self.pending.on_nack(*confirmed, Instant::now());
             }
         }
         if is_any_refused {
@@ -373,29 +319,30 @@ impl<T> EventLoop<'_, '_, T> {
         }
     }
 
-    fn on_reply(&mut self, delivery: Delivery) {
+    fn on_reply(&mut self, mut delivery: Delivery) {
         self.diagnosis.on_reply(Instant::now());
-        let Some(call) = self.pending.on_reply(delivery.properties.correlation_id().as_deref()) else {
+        let body = std::mem::take(&mut delivery.body);
+        let properties = delivery.properties().unwrap_or_default();
+        let Some(call) = self.pending.on_reply(properties.correlation_id) else {
             self.discarded += 1;
             log::info!("discarded an unexpected reply, {} in all", self.discarded);
             return;
         };
         let time_left = call.deadline.remaining();
-        let result = decode_reply(&delivery.properties, delivery.body);
+        let result = decode_reply(&properties, body);
         self.outcomes.add(call, result.map_err(|failure| Error::failed(failure, time_left)));
     }
 
-    fn on_return(&mut self, request: &Return) {
-        let id = request.properties.correlation_id().as_deref();
+    fn on_return(&mut self, request: &connection::Returned) {
         let error = Error::NoQueue { queue: self.config.queue.clone(), broker: self.broker.clone() };
-        match self.pending.on_return(id, Instant::now()) {
+        match self.pending.on_return(request.correlation_id(), Instant::now()) {
             Some(Returned::Ended(call)) => self.outcomes.add(call, Err(error)),
             Some(Returned::WillResend) => log::info!("{error} sending again"),
             None => {}
         }
     }
 
-    fn on_notification(&mut self, notification: ConnectionBlockedNotification) {
+    fn on_notification(&mut self, notification: Notification) {
         match self.diagnosis.on_notification(notification) {
             Some(reason) => log::warn!("{} blocks publishers: {reason}; waiting", self.broker),
             None => log::info!("{} no longer blocks publishers", self.broker),
@@ -424,21 +371,21 @@ impl<T> EventLoop<'_, '_, T> {
     }
 
     fn has_room(&self) -> bool {
-        self.has_more_requests && self.pending.len() < self.config.in_flight.into() && self.pending.accepts_calls()
+        self.requests.has_more() && self.pending.len() < self.config.in_flight.into() && self.pending.accepts_calls()
     }
 
     /// Whether calls expire by the timer: when we are connected, or a request was sent before. Else nothing was sent yet: then
     /// connecting has their deadline, and its error, which ends the run, says why.
     fn calls_can_expire(&self, session: Option<&Session>) -> bool {
-        session.is_some_and(|session| session.publisher.is_some()) || self.pending.was_any_sent()
+        session.is_some_and(|session| session.connected.is_some()) || self.pending.was_any_sent()
     }
 
-    fn until_next_timer(&self, session: &Session) -> Duration {
+    fn next_timer(&self, session: &Session) -> Option<Instant> {
         if !self.calls_can_expire(Some(session)) {
-            return Duration::MAX;
+            return None;
         }
-        let Some(next_timer) = self.pending.next_timer() else { return Duration::MAX };
-        let timers = [next_timer, self.diagnosis.next_check].into_iter().chain(session.consumer_deadline);
-        timers.min().map_or(Duration::MAX, |timer| timer.saturating_duration_since(Instant::now()))
+        let timers =
+            [self.pending.next_timer()?, self.diagnosis.next_check].into_iter().chain(session.consumer_deadline);
+        timers.min()
     }
 }

@@ -1,7 +1,8 @@
 //! Calls a function over RabbitMQ RPC, and waits for the answer.
 //!
 //! [`run`] is the loop that makes calls; [`Client`] is a thread that runs it, for programs that make one call at a time.
-//! Read in this order: `call` has the options, requests, outcomes and errors; `event_loop` makes calls; `pending` keeps
+//! Read in this order: `call` has the options, requests, outcomes and errors; `requests` is
+//! where they come from; `event_loop` makes calls; `pending` keeps
 //! those that are unanswered; `session` is one connection with its reply queue; `outcomes` collects how calls ended;
 //! `diagnosis` is what is known of why there is no answer; `retry` decides when an error ends a run.
 
@@ -11,6 +12,7 @@ mod diagnosis;
 mod event_loop;
 mod outcomes;
 mod pending;
+mod requests;
 mod retry;
 mod session;
 
@@ -18,3 +20,4 @@ pub use call::{Config, Error, NoAnswerCause, Outcome, ReplyTo, Request};
 pub use client::Client;
 pub use event_loop::run;
 pub use outcomes::OnOutcomes;
+pub use requests::{requests, RequestSender, Requests, Stopper};

@@ -5,6 +5,7 @@ use crate::pending::{Call, PendingCalls};
 use rpc_common::message::Answer;
 use std::mem;
 use std::time::Instant;
+use uuid::Uuid;
 
 /// Receives how calls ended, in the order in which they ended.
 pub type OnOutcomes<'a, T> = dyn FnMut(Vec<Outcome<T>>) + 'a;
@@ -18,10 +19,6 @@ pub(crate) struct Outcomes<'a, 'f, T> {
 impl<'a, 'f, T> Outcomes<'a, 'f, T> {
     pub(crate) fn new(on_outcomes: &'a mut OnOutcomes<'f, T>) -> Self {
         Outcomes { on_outcomes, undelivered: Vec::new() }
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.undelivered.is_empty()
     }
 
     /// Adds how a call ended.
@@ -57,12 +54,23 @@ impl<'a, 'f, T> Outcomes<'a, 'f, T> {
         }
     }
 
+    /// Ends the call whose request cannot be encoded for the broker.
+    pub(crate) fn end_unsent(&mut self, pending: &mut PendingCalls<T>, id: Uuid, broker: &str, reason: &str) {
+        if let Some(call) = pending.remove_unsent(id) {
+            self.add_too_large(call, broker, reason);
+        }
+    }
+
     /// Ends the call whose request is too large for the broker. False if there is none.
     pub(crate) fn end_too_large(&mut self, pending: &mut PendingCalls<T>, broker: &str, reason: &str) -> bool {
         let Some(call) = pending.pop_too_large() else { return false };
-        let (size, broker, reason) = (call.request.body.len(), broker.to_owned(), reason.to_owned());
-        self.add(call, Err(Error::TooLarge { size, broker, reason }));
+        self.add_too_large(call, broker, reason);
         self.deliver();
         true
+    }
+
+    fn add_too_large(&mut self, call: Call<T>, broker: &str, reason: &str) {
+        let (size, broker, reason) = (call.request.body.len(), broker.to_owned(), reason.to_owned());
+        self.add(call, Err(Error::TooLarge { size, broker, reason }));
     }
 }

@@ -50,6 +50,17 @@ impl Line {
         Line { index, origin: None, request: Vec::new(), result, latency: None, correlation_id: None }
     }
 
+    /// No answer is longer than this as a line, in bytes. `None` for an error.
+    pub(crate) fn max_len(&self, format: Format) -> Option<usize> {
+        const MAX_ESCAPED: usize = 10; // \\u{10ffff}
+        const MAX_LABEL: usize = 512;
+        let answer = self.result.as_ref().ok()?.body.len();
+        Some(match format {
+            Format::Raw => answer + 1,
+            _ => MAX_ESCAPED * (answer + self.request.len()) + MAX_LABEL,
+        })
+    }
+
     /// Writes the line, if the format has one for it. `is_only`: whether it is the only one of the run.
     pub(crate) fn write(&self, output: &mut impl Write, format: Format, is_only: bool) -> io::Result<()> {
         match (format, &self.result) {

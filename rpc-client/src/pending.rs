@@ -4,8 +4,7 @@
 
 use crate::call::Request;
 use crate::retry::Progress;
-use amiquip::ConfirmPayload;
-use rpc_common::connection::Deadline;
+use rpc_common::connection::{Confirmed, Deadline};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 use std::{iter, mem};
@@ -177,6 +176,14 @@ impl<T> PendingCalls<T> {
         Some(call)
     }
 
+    /// The request of the call that [`next_to_send`](Self::next_to_send) has returned cannot be sent: ends the call. Its number is
+    /// that of the next request.
+    pub(crate) fn remove_unsent(&mut self, id: Uuid) -> Option<Call<T>> {
+        self.unconfirmed.remove(&self.numbered);
+        self.numbered -= 1;
+        self.remove(id)
+    }
+
     /// Sends again what is due.
     pub(crate) fn start_resends(&mut self, now: Instant) {
         if self.resend_at.is_none_or(|when| when > now) {
@@ -202,16 +209,16 @@ impl<T> PendingCalls<T> {
     }
 
     /// Ends the call that a reply belongs to. `None` if it belongs to no pending call.
-    pub(crate) fn on_reply(&mut self, correlation_id: Option<&str>) -> Option<Call<T>> {
-        let id = Uuid::try_parse(correlation_id?).ok()?;
+    pub(crate) fn on_reply(&mut self, correlation_id: Option<&[u8]>) -> Option<Call<T>> {
+        let id = Uuid::try_parse_ascii(correlation_id?).ok()?;
         let call = self.remove(id)?;
         (self.answered, self.is_accepted, self.waits_for_queue) = (self.answered + 1, true, true);
         Some(call)
     }
 
     /// The broker returned a request: there is no queue. `None` if it belongs to no pending call.
-    pub(crate) fn on_return(&mut self, correlation_id: Option<&str>, now: Instant) -> Option<Returned<T>> {
-        let id = Uuid::try_parse(correlation_id?).ok()?;
+    pub(crate) fn on_return(&mut self, correlation_id: Option<&[u8]>, now: Instant) -> Option<Returned<T>> {
+        let id = Uuid::try_parse_ascii(correlation_id?).ok()?;
         let call = self.calls.get_mut(self.index_of.get(&id)?)?;
         call.fate = Fate::Lost;
         let is_first = call.sends == 1 && !self.waits_for_queue;
@@ -230,7 +237,7 @@ impl<T> PendingCalls<T> {
     }
 
     /// The broker has confirmed requests: these have reached a queue, unless they were returned before.
-    pub(crate) fn on_ack(&mut self, confirmed: ConfirmPayload) {
+    pub(crate) fn on_ack(&mut self, confirmed: Confirmed) {
         for index in self.take_confirmed(confirmed) {
             if let Some(call) = self.calls.get_mut(&index).filter(|call| call.fate == Fate::Unknown) {
                 (call.fate, call.may_have_run, self.is_accepted) = (Fate::Accepted, true, true);
@@ -239,7 +246,7 @@ impl<T> PendingCalls<T> {
     }
 
     /// The queue has not taken these requests. Returns whether to look at it, to learn whether it is full.
-    pub(crate) fn on_nack(&mut self, refused: ConfirmPayload, now: Instant) -> bool {
+    pub(crate) fn on_nack(&mut self, refused: Confirmed, now: Instant) -> bool {
         let mut is_any_refused = false;
         for index in self.take_confirmed(refused) {
             if let Some(call) = self.calls.get_mut(&index) {
@@ -260,12 +267,14 @@ impl<T> PendingCalls<T> {
         }
     }
 
-    fn take_confirmed(&mut self, ConfirmPayload { delivery_tag, multiple }: ConfirmPayload) -> Vec<u64> {
-        if multiple {
-            let later = self.unconfirmed.split_off(&(delivery_tag + 1));
-            return mem::replace(&mut self.unconfirmed, later).into_values().collect();
+    fn take_confirmed(&mut self, Confirmed { first, last, .. }: Confirmed) -> Vec<u64> {
+        if first == last {
+            return self.unconfirmed.remove(&last).into_iter().collect();
         }
-        self.unconfirmed.remove(&delivery_tag).into_iter().collect()
+        let mut confirmed = self.unconfirmed.split_off(&first);
+        let mut later = confirmed.split_off(&last.saturating_add(1));
+        self.unconfirmed.append(&mut later);
+        confirmed.into_values().collect()
     }
 
     /// Ends a call whose request was refused a short time ago: the queue is full.
@@ -380,8 +389,8 @@ mod tests {
         let mut calls = PendingCalls::new(false);
         begin(&mut calls, ID, 1);
         begin(&mut calls, OTHER, 1);
-        assert_eq!(calls.on_reply(Some(&text(ID))).unwrap().index, 0);
-        assert!(calls.on_reply(Some(&text(ID))).is_none());
+        assert_eq!(calls.on_reply(Some(text(ID).as_bytes())).unwrap().index, 0);
+        assert!(calls.on_reply(Some(text(ID).as_bytes())).is_none());
         assert_eq!(calls.len(), 1);
     }
 
@@ -389,7 +398,7 @@ mod tests {
     fn unknown_ids_end_nothing() {
         let mut calls = PendingCalls::new(false);
         begin(&mut calls, ID, 1);
-        for id in [None, Some(""), Some("1"), Some(text(OTHER).as_str())] {
+        for id in [None, Some(&b""[..]), Some(b"1"), Some(b"\xff"), Some(text(OTHER).as_bytes())] {
             assert!(calls.on_reply(id).is_none(), "{id:?}");
             assert!(calls.on_return(id, Instant::now()).is_none(), "{id:?}");
         }
@@ -400,7 +409,7 @@ mod tests {
     fn the_return_of_a_first_request_ends_its_call() {
         let mut calls = PendingCalls::new(false);
         begin(&mut calls, ID, 1);
-        let returned = calls.on_return(Some(&text(ID)), Instant::now());
+        let returned = calls.on_return(Some(text(ID).as_bytes()), Instant::now());
         assert!(matches!(returned, Some(Returned::Ended(call)) if call.id == ID));
         assert!(calls.is_empty());
     }
@@ -410,20 +419,20 @@ mod tests {
         let mut calls = PendingCalls::new(false);
         begin(&mut calls, ID, 2);
         let now = Instant::now();
-        let returned = calls.on_return(Some(&text(ID)), now);
+        let returned = calls.on_return(Some(text(ID).as_bytes()), now);
         assert!(matches!(returned, Some(Returned::WillResend)));
         assert_eq!(calls.next_timer(), Some(now + RESEND_DELAY));
         assert!(resend(&mut calls, now).is_none());
         assert_eq!(resend(&mut calls, now + RESEND_DELAY), Some(ID));
         assert!(resend(&mut calls, now + RESEND_DELAY).is_none(), "once for each return");
-        assert!(calls.on_return(Some(&text(ID)), now).is_some());
-        calls.on_reply(Some(&text(ID))).unwrap();
+        assert!(calls.on_return(Some(text(ID).as_bytes()), now).is_some());
+        calls.on_reply(Some(text(ID).as_bytes())).unwrap();
         assert!(resend(&mut calls, now + RESEND_DELAY).is_none(), "an answered call is not sent again");
     }
 
     /// The broker's confirmation of one request, by its number on the connection.
-    fn one(delivery_tag: u64) -> ConfirmPayload {
-        ConfirmPayload { delivery_tag, multiple: false }
+    fn one(number: u64) -> Confirmed {
+        Confirmed { first: number, last: number, is_ack: true }
     }
 
     #[test]
@@ -431,10 +440,10 @@ mod tests {
         let mut calls = PendingCalls::new(false);
         let now = Instant::now();
         begin(&mut calls, OTHER, 1);
-        calls.on_reply(Some(&text(OTHER))).unwrap();
+        calls.on_reply(Some(text(OTHER).as_bytes())).unwrap();
         begin(&mut calls, ID, 1);
         assert!(calls.accepts_calls());
-        assert!(matches!(calls.on_return(Some(&text(ID)), now), Some(Returned::WillResend)));
+        assert!(matches!(calls.on_return(Some(text(ID).as_bytes()), now), Some(Returned::WillResend)));
         calls.on_ack(one(2)); // the broker confirms what it returned
         assert!(!calls.accepts_calls());
         assert_eq!(resend(&mut calls, now + RESEND_DELAY), Some(ID));
@@ -563,9 +572,22 @@ mod tests {
         for number in 1..=3 {
             begin(&mut calls, Uuid::from_u128(number), 1);
         }
-        calls.on_ack(ConfirmPayload { delivery_tag: 2, multiple: true });
+        calls.on_ack(Confirmed { first: 1, last: 2, is_ack: true });
         let has_run = calls.calls.values().map(|call| call.may_have_run).collect::<Vec<_>>();
         assert_eq!(has_run, [true, true, false]);
+    }
+
+    #[test]
+    fn a_request_that_cannot_be_sent_leaves_its_number_to_the_next_one() {
+        let mut calls = PendingCalls::new(false);
+        begin(&mut calls, OTHER, 1);
+        begin(&mut calls, ID, 1);
+        assert_eq!(calls.remove_unsent(ID).map(|call| call.id), Some(ID));
+        let third = Uuid::from_u128(3);
+        begin(&mut calls, third, 1);
+        calls.on_ack(one(2));
+        let has_run = calls.calls.values().map(|call| (call.id, call.may_have_run)).collect::<Vec<_>>();
+        assert_eq!(has_run, [(OTHER, false), (third, true)]);
     }
 
     #[test]
@@ -580,7 +602,7 @@ mod tests {
         assert_eq!(calls.expire(second).unwrap().id, OTHER);
         assert!(calls.expire(second).is_none());
         assert!(calls.is_empty());
-        assert!(calls.on_reply(Some(&text(ID))).is_none(), "an expired call has ended");
+        assert!(calls.on_reply(Some(text(ID).as_bytes())).is_none(), "an expired call has ended");
     }
 
     /// Something that happens to the calls; a number picks one of those that have begun.
@@ -631,13 +653,13 @@ mod tests {
                         model.push(Expected { id, deadline, sends: 1, has_ended: false });
                     }
                     Event::Reply(nth) => if let Some(call) = model.get_mut(nth) {
-                        let ended = calls.on_reply(Some(&text(call.id)));
+                        let ended = calls.on_reply(Some(text(call.id).as_bytes()));
                         prop_assert_eq!(ended.map(|ended| ended.id), (!call.has_ended).then_some(call.id));
                         was_answered |= !call.has_ended;
                         call.has_ended = true;
                     }
                     Event::Return(nth) => if let Some(call) = model.get_mut(nth) {
-                        match calls.on_return(Some(&text(call.id)), now) {
+                        match calls.on_return(Some(text(call.id).as_bytes()), now) {
                             None => prop_assert!(call.has_ended),
                             Some(Returned::WillResend) => {
                                 prop_assert!(!call.has_ended && (call.sends > 1 || was_answered));

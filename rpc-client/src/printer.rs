@@ -1,6 +1,6 @@
 //! The printer: lines of output in the order asked, errors on standard error, the summary and the exit code.
 
-use crate::cli::OutputOptions;
+use crate::cli::{Format, OutputOptions};
 use crate::error::Error;
 use crate::input::{BadInput, Input};
 use crate::output::Line;
@@ -10,15 +10,22 @@ use crate::summary::Summary;
 use crossbeam_channel::Sender;
 use rpc_client::Outcome;
 use rpc_common::exit::{print_message, ExitCode};
+use rpc_common::sync::{lock, try_lock};
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use signal_hook::low_level::emulate_default_handler;
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Write};
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, Sender as EventSender};
+use std::sync::Mutex;
 
 /// What the printer receives.
 pub(crate) enum Event {
-    /// Calls have ended.
-    Outcomes(Vec<Outcome<Input>>),
+    /// Lines of calls that have ended.
+    Lines(Vec<Line>),
+    /// So many lines were printed by the event loop that the reader may read on.
+    Printed,
+    /// The event loop could not write to standard output.
+    WriteError(io::Error),
     /// Bad input in place of a request, with the index of its line of output.
     BadInput(u64, BadInput),
     /// The rest of the input cannot be read.
@@ -40,6 +47,8 @@ pub(crate) struct Printer<W> {
     /// How many lines were printed. If they are ordered, this is the index of the next one.
     printed: u64,
     last_error: Option<String>,
+    /// Whether lines were printed that are not flushed.
+    is_unflushed: bool,
     /// The largest one so far.
     exit_code: ExitCode,
     summary: Option<Summary>,
@@ -56,58 +65,22 @@ impl<W: Write> Printer<W> {
             waiting: BTreeMap::new(),
             printed: 0,
             last_error: None,
+            is_unflushed: false,
             exit_code: ExitCode::Success,
             progress,
         }
     }
 
-    /// Prints until the run has ended. Lets the reader read on, by a permit for each `requests_per_permit` that are printed.
-    /// Returns the largest exit code.
-    ///
-    /// # Errors
-    /// The output cannot be written.
-    pub(crate) fn print_all(
-        mut self,
-        events: &Receiver<Event>,
-        permits: &Sender<()>,
-        requests_per_permit: u64,
-    ) -> io::Result<ExitCode> {
-        let mut permits_given = 0;
-        loop {
-            // What is printed can be read while nothing else happens.
-            let event = events.try_recv().or_else(|_| {
-                self.flush()?;
-                Ok::<_, io::Error>(events.recv().unwrap_or(Event::RunEnded))
-            })?;
-            match event {
-                Event::Outcomes(outcomes) => self.print_outcomes(outcomes)?,
-                Event::BadInput(index, bad_input) => self.print_in_order(Line::from_bad_input(index, bad_input))?,
-                Event::ReadError(error) => {
-                    let error = Error::BadInput(error.into());
-                    self.print_error(&error, error.to_string());
-                }
-                Event::Interrupted(signal) => {
-                    self.finish()?;
-                    let _ = emulate_default_handler(signal); // does not return
-                    return Ok(ExitCode::Interrupted);
-                }
-                // If the run ended early, bad lines of input may still wait behind a number that was not called.
-                Event::RunEnded => return self.finish(),
-            }
-            let permits_earned = self.printed / requests_per_permit;
-            for _ in permits_given..permits_earned {
-                let _ = permits.try_send(()); // fails if all input is read
-            }
-            permits_given = permits_earned;
-        }
+    pub(crate) fn print_outcomes(&mut self, outcomes: Vec<Outcome<Input>>) -> io::Result<()> {
+        self.print_lines(lines(outcomes, self.options.format))
     }
 
-    pub(crate) fn print_outcomes(&mut self, outcomes: Vec<Outcome<Input>>) -> io::Result<()> {
-        let format = self.options.format;
-        outcomes.into_iter().try_for_each(|outcome| self.print_in_order(Line::from_outcome(outcome, format)))
+    fn print_lines(&mut self, lines: Vec<Line>) -> io::Result<()> {
+        lines.into_iter().try_for_each(|line| self.print_in_order(line))
     }
 
     pub(crate) fn flush(&mut self) -> io::Result<()> {
+        self.is_unflushed = false;
         match &self.progress {
             Some(progress) if io::stdout().is_terminal() => progress.suspend(|| self.output.flush()),
             _ => self.output.flush(),
@@ -115,7 +88,7 @@ impl<W: Write> Printer<W> {
     }
 
     /// Prints the summary. Returns the largest exit code.
-    pub(crate) fn finish(mut self) -> io::Result<ExitCode> {
+    pub(crate) fn finish(&mut self) -> io::Result<ExitCode> {
         self.flush()?;
         if let Some(progress) = &self.progress {
             progress.finish();
@@ -151,6 +124,7 @@ impl<W: Write> Printer<W> {
             self.print_error(error, line.error_message(error));
         }
         line.write(&mut self.output, self.options.format, self.is_only)?;
+        self.is_unflushed = true;
         self.printed += 1;
         Ok(())
     }
@@ -164,6 +138,107 @@ impl<W: Write> Printer<W> {
             self.last_error = Some(message);
         }
     }
+}
+
+/// The printer of many calls, shared by its thread, which may wait for the reader of standard output, and the event loop, which
+/// must not.
+pub(crate) struct SharedPrinter<W> {
+    printer: Mutex<Printer<W>>,
+    format: Format,
+}
+
+/// How many bytes a pipe takes without blocking when poll(2) says that it is writable (pipe(7)).
+const PIPE_BUF: usize = 4096;
+
+impl<W: Write> SharedPrinter<W> {
+    pub(crate) fn new(printer: Printer<W>) -> Self {
+        SharedPrinter { format: printer.options.format, printer: Mutex::new(printer) }
+    }
+
+    /// Prints until the run has ended. Lets the reader read on, by a permit for each `requests_per_permit` that are printed.
+    /// Returns the largest exit code.
+    ///
+    /// # Errors
+    /// The output cannot be written.
+    pub(crate) fn print_all(
+        &self,
+        events: &Receiver<Event>,
+        permits: &Sender<()>,
+        requests_per_permit: u64,
+    ) -> io::Result<ExitCode> {
+        let mut permits_given = 0;
+        loop {
+            // What is printed can be read while nothing else happens.
+            let event = events.try_recv().or_else(|_| {
+                lock(&self.printer).flush()?;
+                Ok::<_, io::Error>(events.recv().unwrap_or(Event::RunEnded))
+            })?;
+            let mut printer = lock(&self.printer);
+            match event {
+                Event::Lines(lines) => printer.print_lines(lines)?,
+                Event::Printed => {}
+                Event::WriteError(error) => return Err(error),
+                Event::BadInput(index, bad_input) => printer.print_in_order(Line::from_bad_input(index, bad_input))?,
+                Event::ReadError(error) => {
+                    let error = Error::BadInput(error.into());
+                    printer.print_error(&error, error.to_string());
+                }
+                Event::Interrupted(signal) => {
+                    printer.finish()?;
+                    let _ = emulate_default_handler(signal); // does not return
+                    return Ok(ExitCode::Interrupted);
+                }
+                // If the run ended early, bad lines of input may still wait behind a number that was not called.
+                Event::RunEnded => return printer.finish(),
+            }
+            let permits_earned = printer.printed / requests_per_permit;
+            for _ in permits_given..permits_earned {
+                let _ = permits.try_send(()); // fails if all input is read
+            }
+            permits_given = permits_earned;
+        }
+    }
+
+    /// Prints outcomes at once if that cannot block, else leaves them to the printer's thread. To wake that thread costs one of
+    /// three context switches of a call, when calls are made one at a time.
+    pub(crate) fn print(&self, outcomes: Vec<Outcome<Input>>, events: &EventSender<Event>, requests_per_permit: u64) {
+        let lines = lines(outcomes, self.format);
+        let event = match try_lock(&self.printer).filter(|printer| printer.can_print_at_once(&lines)) {
+            Some(mut printer) => {
+                let permits_before = printer.printed / requests_per_permit;
+                match printer.print_lines(lines).and_then(|()| printer.flush()) {
+                    Ok(()) if printer.printed / requests_per_permit == permits_before => return,
+                    Ok(()) => Event::Printed, // the thread gives a permit
+                    Err(error) => Event::WriteError(error),
+                }
+            }
+            None => Event::Lines(lines),
+        };
+        let _ = events.send(event); // fails if the printer has ended
+    }
+}
+
+fn lines(outcomes: Vec<Outcome<Input>>, format: Format) -> Vec<Line> {
+    outcomes.into_iter().map(|outcome| Line::from_outcome(outcome, format)).collect()
+}
+
+impl<W> Printer<W> {
+    /// Whether printing these lines blocks neither on standard output, nor on standard error: errors and progress are left to
+    /// the printer's thread.
+    fn can_print_at_once(&self, lines: &[Line]) -> bool {
+        let len = lines.iter().map(|line| line.max_len(self.options.format)).sum::<Option<usize>>();
+        self.progress.is_none()
+            && self.waiting.is_empty()
+            && !self.is_unflushed
+            && len.is_some_and(|len| len <= PIPE_BUF)
+            && is_stdout_writable()
+    }
+}
+
+fn is_stdout_writable() -> bool {
+    let stdout = io::stdout();
+    let mut files = [PollFd::new(&stdout, PollFlags::OUT)];
+    poll(&mut files, Some(&Timespec::default())).is_ok() && files[0].revents().contains(PollFlags::OUT)
 }
 
 #[cfg(test)]
@@ -191,7 +266,7 @@ mod tests {
     fn ended(index: u64, result: Result<Answer, rpc_client::Error>) -> Event {
         let context = Input { index, origin: Origin::Number { n: 90, line: None } };
         let (request, correlation_id, latency) = (Request { context, body: Vec::new() }, Uuid::nil(), None);
-        Event::Outcomes(vec![Outcome { request, correlation_id, latency, result }])
+        Event::Lines(lines(vec![Outcome { request, correlation_id, latency, result }], Format::Raw))
     }
 
     fn bad_line(index: u64) -> Event {
@@ -206,7 +281,7 @@ mod tests {
             sender.send(event).unwrap();
         }
         sender.send(Event::RunEnded).unwrap();
-        Printer::new(output, cli.output, false, None).print_all(&receiver, permits, 2)
+        SharedPrinter::new(Printer::new(output, cli.output, false, None)).print_all(&receiver, permits, 2)
     }
 
     fn printed(options: &[&str], events: Vec<Event>) -> (String, ExitCode) {

@@ -4,8 +4,8 @@ use crate::cli::{Cli, InputOptions};
 use crate::input::{number_line, read_lines, request_line, Argument, BadInput, Input, Origin, MAX_NUMBER_LINE};
 use crate::printer::Event;
 use crate::source::Source;
-use crossbeam_channel::{bounded, unbounded, Receiver, Sender};
-use rpc_client::Request;
+use crossbeam_channel::Receiver;
+use rpc_client::{Request, RequestSender, Requests};
 use rpc_common::logging::start_of_line;
 use rpc_common::text::MAX_SIZE;
 use std::io::{self, BufRead, BufReader, Write};
@@ -13,24 +13,26 @@ use std::mem;
 use std::sync::mpsc;
 use std::thread;
 
-/// Starts to read the input on a thread of its own, and returns the requests. Bad input goes to the printer directly.
+/// The channel for the requests.
+pub(crate) fn requests(cli: &Cli) -> (RequestSender<Input>, Requests<Input>) {
+    // With a capacity, a request is announced not long before it is sent. Else the permits bound the requests.
+    let capacity = cli.output.announces().then(|| cli.config.in_flight.into());
+    rpc_client::requests(capacity)
+}
+
+/// Starts to read the input on a thread of its own. Bad input goes to the printer directly.
 pub(crate) fn start(
     cli: &Cli,
+    requests: RequestSender<Input>,
     events: mpsc::Sender<Event>,
     permits: Receiver<()>,
     requests_per_permit: u64,
-) -> Receiver<Request<Input>> {
+) {
     let announces = cli.output.announces();
-    let (request_sender, requests) = if announces {
-        bounded(cli.config.in_flight.into()) // so that a request is announced not long before it is sent
-    } else {
-        unbounded() // bounded by the permits
-    };
     let (input, repeat) = (cli.input.clone(), cli.repeat);
-    let reader = Reader { requests: request_sender, events, permits, requests_per_permit, announces, repeat, index: 0 };
+    let reader = Reader { requests, events, permits, requests_per_permit, announces, repeat, index: 0 };
     // Not joined: when the calls end early, it may still wait for input.
     thread::spawn(move || reader.read(&input, BufReader::new(io::stdin())));
-    requests
 }
 
 /// Prints the line of the tutorial after `start`, if the request is for fib(n).
@@ -42,7 +44,7 @@ pub(crate) fn announce(start: &str, origin: Origin) {
 }
 
 struct Reader {
-    requests: Sender<Request<Input>>,
+    requests: RequestSender<Input>,
     events: mpsc::Sender<Event>,
     /// Each permit allows `requests_per_permit` requests to be read.
     permits: Receiver<()>,
@@ -119,7 +121,7 @@ impl Reader {
                 announce(start_of_line(), origin);
             }
             let body = if left == 0 { mem::take(&mut body) } else { body.clone() };
-            self.requests.send(Request { context, body }).ok()?;
+            self.requests.send(Request { context, body }).then_some(())?;
         }
         Some(())
     }
@@ -146,22 +148,24 @@ impl Reader {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::iter;
     use Argument::{Number, StandardInput};
 
     /// Reads with `permits` for two lines each. Returns the inputs of the requests, and the other events.
     fn read(arguments: &[Argument], input: impl BufRead, repeat: u64, permits: usize) -> (Vec<Input>, Vec<Event>) {
         let options = InputOptions { numbers: arguments.into(), ..InputOptions::default() };
-        let (requests, taken_requests) = unbounded();
+        let (requests, taken_requests) = rpc_client::requests(None);
         let (events, printer_events) = mpsc::channel();
         let permits = {
-            let (sender, receiver) = bounded(permits);
+            let (sender, receiver) = crossbeam_channel::bounded(permits);
             (0..permits).for_each(|_| sender.send(()).unwrap());
             receiver // without its sender, the reader does not wait for further permits
         };
         let (requests_per_permit, announces, index) = (2, false, 0);
         let reader = Reader { requests, events, permits, requests_per_permit, announces, repeat, index };
         reader.read(&options, input);
-        (taken_requests.iter().map(|request| request.context).collect(), printer_events.iter().collect())
+        let inputs = iter::from_fn(|| taken_requests.try_take()).map(|request| request.context).collect();
+        (inputs, printer_events.iter().collect())
     }
 
     fn input(index: u64, n: u64, line: impl Into<Option<u64>>) -> Input {

@@ -1,18 +1,22 @@
-//! A session: one connection with its reply queue, on a thread of its own.
+//! A session: one connection with its reply queue, and the thread that makes its blocking calls.
 //!
-//! The thread makes the blocking calls, one after the other, so that the event loop never blocks: connecting, starting the
-//! consumer, looking at the request queue, closing. Requests and replies do not pass through it.
+//! The event loop drives the link of the connection: it reads replies, and publishes requests. The thread makes the blocking calls,
+//! one after the other, so that the event loop never blocks: connecting, starting the consumer, looking at the request queue,
+//! closing.
 
 use crate::call::{Config, Error, ReplyTo};
 use crate::pending::Call;
-use amiquip::{
-    AmqpValue, Confirm, ConnectionBlockedNotification, ConsumerMessage, ConsumerOptions, FieldTable, Return,
-};
-use crossbeam_channel::{never, unbounded, Receiver, Sender};
+use crate::requests::Requests;
+use amiquip::ConsumerOptions;
+use crossbeam_channel::{unbounded, Receiver, Sender};
 use rpc_common::connection::{
-    close_timeout, Connection, Deadline, Endpoint, Error as ConnectionError, ErrorKind, Publisher, QueueStats, Watchdog,
+    close_timeout, ChannelInbox, Connection, Deadline, Endpoint, Error as ConnectionError, ErrorKind, HeaderTooLarge,
+    Link, Notification, Owner, Publisher, QueueStats, Waker,
 };
-use rpc_common::message::{self, unix_time_ms};
+use rpc_common::message::{self, unix_time_ms, DEADLINE_HEADER};
+use rpc_common::properties::TableBuilder;
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use std::{mem, thread};
 use uuid::Uuid;
@@ -25,20 +29,17 @@ const DIRECT_REPLY_TO: &str = "amq.rabbitmq.reply-to";
 const MAX_UNREAD_PER_CALL: usize = 8;
 const MAX_UNREAD: usize = 1_000;
 
+/// How many bytes of requests are encoded before they are written.
+const MAX_BUFFERED: usize = 64 << 10;
+
 /// A **session**, as the event loop sees it.
 pub(crate) struct Session {
     commands: Sender<Command>,
-    pub(crate) events: Receiver<SessionEvent>,
+    events: Receiver<SessionEvent>,
+    /// `None` until a socket is connected.
+    link: Option<Arc<Link>>,
     /// `None` until it is connected.
-    pub(crate) publisher: Option<RequestPublisher>,
-    /// Requests that the broker could not route to a queue.
-    pub(crate) returns: Receiver<Return>,
-    /// Which requests the broker has taken. A returned request is confirmed, too, after its return.
-    pub(crate) confirms: Receiver<Confirm>,
-    /// Whether the broker blocks publishers, each time that this changes. Disconnected when the connection ends.
-    pub(crate) notifications: Receiver<ConnectionBlockedNotification>,
-    /// Silent until the consumer is started.
-    pub(crate) replies: Receiver<ConsumerMessage>,
+    pub(crate) connected: Option<Connected>,
     pub(crate) is_consuming: bool,
     /// When the consumer must have started, if it is waited for.
     pub(crate) consumer_deadline: Option<Instant>,
@@ -48,6 +49,14 @@ pub(crate) struct Session {
     pub(crate) close_deadline: Deadline,
 }
 
+/// What a connected session has.
+pub(crate) struct Connected {
+    pub(crate) publisher: RequestPublisher,
+    pub(crate) inbox: ChannelInbox,
+    /// Whether the broker blocks publishers, each time that this changes.
+    pub(crate) notifications: Receiver<Notification>,
+}
+
 /// Publishes requests on a connected session.
 pub(crate) struct RequestPublisher {
     /// Host and port of the broker.
@@ -55,31 +64,44 @@ pub(crate) struct RequestPublisher {
     publisher: Publisher,
     reply_queue: String,
     content_type: String,
-    headers: FieldTable,
-    watchdog: Watchdog,
+    headers: TableBuilder,
 }
 
 impl RequestPublisher {
-    /// Buffers the request of a call and marks it sent; [`flush`](Self::flush) writes it.
-    pub(crate) fn publish<T>(&self, queue: &str, call: &mut Call<T>) {
-        let id = call.id.to_string();
+    /// Adds the request of a call, and marks it sent. Writes what was added when that is much.
+    ///
+    /// # Errors
+    /// [`HeaderTooLarge`]; then the request is not sent.
+    pub(crate) fn publish<T>(&self, queue: &str, call: &mut Call<T>) -> Result<(), HeaderTooLarge> {
+        let mut id = Uuid::encode_buffer();
+        let id = call.id.as_hyphenated().encode_lower(&mut id);
         let time_left = call.deadline.remaining();
         let request = message::Request {
             body: &call.request.body,
-            content_type: Some(&self.content_type),
-            headers: Some(&self.headers),
-            reply_to: Some(&self.reply_queue),
-            correlation_id: Some(&id),
+            content_type: Some(self.content_type.as_bytes()),
+            headers: self.headers.table(),
+            reply_to: Some(self.reply_queue.as_bytes()),
+            correlation_id: Some(id.as_bytes()),
             deadline_ms: Some(unix_time_ms(SystemTime::now() + time_left)),
             ..message::Request::default()
         };
-        self.publisher.publish(request.encode(queue, Some(time_left)), None);
+        self.publisher.publish(&request.encode(queue.as_bytes(), Some(time_left)))?;
         call.mark_sent(Instant::now());
+        if self.publisher.buffered() > MAX_BUFFERED {
+            self.flush();
+        }
+        Ok(())
     }
 
-    /// Writes the buffered requests.
+    /// Whether the broker takes what we send. While it does not nothing is encoded: a request would say how much time it had left
+    /// then, and would be run when its caller has gone.
+    pub(crate) fn is_writable(&self) -> bool {
+        !self.publisher.has_backlog()
+    }
+
+    /// Writes the requests that were added.
     pub(crate) fn flush(&self) {
-        let _ = self.publisher.flush(); // fails on a closed channel: the replies report that
+        let _ = self.publisher.flush(); // fails if the channel or the connection has ended: the inbox tells how
     }
 }
 
@@ -91,45 +113,104 @@ enum Command {
 
 /// What the thread reports.
 pub(crate) enum SessionEvent {
+    /// A socket is connected, and the event loop is to drive its link. (The link of an attempt before may have ended.)
+    Linked(Arc<Link>),
     /// Requests can be published.
-    Connected {
-        publisher: RequestPublisher,
-        returns: Receiver<Return>,
-        confirms: Receiver<Confirm>,
-        notifications: Receiver<ConnectionBlockedNotification>,
-    },
+    Connected(Box<Connected>),
     /// Replies can be received.
-    Consuming(Receiver<ConsumerMessage>),
+    Consuming,
     /// The request queue, or why the broker gives no numbers.
     QueueChecked(Result<QueueStats, ErrorKind>),
-    /// The session has ended with an error.
-    Ended(Error),
+    /// The session has failed.
+    Failed(Error),
+    /// The thread has ended; the last event.
+    ThreadEnded,
+}
+
+/// Reports events to the event loop.
+struct Reporter {
+    events: Sender<SessionEvent>,
+    waker: Waker,
+}
+
+impl Reporter {
+    fn report(&self, event: SessionEvent) {
+        let _ = self.events.send(event); // fails if the event loop has ended
+        self.waker.wake();
+    }
+}
+
+impl Drop for Reporter {
+    fn drop(&mut self) {
+        self.report(SessionEvent::ThreadEnded);
+    }
 }
 
 impl Session {
-    /// Starts to connect. The deadline is that of connecting. If it `needs_consumers`, a request queue without them ends it.
-    pub(crate) fn start(endpoints: Vec<Endpoint>, config: &Config, needs_consumers: bool, deadline: Deadline) -> Self {
+    /// Starts to connect. The deadline is that of connecting. If it `needs_consumers`, a request queue without them ends it. The
+    /// `waker` ends a wait of the event loop.
+    pub(crate) fn start(
+        endpoints: Vec<Endpoint>,
+        config: &Config,
+        needs_consumers: bool,
+        deadline: Deadline,
+        waker: &Waker,
+    ) -> Self {
         let (commands, received) = unbounded();
         let (sender, events) = unbounded();
         let config = config.clone();
+        let reporter = Reporter { events: sender, waker: waker.clone() };
         thread::spawn(move || {
-            if let Err(error) = run_session(&endpoints, &config, needs_consumers, &deadline, &sender, &received) {
-                let _ = sender.send(SessionEvent::Ended(error)); // fails if the event loop has ended
+            let take_link = |link: &Arc<Link>| reporter.report(SessionEvent::Linked(link.clone()));
+            let owner = Owner::Caller(reporter.waker.clone(), &take_link);
+            match Connection::open_any(&endpoints, "rpc-client", &deadline, &owner) {
+                Ok(mut connection) => {
+                    let result =
+                        run_session(&mut connection, &config, needs_consumers, &deadline, &reporter, &received);
+                    // Before the connection is closed: the event loop would learn its end first.
+                    result.unwrap_or_else(|error| reporter.report(SessionEvent::Failed(error)));
+                }
+                Err(error) => reporter.report(SessionEvent::Failed(error.into())),
             }
         });
         Session {
             commands,
             events,
-            publisher: None,
-            returns: never(),
-            confirms: never(),
-            notifications: never(),
-            replies: never(),
+            link: None,
+            connected: None,
             is_consuming: false,
             consumer_deadline: None,
             is_checking: false,
             close_deadline: deadline,
         }
+    }
+
+    /// The next event, if there is one.
+    pub(crate) fn take_event(&mut self) -> Option<SessionEvent> {
+        let event = self.events.try_recv().ok()?;
+        if let SessionEvent::Linked(link) = &event {
+            self.link = Some(link.clone());
+        }
+        Some(event)
+    }
+
+    /// Drives the link until something arrives, a request if it `takes_requests`, or until this instant.
+    pub(crate) fn wait<T>(&self, until: Option<Instant>, requests: &Requests<T>, takes_requests: bool) {
+        self.drive(until, requests.waker(), &|| requests.is_ready(takes_requests));
+    }
+
+    fn drive(&self, until: Option<Instant>, waker: &Waker, is_ready: &dyn Fn() -> bool) {
+        let is_ready = || is_ready() || !self.events.is_empty();
+        match &self.link {
+            Some(link) => link.drive(until, &is_ready),
+            None => waker.wait(until, &is_ready),
+        }
+    }
+
+    /// How the connection ended, if it has after it was opened.
+    pub(crate) fn ended(&self) -> Option<ErrorKind> {
+        self.connected.as_ref()?;
+        self.link.as_ref()?.cause()
     }
 
     /// Asks for [`SessionEvent::QueueChecked`], unless it is still to come.
@@ -139,81 +220,93 @@ impl Session {
         }
     }
 
-    /// The connection has ended: asks for the cause, [`SessionEvent::Ended`].
-    pub(crate) fn ask_for_cause(&self) {
-        let _ = self.commands.send(Command::Close(self.close_deadline)); // amiquip tells the cause when it closes
+    /// Whether an event waits to be taken.
+    pub(crate) fn has_event(&self) -> bool {
+        !self.events.is_empty()
     }
 
-    /// Ends the connection, and with it a blocking call of the thread.
-    pub(crate) fn shut_down(&self) {
-        if let Some(publisher) = &self.publisher {
-            publisher.watchdog.shut_down();
+    /// Ends the connection, and with it a blocking call of the thread: the broker has not answered it in time.
+    pub(crate) fn give_up(&self) {
+        if let Some(link) = &self.link {
+            link.give_up();
         }
     }
 
     /// Closes the connection. Waits for the broker no longer than [`Connection`] does.
-    pub(crate) fn close(self) {
-        let _ = self.commands.send(Command::Close(self.close_deadline));
+    pub(crate) fn close(mut self, waker: &Waker) {
+        let _ = self.commands.send(Command::Close(self.close_deadline)); // fails if the thread has ended
         let limit = Deadline::after(close_timeout(&self.close_deadline));
-        while self.events.recv_deadline(limit.instant()).is_ok() {} // until the thread has ended
-        self.shut_down(); // if the thread has not ended, this ends its blocking call
+        while !limit.remaining().is_zero() {
+            match self.take_event() {
+                Some(SessionEvent::ThreadEnded) => break,
+                Some(_) => {}
+                None => self.drive(Some(limit.instant()), waker, &|| false),
+            }
+        }
+        if let Some(link) = &self.link {
+            link.shut_down(); // if the thread has not ended, this ends its blocking call
+        }
     }
 }
 
-/// The session from its beginning to its end, on its thread.
+/// The session from when it is connected to its end, on its thread.
 fn run_session(
-    endpoints: &[Endpoint],
+    connection: &mut Connection,
     config: &Config,
     needs_consumers: bool,
     deadline: &Deadline,
-    events: &Sender<SessionEvent>,
+    reporter: &Reporter,
     commands: &Receiver<Command>,
 ) -> Result<(), Error> {
-    let send = |event| drop(events.send(event)); // fails if the event loop has ended
-    let mut connection = Connection::open_any(endpoints, "rpc-client", deadline)?;
     if needs_consumers {
-        check_consumers(&mut connection, &config.queue, deadline)?;
+        check_consumers(connection, &config.queue, deadline)?;
     }
     let max_unread = usize::from(config.in_flight) * MAX_UNREAD_PER_CALL + MAX_UNREAD;
     let (channel, publisher) = connection.open_channel(max_unread, deadline)?;
-    connection.enable_confirms(&channel, deadline)?;
-    let notifications = connection.blocked_notifications(deadline)?;
     let reply_queue = match config.reply_to {
         ReplyTo::Queue => format!("rpc.reply.{}", Uuid::new_v4()),
         ReplyTo::Direct => DIRECT_REPLY_TO.into(),
     };
+    publisher.select_confirms();
     if config.reply_to == ReplyTo::Queue {
         publisher.declare_exclusive_queue(&reply_queue); // if it fails, so does the consumer
     }
     let _ = publisher.flush(); // fails on a closed channel: the consumer reports that
-    let (broker, watchdog) = (connection.broker().to_owned(), connection.watchdog.clone());
-    let (content_type, headers) = (config.content_type.clone(), header_table(config));
-    let publisher =
-        RequestPublisher { broker, publisher, reply_queue: reply_queue.clone(), content_type, headers, watchdog };
-    let (returns, confirms) = (channel.returns.clone(), channel.confirms.clone());
-    let connected = SessionEvent::Connected { publisher, returns, confirms, notifications };
+    let publisher = RequestPublisher {
+        broker: connection.broker().to_owned(),
+        publisher,
+        reply_queue: reply_queue.clone(),
+        content_type: config.content_type.clone(),
+        headers: headers(config),
+    };
+    let (inbox, notifications) = (channel.inbox.clone(), connection.link().notifications());
+    let connected = SessionEvent::Connected(Box::new(Connected { publisher, inbox, notifications }));
 
     let options = ConsumerOptions { no_ack: true, exclusive: true, ..ConsumerOptions::default() };
-    let consume = |connection: &mut Connection, deadline: &Deadline| {
-        connection.call(deadline, "starting a consumer", |_| channel.consume(&reply_queue, options.clone()))
+    let consume = |deadline: &Deadline| {
+        let step = "starting a consumer";
+        channel.run_blocking(deadline, step, |amqp| amqp.basic_consume(&reply_queue, options.clone()))
     };
-    let consumer = if config.reply_to == ReplyTo::Direct {
-        let consumer = consume(&mut connection, deadline)?; // must be there before the first request
-        send(connected);
+    // amiquip ends the connection when the consumer is dropped and the broker confirms its cancellation.
+    let _consumer = if config.reply_to == ReplyTo::Direct {
+        let consumer = consume(deadline)?; // must be there before the first request
+        reporter.report(connected);
         consumer
     } else {
         // Requests are published meanwhile, and their replies wait in the queue. This has no deadline: a broker that
         // blocks publishers answers when it unblocks them. If it does not block them, and has not answered in time or when
         // all calls have expired, the event loop ends this wait by shutting the socket down.
-        send(connected);
-        let consumer = consume(&mut connection, &Deadline::after(Duration::MAX));
-        consumer.map_err(|error| explain_refusal(&mut connection, &reply_queue, error, deadline))?
+        reporter.report(connected);
+        let consumer = consume(&Deadline::after(Duration::MAX));
+        consumer.map_err(|error| explain_refusal(connection, &reply_queue, error, deadline))?
     };
-    send(SessionEvent::Consuming(consumer.receiver().clone()));
+    reporter.report(SessionEvent::Consuming);
 
     for command in commands {
         match command {
-            Command::CheckQueue => send(SessionEvent::QueueChecked(check_queue(&mut connection, &config.queue)?)),
+            Command::CheckQueue => {
+                reporter.report(SessionEvent::QueueChecked(check_queue(connection, &config.queue)?));
+            }
             Command::Close(deadline) => {
                 connection.close_by(&deadline)?; // before the consumer is dropped, which would wait for the broker
                 break;
@@ -223,8 +316,11 @@ fn run_session(
     Ok(())
 }
 
-fn header_table(config: &Config) -> FieldTable {
-    config.headers.iter().map(|(name, value)| (name.clone(), AmqpValue::LongString(value.clone()))).collect()
+/// The headers of all requests. Of several with one name the last one counts.
+fn headers(config: &Config) -> TableBuilder {
+    let by_name: BTreeMap<_, _> = config.headers.iter().map(|(name, value)| (name, value)).collect();
+    let headers = by_name.into_iter().filter(|(name, _)| *name != DEADLINE_HEADER); // that one is of each request
+    headers.fold(TableBuilder::default(), |table, (name, value)| table.with_text(name, value))
 }
 
 /// Refuses a queue that does not exist or has no consumers.

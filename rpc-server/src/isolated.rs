@@ -5,8 +5,7 @@
 //! reply it refused. So the reply to a redelivered request is published alone: if the broker closes something then, it is
 //! because of this reply, and no other request is affected. Over this connection the server also asks whether a caller has gone.
 
-use amiquip::{Publish, Return};
-use rpc_common::connection::{Connection, Deadline, Endpoint, Error, OpenChannel, Publisher};
+use rpc_common::connection::{Connection, Deadline, Endpoint, Error, Message, OpenChannel, Owner, Publisher, Returned};
 use rpc_common::message::{encode_reply, ErrorCode, Failure, Reply, Request};
 use rpc_common::sync::lock;
 use rpc_common::text::escape;
@@ -61,28 +60,18 @@ struct Open {
 
 impl IsolatedPublisher {
     /// Publishes a reply and waits for the broker. If the broker refuses the reply, an error replaces it. Without a
-    /// connection, it connects to `endpoint`. See [`Publisher::publish`] for `correlation_id`.
-    pub(crate) fn publish(
-        &self,
-        endpoint: &Endpoint,
-        reply: &mut Reply,
-        request: &Request,
-        correlation_id: Option<&[u8]>,
-    ) -> Published {
+    /// connection, it connects to `endpoint`.
+    pub(crate) fn publish(&self, endpoint: &Endpoint, reply: &mut Reply, request: &Request) -> Published {
         let mut state = lock(&self.0);
         if let (true, Some((error, _))) = (state.is_paused(), &state.failure) {
             return Published::Unknown(error.clone());
         }
-        let mut publish = |reply: &Reply| {
-            let message = encode_reply(reply, request.reply_to.unwrap_or_default(), request.correlation_id);
-            state.publish(endpoint, message, correlation_id)
-        };
-        let mut published = publish(reply);
+        let mut published = state.publish(endpoint, reply, request);
         if let Published::Refused(error) = &published {
             log::warn!("the broker refused a reply, answering with an error: {error}");
             let message = "internal error: the broker refused the answer, perhaps because of its size";
             *reply = Err(Failure::new(ErrorCode::Internal, message));
-            published = publish(reply);
+            published = state.publish(endpoint, reply, request);
         }
         if let Published::Unknown(error) = &published {
             state.failure = Some((error.clone(), Instant::now() + PAUSE_AFTER_FAILURE));
@@ -92,7 +81,8 @@ impl IsolatedPublisher {
 
     /// Whether the broker says that there is no queue of this name. (One that is exclusive to its caller's connection is refused
     /// to us, and exists.)
-    pub(crate) fn is_queue_gone(&self, endpoint: &Endpoint, queue: &str) -> bool {
+    pub(crate) fn is_queue_gone(&self, endpoint: &Endpoint, queue: &[u8]) -> bool {
+        let Ok(queue) = str::from_utf8(queue) else { return false }; // amiquip cannot ask for such a name
         let Ok(mut state) = self.0.try_lock() else { return false }; // another time: a program waits for this
         if state.is_paused() || state.no_checks_until.is_some_and(|until| Instant::now() < until) {
             return false;
@@ -133,13 +123,13 @@ impl State {
         open.map_or_else(|| Open::new(endpoint, deadline), Ok)
     }
 
-    fn publish(&mut self, endpoint: &Endpoint, reply: Publish, correlation_id: Option<&[u8]>) -> Published {
+    fn publish(&mut self, endpoint: &Endpoint, reply: &Reply, request: &Request) -> Published {
         let deadline = Deadline::after(PUBLISH_TIMEOUT);
         let mut open = match self.open(endpoint, &deadline) {
             Ok(open) => open,
             Err(error) => return Published::Unknown(error),
         };
-        open.publisher.publish(reply, correlation_id);
+        publish_reply(&open.publisher, reply, request);
         let _ = open.publisher.flush(); // the round trip returns the cause
         match open.make_round_trip(&deadline) {
             Ok(()) => {
@@ -154,7 +144,7 @@ impl State {
 
 impl Open {
     fn new(endpoint: &Endpoint, deadline: &Deadline) -> Result<Self, Error> {
-        let mut connection = Connection::open(endpoint, "rpc-server", deadline)?;
+        let mut connection = Connection::open(endpoint, "rpc-server", deadline, &Owner::Standby)?;
         let (channel, publisher) = connection.open_channel(MAX_UNREAD, deadline)?;
         Ok(Open { connection, channel, publisher })
     }
@@ -162,19 +152,34 @@ impl Open {
     /// The broker handles a channel's methods in order: when it answers, it has not refused what was published before. (A
     /// publisher confirm would tell the same, and would have to be enabled by another round trip.)
     fn make_round_trip(&mut self, deadline: &Deadline) -> Result<(), Error> {
-        let amqp = &self.channel.amqp;
-        let result = self.connection.call(deadline, "publishing a reply", |_| amqp.qos(0, 0, false));
-        self.channel.returns.try_iter().for_each(|reply| log_return(&reply));
+        let result = self.channel.run_blocking(deadline, "publishing a reply", |amqp| amqp.qos(0, 0, false));
+        for message in self.channel.inbox.take().messages {
+            if let Message::Returned(reply) = message {
+                log_return(&reply);
+            }
+        }
         result
     }
 }
 
+/// Adds the reply to a request. An error replaces a reply whose properties do not fit into a frame: one with an error code of
+/// kilobytes.
+pub(crate) fn publish_reply(publisher: &Publisher, reply: &Reply, request: &Request) {
+    let publish = |reply: &Reply| {
+        publisher.publish(&encode_reply(reply, request.reply_to.unwrap_or_default(), request.correlation_id))
+    };
+    if let Err(error) = publish(reply) {
+        log::warn!("cannot publish a reply: {error}");
+        let message = "internal error: the properties of the reply are too large";
+        let _ = publish(&Err(Failure::new(ErrorCode::Internal, message))); // it is small
+    }
+}
+
 /// Logs a reply that the broker returned.
-pub(crate) fn log_return(reply: &Return) {
-    let id = reply.properties.correlation_id().as_deref().unwrap_or("none");
+pub(crate) fn log_return(reply: &Returned) {
     log::info!(
         "a reply was returned: there is no queue '{}', the caller has gone or reconnected (correlation id: {})",
-        escape(reply.routing_key.as_bytes()),
-        escape(id.as_bytes()),
+        escape(&reply.routing_key),
+        escape(reply.correlation_id().unwrap_or(b"none")),
     );
 }

@@ -88,8 +88,8 @@ const BROKER_HEADERS: [&str; 5] =
 fn key(request: &Request) -> u64 {
     let mut hasher = DefaultHasher::new();
     (request.correlation_id, request.reply_to, request.body, request.content_type, request.details).hash(&mut hasher);
-    for (name, value) in request.headers.into_iter().flatten() {
-        if !BROKER_HEADERS.iter().any(|prefix| name.starts_with(prefix)) {
+    for (name, value) in request.headers.entries() {
+        if !BROKER_HEADERS.iter().any(|prefix| name.starts_with(prefix.as_bytes())) {
             (name, format!("{value:?}")).hash(&mut hasher);
         }
     }
@@ -99,12 +99,12 @@ fn key(request: &Request) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use amiquip::{AmqpValue, FieldTable};
     use rpc_common::message::Answer;
+    use rpc_common::properties::TableBuilder;
     use std::thread;
 
     fn request(body: &[u8]) -> Request<'_> {
-        Request { body, reply_to: Some("to"), ..Request::default() }
+        Request { body, reply_to: Some(b"to"), ..Request::default() }
     }
 
     fn answer(text: &str) -> Answer {
@@ -146,12 +146,12 @@ mod tests {
     #[test]
     fn a_reply_is_kept_for_the_same_headers_but_those_of_the_broker() {
         let kept = KeptReplies::default();
-        let headers = |name: &str| FieldTable::from([(name.into(), AmqpValue::LongInt(1))]);
-        let (plain, german, counted) = (FieldTable::new(), headers("x-lang"), headers("x-delivery-count"));
-        let with = |headers| Request { headers: Some(headers), ..request(b"30") };
-        kept.begin(&with(&plain), false).0.keep(Ok(answer("832040")));
-        assert_eq!(kept.begin(&with(&german), true).1, None);
-        assert_eq!(kept.begin(&with(&counted), true).1, Some(Ok(answer("832040"))));
+        let headers = |name: &str| TableBuilder::default().with_long(name, 1);
+        let (german, counted) = (headers("x-lang"), headers("x-delivery-count"));
+        let with = |headers| Request { headers, ..request(b"30") };
+        kept.begin(&request(b"30"), false).0.keep(Ok(answer("832040")));
+        assert_eq!(kept.begin(&with(german.table()), true).1, None);
+        assert_eq!(kept.begin(&with(counted.table()), true).1, Some(Ok(answer("832040"))));
     }
 
     #[test]

@@ -8,6 +8,7 @@ use rustix::fs::{access, Access};
 use std::env;
 use std::ffi::{OsStr, OsString};
 use std::io;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
@@ -215,11 +216,11 @@ fn instant_of(unix_ms: i64) -> Option<Instant> {
 
 /// The variables that describe a request to the program. Values that an environment cannot hold, or that are too long, are left
 /// out.
-fn environment(request: &Request, queue: &str) -> Vec<(String, String)> {
+fn environment(request: &Request, queue: &str) -> Vec<(String, OsString)> {
     let details = &request.details;
     let deadline = request.deadline_ms.map(|deadline| deadline.to_string());
     let properties = [
-        ("QUEUE", Some(queue)),
+        ("QUEUE", Some(queue.as_bytes())),
         ("CORRELATION_ID", request.correlation_id),
         ("MESSAGE_ID", details.message_id),
         ("TYPE", details.message_type),
@@ -227,17 +228,18 @@ fn environment(request: &Request, queue: &str) -> Vec<(String, String)> {
         ("USER_ID", details.user_id),
         ("CONTENT_TYPE", request.content_type),
         ("CONTENT_ENCODING", details.content_encoding),
-        ("REDELIVERED", Some(if request.is_redelivered { "1" } else { "0" })),
-        ("DEADLINE_MS", deadline.as_deref()),
+        ("REDELIVERED", Some(if request.is_redelivered { b"1" } else { b"0" })),
+        ("DEADLINE_MS", deadline.as_deref().map(str::as_bytes)),
     ];
-    let properties = properties.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?.to_owned())));
+    let properties = properties.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?.to_vec())));
     let is_plain = |name: &str| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte));
     let headers = request.text_headers().filter(|(name, _)| !name.is_empty() && is_plain(name));
-    let headers = headers.map(|(name, value)| (format!("HEADER_{}", name.to_uppercase().replace('-', "_")), value));
+    let headers =
+        headers.map(|(name, value)| (format!("HEADER_{}", name.to_uppercase().replace('-', "_")), value.into_bytes()));
     properties
         .chain(headers)
-        .filter(|(_, value)| value.len() <= MAX_VALUE && !value.contains('\0'))
-        .map(|(name, value)| (format!("RPC_REQUEST_{name}"), value))
+        .filter(|(_, value)| value.len() <= MAX_VALUE && !value.contains(&0))
+        .map(|(name, value)| (format!("RPC_REQUEST_{name}"), OsString::from_vec(value)))
         .collect()
 }
 

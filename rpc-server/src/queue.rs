@@ -49,7 +49,7 @@ pub(crate) fn find_or_declare(
             Err(error) if error.is_not_found() => {}
             Err(error) => return Err(error),
         }
-        let declared = connection.call(deadline, "declaring a queue", |amqp| {
+        let declared = connection.run_blocking(deadline, "declaring a queue", |amqp| {
             let channel = amqp.open_channel(None)?; // dropped in this call, so that its closing has the deadline, too
             channel.queue_declare(queue, options.clone()).map(drop)
         });
@@ -74,7 +74,7 @@ fn check_type(
     options: QueueDeclareOptions,
     deadline: &Deadline,
 ) -> Result<(), Error> {
-    let declared = connection.call(deadline, "checking the type of a queue", |amqp| {
+    let declared = connection.run_blocking(deadline, "checking the type of a queue", |amqp| {
         amqp.open_channel(None)?.queue_declare(queue, options).map(drop)
     });
     match declared {

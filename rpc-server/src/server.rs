@@ -11,12 +11,11 @@ use crate::observer::Observer;
 use crate::queue::{self, QueueType};
 use crate::signals::Stop;
 use crate::worker::{Service, Worker, WorkerChannel, WorkerEvent, BROKER_CALL_TIMEOUT, LOOK_INTERVAL};
-use amiquip::ConnectionBlockedNotification::{self, Blocked, Unblocked};
 use crossbeam_channel::{after, never, select_biased, tick, unbounded, Receiver, RecvError, Sender};
 use rpc_common::connection::{
-    run_in_background, start_at, start_at_random, Backoff, Connection, Deadline, Endpoint, Error, ErrorKind,
+    run_in_background, start_at, start_at_random, Backoff, Connection, Deadline, Driving, Endpoint, Error, ErrorKind,
+    Notification, Owner,
 };
-use rpc_common::text::escape;
 use std::cell::{Cell, RefCell};
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -46,11 +45,16 @@ pub fn serve(config: &Config, handler: &Handler, stop: &Stop, observer: &dyn Obs
     if config.url_order == UrlOrder::Random {
         start_at_random(&mut endpoints);
     }
+    let workers = match config.workers {
+        0 => thread::available_parallelism().map_or(1, NonZeroUsize::get),
+        workers => workers.into(),
+    };
     let service = Service {
         config,
         handler,
         stop,
         observer,
+        driving: if workers == 1 { Driving::Caller } else { Driving::Standby },
         ready: Once::new(),
         is_blocked: AtomicBool::new(false),
         isolated: IsolatedPublisher::default(),
@@ -58,10 +62,6 @@ pub fn serve(config: &Config, handler: &Handler, stop: &Stop, observer: &dyn Obs
     };
     let (event_sender, events) = unbounded();
     let (channel_sender, channels) = unbounded();
-    let workers = match config.workers {
-        0 => thread::available_parallelism().map_or(1, NonZeroUsize::get),
-        workers => workers.into(),
-    };
     thread::scope(|scope| {
         for index in 0..workers {
             let (events, channels) = (event_sender.clone(), channels.clone());
@@ -104,8 +104,8 @@ struct Server<'a> {
     ticks: Receiver<Instant>,
 }
 
-/// A connection, what the broker notifies, and what was found out or done about the queue.
-type Connected = (Connection, Receiver<ConnectionBlockedNotification>, String);
+/// A connection, and what was found out or done about the queue.
+type Connected = (Connection, String);
 
 impl Server<'_> {
     /// Connects, again and again, until it is time to stop.
@@ -138,7 +138,8 @@ impl Server<'_> {
 
     /// One connection, from opening it to its end, or until it is time to stop.
     fn run_connection(&mut self) -> Result<(), Error> {
-        let Some((mut connection, notifications, queue_report)) = self.connect()? else { return Ok(()) };
+        let Some((mut connection, queue_report)) = self.connect()? else { return Ok(()) };
+        let notifications = connection.link().notifications();
         start_at(&mut self.endpoints, connection.broker());
         self.service.is_blocked.store(false, Ordering::Relaxed);
         self.service.isolated.close_unused(); // it may have lost its broker, too
@@ -153,16 +154,16 @@ impl Server<'_> {
                     continue;
                 }
                 recv(notifications) -> notification => match notification {
-                    Ok(Blocked(reason)) => {
+                    Ok(Notification::Blocked(reason)) => {
                         self.service.is_blocked.store(true, Ordering::Relaxed);
-                        log::warn!("{} blocks publishers: {}; waiting", connection.broker(), escape(reason.as_bytes()));
+                        log::warn!("{} blocks publishers: {reason}; waiting", connection.broker());
                     }
-                    Ok(Unblocked) => {
+                    Ok(Notification::Unblocked) => {
                         self.service.is_blocked.store(false, Ordering::Relaxed);
                         log::info!("{} no longer blocks publishers", connection.broker());
                     }
                     // Only this tells that the connection has ended: a worker's error may be about an earlier one.
-                    Err(_) => return Err(connection.close_ended()),
+                    Err(_) => return Err(connection.cause()),
                 },
                 recv(self.events) -> event => match event {
                     Ok(WorkerEvent::Consuming) => {
@@ -182,7 +183,8 @@ impl Server<'_> {
             }
             idle = after(IDLE_TIMEOUT);
         }
-        connection.watchdog.limit_running(&Deadline::after(BROKER_CALL_TIMEOUT)); // the workers' calls
+        connection.link().limit_calls(&Deadline::after(BROKER_CALL_TIMEOUT)); // the workers' calls
+        connection.link().wake_all(); // the workers that wait
         self.wait_for_workers(); // before the connection is closed
         if let Err(error) = connection.close() {
             log::warn!("{error}"); // what was not acknowledged is in the queue again
@@ -198,10 +200,9 @@ impl Server<'_> {
         let connecting = run_in_background(move || {
             let timeout = endpoints.iter().map(|_| ATTEMPT_TIMEOUT).sum(); // for all of them
             let deadline = Deadline::after(timeout);
-            let mut connection = Connection::open_any(&endpoints, "rpc-server", &deadline)?;
-            let notifications = connection.blocked_notifications(&deadline)?;
+            let mut connection = Connection::open_any(&endpoints, "rpc-server", &deadline, &Owner::Standby)?;
             let declared = queue::find_or_declare(&mut connection, &queue, queue_type, &deadline)?;
-            Ok((connection, notifications, queue::describe(&queue, declared)))
+            Ok((connection, queue::describe(&queue, declared)))
         });
         let Some(connected) = self.wait_for(&connecting, self.service.stop) else {
             let _ = connecting.recv_timeout(STOP_TIMEOUT); // if it is opened soon, it is closed properly

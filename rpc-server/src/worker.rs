@@ -2,18 +2,17 @@
 
 use crate::config::Config;
 use crate::handler::{self, Caller, Handler};
-use crate::isolated::{log_return, IsolatedPublisher, Published};
+use crate::isolated::{log_return, publish_reply, IsolatedPublisher, Published};
 use crate::kept::KeptReplies;
 use crate::observer::Observer;
 use crate::signals::Stop;
-use amiquip::{ConsumerMessage, ConsumerOptions, Delivery};
+use amiquip::ConsumerOptions;
 use crossbeam_channel::{select_biased, Receiver, Sender, TryRecvError};
 use log::Level;
 use rpc_common::connection::{
-    delivery, Backoff, ChannelClosed, Connection, Deadline, Endpoint, Error, ErrorKind, OpenChannel, Publisher,
-    Watchdog,
+    Backoff, Connection, Deadline, Delivery, Driving, Endpoint, Error, ErrorKind, Message, OpenChannel, Publisher,
 };
-use rpc_common::message::{encode_reply, unix_time_ms, ErrorCode, Failure, Reply, Request};
+use rpc_common::message::{unix_time_ms, ErrorCode, Failure, Reply, Request};
 use rpc_common::text::{escape, format_duration};
 use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
@@ -49,6 +48,8 @@ pub(crate) struct Service<'a> {
     pub(crate) handler: &'a Handler<'a>,
     pub(crate) stop: &'a Stop,
     pub(crate) observer: &'a dyn Observer,
+    /// Who drives the link while a worker waits: the worker, if it is the only one.
+    pub(crate) driving: Driving,
     /// Completed when a worker has consumed for the first time.
     pub(crate) ready: Once,
     /// Whether the broker blocks the connection: then it answers nothing on it.
@@ -57,6 +58,13 @@ pub(crate) struct Service<'a> {
     pub(crate) isolated: IsolatedPublisher,
     /// Computed replies whose acknowledgement came too late.
     pub(crate) kept: KeptReplies,
+}
+
+impl Service<'_> {
+    /// Whether it is time to stop.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stop.try_recv() == Err(TryRecvError::Disconnected)
+    }
 }
 
 /// A **worker** takes requests from the queue while it has a channel.
@@ -85,12 +93,11 @@ pub(crate) enum WorkerEvent {
     LostChannel(Error),
 }
 
-/// A channel for a worker, and what ends a wait on it.
+/// A channel for a worker.
 pub(crate) struct WorkerChannel {
     endpoint: Endpoint,
     open: OpenChannel,
     publisher: Publisher,
-    watchdog: Watchdog,
 }
 
 impl WorkerChannel {
@@ -100,37 +107,19 @@ impl WorkerChannel {
             prefetch => 2 * usize::from(prefetch) + MAX_UNREAD,
         };
         let (open, publisher) = connection.open_channel(max_unread, deadline)?;
-        let (endpoint, watchdog) = (connection.endpoint.clone(), connection.watchdog.clone());
-        Ok(WorkerChannel { endpoint, open, publisher, watchdog })
+        Ok(WorkerChannel { endpoint: connection.endpoint.clone(), open, publisher })
     }
 
-    /// Runs a synchronous call. If the broker does not answer in time, the connection ends.
-    fn call<T>(&self, timeout: Duration, call: impl FnOnce() -> amiquip::Result<T>) -> Result<T, Error> {
-        let result = self.watchdog.run_until(&Deadline::after(timeout), call);
-        result.unwrap_or(Err(amiquip::Error::EventLoopDropped)).map_err(|error| self.error(error))
-    }
-
-    /// Sends what the publisher has buffered.
+    /// Writes what the publisher has buffered.
     fn send(&self) -> Result<(), Error> {
-        match self.publisher.flush() {
-            Ok(()) => Ok(()),
-            // The broker has closed the channel: this call sends nothing, and fails with the cause.
-            Err(ChannelClosed) => self.call(BROKER_CALL_TIMEOUT, || self.open.amqp.qos(0, 0, false)),
-        }
+        self.publisher.flush().map_err(|kind| self.error(kind))
     }
 
     fn close(self) {
-        let deadline = Deadline::after(BROKER_CALL_TIMEOUT);
-        // Fails if the channel has ended.
-        let _ = self.watchdog.run_until(&deadline, || self.open.amqp.close());
+        let _ = self.open.close(&Deadline::after(BROKER_CALL_TIMEOUT)); // fails if the channel has ended
     }
 
-    /// How the channel ended. The server learns the end of the connection by itself.
-    fn error(&self, error: amiquip::Error) -> Error {
-        let kind = match error {
-            amiquip::Error::ServerClosedChannel { .. } => error.into(),
-            error => ErrorKind::ConnectionLost(error.to_string()),
-        };
+    fn error(&self, kind: ErrorKind) -> Error {
         Error::new(&self.endpoint.broker, kind)
     }
 }
@@ -160,58 +149,69 @@ impl Worker<'_> {
     /// Consumes until it is time to stop or the channel ends.
     fn use_channel(&self, channel: &WorkerChannel) -> Result<(), Error> {
         let (service, open) = (self.service, &channel.open);
-        let consumer = channel.call(DELIVERY_TIMEOUT, || {
-            open.amqp.qos(0, service.config.prefetch, false)?; // per consumer: RabbitMQ 4.3 refuses a global one
-            open.consume(&service.config.queue, ConsumerOptions::default())
+        let consumer = open.run_blocking(&Deadline::after(DELIVERY_TIMEOUT), "starting a consumer", |amqp| {
+            amqp.qos(0, service.config.prefetch, false)?; // per consumer: RabbitMQ 4.3 refuses a global one
+            amqp.basic_consume(&service.config.queue, ConsumerOptions::default())
         })?;
         service.ready.call_once(|| service.observer.on_ready());
         let _ = self.events.send(WorkerEvent::Consuming); // fails if the server has stopped
-        let deliveries = consumer.receiver().clone();
-        let result = self.serve(channel, &deliveries);
-        // Dropping the consumer cancels it. amiquip passes the broker's cancel-ok to the thread that drops it, and then to
-        // `deliveries`. If that has no receiver any more, amiquip ends the connection: so it is received here.
-        let _ = channel.call(BROKER_CALL_TIMEOUT, || {
+        let result = self.serve(channel);
+        // Dropping the consumer cancels it. amiquip passes the broker's cancel-ok to the thread that drops it, and then to the
+        // consumer's receiver. If there is none any more, amiquip ends the connection: so it is received here.
+        let events = consumer.receiver().clone();
+        let _ = open.run_blocking(&Deadline::after(BROKER_CALL_TIMEOUT), "cancelling a consumer", |_| {
             drop(consumer);
-            deliveries.iter().for_each(drop);
+            events.iter().for_each(drop);
             Ok(())
         });
         // What was delivered but not begun. When a channel is closed the broker requeues it, too, but RabbitMQ 4.3 then counts
         // it as a failed delivery.
         channel.publisher.requeue_all();
         let _ = channel.publisher.flush(); // fails if the channel has ended
-        open.returns.try_iter().for_each(|reply| log_return(&reply));
+        while let Some(message) = open.inbox.take_message() {
+            if let Message::Returned(reply) = message {
+                log_return(&reply);
+            }
+        }
         result
     }
 
-    fn serve(&self, channel: &WorkerChannel, deliveries: &Receiver<ConsumerMessage>) -> Result<(), Error> {
-        let returns = &channel.open.returns;
+    fn serve(&self, channel: &WorkerChannel) -> Result<(), Error> {
+        let inbox = &channel.open.inbox;
+        let is_stopping = || self.service.is_stopping();
         let mut saw_requests_before = false; // at the latest look, and nothing was delivered since
+        let mut look_at = Instant::now() + self.look_interval.get();
         loop {
-            returns.try_iter().for_each(|reply| log_return(&reply)); // also while there is always a delivery
-            select_biased! {
-                recv(self.service.stop) -> _ => return Ok(()),
-                recv(deliveries) -> message => match delivery(message).map_err(|error| channel.error(error))? {
-                    Some(delivery) => {
-                        saw_requests_before = false;
-                        self.look_interval.set(LOOK_INTERVAL);
-                        self.handle_delivery(channel, &delivery)?;
-                        self.pause_if_unavailable();
-                    }
-                    None => return Err(Error::new(&channel.endpoint.broker, ErrorKind::ConsumerCancelled)),
-                },
-                // When it is disconnected, `deliveries` has the cause.
-                recv(returns) -> reply => if let Ok(reply) = reply {
+            inbox.wait(self.service.driving, look_at, &is_stopping);
+            if is_stopping() {
+                return Ok(());
+            }
+            // What was delivered before the end is not begun: the broker delivers it again.
+            if let Some(kind) = inbox.ended() {
+                return Err(channel.error(kind));
+            }
+            match inbox.take_message() {
+                Some(Message::Delivery(delivery)) => {
+                    saw_requests_before = false;
+                    self.look_interval.set(LOOK_INTERVAL);
+                    self.handle_delivery(channel, &delivery)?;
+                    self.pause_if_unavailable();
+                }
+                Some(Message::Returned(reply)) => {
                     log_return(&reply);
-                },
-                default(self.look_interval.get()) => {
+                    continue;
+                }
+                None if Instant::now() < look_at => continue,
+                None => {
                     let sees_requests = self.sees_requests(channel)?;
-                    if saw_requests_before && sees_requests && deliveries.is_empty() {
+                    if saw_requests_before && sees_requests && !inbox.has_arrived() {
                         self.look_interval.set((2 * self.look_interval.get()).min(MAX_LOOK_INTERVAL));
-                        return Err(Error::new(&channel.endpoint.broker, ErrorKind::ConsumerForgotten));
+                        return Err(channel.error(ErrorKind::ConsumerForgotten));
                     }
                     saw_requests_before = sees_requests;
                 }
             }
+            look_at = Instant::now() + self.look_interval.get();
         }
     }
 
@@ -231,15 +231,19 @@ impl Worker<'_> {
         if self.service.is_blocked.load(Ordering::Relaxed) {
             return Ok(false); // the broker would not answer
         }
-        let queue = &self.service.config.queue;
-        let queue = channel.call(DELIVERY_TIMEOUT, || channel.open.amqp.queue_declare_passive(queue))?;
-        Ok(queue.declared_message_count() > Some(0))
+        let (queue, deadline) = (&self.service.config.queue, Deadline::after(DELIVERY_TIMEOUT));
+        let look =
+            |amqp: &amiquip::Channel| amqp.queue_declare_passive(queue).map(|queue| queue.declared_message_count());
+        let messages = channel.open.run_blocking(&deadline, "looking at the queue", look)?;
+        Ok(messages > Some(0))
     }
 
     /// Handles one request, and tells the observer how it ended.
     fn handle_delivery(&self, channel: &WorkerChannel, delivery: &Delivery) -> Result<(), Error> {
-        let (begun, observer, redelivered) = (Instant::now(), self.service.observer, delivery.redelivered);
-        let request = Request::decode(&delivery.properties, &delivery.body, redelivered);
+        let (begun, observer, redelivered) = (Instant::now(), self.service.observer, delivery.is_redelivered);
+        // Without readable properties there is no reply_to: it is rejected.
+        let properties = delivery.properties().unwrap_or_default();
+        let request = Request::decode(&properties, &delivery.body, redelivered);
         observer.on_request();
         log::trace!("request[{}]: {} bytes, redelivered: {redelivered}", request.log_id(), request.body.len());
         let result = self.answer(channel, delivery, &request);
@@ -253,24 +257,20 @@ impl Worker<'_> {
     /// between, the request is in the queue, or the reply is delivered, or both. The reply to a redelivered request goes over
     /// the isolated connection instead, and the request is acknowledged when the broker has accepted it.
     fn answer(&self, channel: &WorkerChannel, delivery: &Delivery, request: &Request) -> Result<Outcome, Error> {
-        let tag = delivery.delivery_tag();
-        let changes = channel.open.take_changes(tag);
-        let (Some(reply_to), false) = (request.reply_to, changes.is_reply_to_changed) else {
-            let reason = if changes.is_reply_to_changed { "its reply_to is not UTF-8" } else { "it has no reply_to" };
-            log::warn!("rejected a request that cannot be answered, {reason}: '{}'", escape(request.body));
+        let tag = delivery.delivery_tag;
+        if request.reply_to.is_none() {
+            log::warn!("rejected a request that cannot be answered, it has no reply_to: '{}'", escape(request.body));
             channel.publisher.reject(tag);
             return channel.send().map(|()| "rejected".into());
-        };
-        let (in_hand, kept) = self.service.kept.begin(request, delivery.redelivered);
-        if kept.is_none() && delivery.redelivered && self.service.stop.try_recv() == Err(TryRecvError::Disconnected) {
+        }
+        let (in_hand, kept) = self.service.kept.begin(request, delivery.is_redelivered);
+        if kept.is_none() && delivery.is_redelivered && self.service.is_stopping() {
             return Ok("requeued".into()); // it may have waited for another worker: it is not begun, and goes back to the queue
         }
         let mut reply = kept.unwrap_or_else(|| self.run_handler(request, &channel.endpoint));
-        // The bytes of an id that is not UTF-8, which amiquip cannot hold. Any other id is in the request.
-        let original_id = changes.original_correlation_id.as_deref();
         let mut is_published = false;
-        if delivery.redelivered {
-            match self.service.isolated.publish(&channel.endpoint, &mut reply, request, original_id) {
+        if delivery.is_redelivered {
+            match self.service.isolated.publish(&channel.endpoint, &mut reply, request) {
                 Published::Accepted => is_published = true,
                 Published::Refused(error) => {
                     log::warn!("rejected a request: the broker refuses its replies: {error}");
@@ -281,13 +281,13 @@ impl Worker<'_> {
             }
         }
         if !is_published {
-            channel.publisher.publish(encode_reply(&reply, reply_to, request.correlation_id), original_id);
+            publish_reply(&channel.publisher, &reply, request);
         }
         channel.publisher.ack(tag);
         let outcome = reply.as_ref().map_or_else(|failure| failure.code.as_str().to_owned().into(), |_| "ok".into());
         let sent = channel.send();
         // If the channel or the consumer has ended, the broker ignores the acknowledgement, and delivers the request again.
-        if sent.is_err() || channel.open.is_cancelled() {
+        if sent.is_err() || channel.open.inbox.ended().is_some() {
             in_hand.keep(reply);
         }
         sent.map(|()| outcome)

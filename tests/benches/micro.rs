@@ -2,6 +2,7 @@
 
 use divan::{black_box, Bencher};
 use rpc_common::message::{decode_reply, encode_reply, parse_number, Reply, Request, TEXT};
+use rpc_common::properties::Properties;
 use rpc_common::text::escape;
 use std::time::Duration;
 
@@ -9,8 +10,8 @@ fn main() {
     divan::main();
 }
 
-const ID: &str = "67e55044-10b1-426f-9247-bb680e5fe0c8";
-const REPLY_TO: &str = "rpc.reply.67e55044-10b1-426f-9247-bb680e5fe0c8";
+const ID: &[u8] = b"67e55044-10b1-426f-9247-bb680e5fe0c8";
+const REPLY_TO: &[u8] = b"rpc.reply.67e55044-10b1-426f-9247-bb680e5fe0c8";
 
 mod fib {
     use super::{black_box, Bencher};
@@ -34,7 +35,7 @@ mod fib {
 fn request() -> Request<'static> {
     Request {
         body: b"30",
-        content_type: Some(TEXT),
+        content_type: Some(TEXT.as_bytes()),
         reply_to: Some(REPLY_TO),
         correlation_id: Some(ID),
         deadline_ms: Some(1_767_225_600_000),
@@ -45,14 +46,15 @@ fn request() -> Request<'static> {
 #[divan::bench]
 fn request_encode(bencher: Bencher) {
     let request = request();
-    bencher.bench_local(|| black_box(&request).encode("rpc_queue", Some(Duration::from_secs(30))));
+    bencher.bench_local(|| black_box(&request).encode(b"rpc_queue", Some(Duration::from_secs(30))));
 }
 
 #[divan::bench]
 fn request_decode(bencher: Bencher) {
-    let properties = request().encode("rpc_queue", Some(Duration::from_secs(30))).properties;
+    let properties = request().encode(b"rpc_queue", Some(Duration::from_secs(30))).properties;
     bencher.bench_local(|| {
-        let request = Request::decode(black_box(&properties), b"30", false);
+        let properties = Properties::parse(black_box(&properties)).expect("they are well formed");
+        let request = Request::decode(&properties, b"30", false);
         black_box(request.deadline_ms)
     });
 }
@@ -67,7 +69,10 @@ fn reply_encode(bencher: Bencher) {
 fn reply_decode(bencher: Bencher) {
     let reply: Reply = Ok("832040".to_owned().into());
     let properties = encode_reply(&reply, REPLY_TO, Some(ID)).properties;
-    bencher.with_inputs(|| b"832040".to_vec()).bench_local_values(|body| decode_reply(black_box(&properties), body));
+    bencher.with_inputs(|| b"832040".to_vec()).bench_local_values(|body| {
+        let properties = Properties::parse(black_box(&properties)).expect("they are well formed");
+        decode_reply(&properties, body)
+    });
 }
 
 #[divan::bench(args = ["7", "18446744073709551615", "thirty"])]

@@ -3,6 +3,7 @@
 use crate::support::broker::{self, exclusive_node};
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{assert_output, bash, client, Program};
+use crate::support::proxy::{Proxy, BASIC_PUBLISH};
 use assert_cmd::Command;
 use crossbeam_channel::{bounded, Sender};
 use rpc_common::message::{Answer, ErrorCode, Failure, Reply, Request};
@@ -49,7 +50,7 @@ impl Drop for Server {
 
 /// Answers with the body and the content type of the request; a few bodies are commands.
 fn echo(request: &Request, _: &Caller) -> Reply {
-    let content_type = request.content_type.map(Into::into);
+    let content_type = request.content_type.map(|text| String::from_utf8_lossy(text).into_owned());
     let body = match request.body {
         b"nothing" => Vec::new(),
         b"fail" => return Err(Failure { exit_code: Some(3), ..Failure::new(ErrorCode::Failed, "it failed") }),
@@ -305,6 +306,47 @@ fn a_request_that_is_too_large_for_the_broker_ends_alone() {
     let json = json_lines(&mut at_node(&["-q", "-t", "1h", "-o", "json", "--data", &large.1]), 1);
     assert_eq!(json[0]["error"], json!({"code": "too-large", "message": message}));
     assert_output(&mut at_node(&["-q", "--data", &large.1]), 1, "", &format!("rpc-client: {message}\n"));
+}
+
+/// A content header is one frame (AMQP 0-9-1, 4.2.6.1): RabbitMQ closes the connection that sends a larger one. Bodies are
+/// divided into frames.
+#[test]
+fn a_request_whose_headers_do_not_fit_into_a_frame_is_not_sent() {
+    let broker = exclusive_node();
+    broker.rabbitmqctl(&["eval", "application:set_env(rabbit, frame_max, 8192)."]);
+    let queue = "large_headers";
+    let _server = Server::start_at(broker.url(), queue);
+    let at_node = |args: &[&str]| {
+        let mut call = client(queue, args);
+        call.env("AMQP_URL", broker.url());
+        call
+    };
+    let body = "x".repeat(50_000);
+    assert_output(&mut at_node(&["-q", "-H", "a=b", "--data", &body]), 0, &body, "");
+    let (header, address) = (format!("a={}", "x".repeat(9_000)), broker.authority());
+    let stderr = format!(
+        "rpc-client: the request of 1 bytes is too large for {address}: its properties and headers take 9158 bytes, and a frame holds 8192\n"
+    );
+    assert_output(&mut at_node(&["-q", "-H", &header, "--data", "1"]), 1, "", &stderr);
+    broker.rabbitmqctl(&["eval", "application:set_env(rabbit, frame_max, 131072)."]);
+}
+
+/// The broker does not read. Requests that wait for it are not encoded, and those that expire take no memory.
+#[test]
+fn requests_at_a_broker_that_does_not_read_take_little_memory() {
+    let queue = Queue::declare("unread_requests");
+    let proxy = Proxy::start();
+    proxy.freeze_before(BASIC_PUBLISH);
+    let args = ["--queue", &queue, "-q", "-t", "100ms", "--heartbeat", "600", "--lines", "-"];
+    let mut client = Program::spawn_at(&proxy.url(), "rpc-client", &args);
+    let (line, mut peak) = ("x".repeat(200_000), 0);
+    for _ in 0..1_000 {
+        client.write_line(&line);
+        peak = client.peak_memory_kib().unwrap_or(peak);
+    }
+    client.close_stdin();
+    assert_eq!(client.wait_for_exit_code(), Some(5));
+    assert!(peak < 80 << 10, "{peak} KiB");
 }
 
 /// The first call is slow. Behind it, no more than twice the calls in flight are read.

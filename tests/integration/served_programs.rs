@@ -6,8 +6,9 @@ use crate::support::broker;
 use crate::support::eventually;
 use crate::support::peer::{call, Peer, Queue};
 use crate::support::programs::{assert_output, bash, client, command, program_folder, Program};
-use amiquip::{AmqpProperties, AmqpValue, FieldTable};
+use amiquip::{AmqpProperties, AmqpValue, Delivery, FieldTable};
 use rpc_common::message::{decode_reply, Answer, ErrorCode, Failure, Reply};
+use rpc_common::properties::{Properties, TableBuilder};
 use rustix::process::{test_kill_process, Pid, Signal};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -37,7 +38,7 @@ impl Served {
 
     fn ask_with(&self, body: &[u8], properties: AmqpProperties) -> Reply {
         let reply = call(&self.queue, body, properties);
-        decode_reply(&reply.properties, reply.body)
+        decode(reply)
     }
 
     #[track_caller]
@@ -45,6 +46,28 @@ impl Served {
         let reply = self.ask(body);
         assert!(reply.as_ref().is_ok_and(|reply| reply.body == answer), "{:?}", self.server.new_log());
     }
+}
+
+/// The reply in a message that amiquip has received.
+fn decode(reply: Delivery) -> Reply {
+    let (properties, body) = (&reply.properties, reply.body);
+    let bytes = |text: &Option<String>| text.clone().map(String::into_bytes);
+    let (content_type, message_type) = (bytes(properties.content_type()), bytes(properties.type_()));
+    let mut headers = TableBuilder::default();
+    for (name, value) in properties.headers().clone().unwrap_or_default() {
+        headers = match value {
+            AmqpValue::LongString(text) => headers.with_text(&name, &text),
+            AmqpValue::LongInt(number) => headers.with_long(&name, number),
+            other => panic!("a header of a reply is {other:?}"),
+        };
+    }
+    let properties = Properties {
+        content_type: content_type.as_deref(),
+        message_type: message_type.as_deref(),
+        headers: Some(headers.table()),
+        ..Properties::default()
+    };
+    decode_reply(&properties, body)
 }
 
 fn failure(code: ErrorCode, message: &str) -> Failure {

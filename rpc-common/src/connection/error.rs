@@ -1,6 +1,6 @@
 //! What can go wrong between a program and the broker.
 
-use crate::text::{describe_io_error, escape};
+use crate::text::escape;
 use std::fmt::{self, Display};
 use std::path::Path;
 use thiserror::Error;
@@ -82,6 +82,10 @@ pub struct Reason {
 }
 
 impl Reason {
+    fn new(code: u16, text: &[u8]) -> Self {
+        Reason { code, text: escape(text).to_string() }
+    }
+
     fn hint(&self) -> &'static str {
         match self.code {
             ACCESS_REFUSED => ": the user lacks this permission",
@@ -155,29 +159,35 @@ impl ErrorKind {
     }
 }
 
+impl ErrorKind {
+    /// The broker closed the connection: `connection.close`.
+    pub(crate) fn connection_closed(code: u16, text: &[u8]) -> Self {
+        let reason = Reason::new(code, text);
+        match code {
+            // It may be right later.
+            NOT_ALLOWED if reason.text.contains("connection limit") => ErrorKind::ConnectionClosed(reason),
+            ACCESS_REFUSED | RESOURCE_LOCKED | NOT_ALLOWED => ErrorKind::Refused(reason),
+            _ => ErrorKind::ConnectionClosed(reason),
+        }
+    }
+
+    /// The broker closed a channel: `channel.close`.
+    pub(crate) fn channel_closed(code: u16, text: &[u8]) -> Self {
+        let reason = Reason::new(code, text);
+        match code {
+            ACCESS_REFUSED | RESOURCE_LOCKED | NOT_ALLOWED => ErrorKind::Refused(reason),
+            _ => ErrorKind::ChannelClosed(reason),
+        }
+    }
+}
+
 /// What an error of amiquip means. None of those that can occur here contains a URL.
 impl From<amiquip::Error> for ErrorKind {
     fn from(error: amiquip::Error) -> Self {
         use amiquip::Error as Amiquip;
-        let reason = |code, message: &str| Reason { code, text: escape(message.as_bytes()).to_string() };
         match error {
-            // It may be right later.
-            Amiquip::ServerClosedConnection { code: NOT_ALLOWED, message } if message.contains("connection limit") => {
-                ErrorKind::ConnectionClosed(reason(NOT_ALLOWED, &message))
-            }
             Amiquip::ExhaustedChannelIds => ErrorKind::TooManyChannels,
-            Amiquip::ServerClosedConnection { code, message } | Amiquip::ServerClosedChannel { code, message, .. }
-                if [ACCESS_REFUSED, RESOURCE_LOCKED, NOT_ALLOWED].contains(&code) =>
-            {
-                ErrorKind::Refused(reason(code, &message))
-            }
-            Amiquip::ServerClosedChannel { code, message, .. } => ErrorKind::ChannelClosed(reason(code, &message)),
-            Amiquip::ServerClosedConnection { code, message } => ErrorKind::ConnectionClosed(reason(code, &message)),
-            Amiquip::MissedServerHeartbeats => ErrorKind::Silent,
-            Amiquip::UnexpectedSocketClose => ErrorKind::ConnectionLost("the broker closed the socket".into()),
-            Amiquip::IoErrorReadingSocket { source } | Amiquip::IoErrorWritingSocket { source } => {
-                ErrorKind::ConnectionLost(escape(describe_io_error(&source).as_bytes()).to_string())
-            }
+            Amiquip::ServerClosedChannel { code, message, .. } => ErrorKind::channel_closed(code, message.as_bytes()),
             other => ErrorKind::ConnectionLost(escape(other.to_string().as_bytes()).to_string()),
         }
     }

@@ -1,19 +1,11 @@
-//! The check of everything that the broker sends, before amiquip sees it.
+//! Frames of AMQP 0-9-1 (4.2.3): takes whole ones off a stream of bytes, and appends our own to a buffer.
 //!
-//! amiquip reserves memory for whatever a frame or a body claims to hold, up to an abort of the process, and fails on
-//! some properties that a message's publisher can choose. So it gets only whole frames whose sizes are plausible, and
-//! which went through [`sanitize`].
+//! A frame is a type (1 byte), a channel (2), the size of the payload (4), the payload and an end byte. Sizes are checked
+//! before memory is taken.
 
-use super::channel::ConnectionState;
-use super::sanitize::sanitize;
-use amq_protocol::frame::{parse_frame, AMQPFrame};
-use amq_protocol::protocol::connection::AMQPMethod;
-use amq_protocol::protocol::constants::{FRAME_BODY, FRAME_HEADER, FRAME_HEARTBEAT, FRAME_METHOD};
-use amq_protocol::protocol::AMQPClass;
+use crate::encoding::{put_short_string, Malformed, Reader};
+use crate::message::Publish;
 use std::ops::Range;
-use std::sync::atomic::Ordering;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
 use thiserror::Error;
 
 /// The largest frame that we negotiate, in bytes; RabbitMQ's default.
@@ -26,32 +18,28 @@ const CONTENT_HEADER_MAX: u32 = 1 << 20;
 /// The largest body that RabbitMQ can be configured to carry, in bytes.
 const BODY_MAX: u64 = 512 << 20;
 
-/// A frame is a type (1 byte), a channel (2), a size (4), the payload and an end byte (AMQP 0-9-1, 4.2.3).
+/// Frame types.
+pub(crate) const METHOD: u8 = 1;
+pub(crate) const HEADER: u8 = 2;
+pub(crate) const BODY: u8 = 3;
+pub(crate) const HEARTBEAT: u8 = 8;
+
+const FRAME_END: u8 = 0xce;
 const FRAME_HEADER_LEN: usize = 7;
-/// The payload of a content header starts with a class (2 bytes), a weight (2) and the size of the body (8).
-const BODY_SIZE: Range<usize> = FRAME_HEADER_LEN + 4..FRAME_HEADER_LEN + 12;
-/// The payload of a method starts with a class (2 bytes) and a method (2).
-const METHOD: Range<usize> = FRAME_HEADER_LEN..FRAME_HEADER_LEN + 4;
-const CONNECTION_CLOSE: [u8; 4] = [0, 10, 0, 50];
-const CONNECTION_BLOCKED: [u8; 4] = [0, 10, 0, 60];
-const CONNECTION_UNBLOCKED: [u8; 4] = [0, 10, 0, 61];
-const CHANNEL_CLOSE: [u8; 4] = [0, 20, 0, 40];
-const BASIC_CANCEL: [u8; 4] = [0, 60, 0, 30];
-const BASIC_RETURN: [u8; 4] = [0, 60, 0, 50];
-/// Its arguments start with a consumer tag (1 byte of length, then that many) and a delivery tag (8 bytes).
-const BASIC_DELIVER: [u8; 4] = [0, 60, 0, 60];
+/// The size of a frame without its payload.
+pub(crate) const FRAME_OVERHEAD: usize = FRAME_HEADER_LEN + 1;
+
 /// The first bytes of a TLS alert (RFC 8446, 5.1).
 const TLS_ALERT: [u8; 2] = [21, 3];
 
-/// How often, in each period, the broker may say that it blocks or unblocks the connection.
-const MAX_NOTIFICATIONS: u32 = 100;
-const NOTIFICATION_PERIOD: Duration = Duration::from_secs(60);
+/// How often, in each minute, the broker may say that it blocks or unblocks the connection.
+pub(crate) const MAX_NOTIFICATIONS: u32 = 100;
 
-/// How many bytes are read at once: at first, and when more arrives.
-const FIRST_READ: usize = 4 << 10;
-const LARGEST_READ: usize = 64 << 10;
+/// The size of a frame buffer at first, and the largest that it keeps, in bytes.
+const FIRST_SIZE: usize = 4 << 10;
+const LARGEST_KEPT: usize = 64 << 10;
 
-/// What the peer must not send.
+/// What the broker must not send.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub(crate) enum FrameError {
     #[error("the peer is not an AMQP server")]
@@ -70,255 +58,289 @@ pub(crate) enum FrameError {
     TooManyNotifications,
 }
 
-/// A **frame inspector** takes bytes in pieces of any size, and gives out whole frames that are inspected.
-pub(crate) struct FrameInspector {
-    state: Arc<ConnectionState>,
-    buffer: Vec<u8>,
-    /// The buffer is given out up to here, inspected up to `inspected`, and filled up to `filled`.
-    read: usize,
-    inspected: usize,
-    filled: usize,
-    notifications: u32,
-    notification_period_start: Instant,
+impl From<Malformed> for FrameError {
+    fn from(_: Malformed) -> Self {
+        FrameError::Malformed
+    }
 }
 
-impl FrameInspector {
-    pub(crate) fn new(state: Arc<ConnectionState>) -> Self {
-        FrameInspector {
-            state,
-            buffer: vec![0; FIRST_READ],
-            read: 0,
-            inspected: 0,
-            filled: 0,
-            notifications: 0,
-            notification_period_start: Instant::now(),
-        }
+/// A whole frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Frame<'a> {
+    /// [`METHOD`], [`HEADER`], [`BODY`] or [`HEARTBEAT`].
+    pub(crate) kind: u8,
+    pub(crate) channel: u16,
+    pub(crate) payload: &'a [u8],
+    /// All of its bytes.
+    pub(crate) bytes: &'a [u8],
+}
+
+/// A **frame buffer** takes bytes in pieces of any size, and gives out whole frames.
+pub(crate) struct FrameBuffer {
+    buffer: Vec<u8>,
+    /// The bytes that are not given out.
+    unread: Range<usize>,
+}
+
+impl FrameBuffer {
+    pub(crate) fn new() -> Self {
+        FrameBuffer { buffer: vec![0; FIRST_SIZE], unread: 0..0 }
     }
 
-    /// Copies bytes of inspected frames into `buffer`. Returns how many; 0 if there are none.
-    pub(crate) fn read(&mut self, buffer: &mut [u8]) -> usize {
-        let count = buffer.len().min(self.inspected - self.read);
-        buffer[..count].copy_from_slice(&self.buffer[self.read..self.read + count]);
-        self.read += count;
-        count
-    }
-
-    /// Where the next bytes from the peer go, when [`read`](Self::read) has returned 0.
+    /// The space for the next bytes.
     pub(crate) fn space(&mut self) -> &mut [u8] {
-        let len = if self.filled == self.buffer.len() { 2 * self.filled } else { self.buffer.len() };
-        self.buffer.copy_within(self.read..self.filled, 0);
-        self.filled -= self.read;
-        (self.read, self.inspected) = (0, 0);
+        let is_full = self.unread.end == self.buffer.len();
+        self.buffer.copy_within(self.unread.clone(), 0);
+        self.unread = 0..self.unread.len();
+        let wanted = if is_full { (2 * self.buffer.len()).min(LARGEST_KEPT) } else { self.buffer.len() };
         let frame_len = self.next_frame_len().ok().flatten().unwrap_or_default();
-        self.buffer.resize(len.min(LARGEST_READ).max(frame_len), 0);
-        self.buffer.shrink_to(LARGEST_READ);
-        &mut self.buffer[self.filled..]
-    }
-
-    /// Inspects the frames that are complete now that `count` bytes were put into [`space`](Self::space).
-    pub(crate) fn advance(&mut self, count: usize) -> Result<(), FrameError> {
-        self.filled += count;
-        while let Some(len) = self.next_frame_len()?.filter(|len| *len <= self.filled - self.inspected) {
-            self.inspect(self.inspected..self.inspected + len)?;
-            self.inspected += len;
+        let len = wanted.max(frame_len);
+        if len > self.buffer.len() {
+            self.buffer.resize(len, 0);
+        } else if self.buffer.len() > LARGEST_KEPT && self.unread.len().max(frame_len) <= LARGEST_KEPT {
+            self.buffer.truncate(LARGEST_KEPT); // after a large frame
+            self.buffer.shrink_to_fit();
         }
-        Ok(())
+        &mut self.buffer[self.unread.end..]
     }
 
-    /// The length of the first frame that is not inspected yet, if its header is complete.
+    /// `count` bytes were put into the [`space`](Self::space).
+    pub(crate) fn advance(&mut self, count: usize) {
+        self.unread.end += count;
+    }
+
+    /// Gives out the next frame, if it is complete.
+    pub(crate) fn next_frame(&mut self) -> Result<Option<Frame<'_>>, FrameError> {
+        let Some(len) = self.next_frame_len()?.filter(|len| *len <= self.unread.len()) else { return Ok(None) };
+        let bytes = &self.buffer[self.unread.start..self.unread.start + len];
+        self.unread.start += len;
+        let (header, payload) = bytes.split_at(FRAME_HEADER_LEN);
+        let Some((&FRAME_END, payload)) = payload.split_last() else { return Err(FrameError::Malformed) };
+        let channel = u16::from_be_bytes([header[1], header[2]]);
+        Ok(Some(Frame { kind: header[0], channel, payload, bytes }))
+    }
+
+    /// Gives out the next `len` bytes, if they are there: what comes before the first frame.
+    pub(crate) fn take(&mut self, len: usize) -> Option<&[u8]> {
+        let start = self.unread.start;
+        let bytes = self.buffer[..self.unread.end].get(start..start + len)?;
+        self.unread.start += len;
+        Some(bytes)
+    }
+
+    /// The length of the first frame, if its header is complete.
     fn next_frame_len(&self) -> Result<Option<usize>, FrameError> {
-        let bytes = &self.buffer[self.inspected..self.filled];
+        let bytes = &self.buffer[self.unread.clone()];
         let Some(&[frame_type, second, _, a, b, c, d]) = bytes.first_chunk() else { return Ok(None) };
         let max = match frame_type {
-            FRAME_HEADER => CONTENT_HEADER_MAX,
-            FRAME_METHOD | FRAME_BODY | FRAME_HEARTBEAT => FRAME_MAX,
+            HEADER => CONTENT_HEADER_MAX,
+            METHOD | BODY | HEARTBEAT => FRAME_MAX,
             _ if [frame_type, second] == TLS_ALERT => return Err(FrameError::Tls),
             _ => return Err(FrameError::NotAmqp),
         };
         match u32::from_be_bytes([a, b, c, d]) {
             size if size > max => Err(FrameError::FrameSize(size)),
-            size => Ok(Some(FRAME_HEADER_LEN + size as usize + 1)),
+            size => Ok(Some(FRAME_OVERHEAD + size as usize)),
         }
-    }
-
-    fn inspect(&mut self, frame: Range<usize>) -> Result<(), FrameError> {
-        let frame = &mut self.buffer[frame];
-        let changes = sanitize(frame).map_err(|_| FrameError::Malformed)?;
-        self.state.saw_frame.store(true, Ordering::Relaxed);
-        let channel = u16::from_be_bytes([frame[1], frame[2]]);
-        match (frame[0], frame.get(METHOD).and_then(<[u8]>::first_chunk::<4>)) {
-            (FRAME_METHOD, Some(&CONNECTION_CLOSE)) => {
-                if let Ok((_, AMQPFrame::Method(_, AMQPClass::Connection(AMQPMethod::Close(close))))) =
-                    parse_frame(frame)
-                {
-                    let _ = self.state.close.set(close); // fails if it is not the first one
-                }
-            }
-            // Before amiquip sees it and confirms it: afterwards the channel number is invalid.
-            (FRAME_METHOD, Some(&CHANNEL_CLOSE)) => self.state.close(channel),
-            (FRAME_METHOD, Some(&BASIC_CANCEL)) => {
-                self.state.channel(channel).inspect(|channel| channel.is_cancelled.store(true, Ordering::Relaxed));
-            }
-            (FRAME_METHOD, Some(&BASIC_DELIVER)) => {
-                let tag = METHOD.end + 1 + usize::from(frame[METHOD.end]); // behind the consumer tag
-                let delivery_tag = read_number(&frame[tag..tag + 8]);
-                self.begin_message(channel, delivery_tag)?;
-            }
-            (FRAME_METHOD, Some(&BASIC_RETURN)) => self.begin_message(channel, 0)?,
-            (FRAME_METHOD, Some(&CONNECTION_BLOCKED | &CONNECTION_UNBLOCKED)) => self.count_notification()?,
-            (FRAME_HEADER, _) => {
-                let body_size = frame.get(BODY_SIZE).map_or(0, read_number);
-                if body_size > BODY_MAX {
-                    return Err(FrameError::BodySize(body_size));
-                }
-                if !changes.is_empty() {
-                    self.state.channel(channel).inspect(|channel| channel.keep_changes(changes));
-                }
-            }
-            _ => {}
-        }
-        Ok(())
-    }
-
-    /// A delivery or a return begins: its content header follows.
-    fn begin_message(&self, channel: u16, delivery_tag: u64) -> Result<(), FrameError> {
-        let Some(channel) = self.state.channel(channel) else { return Ok(()) };
-        channel.delivery_tag.store(delivery_tag, Ordering::Relaxed);
-        if channel.is_flooded() {
-            return Err(FrameError::TooManyMessages);
-        }
-        Ok(())
-    }
-
-    fn count_notification(&mut self) -> Result<(), FrameError> {
-        if self.notification_period_start.elapsed() >= NOTIFICATION_PERIOD {
-            (self.notifications, self.notification_period_start) = (0, Instant::now());
-        }
-        self.notifications += 1;
-        if self.notifications > MAX_NOTIFICATIONS {
-            return Err(FrameError::TooManyNotifications);
-        }
-        Ok(())
     }
 }
 
-fn read_number(big_endian: &[u8]) -> u64 {
-    big_endian.iter().fold(0, |number, &byte| number << 8 | u64::from(byte))
+/// The payload of a content header: the size of the body, and the bytes of the properties with their flags.
+pub(crate) fn parse_content_header(payload: &[u8]) -> Result<(usize, &[u8]), FrameError> {
+    let mut reader = Reader(payload);
+    let (_class, _weight) = (reader.short()?, reader.short()?);
+    let body_size = reader.long_long()?;
+    if body_size > BODY_MAX {
+        return Err(FrameError::BodySize(body_size));
+    }
+    if reader.0.len() < 2 {
+        return Err(FrameError::Malformed); // no flags
+    }
+    Ok((usize::try_from(body_size).map_err(|_| FrameError::BodySize(body_size))?, reader.0))
+}
+
+/// Appends a frame whose payload `put` appends. Returns the size of the frame.
+pub(crate) fn put_frame(to: &mut Vec<u8>, frame_type: u8, channel: u16, put: impl FnOnce(&mut Vec<u8>)) -> usize {
+    let start = to.len();
+    to.push(frame_type);
+    to.extend_from_slice(&channel.to_be_bytes());
+    to.extend_from_slice(&[0; 4]);
+    put(to);
+    let size = u32::try_from(to.len() - start - FRAME_HEADER_LEN).expect("a frame is shorter than 4 GiB");
+    to[start + 3..start + FRAME_HEADER_LEN].copy_from_slice(&size.to_be_bytes());
+    to.push(FRAME_END);
+    to.len() - start
+}
+
+/// Appends a method frame: a class and a method, then the arguments.
+pub(crate) fn put_method(to: &mut Vec<u8>, channel: u16, method: (u16, u16), put: impl FnOnce(&mut Vec<u8>)) {
+    put_frame(to, METHOD, channel, |to| {
+        to.extend_from_slice(&method.0.to_be_bytes());
+        to.extend_from_slice(&method.1.to_be_bytes());
+        put(to);
+    });
+}
+
+/// Appends the frames of a message to the default exchange.
+///
+/// # Errors
+/// The size of the content header, if it is larger than a frame may be. A header is one frame (AMQP 0-9-1, 4.2.6.1). Then
+/// nothing is appended.
+pub(crate) fn put_message(to: &mut Vec<u8>, channel: u16, message: &Publish, frame_max: usize) -> Result<(), usize> {
+    const PUBLISH: (u16, u16) = (60, 40);
+    const CLASS_BASIC_WEIGHT_0: [u8; 4] = [0, 60, 0, 0];
+    let start = to.len();
+    put_method(to, channel, PUBLISH, |to| {
+        to.extend_from_slice(&[0; 2]); // reserved
+        put_short_string(to, b""); // the default exchange
+        put_short_string(to, message.routing_key);
+        to.push(u8::from(message.mandatory)); // bit 0; bit 1 is immediate
+    });
+    let header_len = put_frame(to, HEADER, channel, |to| {
+        to.extend_from_slice(&CLASS_BASIC_WEIGHT_0);
+        to.extend_from_slice(&(message.body.len() as u64).to_be_bytes());
+        to.extend_from_slice(&message.properties);
+    });
+    if header_len > frame_max {
+        to.truncate(start);
+        return Err(header_len);
+    }
+    let max_payload = frame_max - FRAME_OVERHEAD;
+    // A large body would else be moved when the buffer grows.
+    to.reserve(message.body.len() + message.body.len().div_ceil(max_payload) * FRAME_OVERHEAD);
+    for part in message.body.chunks(max_payload) {
+        put_frame(to, BODY, channel, |to| to.extend_from_slice(part));
+    }
+    Ok(())
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
-    use crossbeam_channel::never;
+    use crate::properties::Properties;
+    use amq_protocol::frame::{parse_frame, AMQPFrame};
+    use amq_protocol::protocol::{basic, AMQPClass};
     use proptest::prelude::*;
 
-    fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
-        let size = u32::try_from(payload.len()).unwrap().to_be_bytes();
-        [&[kind, 0, 1], &size[..], payload, &[0xce]].concat()
+    pub(crate) fn frame(frame_type: u8, payload: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        put_frame(&mut bytes, frame_type, 1, |to| to.extend_from_slice(payload));
+        bytes
     }
 
-    fn content_header(body_size: u64) -> Vec<u8> {
-        frame(2, &[&[0, 60, 0, 0], &body_size.to_be_bytes()[..], &[0, 0]].concat())
+    pub(crate) fn content_header(body_size: u64) -> Vec<u8> {
+        frame(HEADER, &[&[0, 60, 0, 0], &body_size.to_be_bytes()[..], &[0, 0]].concat())
     }
 
-    /// What an inspector gives out that takes these pieces one after the other.
-    fn inspect_all<'a>(
-        inspector: &mut FrameInspector,
-        pieces: impl IntoIterator<Item = &'a [u8]>,
-    ) -> Result<Vec<u8>, FrameError> {
-        let mut output = Vec::new();
+    /// The payloads of the frames in these pieces.
+    fn payloads<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Result<Vec<Vec<u8>>, FrameError> {
+        let (mut buffer, mut payloads) = (FrameBuffer::new(), Vec::new());
         for mut piece in pieces {
             while !piece.is_empty() {
-                let space = inspector.space();
+                let space = buffer.space();
                 let count = space.len().min(piece.len());
                 space[..count].copy_from_slice(&piece[..count]);
                 piece = &piece[count..];
-                inspector.advance(count)?;
-                let mut buffer = [0; 1000];
-                while let count @ 1.. = inspector.read(&mut buffer) {
-                    output.extend(&buffer[..count]);
+                buffer.advance(count);
+                while let Some(frame) = buffer.next_frame()? {
+                    payloads.push(frame.payload.to_vec());
                 }
             }
         }
-        Ok(output)
-    }
-
-    fn inspected<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Result<Vec<u8>, FrameError> {
-        inspect_all(&mut FrameInspector::new(Arc::default()), pieces)
+        Ok(payloads)
     }
 
     #[test]
     fn what_is_not_plausible_is_an_error() {
+        let mut no_end = frame(BODY, b"x");
+        *no_end.last_mut().unwrap() = 0;
         for (bytes, error) in [
             (b"HTTP/1.1 400".to_vec(), FrameError::NotAmqp),
             (b"AMQP\0\0\x09\x01".to_vec(), FrameError::NotAmqp),
             (vec![21, 3, 3, 0, 2, 2, 70], FrameError::Tls),
             (vec![1, 0, 0, 0xff, 0xff, 0xff, 0xff], FrameError::FrameSize(4_294_967_295)),
-            (frame(3, &vec![0; 200_000]), FrameError::FrameSize(200_000)),
-            (content_header(1 << 40), FrameError::BodySize(1 << 40)),
-            (frame(2, &[0; 12]), FrameError::Malformed),
+            (frame(BODY, &vec![0; 200_000]), FrameError::FrameSize(200_000)),
+            (no_end, FrameError::Malformed),
         ] {
-            assert_eq!(inspected([&bytes[..]]), Err(error), "{bytes:?}");
+            assert_eq!(payloads([&bytes[..]]), Err(error), "{bytes:?}");
         }
-    }
-
-    #[test]
-    fn a_channel_is_marked_closed_before_its_close_frame_is_given_out() {
-        let connection = Arc::new(ConnectionState::default());
-        let state = connection.open(1, 10, never(), never());
-        let mut inspector = FrameInspector::new(connection);
-        let close = [&[0, 20, 0, 40][..], &[1, 144, 0, 0, 0, 0, 0]].concat();
-        for (kind, is_open) in [(FRAME_BODY, true), (FRAME_METHOD, false)] {
-            let bytes = frame(kind, &close); // a body may contain the same bytes
-            inspector.space()[..bytes.len()].copy_from_slice(&bytes);
-            inspector.advance(bytes.len()).unwrap();
-            assert_eq!(*state.is_open.lock().unwrap(), is_open);
-            while inspector.read(&mut [0; 100]) > 0 {}
+        for (payload, error) in [
+            (&content_header(1 << 40)[7..21], FrameError::BodySize(1 << 40)),
+            (&[0; 12], FrameError::Malformed),
+            (&[0; 3], FrameError::Malformed),
+        ] {
+            assert_eq!(parse_content_header(payload), Err(error));
         }
-    }
-
-    #[test]
-    fn more_returns_than_expected_are_an_error() {
-        let (sender, returns) = crossbeam_channel::unbounded();
-        let connection = Arc::new(ConnectionState::default());
-        connection.open(1, 0, returns, never());
-        let mut inspector = FrameInspector::new(connection);
-        let returned = frame(1, &[0, 60, 0, 50, 1, 56, 0, 0, 0]);
-        assert!(inspect_all(&mut inspector, [&returned[..]]).is_ok());
-        let (exchange, routing_key, properties) = (String::new(), String::new(), amiquip::AmqpProperties::default());
-        let (reply_code, reply_text, content) = (312, String::new(), Vec::new());
-        let unread = amiquip::Return { reply_code, reply_text, exchange, routing_key, content, properties };
-        sender.send(unread).unwrap();
-        let second = inspect_all(&mut inspector, [&returned[..]]);
-        assert_eq!(second, Err(FrameError::TooManyMessages));
     }
 
     /// RabbitMQ sends one when what it adds to a message fills a frame.
     #[test]
     fn a_content_header_may_be_larger_than_a_frame() {
-        let headers = [&[2, b'h', b'x', b'x'][..], &[0, 3, 0xd, 0x40], &vec![0; 200_000]].concat();
-        let table = [&u32::try_from(headers.len()).unwrap().to_be_bytes()[..], &headers].concat();
-        let payload = [&[0, 60, 0, 0][..], &[0; 8], &[0x20, 0], &table].concat();
-        let large = frame(2, &payload);
-        assert!(inspected([&large[..]]).unwrap() == large);
+        let large = frame(HEADER, &vec![0; 200_000]);
+        assert!(payloads([&large[..]]).unwrap() == [vec![0; 200_000]]);
+    }
+
+    #[test]
+    fn after_a_large_frame_the_buffer_is_small_again() {
+        let mut buffer = FrameBuffer::new();
+        let (large, small) = (frame(HEADER, &vec![0; 900_000]), frame(BODY, b"x"));
+        for bytes in [&large, &small] {
+            let mut rest = &bytes[..];
+            while !rest.is_empty() {
+                let space = buffer.space();
+                let count = space.len().min(rest.len());
+                space[..count].copy_from_slice(&rest[..count]);
+                buffer.advance(count);
+                rest = &rest[count..];
+            }
+            assert!(buffer.next_frame().unwrap().is_some());
+        }
+        assert!(buffer.buffer.capacity() <= LARGEST_KEPT);
+    }
+
+    #[test]
+    fn a_message_is_a_method_a_header_and_body_frames_of_the_negotiated_size() {
+        let body: Vec<u8> = (0..=255).cycle().take(10_000).collect();
+        let id = [b'x'; 255];
+        let properties = Properties { correlation_id: Some(&id), ..Properties::default() }.encode();
+        let message = Publish { routing_key: &[b'q'; 255], mandatory: true, properties, body: &body };
+        let mut bytes = Vec::new();
+        put_message(&mut bytes, 7, &message, 4096).unwrap();
+        let mut frames = Vec::new();
+        let mut rest = &bytes[..];
+        while !rest.is_empty() {
+            let (after, frame) = parse_frame(rest).unwrap();
+            assert!(rest.len() - after.len() <= 4096, "a frame of {}", rest.len() - after.len());
+            rest = after;
+            frames.push(frame);
+        }
+        let [AMQPFrame::Method(7, AMQPClass::Basic(basic::AMQPMethod::Publish(publish))), AMQPFrame::Header(7, 60, header), AMQPFrame::Body(7, one), AMQPFrame::Body(7, two), AMQPFrame::Body(7, three)] =
+            &frames[..]
+        else {
+            panic!("{frames:?}");
+        };
+        assert_eq!((&*publish.routing_key, publish.mandatory, publish.immediate), (&*"q".repeat(255), true, false));
+        assert_eq!((header.body_size, header.properties.correlation_id()), (10_000, &Some("x".repeat(255))));
+        assert_eq!([&one[..], two, three].concat(), body);
+    }
+
+    #[test]
+    fn a_message_whose_header_does_not_fit_into_a_frame_is_an_error() {
+        let message = |len| Publish { routing_key: b"q", mandatory: true, properties: vec![0; len], body: b"30" };
+        let mut bytes = vec![1];
+        assert_eq!(put_message(&mut bytes, 1, &message(4_077), 4096), Err(4_097));
+        assert_eq!(bytes, [1]);
+        assert_eq!(put_message(&mut bytes, 1, &message(4_076), 4096), Ok(()));
     }
 
     proptest! {
         #[test]
-        fn good_frames_are_given_out_unchanged_in_any_pieces(
-            payloads in proptest::collection::vec(proptest::collection::vec(0u8.., 0..9000), 1..6),
-            body_size in 0..=BODY_MAX,
+        fn frames_are_given_out_whole_in_any_pieces(
+            bodies in proptest::collection::vec(proptest::collection::vec(0u8.., 0..9000), 1..6),
             piece in 1usize..10_000,
         ) {
-            let mut bytes = Vec::new();
-            for payload in &payloads {
-                bytes.extend(frame(3, payload));
-                bytes.extend(content_header(body_size));
-                bytes.extend(frame(8, &[]));
-            }
-            prop_assert!(inspected(bytes.chunks(piece)).unwrap() == bytes);
-            bytes.extend(content_header(BODY_MAX + 1));
-            prop_assert!(inspected(bytes.chunks(piece)).is_err());
+            let bytes = bodies.iter().flat_map(|body| frame(BODY, body)).collect::<Vec<_>>();
+            prop_assert!(payloads(bytes.chunks(piece)).unwrap() == bodies);
         }
     }
 }

@@ -1,64 +1,71 @@
 //! A connection to the broker, on which every wait has a deadline.
 //!
-//! amiquip's own `Connection::open` is not used: it does not set `TCP_NODELAY` (44 ms a call), waits for ever for a
-//! silent peer, and prints passwords in its errors.
+//! Read in this order: [`Endpoint`] is where the broker is; `socket` the way there; `link` owns the socket, and `inbox` has what
+//! arrives; `channel` publishes. amiquip does what is synchronous and rare, behind a socketpair.
 
+mod amiquip_stream;
 mod channel;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod check;
 mod deadline;
+mod demux;
 mod endpoint;
 mod error;
 mod frames;
+mod inbox;
+mod link;
+mod methods;
 mod retry;
-pub mod sanitize;
 mod socket;
-mod stream;
 mod tls;
+mod wake;
 mod writer;
 
-pub use channel::{ChannelClosed, OpenChannel, Publisher};
-pub use deadline::{run_in_background, Deadline, Watchdog};
+pub use channel::{ChannelInbox, Driving, HeaderTooLarge, OpenChannel, Publisher};
+pub use deadline::{run_in_background, Deadline};
+pub use demux::Notification;
 pub(crate) use endpoint::Secret;
 pub use endpoint::{start_at, start_at_random, Endpoint, DEFAULT_HEARTBEAT};
 pub use error::{Error, ErrorKind, Reason, ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED};
+pub use inbox::{Arrived, Confirmed, Delivery, Message, Returned};
+pub use link::Link;
 pub use retry::Backoff;
 pub use tls::TlsFiles;
+pub use wake::Waker;
 
 use crate::text::{describe_io_error, escape};
-use amiquip::{
-    AmqpValue, Auth, ConnectionBlockedNotification, ConnectionOptions, ConnectionTuning, ConsumerMessage, Delivery,
-};
-use amq_protocol::protocol::connection::Close;
-use channel::ConnectionState;
-use crossbeam_channel::{Receiver, RecvError};
-use frames::{FrameError, FrameInspector, FRAME_MAX};
+use amiquip::{AmqpValue, Auth, ConnectionOptions, ConnectionTuning};
+use demux::End;
+use frames::{FrameError, FRAME_MAX};
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use std::{fs, process, thread};
-use stream::{Login, Stream};
-use writer::FrameWriter;
+use std::{fs, io, process};
 
-/// How long closing waits for the broker before it shuts the socket down: at most, and at least.
+/// The maximum and the minimum time that closing waits for the broker before it shuts the socket down.
 const MAX_CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 const MIN_CLOSE_TIMEOUT: Duration = Duration::from_millis(10);
 
-/// How long amiquip's I/O thread is waited for before we publish.
-const MAX_HANDOVER: Duration = Duration::from_secs(1);
-
-/// How long each of several brokers, or of several addresses of one, but the last is tried.
+/// Timeout of each of several brokers, or of several addresses of one, but the last.
 const MAX_ATTEMPT: Duration = Duration::from_secs(5);
 
 /// A **connection** is an open AMQP connection whose calls have deadlines. It is closed when it is dropped.
 pub struct Connection {
     /// `None` once it is closed.
     amqp: Option<amiquip::Connection>,
-    /// The watchdog of the socket, for blocking calls on a channel from another thread.
-    pub watchdog: Watchdog,
     /// Where it is connected.
     pub endpoint: Endpoint,
-    writer: Arc<FrameWriter>,
-    state: Arc<ConnectionState>,
+    link: Arc<Link>,
+}
+
+/// Who drives the [`Link`] of a connection.
+pub enum Owner<'a> {
+    /// A standby thread, while nobody else does.
+    Standby,
+    /// The receiver of the link, from when the socket is connected; there may be several attempts. The waker ends its wait.
+    Caller(Waker, &'a dyn Fn(&Arc<Link>)),
 }
 
 /// The number of messages and consumers of a queue.
@@ -75,25 +82,30 @@ impl Connection {
     ///
     /// # Errors
     /// Those of connecting and logging in, and [`ErrorKind::TimedOut`].
-    pub fn open(endpoint: &Endpoint, program: &str, deadline: &Deadline) -> Result<Self, Error> {
-        let opened = Self::open_any_address(endpoint, program, deadline);
+    pub fn open(endpoint: &Endpoint, program: &str, deadline: &Deadline, owner: &Owner) -> Result<Self, Error> {
+        let opened = Self::open_any_address(endpoint, program, deadline, owner);
         opened.map_err(|kind| Error::new(&endpoint.broker, kind))
     }
 
     /// Connects to the first address of the endpoint's host that accepts us. The addresses divide the remaining time. One
     /// that refuses us speaks for all.
-    fn open_any_address(endpoint: &Endpoint, program: &str, deadline: &Deadline) -> Result<Self, ErrorKind> {
+    fn open_any_address(
+        endpoint: &Endpoint,
+        program: &str,
+        deadline: &Deadline,
+        owner: &Owner,
+    ) -> Result<Self, ErrorKind> {
         let options = endpoint.options()?;
         let addresses = socket::resolve(endpoint, deadline)?;
         let (last, others) = addresses.split_last().expect("there is an address");
         for (index, address) in others.iter().enumerate() {
             let share = deadline.split(addresses.len() - index, MAX_ATTEMPT);
-            match Self::open_address(endpoint, *address, options.clone(), program, &share) {
+            match Self::open_address(endpoint, *address, options.clone(), program, &share, owner) {
                 Err(kind) if !kind.is_permanent() => log::debug!("{address} {kind}; trying the next address"),
                 result => return result,
             }
         }
-        Self::open_address(endpoint, *last, options, program, deadline)
+        Self::open_address(endpoint, *last, options, program, deadline, owner)
     }
 
     fn open_address(
@@ -102,30 +114,36 @@ impl Connection {
         options: ConnectionOptions<Auth>,
         program: &str,
         deadline: &Deadline,
+        owner: &Owner,
     ) -> Result<Self, ErrorKind> {
-        let (transport, watchdog) = socket::connect(endpoint, address, deadline)?;
-        let state = Arc::new(ConnectionState::default());
-        let user_timeout = Duration::from_secs(2 * u64::from(endpoint.heartbeat));
-        let login = Login { connection_name: connection_name(program), user_timeout };
-        let (stream, writer) = Stream::new(transport, FrameInspector::new(state.clone()), login)
-            .map_err(|error| ErrorKind::ConnectionLost(describe_io_error(&error)))?;
+        let transport = socket::connect(endpoint, address, deadline)?;
+        let no_resources = |error: io::Error| ErrorKind::NotConnected(describe_io_error(&error));
+        let waker = match owner {
+            Owner::Standby => Waker::new().map_err(no_resources)?,
+            Owner::Caller(waker, _) => waker.clone(),
+        };
+        let name = connection_name(program);
+        let (link, stream) = Link::new(transport, name, endpoint.heartbeat, waker).map_err(no_resources)?;
+        match owner {
+            Owner::Standby => link.start_standby().map_err(no_resources)?,
+            Owner::Caller(_, take_link) => take_link(&link),
+        }
         let begun = Instant::now();
-        let handshake = watchdog.run_until(deadline, || {
-            amiquip::Connection::insecure_open_stream(
-                stream,
-                options.frame_max(FRAME_MAX),
-                // A publish must not wait for a broker that does not read. What is unsent is bounded by the calls in
-                // flight, or by the prefetch.
-                ConnectionTuning::default().buffered_writes_high_water(usize::MAX),
-            )
+        let handshake = link.run_until(deadline, || {
+            let options = options.frame_max(FRAME_MAX);
+            amiquip::Connection::insecure_open_stream(stream, options, ConnectionTuning::default())
         });
         let Some(amqp) = handshake else {
-            let is_login = state.saw_frame.load(Ordering::Relaxed); // RabbitMQ sends a frame before we log in
+            let is_login = link.saw_frame.load(Ordering::Relaxed); // RabbitMQ sends a frame before we log in
             let step = if is_login { "logging in" } else { "waiting for the AMQP handshake" };
             return Err(ErrorKind::TimedOut(deadline.limit(), step));
         };
-        let amqp = amqp.map_err(|error| handshake_error(endpoint, error, state.close.get()))?;
-        let connection = Connection { amqp: Some(amqp), watchdog, writer, state, endpoint: endpoint.clone() };
+        let amqp = amqp.map_err(|error| {
+            let kind = handshake_error(endpoint, error, &link);
+            link.shut_down();
+            kind
+        })?;
+        let connection = Connection { amqp: Some(amqp), endpoint: endpoint.clone(), link };
         let (broker, version) = (connection.broker(), connection.broker_version());
         log::debug!("logged in to {broker}, {version}, after {:.1?}", begun.elapsed());
         Ok(connection)
@@ -138,12 +156,12 @@ impl Connection {
     ///
     /// # Panics
     /// When there is no endpoint.
-    pub fn open_any(endpoints: &[Endpoint], program: &str, deadline: &Deadline) -> Result<Self, Error> {
+    pub fn open_any(endpoints: &[Endpoint], program: &str, deadline: &Deadline, owner: &Owner) -> Result<Self, Error> {
         let (last, others) = endpoints.split_last().expect("there is an endpoint");
         let (mut permanent, mut errors) = (None, Vec::new());
         for (index, endpoint) in others.iter().enumerate() {
             let share = deadline.split(endpoints.len() - index, MAX_ATTEMPT);
-            match Connection::open(endpoint, program, &share) {
+            match Connection::open(endpoint, program, &share, owner) {
                 Ok(connection) => return Ok(connection),
                 Err(error) => {
                     log::debug!("{error}; trying the next broker");
@@ -152,7 +170,7 @@ impl Connection {
                 }
             }
         }
-        Connection::open(last, program, deadline).map_err(|error| match (permanent, error) {
+        Connection::open(last, program, deadline, owner).map_err(|error| match (permanent, error) {
             (Some(permanent), _) => permanent,
             (None, Error { broker, kind: ErrorKind::NotConnected(reason) }) if !errors.is_empty() => {
                 let reason = format!("{reason} (before that: {})", errors.join("; "));
@@ -176,70 +194,43 @@ impl Connection {
         [property("product"), property("version")].into_iter().flatten().collect::<Vec<_>>().join(" ")
     }
 
+    /// The link, to learn how the connection ended, and to end it.
+    pub fn link(&self) -> &Arc<Link> {
+        &self.link
+    }
+
     /// Runs a blocking call of amiquip on this connection. `step` says what it does, for the error that it timed out.
     ///
     /// # Errors
     /// [`ErrorKind::TimedOut`] when the deadline passes; then the connection has ended. Else the call's error.
-    pub fn call<T>(
+    pub fn run_blocking<T>(
         &mut self,
         deadline: &Deadline,
         step: &'static str,
         call: impl FnOnce(&mut amiquip::Connection) -> amiquip::Result<T>,
     ) -> Result<T, Error> {
-        let Some(amqp) = &mut self.amqp else {
-            return Err(self.lost("it is closed"));
-        };
-        match self.watchdog.run_until(deadline, || call(amqp)) {
-            Some(result) => result.map_err(|error| self.close_to_learn_cause(error)),
-            None => Err(Error::new(self.broker(), ErrorKind::TimedOut(deadline.limit(), step))),
-        }
+        let Some(amqp) = &mut self.amqp else { return Err(self.cause()) };
+        let result = self.link.run_blocking(deadline, step, || call(amqp));
+        result.map_err(|kind| Error::new(self.broker(), kind))
     }
 
-    /// Opens a channel. If more deliveries, returned messages or confirmations than `max_unread` wait on it to be taken, the
-    /// broker has sent more than was asked for, and the connection ends.
+    /// Opens a channel. If more messages or confirmations than `max_unread` wait on it to be taken, the broker has sent more
+    /// than was asked for, and the connection ends.
     ///
     /// # Errors
-    /// As [`call`](Self::call).
+    /// As [`run_blocking`](Self::run_blocking).
     pub fn open_channel(&mut self, max_unread: usize, deadline: &Deadline) -> Result<(OpenChannel, Publisher), Error> {
-        let (amqp, returns, confirms) = self.call(deadline, "opening a channel", |connection| {
-            let channel = connection.open_channel(None)?;
-            let returns = channel.listen_for_returns()?;
-            let confirms = channel.listen_for_publisher_confirms()?;
-            Ok((channel, returns, confirms))
-        })?;
-        let number = amqp.channel_id();
-        // The clones serve only to count what is unread.
-        let state = self.state.open(number, max_unread, returns.clone(), confirms.clone());
-        let publisher = Publisher::new(self.writer.clone(), state.clone(), number);
-        Ok((OpenChannel { amqp, returns, confirms, state }, publisher))
-    }
-
-    /// Puts the channel into confirm mode: the broker then numbers the messages that are published on it, from 1, and confirms or
-    /// refuses each of them.
-    ///
-    /// amiquip does this, and its I/O thread handles what it is told in order. So when it has written this, it also knows who
-    /// listens for returned and confirmed messages; until then it drops them, and a publisher does not go by way of that thread.
-    ///
-    /// # Errors
-    /// As [`call`](Self::call).
-    pub fn enable_confirms(&mut self, channel: &OpenChannel, deadline: &Deadline) -> Result<(), Error> {
-        let writes = |connection: &Self| connection.writer.amiquip_writes.load(Ordering::Acquire);
-        let before = writes(self);
-        self.call(deadline, "preparing the connection", |_| channel.amqp.enable_publisher_confirms_nowait())?;
-        let limit = Instant::now() + deadline.remaining().min(MAX_HANDOVER);
-        while writes(self) == before && Instant::now() < limit {
-            thread::sleep(Duration::from_micros(10));
-        }
-        Ok(())
+        let amqp = self.run_blocking(deadline, "opening a channel", |connection| connection.open_channel(None))?;
+        Ok(OpenChannel::new(self.link.clone(), self.broker(), amqp, max_unread))
     }
 
     /// The numbers of a queue, by a passive declaration on a channel of its own: if there is no such queue, the broker
     /// closes that channel.
     ///
     /// # Errors
-    /// [`ErrorKind::ChannelClosed`] with code 404 if there is no such queue; else as [`call`](Self::call).
+    /// [`ErrorKind::ChannelClosed`] with code 404 if there is no such queue; else as [`run_blocking`](Self::run_blocking).
     pub fn queue_stats(&mut self, queue: &str, deadline: &Deadline) -> Result<QueueStats, Error> {
-        self.call(deadline, "looking at the queue", |amqp| {
+        self.run_blocking(deadline, "looking at the queue", |amqp| {
             let channel = amqp.open_channel(None)?;
             let queue = channel.queue_declare_passive(queue)?;
             Ok(QueueStats {
@@ -249,39 +240,10 @@ impl Connection {
         })
     }
 
-    /// Receives whether the broker blocks publishers. The receiver is disconnected when the connection ends, and is
-    /// the one place to learn that.
-    ///
-    /// # Errors
-    /// As [`call`](Self::call).
-    pub fn blocked_notifications(
-        &mut self,
-        deadline: &Deadline,
-    ) -> Result<Receiver<ConnectionBlockedNotification>, Error> {
-        self.call(deadline, "preparing the connection", amiquip::Connection::listen_for_connection_blocked)
-    }
-
-    /// What an error of amiquip on this connection or its channels means. If it says only that the connection has ended,
-    /// this closes the connection for the cause.
-    pub fn close_to_learn_cause(&mut self, error: amiquip::Error) -> Error {
-        use amiquip::Error::{ClientClosedConnection, EventLoopClientDropped, EventLoopDropped};
-        match error {
-            EventLoopDropped | EventLoopClientDropped | ClientClosedConnection => self.close_ended(),
-            error => Error::new(self.broker(), error.into()),
-        }
-    }
-
-    /// Closes a connection that has ended. Returns the cause: amiquip tells it in answer to closing.
-    pub fn close_ended(&mut self) -> Error {
-        if self.watchdog.has_shut_down() {
-            return Error::new(self.broker(), ErrorKind::Silent);
-        }
-        self.close().err().unwrap_or_else(|| self.lost("it has ended"))
-    }
-
-    /// The error of a connection that cannot be used any more, for a reason that amiquip does not know.
-    pub fn lost(&self, reason: &str) -> Error {
-        Error::new(self.broker(), ErrorKind::ConnectionLost(reason.into()))
+    /// How the connection ended.
+    pub fn cause(&self) -> Error {
+        let cause = self.link.cause().unwrap_or_else(|| ErrorKind::ConnectionLost("it is closed".into()));
+        Error::new(self.broker(), cause)
     }
 
     /// Closes the connection in one round trip. Shuts it down if that takes longer than a second.
@@ -299,11 +261,13 @@ impl Connection {
     /// As [`close`](Self::close).
     pub fn close_by(&mut self, deadline: &Deadline) -> Result<(), Error> {
         let Some(amqp) = self.amqp.take() else { return Ok(()) };
-        let timeout = close_timeout(deadline);
-        let closed = self.watchdog.run_until(&Deadline::after(timeout), || amqp.close());
-        // Other handles of the socket must not keep the connection open.
-        self.watchdog.shut_down();
-        closed.unwrap_or(Ok(())).map_err(|error| Error::new(self.broker(), error.into()))
+        let timeout = Deadline::after(close_timeout(deadline));
+        let closed = self.link.run_blocking(&timeout, "closing the connection", || amqp.close());
+        self.link.shut_down();
+        match closed {
+            Ok(()) | Err(ErrorKind::TimedOut(..)) => Ok(()),
+            Err(kind) => Err(Error::new(self.broker(), kind)),
+        }
     }
 }
 
@@ -324,48 +288,27 @@ fn connection_name(program: &str) -> String {
     format!("{program} {} {} {}", env!("CARGO_PKG_VERSION"), host.trim(), process::id())
 }
 
-/// `close` is what the broker said if it closed the connection.
-fn handshake_error(endpoint: &Endpoint, error: amiquip::Error, close: Option<&Close>) -> ErrorKind {
-    if let amiquip::Error::IoErrorReadingSocket { source } = &error {
-        match source.get_ref().and_then(|inner| inner.downcast_ref()) {
-            Some(FrameError::NotAmqp) => return ErrorKind::NotConnected("is not an AMQP server".into()),
-            Some(FrameError::Tls) => return ErrorKind::NotConnected("answered with TLS: use amqps://".into()),
-            _ => {}
+fn handshake_error(endpoint: &Endpoint, error: amiquip::Error, link: &Link) -> ErrorKind {
+    let kind = match (link.ended(), error) {
+        (Some(End::Frame(FrameError::NotAmqp)), _) => {
+            return ErrorKind::NotConnected("is not an AMQP server".into());
         }
-    }
-    let failed = |reason| ErrorKind::NotConnected(format!("failed the AMQP handshake: {reason}"));
-    let error = match (error, close) {
-        (error @ amiquip::Error::ServerClosedConnection { .. }, _) => error,
-        // amiquip expects no close in answer to start-ok.
-        (_, Some(close)) if close.reply_code == ACCESS_REFUSED => {
+        (Some(End::Frame(FrameError::Tls)), _) => {
+            return ErrorKind::NotConnected("answered with TLS: use amqps://".into());
+        }
+        (Some(End::Closed { code: ACCESS_REFUSED, .. }), _) if !link.is_logged_in() => {
             return ErrorKind::Credentials(endpoint.describe_login());
         }
-        (_, Some(Close { reply_code, reply_text, .. })) => {
-            amiquip::Error::ServerClosedConnection { code: *reply_code, message: reply_text.clone() }
-        }
-        // Whatever ends a connection then is this error.
-        (amiquip::Error::InvalidCredentials, None) => {
+        (Some(End::Eof | End::Io(_)), amiquip::Error::InvalidCredentials) => {
             return ErrorKind::NotConnected("closed the connection during the login: see the broker's log".into());
         }
-        (error, None) => error,
+        (None | Some(End::Local), error) => error.into(),
+        (Some(end), _) => end.into(),
     };
-    match ErrorKind::from(error) {
+    let failed = |reason| ErrorKind::NotConnected(format!("failed the AMQP handshake: {reason}"));
+    match kind {
         ErrorKind::ConnectionLost(reason) => failed(reason),
         ErrorKind::ConnectionClosed(reason) => failed(reason.text),
         kind => kind,
-    }
-}
-
-/// The delivery in what a consumer has received; `None` if the broker has cancelled the consumer.
-///
-/// # Errors
-/// How the channel or the connection ended.
-pub fn delivery(received: Result<ConsumerMessage, RecvError>) -> amiquip::Result<Option<Delivery>> {
-    match received {
-        Ok(ConsumerMessage::Delivery(delivery)) => Ok(Some(delivery)),
-        Ok(ConsumerMessage::ServerCancelled) => Ok(None),
-        Ok(ConsumerMessage::ServerClosedChannel(error) | ConsumerMessage::ServerClosedConnection(error)) => Err(error),
-        Ok(_) => Err(amiquip::Error::ClientClosedConnection), // by us: nothing is taken after that
-        Err(RecvError) => Err(amiquip::Error::EventLoopDropped),
     }
 }

@@ -1,43 +1,87 @@
-//! The steps from a host name to a connected transport: DNS, TCP, TLS.
+//! The socket of a connection, with or without TLS, and the steps to it from a host name: DNS, TCP, TLS.
 
-use super::deadline::{run_in_background, Deadline, Watchdog};
+use super::deadline::{run_in_background, Deadline};
 use super::endpoint::Endpoint;
 use super::error::ErrorKind;
 use super::tls::{describe_tls_error, TlsStream};
-use super::writer::Transport;
 use crate::text::describe_io_error;
 use crossbeam_channel::RecvTimeoutError;
-use socket2::{SockRef, TcpKeepalive};
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
-/// The largest times of a TCP keepalive that Linux accepts, in seconds.
-const MAX_KEEPALIVE: u16 = 32_767;
+/// A connection to the peer, with or without TLS, that does not block.
+pub(crate) enum Transport {
+    Plain(TcpStream),
+    Tls(Box<TlsStream>),
+}
 
-/// Connects to an address of an endpoint, with TLS if its URL says so. The socket is blocking.
-pub(crate) fn connect(
-    endpoint: &Endpoint,
-    address: SocketAddr,
-    deadline: &Deadline,
-) -> Result<(Transport, Watchdog), ErrorKind> {
+impl Transport {
+    pub(crate) fn socket(&self) -> &TcpStream {
+        match self {
+            Transport::Plain(socket) => socket,
+            Transport::Tls(stream) => &stream.socket,
+        }
+    }
+
+    /// Reads what has arrived; fails with `WouldBlock` if nothing has.
+    pub(crate) fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Transport::Plain(socket) => socket.read(buffer),
+            Transport::Tls(stream) => stream.read(buffer),
+        }
+    }
+
+    /// Whether bytes have been read from the socket that [`read`](Self::read) has not returned.
+    pub(crate) fn has_plaintext(&mut self) -> bool {
+        match self {
+            Transport::Plain(_) => false,
+            Transport::Tls(stream) => stream.has_plaintext(),
+        }
+    }
+
+    /// Writes until everything is written or the socket would block. Returns how many bytes were written.
+    pub(crate) fn write_available(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut written = 0;
+        while written < bytes.len() {
+            let result = match self {
+                Transport::Plain(socket) => socket.write(&bytes[written..]),
+                Transport::Tls(stream) => stream.write(&bytes[written..]),
+            };
+            match result {
+                Ok(count) => written += count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(written)
+    }
+}
+
+/// Connects to an address of an endpoint, with TLS if its URL says so.
+pub(crate) fn connect(endpoint: &Endpoint, address: SocketAddr, deadline: &Deadline) -> Result<Transport, ErrorKind> {
     let begun = Instant::now();
     let timeout = deadline.remaining().max(Duration::from_millis(1)); // zero is an error
     let socket = TcpStream::connect_timeout(&address, timeout).map_err(|error| match deadline.remaining() {
         Duration::ZERO => ErrorKind::TimedOut(deadline.limit(), "opening the TCP connection"),
         _ => unreachable(endpoint, &error),
     })?;
-    let watchdog = configure(&socket, endpoint.heartbeat).map_err(|error| unreachable(endpoint, &error))?;
+    // Without TCP_NODELAY a call takes 44 ms.
+    let configured = socket.set_nodelay(true).and_then(|()| socket.set_nonblocking(true));
+    configured.map_err(|error| unreachable(endpoint, &error))?;
     log::debug!("{address} accepted the connection, after {:.1?}", begun.elapsed());
-    let Some(files) = &endpoint.tls else { return Ok((Transport::Plain(socket), watchdog)) };
+    let Some(files) = &endpoint.tls else { return Ok(Transport::Plain(socket)) };
     let (config, host, begun) = (files.client_config()?, &endpoint.host, Instant::now());
-    match watchdog.run_until(deadline, || TlsStream::handshake(config, host, socket)) {
-        Some(Ok(stream)) => {
+    match TlsStream::handshake(config, host, socket, deadline) {
+        Ok(stream) => {
             log::debug!("{host} proved its name by a certificate, {}, after {:.1?}", stream.version(), begun.elapsed());
-            Ok((Transport::Tls(Box::new(stream)), watchdog))
+            Ok(Transport::Tls(Box::new(stream)))
         }
-        Some(Err(error)) => Err(tls_error(&error, host)),
-        None => Err(ErrorKind::TimedOut(deadline.limit(), "waiting for the TLS handshake")),
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+            Err(ErrorKind::TimedOut(deadline.limit(), "waiting for the TLS handshake"))
+        }
+        Err(error) => Err(tls_error(&error, host)),
     }
 }
 
@@ -67,18 +111,6 @@ pub(crate) fn resolve(endpoint: &Endpoint, deadline: &Deadline) -> Result<Vec<So
 fn unreachable(endpoint: &Endpoint, error: &io::Error) -> ErrorKind {
     let (source_name, reason) = (endpoint.source_name, describe_io_error(error));
     ErrorKind::NotConnected(format!("cannot be reached (from {source_name}): {reason}: is RabbitMQ running there?"))
-}
-
-/// Sets the socket's options, and starts a watchdog for it.
-///
-/// The kernel notices a dead peer after two heartbeats, for a broker that sends none: it probes after one of silence, then
-/// twice, half a heartbeat apart.
-fn configure(socket: &TcpStream, heartbeat: u16) -> io::Result<Watchdog> {
-    socket.set_nodelay(true)?; // amiquip's `open` does not set it: 44 ms a call
-    let seconds = |number: u16| Duration::from_secs(number.clamp(1, MAX_KEEPALIVE).into());
-    let keepalive = TcpKeepalive::new().with_time(seconds(heartbeat)).with_interval(seconds(heartbeat / 2));
-    SockRef::from(socket).set_tcp_keepalive(&keepalive.with_retries(2))?;
-    Watchdog::new(socket.try_clone()?)
 }
 
 fn tls_error(error: &io::Error, host: &str) -> ErrorKind {

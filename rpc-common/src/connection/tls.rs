@@ -1,7 +1,10 @@
 //! TLS: the CA certificates to trust, the client certificate, the stream, and the errors in plain words.
 
+use super::deadline::Deadline;
 use super::error::ErrorKind;
 use crate::text::describe_io_error;
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{AlertDescription, CertificateError, ClientConfig, ClientConnection, RootCertStore};
@@ -90,15 +93,28 @@ pub(crate) struct TlsStream {
 }
 
 impl TlsStream {
-    /// Does the TLS handshake on a blocking socket. The peer's certificate must be signed by a trusted CA, be valid
+    /// Does the TLS handshake on a socket that does not block. The peer's certificate must be signed by a trusted CA, be valid
     /// now, and match `host`, a host name or an IP address.
     ///
     /// # Errors
-    /// With a [`rustls::Error`] inside, where TLS itself failed.
-    pub(crate) fn handshake(config: ClientConfig, host: &str, mut socket: TcpStream) -> io::Result<Self> {
+    /// With a [`rustls::Error`] inside, where TLS itself failed; `TimedOut` when the deadline passes.
+    pub(crate) fn handshake(
+        config: ClientConfig,
+        host: &str,
+        mut socket: TcpStream,
+        deadline: &Deadline,
+    ) -> io::Result<Self> {
         let host = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
         let mut connection = ClientConnection::new(Arc::new(config), host).map_err(io::Error::other)?;
-        connection.complete_io(&mut socket)?;
+        while connection.is_handshaking() || connection.wants_write() {
+            match connection.complete_io(&mut socket) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let events = if connection.wants_write() { PollFlags::OUT } else { PollFlags::IN };
+                    wait_for(&socket, events, deadline)?;
+                }
+                result => drop(result?),
+            }
+        }
         Ok(TlsStream { connection, socket, unreported: 0 })
     }
 
@@ -113,6 +129,11 @@ impl TlsStream {
             Ok(_) => Ok(()),
             Err(error) => Err(io::Error::new(io::ErrorKind::InvalidData, describe_tls_error(&error, ""))),
         }
+    }
+
+    /// Whether plaintext waits to be read.
+    pub(crate) fn has_plaintext(&mut self) -> bool {
+        self.connection.process_new_packets().is_ok_and(|state| state.plaintext_bytes_to_read() > 0)
     }
 
     pub(crate) fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
@@ -145,6 +166,18 @@ impl TlsStream {
             Some(Err(cause)) if cause.kind() == io::ErrorKind::InvalidData => cause,
             _ => error,
         }
+    }
+}
+
+/// Waits until the socket is ready.
+fn wait_for(socket: &TcpStream, events: PollFlags, deadline: &Deadline) -> io::Result<()> {
+    let timeout = deadline.remaining();
+    if timeout.is_zero() {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    match poll(&mut [PollFd::new(socket, events)], Timespec::try_from(timeout).ok().as_ref()) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -1,151 +1,122 @@
-//! The socket of a connection, with or without TLS, and the one way to write to it: whole frames, for amiquip's I/O
-//! thread and for all publishers.
+//! The one way to write to the socket of a connection: whole frames, from any thread, one caller at a time.
 
-use super::tls::TlsStream;
+use super::socket::Transport;
 use crate::sync::lock;
-use mio::unix::EventedFd;
-use mio::{Events, Poll, PollOpt, Ready, Token};
 use std::collections::VecDeque;
-use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpStream};
-use std::os::fd::AsRawFd;
-use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex};
-use std::thread;
+use std::io;
+use std::net::Shutdown;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Mutex;
 
-/// A connection to the peer, with or without TLS.
-pub(crate) enum Transport {
-    Plain(TcpStream),
-    Tls(Box<TlsStream>),
-}
-
-impl Transport {
-    pub(crate) fn socket(&self) -> &TcpStream {
-        match self {
-            Transport::Plain(socket) => socket,
-            Transport::Tls(stream) => &stream.socket,
-        }
-    }
-
-    /// Writes until everything is written or the socket would block. Returns how many bytes were written.
-    fn write_available(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut written = 0;
-        while written < bytes.len() {
-            let result = match self {
-                Transport::Plain(socket) => socket.write(&bytes[written..]),
-                Transport::Tls(stream) => stream.write(&bytes[written..]),
-            };
-            match result {
-                Ok(count) => written += count,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(written)
-    }
-}
-
-/// A **frame writer** takes whole frames from any thread, one caller at a time, and never waits for the peer.
-pub(crate) struct FrameWriter {
+/// A **socket writer** never waits for the peer: what the socket does not take is its **backlog**.
+pub(crate) struct SocketWriter {
     state: Mutex<State>,
-    /// How often amiquip has written since the login.
-    pub(crate) amiquip_writes: AtomicU64,
+    has_backlog: AtomicBool,
 }
 
 struct State {
     transport: Transport,
-    /// What the socket has not taken yet. If it is not empty, a thread drains it.
+    /// What the socket has not taken yet.
     backlog: VecDeque<u8>,
+    /// Whether something was written since the latest [`SocketWriter::take_has_written`].
+    has_written: bool,
+    /// Why writing has failed.
+    error: Option<io::Error>,
 }
 
-impl FrameWriter {
+impl SocketWriter {
     /// Takes a non-blocking transport.
     pub(crate) fn new(transport: Transport) -> Self {
-        let state = Mutex::new(State { transport, backlog: VecDeque::new() });
-        FrameWriter { state, amiquip_writes: AtomicU64::new(0) }
+        let state = Mutex::new(State { transport, backlog: VecDeque::new(), has_written: false, error: None });
+        SocketWriter { state, has_backlog: AtomicBool::new(false) }
     }
 
     /// Reads from the transport. With TLS reading and writing share their state.
     pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        match &mut lock(&self.state).transport {
-            Transport::Plain(socket) => socket.read(buffer),
-            Transport::Tls(stream) => stream.read(buffer),
-        }
+        lock(&self.state).transport.read(buffer)
+    }
+
+    /// Whether the next read returns bytes that poll(2) does not know of.
+    pub(crate) fn has_plaintext(&self) -> bool {
+        lock(&self.state).transport.has_plaintext()
+    }
+
+    /// Whether the socket does not take everything at once.
+    pub(crate) fn has_backlog(&self) -> bool {
+        self.has_backlog.load(Ordering::SeqCst)
     }
 
     /// Takes all of these frames, and writes what the socket takes now.
     ///
     /// # Errors
-    /// When the connection has ended. It is shut down, so that reading from it fails, too.
-    pub(crate) fn write(self: &Arc<Self>, frames: &[u8]) -> io::Result<()> {
+    /// When the connection has ended. The socket is shut down for writing; what the peer has sent can still be read.
+    pub(crate) fn write(&self, frames: &[u8]) -> io::Result<()> {
         let mut state = lock(&self.state);
-        if !state.backlog.is_empty() {
-            state.backlog.extend(frames); // a thread drains it
-            return Ok(());
-        }
-        let result = self.write_or_start_thread(&mut state, frames);
-        if result.is_err() {
-            state.shut_down();
-        }
-        result
-    }
-
-    fn write_or_start_thread(self: &Arc<Self>, state: &mut State, frames: &[u8]) -> io::Result<()> {
-        let written = state.transport.write_available(frames)?;
+        let written = if state.backlog.is_empty() { state.write_available(frames)? } else { 0 };
         if written < frames.len() {
             state.backlog.extend(&frames[written..]);
-            let writer = self.clone();
-            thread::Builder::new().name("backlog".into()).spawn(move || {
-                if writer.drain_backlog().is_err() {
-                    lock(&writer.state).shut_down();
-                }
-            })?;
+            self.has_backlog.store(true, Ordering::SeqCst);
         }
         Ok(())
     }
 
-    /// Writes the backlog as the socket takes it, until it is empty.
-    fn drain_backlog(&self) -> io::Result<()> {
-        let poll = Poll::new()?;
-        let fd = lock(&self.state).transport.socket().as_raw_fd();
-        poll.register(&EventedFd(&fd), Token(0), Ready::writable(), PollOpt::level())?;
-        loop {
-            poll.poll(&mut Events::with_capacity(1), None)?;
-            let mut state = lock(&self.state);
-            let State { transport, backlog } = &mut *state;
-            let written = transport.write_available(backlog.as_slices().0)?;
-            backlog.drain(..written);
-            if backlog.is_empty() {
-                return Ok(());
-            }
+    /// Writes what the socket takes now of the backlog.
+    pub(crate) fn write_backlog(&self) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        let mut backlog = std::mem::take(&mut state.backlog);
+        let written = state.write_available(backlog.make_contiguous())?;
+        backlog.drain(..written);
+        if backlog.is_empty() {
+            self.has_backlog.store(false, Ordering::SeqCst); // and its memory is freed
+        } else {
+            state.backlog = backlog;
         }
+        Ok(())
+    }
+
+    /// Whether something was written since this was asked last.
+    pub(crate) fn take_has_written(&self) -> bool {
+        std::mem::take(&mut lock(&self.state).has_written)
+    }
+
+    /// Why writing has failed, if it has.
+    pub(crate) fn take_error(&self) -> Option<io::Error> {
+        lock(&self.state).error.take()
+    }
+
+    /// Ends the connection.
+    pub(crate) fn shut_down(&self) {
+        let mut state = lock(&self.state);
+        let _ = state.transport.socket().shutdown(Shutdown::Both); // fails only if it is shut down already
+        state.backlog = VecDeque::new();
+        self.has_backlog.store(false, Ordering::SeqCst);
     }
 }
 
 impl State {
-    fn shut_down(&mut self) {
-        let _ = self.transport.socket().shutdown(Shutdown::Both); // fails only if it is shut down already
-        self.backlog.clear();
+    fn write_available(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.has_written = true;
+        self.transport.write_available(bytes).inspect_err(|error| {
+            let _ = self.transport.socket().shutdown(Shutdown::Write); // poll(2) then reports its end
+            let copy = io::Error::new(error.kind(), error.to_string());
+            self.error.get_or_insert(copy);
+        })
     }
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
-    use std::net::TcpListener;
+    use std::io::Read;
+    use std::net::{TcpListener, TcpStream};
+    use std::thread;
     use std::time::{Duration, Instant};
 
-    /// A writer, and the peer that it writes to.
-    pub(crate) fn writer() -> (Arc<FrameWriter>, TcpStream) {
+    fn writer() -> (SocketWriter, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         socket.set_nonblocking(true).unwrap();
-        (Arc::new(FrameWriter::new(Transport::Plain(socket))), listener.accept().unwrap().0)
-    }
-
-    fn has_backlog(writer: &FrameWriter) -> bool {
-        !lock(&writer.state).backlog.is_empty()
+        (SocketWriter::new(Transport::Plain(socket)), listener.accept().unwrap().0)
     }
 
     #[test]
@@ -155,24 +126,30 @@ pub(crate) mod tests {
         for piece in sent.chunks(1 << 20) {
             writer.write(piece).unwrap();
         }
-        assert!(has_backlog(&writer), "the socket took everything at once");
-        drop(writer);
-        peer.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-        let mut received = Vec::new();
-        peer.read_to_end(&mut received).unwrap();
-        assert!(received == sent);
+        assert!(writer.has_backlog(), "the socket took everything at once");
+        let reading = thread::spawn(move || {
+            let mut received = Vec::new();
+            peer.read_to_end(&mut received).unwrap();
+            received
+        });
+        let start = Instant::now();
+        while writer.has_backlog() {
+            assert!(start.elapsed() < Duration::from_secs(60), "the socket takes no more");
+            writer.write_backlog().unwrap();
+            thread::yield_now();
+        }
+        writer.shut_down();
+        assert!(reading.join().unwrap() == sent);
     }
 
     #[test]
-    fn a_backlog_is_dropped_with_its_connection() {
+    fn after_the_peer_has_gone_a_write_fails_and_says_why() {
         let (writer, peer) = writer();
-        writer.write(&vec![0; 64 << 20]).unwrap();
         drop(peer);
         let start = Instant::now();
-        while Arc::strong_count(&writer) > 1 {
-            assert!(start.elapsed() < Duration::from_secs(60), "the thread does not end");
-            thread::yield_now();
+        while writer.write(&[0; 1000]).is_ok() {
+            assert!(start.elapsed() < Duration::from_secs(60), "writes go on");
         }
-        assert!(!has_backlog(&writer));
+        assert!(writer.take_error().is_some());
     }
 }

@@ -9,7 +9,7 @@ use std::{fs, thread};
 pub(crate) fn describe(programs: &Programs) -> String {
     let Programs { built, sources, .. } = programs;
     format!(
-        "{cores} cores of {cpu}, Linux {kernel}, RabbitMQ {} on the same machine. The peers are \
+        "commit {commit} on {cores} cores of {cpu}, Linux {kernel}, RabbitMQ {} on the same machine. The peers are \
          librabbitmq {} (C), amqp091-go {} (Go {}), amqplib {} (Node {}), php-amqplib {} (PHP {}), \
          pika {} (Python {}) and lapin {} (Rust).",
         package("rabbitmq-server"),
@@ -23,10 +23,19 @@ pub(crate) fn describe(programs: &Programs) -> String {
         find(&sources.join("python/requirements.txt"), "pika=="),
         find(&built.join("python/pyvenv.cfg"), "\nversion = "),
         find(&sources.join("lapin/Cargo.lock"), "name = \"lapin\"\nversion = \""),
+        commit = commit(),
         cores = thread::available_parallelism().map_or(1, usize::from),
         cpu = find(Path::new("/proc/cpuinfo"), "model name\t: "),
         kernel = find(Path::new("/proc/version"), "Linux version ").split('-').next().unwrap_or_default(),
     )
+}
+
+/// The commit that is measured, with a mark if the work tree differs from it.
+fn commit() -> String {
+    let describe = ["describe", "--always", "--abbrev=7", "--exclude=*", "--dirty"];
+    let output = Command::new("git").args(describe).current_dir(env!("CARGO_MANIFEST_DIR")).output();
+    let commit = output.map(|output| output.stdout).unwrap_or_default();
+    or_unknown(String::from_utf8_lossy(&commit).lines().next())
 }
 
 /// The upstream version of an installed package.

@@ -75,7 +75,7 @@ impl OwnMetrics {
         let share = batch.rate() / client.rate();
         self.record(what, (batch.rate(), "calls/s"), (share, "times --repeat just before"));
         let c = bench.load_with_our_properties(IN_FLIGHT, client.calls)?;
-        let what = "C client with the request properties of rpc-client, 64 in flight";
+        let what = "C client with the request properties and confirms of rpc-client, 64 in flight";
         let ratio = client.rate() / c.rate();
         self.record(what, (c.rate(), "calls/s"), (ratio, "ours vs C, measured just before"));
         let client = bench.timed_load(Peer::Ours, QUEUE, 1)?;
@@ -83,6 +83,16 @@ impl OwnMetrics {
         let what = "the same, one call at a time, p50";
         let ratio = c.p50_us / client.p50_us;
         self.record(what, (c.p50_us, "µs"), (ratio, "ours vs C, measured just before"));
+        for in_flight in [1, IN_FLIGHT] {
+            let what = format!("context switches of the client per call, {in_flight} in flight");
+            let [ours, c] = [Peer::Ours, Peer::C].map(|peer| bench.switches_of_client(peer, in_flight));
+            self.record(&what, (ours?, "switches"), (c?, "in C"));
+        }
+        for prefetch in [1, IN_FLIGHT] {
+            let what = format!("context switches of the server per call, prefetch {prefetch}");
+            let [ours, c] = [Peer::Ours, Peer::C].map(|peer| bench.switches_of_server(peer, prefetch));
+            self.record(&what, (ours?, "switches"), (c?, "in C"));
+        }
         let (ours, gmp) = bench.largest_n()?;
         let what = format!("a call of fib({LARGEST_N}), p50");
         self.record(&what, (ours, "ms"), (ours / gmp, "times GMP without a call"));
@@ -135,8 +145,8 @@ impl Bench<'_> {
         Ok((ours, run(gmp, b"")?.stdout.trim().parse()?))
     }
 
-    /// The load of the C client with requests that are mandatory, persistent and expire, like those of rpc-client. These
-    /// properties cost time in the broker.
+    /// The load of the C client with requests that are mandatory, persistent, expire and are confirmed, like those of rpc-client.
+    /// That costs time in the broker.
     fn load_with_our_properties(&self, in_flight: u16, calls: f64) -> Result<Load> {
         let mut client = self.calls(Peer::C, QUEUE, in_flight, whole_calls(calls));
         client.env("RPC_CLIENT_PROPERTIES", "1");
@@ -151,6 +161,32 @@ impl Bench<'_> {
         let (output, memory) = peak_memory(&client, &b"30\n".repeat(calls))?;
         ensure!(output.stdout.lines().count() == calls, "the number of lines is not the number of calls");
         Ok((Load::parse(&output, Peer::Ours)?, memory))
+    }
+
+    /// The voluntary context switches of a client per call, which other programs on the machine do not influence.
+    fn switches_of_client(&self, peer: Peer, in_flight: u16) -> Result<f64> {
+        let factor = u64::from(in_flight); // many calls share a switch
+        let switches = per_call(|calls| {
+            let calls = calls * factor;
+            let to_null = ["sh", "-c", "exec \"$@\" >/dev/null", "sh"];
+            let counted =
+                wrap(&["/usr/bin/time", "-f", "%w"], &wrap(&to_null, &self.calls(peer, QUEUE, in_flight, calls)));
+            let output = run(counted, b"")?;
+            let count = output.stderr.lines().last().and_then(|line| line.parse().ok());
+            count.context("time prints the context switches")
+        })?;
+        Ok(switches / f64::from(in_flight))
+    }
+
+    /// The same of a server, with 64 calls in flight.
+    fn switches_of_server(&self, peer: Peer, prefetch: u16) -> Result<f64> {
+        let queue = format!("bench.switches.{peer}.{prefetch}");
+        let server = Server::start(&self.programs.server(peer, &queue, prefetch))?;
+        self.load(Peer::C, &queue, IN_FLIGHT, u64::from(COUNTED_CALLS))?; // the warm-up
+        let before = server.context_switches()?;
+        let calls = 10 * COUNTED_CALLS;
+        self.load(Peer::C, &queue, IN_FLIGHT, calls.into())?;
+        Ok((server.context_switches()? - before) / f64::from(calls))
     }
 
     fn instructions_of_client(&self, peer: Peer) -> Result<f64> {

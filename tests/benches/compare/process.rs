@@ -5,8 +5,8 @@ use rustix::process::{kill_process, Pid, Signal};
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
-use std::thread;
 use std::time::{Duration, Instant};
+use std::{fs, thread};
 
 /// The limit of every wait for a program. Only a program that hangs reaches it.
 const PROCESS_TIMEOUT: Duration = Duration::from_secs(300);
@@ -73,6 +73,17 @@ impl Server {
             Ok(line) => bail!("{command:?}: it printed '{line}' instead of awaiting requests"),
             Err(_) => bail!("{command:?}: it does not serve: see its error above"),
         }
+    }
+
+    /// The voluntary context switches of all its threads until now.
+    pub(crate) fn context_switches(&self) -> Result<f64> {
+        let mut all = 0.0;
+        for thread in fs::read_dir(format!("/proc/{}/task", self.0.id()))? {
+            let status = fs::read_to_string(thread?.path().join("status"))?;
+            let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+            all += count.context("Linux counts them")?.trim().parse::<f64>()?;
+        }
+        Ok(all)
     }
 
     /// Stops it by SIGTERM, and waits until it has ended.

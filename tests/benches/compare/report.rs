@@ -28,7 +28,7 @@ impl Report<'_> {
     pub(crate) fn page(&self) -> String {
         format!(
             "# Benchmark results\n\n\
-             Written by `make bench` on {machine}\n\n\
+             Written by `make bench` at {machine}\n\n\
              Each of {rounds} rounds measures every peer once, in another order, for {seconds} s after a warm-up. A \
              cell is the median of the rounds, with minimum and maximum in parentheses. The last column is how \
              many times better ours is than C in the same round: above 1 ours is better. Each call is fib(30), \
@@ -58,7 +58,7 @@ impl Report<'_> {
              ![The table as a bar chart](tests/benches/results.svg)\n\n\
              {table}\n\
              Medians of {rounds} rounds. The last column is how many times better ours is than C in the same round, \
-             with minimum and maximum. [All results](tests/benches/results.md), measured on {machine}\n\n\
+             with minimum and maximum. [All results](tests/benches/results.md), measured at {machine}\n\n\
              {END}{after}",
             table = self.peer_table(|spread| number(spread.median)),
             rounds = self.rounds,

@@ -2,7 +2,7 @@
 
 use super::broker_features::broker_version_at;
 use super::eventually;
-use rpc_common::connection::{Connection, Deadline, Endpoint};
+use rpc_common::connection::{Connection, Deadline, Endpoint, Owner};
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ pub(crate) fn url() -> &'static str {
             return private_node().url().to_owned();
         };
         let endpoint = Endpoint::parse(&url, "AMQP_URL").expect("AMQP_URL is well formed");
-        let opened = Connection::open(&endpoint, "test", &Deadline::after(Duration::from_secs(10)));
+        let opened = Connection::open(&endpoint, "test", &Deadline::after(Duration::from_secs(10)), &Owner::Standby);
         assert!(opened.is_ok(), "cannot use the broker of AMQP_URL: {:?}", opened.err());
         url
     })

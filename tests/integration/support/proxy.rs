@@ -146,7 +146,12 @@ impl Proxy {
 
     /// Freezes the traffic before a client's `method` is forwarded.
     pub(crate) fn freeze_before(&self, method: [u8; 4]) {
-        let action = Box::new(|traffic: &mut Traffic| *traffic = Traffic::Frozen);
+        self.set_traffic_before(method, Traffic::Frozen);
+    }
+
+    /// Changes the traffic before a client's `method` is forwarded.
+    pub(crate) fn set_traffic_before(&self, method: [u8; 4], new: Traffic) {
+        let action = Box::new(move |traffic: &mut Traffic| *traffic = new);
         self.forwarder.state().trigger = Some(Trigger { method, times: 1, action });
     }
 

@@ -3,7 +3,7 @@
 // Up to RPC_IN_FLIGHT calls are outstanding at once, 16 unless it is set. With RPC_REPEAT=K it asks for
 // each N K times, and prints the number of calls, the seconds they took, and the median of their
 // latencies in microseconds, instead of the answers. With RPC_CLIENT_PROPERTIES=1 a request is
-// mandatory, persistent and expires, like those of rpc-client.
+// mandatory, persistent, expires and is confirmed, like those of rpc-client.
 #include "rpc.h"
 #include <time.h>
 
@@ -33,7 +33,14 @@ static void take_reply(amqp_connection_state_t connection, struct call *calls, s
     for (;;) {
         amqp_maybe_release_buffers(connection); // otherwise they grow with every frame
         amqp_envelope_t reply;
-        check_reply(amqp_consume_message(connection, &reply, NULL, 0), "wait for a reply");
+        amqp_rpc_reply_t result = amqp_consume_message(connection, &reply, NULL, 0);
+        if (result.reply_type == AMQP_RESPONSE_LIBRARY_EXCEPTION
+            && result.library_error == AMQP_STATUS_UNEXPECTED_STATE) {
+            amqp_frame_t confirmation; // it comes before the reply, or after
+            check(amqp_simple_wait_frame(connection, &confirmation), "take a confirmation");
+            continue;
+        }
+        check_reply(result, "wait for a reply");
         uint64_t place;
         bool known = parse(reply.message.properties.correlation_id, count - 1, &place)
             && calls[place].is_pending;
@@ -70,6 +77,10 @@ int main(int argc, char **argv)
     amqp_bytes_t replies = amqp_bytes_malloc_dup(declared->queue); // the buffer of the original is released
     amqp_basic_consume(connection, CHANNEL, replies, amqp_empty_bytes, false, true, false, amqp_empty_table);
     check_reply(amqp_get_rpc_reply(connection), "consume");
+    if (client_properties) {
+        amqp_confirm_select(connection, CHANNEL);
+        check_reply(amqp_get_rpc_reply(connection), "select confirms");
+    }
 
     size_t pending = 0;
     for (size_t place = 0; place < count; place++) {

@@ -10,7 +10,7 @@
 use crate::cli::Cli;
 use crate::error::Error;
 use crate::input::{Argument, BadInput, Input, Origin};
-use crate::printer::{Event, Printer, SharedPrinter};
+use crate::printer::{Event, Permits, Printer, SharedPrinter};
 use crate::progress::Progress;
 use crate::reader;
 use crate::source::Unreadable;
@@ -26,10 +26,11 @@ use std::sync::{mpsc, Arc};
 use std::thread;
 use std::time::Duration;
 
-/// How many numbers a **permit** allows to be read, in multiples of the calls in flight: many, so that the reader is woken
-/// rarely. Other requests, and their replies, may be large: then it is one such multiple.
-/// The number of permits bounds the requests that wait behind a slow call.
-const NUMBERS_PER_PERMIT: u64 = 8;
+/// How many numbers a **permit** allows to be read: at least this many times the calls in flight, so that the reader is woken
+/// rarely, and at least [`MIN_NUMBERS`]. Other requests, and their replies, may be large: then it is the calls in flight. The
+/// number of permits bounds the requests that wait behind a slow call.
+const NUMBERS_PER_CALL: u64 = 8;
+const MIN_NUMBERS: u64 = 512;
 const PERMITS: usize = 2;
 
 /// Makes all calls and prints their answers. Returns the largest exit code of the calls.
@@ -70,8 +71,9 @@ fn make_one_call(cli: &Cli, endpoints: Vec<Endpoint>, request: Request<Input>) -
 }
 
 fn make_many_calls(cli: &Cli, endpoints: Vec<Endpoint>) -> io::Result<ExitCode> {
-    let multiple = if cli.input.numbers.is_empty() { 1 } else { NUMBERS_PER_PERMIT };
-    let requests_per_permit = multiple * u64::from(cli.config.in_flight);
+    let in_flight = u64::from(cli.config.in_flight);
+    let are_numbers = !cli.input.numbers.is_empty();
+    let requests_per_permit = if are_numbers { MIN_NUMBERS.max(NUMBERS_PER_CALL * in_flight) } else { in_flight };
     let (permit_sender, permits) = bounded(PERMITS);
     (0..PERMITS).try_for_each(|_| permit_sender.send(())).expect("the channel has room for them");
     // Bounded by the permits. Not crossbeam's channel: its receiver yields the processor several times before it
@@ -79,7 +81,8 @@ fn make_many_calls(cli: &Cli, endpoints: Vec<Endpoint>) -> io::Result<ExitCode> 
     let (event_sender, events) = mpsc::channel();
     let (request_sender, requests) = reader::requests(cli);
     let printer = Printer::new(BufWriter::new(io::stdout()), cli.output.clone(), false, Progress::of_batch(cli));
-    let printer = Arc::new(SharedPrinter::new(printer));
+    let permits_for_reader = Permits::new(permit_sender, requests_per_permit);
+    let printer = Arc::new(SharedPrinter::new(printer, permits_for_reader));
     if cli.output.summary.is_some() {
         summarise_on_signals(event_sender.clone());
     }
@@ -87,12 +90,12 @@ fn make_many_calls(cli: &Cli, endpoints: Vec<Endpoint>) -> io::Result<ExitCode> 
     let shared = printer.clone();
     let printing = thread::spawn(move || {
         let _stop = stop; // when the printer has ended, the calls end
-        shared.print_all(&events, &permit_sender, requests_per_permit)
+        shared.print_all(&events)
     });
     reader::start(cli, request_sender, event_sender.clone(), permits, requests_per_permit);
     // An error of the run is the outcome of its calls, too.
     let _ = rpc_client::run(&cli.config, endpoints, &requests, &mut |outcomes| {
-        printer.print(outcomes, &event_sender, requests_per_permit);
+        printer.print(outcomes, &event_sender);
     });
     let _ = event_sender.send(Event::RunEnded);
     printing.join().expect("the printer does not panic")

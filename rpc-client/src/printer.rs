@@ -22,8 +22,6 @@ use std::sync::Mutex;
 pub(crate) enum Event {
     /// Lines of calls that have ended.
     Lines(Vec<Line>),
-    /// So many lines were printed by the event loop that the reader may read on.
-    Printed,
     /// The event loop could not write to standard output.
     WriteError(io::Error),
     /// Bad input in place of a request, with the index of its line of output.
@@ -140,10 +138,32 @@ impl<W: Write> Printer<W> {
     }
 }
 
+/// Lets the reader of the input read on: each permit allows it `requests_per_permit` requests.
+pub(crate) struct Permits {
+    pub(crate) sender: Sender<()>,
+    pub(crate) requests_per_permit: u64,
+    given: u64,
+}
+
+impl Permits {
+    pub(crate) fn new(sender: Sender<()>, requests_per_permit: u64) -> Self {
+        Permits { sender, requests_per_permit, given: 0 }
+    }
+
+    /// Gives a permit for as many lines as it allows.
+    fn give_for(&mut self, printed: u64) {
+        let earned = printed / self.requests_per_permit;
+        for _ in self.given..earned {
+            let _ = self.sender.try_send(()); // fails if all input is read
+        }
+        self.given = earned;
+    }
+}
+
 /// The printer of many calls, shared by its thread, which may wait for the reader of standard output, and the event loop, which
 /// must not.
 pub(crate) struct SharedPrinter<W> {
-    printer: Mutex<Printer<W>>,
+    shared: Mutex<(Printer<W>, Permits)>,
     format: Format,
 }
 
@@ -151,32 +171,24 @@ pub(crate) struct SharedPrinter<W> {
 const PIPE_BUF: usize = 4096;
 
 impl<W: Write> SharedPrinter<W> {
-    pub(crate) fn new(printer: Printer<W>) -> Self {
-        SharedPrinter { format: printer.options.format, printer: Mutex::new(printer) }
+    pub(crate) fn new(printer: Printer<W>, permits: Permits) -> Self {
+        SharedPrinter { format: printer.options.format, shared: Mutex::new((printer, permits)) }
     }
 
-    /// Prints until the run has ended. Lets the reader read on, by a permit for each `requests_per_permit` that are printed.
-    /// Returns the largest exit code.
+    /// Prints until the run has ended. Returns the largest exit code.
     ///
     /// # Errors
     /// The output cannot be written.
-    pub(crate) fn print_all(
-        &self,
-        events: &Receiver<Event>,
-        permits: &Sender<()>,
-        requests_per_permit: u64,
-    ) -> io::Result<ExitCode> {
-        let mut permits_given = 0;
+    pub(crate) fn print_all(&self, events: &Receiver<Event>) -> io::Result<ExitCode> {
         loop {
             // What is printed can be read while nothing else happens.
             let event = events.try_recv().or_else(|_| {
-                lock(&self.printer).flush()?;
+                lock(&self.shared).0.flush()?;
                 Ok::<_, io::Error>(events.recv().unwrap_or(Event::RunEnded))
             })?;
-            let mut printer = lock(&self.printer);
+            let (printer, permits) = &mut *lock(&self.shared);
             match event {
                 Event::Lines(lines) => printer.print_lines(lines)?,
-                Event::Printed => {}
                 Event::WriteError(error) => return Err(error),
                 Event::BadInput(index, bad_input) => printer.print_in_order(Line::from_bad_input(index, bad_input))?,
                 Event::ReadError(error) => {
@@ -191,28 +203,23 @@ impl<W: Write> SharedPrinter<W> {
                 // If the run ended early, bad lines of input may still wait behind a number that was not called.
                 Event::RunEnded => return printer.finish(),
             }
-            let permits_earned = printer.printed / requests_per_permit;
-            for _ in permits_given..permits_earned {
-                let _ = permits.try_send(()); // fails if all input is read
-            }
-            permits_given = permits_earned;
+            permits.give_for(printer.printed);
         }
     }
 
     /// Prints outcomes at once if that cannot block, else leaves them to the printer's thread. To wake that thread costs one of
     /// three context switches of a call, when calls are made one at a time.
-    pub(crate) fn print(&self, outcomes: Vec<Outcome<Input>>, events: &EventSender<Event>, requests_per_permit: u64) {
+    pub(crate) fn print(&self, outcomes: Vec<Outcome<Input>>, events: &EventSender<Event>) {
         let lines = lines(outcomes, self.format);
-        let event = match try_lock(&self.printer).filter(|printer| printer.can_print_at_once(&lines)) {
-            Some(mut printer) => {
-                let permits_before = printer.printed / requests_per_permit;
-                match printer.print_lines(lines).and_then(|()| printer.flush()) {
-                    Ok(()) if printer.printed / requests_per_permit == permits_before => return,
-                    Ok(()) => Event::Printed, // the thread gives a permit
-                    Err(error) => Event::WriteError(error),
-                }
+        let event = match try_lock(&self.shared) {
+            Some(mut shared) if shared.0.can_print_at_once(&lines) => {
+                let (printer, permits) = &mut *shared;
+                let Err(error) = printer.print_lines(lines).and_then(|()| printer.flush()) else {
+                    return permits.give_for(printer.printed);
+                };
+                Event::WriteError(error)
             }
-            None => Event::Lines(lines),
+            _ => Event::Lines(lines),
         };
         let _ = events.send(event); // fails if the printer has ended
     }
@@ -281,7 +288,8 @@ mod tests {
             sender.send(event).unwrap();
         }
         sender.send(Event::RunEnded).unwrap();
-        SharedPrinter::new(Printer::new(output, cli.output, false, None)).print_all(&receiver, permits, 2)
+        let permits = Permits::new(permits.clone(), 2);
+        SharedPrinter::new(Printer::new(output, cli.output, false, None), permits).print_all(&receiver)
     }
 
     fn printed(options: &[&str], events: Vec<Event>) -> (String, ExitCode) {

@@ -93,8 +93,8 @@ impl Inboxes {
     }
 
     /// Makes all threads that wait for an inbox ask again whether something is ready.
-    pub(crate) fn notify_all(&self) {
-        lock(&self.by_channel).values().for_each(|inbox| inbox.notify());
+    pub(crate) fn ask_all_again(&self) {
+        lock(&self.by_channel).values().for_each(|inbox| inbox.ask_again());
     }
 }
 

@@ -96,6 +96,8 @@ pub(crate) struct Inbox {
 struct State {
     incoming: Incoming,
     arrived: Arrived,
+    /// Whether a thread waits that was not notified. To notify nobody is a system call, too.
+    is_awaited: bool,
 }
 
 /// The message that is being assembled.
@@ -172,15 +174,15 @@ impl Inbox {
             state.incoming = Incoming::Body(message, missing);
         } else {
             state.arrived.messages.push_back(message);
-            drop(state);
-            self.changed.notify_all();
+            self.notify(state);
         }
     }
 
     /// The consumer, the channel or the connection has ended. The first cause counts.
     pub(crate) fn end(&self, cause: ErrorKind) {
-        lock(&self.state).arrived.end.get_or_insert(cause);
-        self.changed.notify_all();
+        let mut state = lock(&self.state);
+        state.arrived.end.get_or_insert(cause);
+        self.notify(state);
     }
 
     /// Nothing is written on the channel from when this returns.
@@ -212,7 +214,7 @@ impl Inbox {
         mem::replace(arrived, Arrived { end, ..Arrived::default() })
     }
 
-    /// Waits until something has arrived, until this instant, or until `is_ready` after a [`notify`](Self::notify).
+    /// Waits until something has arrived, until this instant, or until `is_ready` after [`ask_again`](Self::ask_again).
     pub(crate) fn wait(&self, until: Instant, is_ready: &dyn Fn() -> bool) {
         let mut state = lock(&self.state);
         while state.arrived.messages.is_empty() && state.arrived.end.is_none() && !is_ready() {
@@ -220,14 +222,23 @@ impl Inbox {
             else {
                 return;
             };
+            state.is_awaited = true;
             state = self.changed.wait_timeout(state, timeout).unwrap_or_else(PoisonError::into_inner).0;
+            state.is_awaited = false;
         }
     }
 
     /// Makes a thread that waits ask again whether something is ready.
-    pub(crate) fn notify(&self) {
-        let _state = lock(&self.state); // a thread that is about to wait has asked, or asks again
-        self.changed.notify_all();
+    pub(crate) fn ask_again(&self) {
+        self.notify(lock(&self.state)); // a thread that is about to wait has asked, or asks again
+    }
+
+    fn notify(&self, mut state: MutexGuard<State>) {
+        let is_awaited = mem::take(&mut state.is_awaited);
+        drop(state);
+        if is_awaited {
+            self.changed.notify_all();
+        }
     }
 }
 
@@ -368,6 +379,9 @@ mod tests {
         let far = Instant::now() + Duration::from_secs(60);
         thread::scope(|scope| {
             let waiting = scope.spawn(|| inbox.wait(far, &|| false));
+            while !lock(&inbox.state).is_awaited {
+                thread::yield_now();
+            }
             inbox.end(ErrorKind::Silent);
             waiting.join().unwrap();
         });

@@ -155,7 +155,7 @@ impl Link {
     /// Makes all waits on this link ask again whether something is ready.
     pub fn wake_all(&self) {
         self.waker.wake();
-        self.inboxes.notify_all();
+        self.inboxes.ask_all_again();
     }
 
     /// Runs a blocking call of amiquip, and ends the connection if the call is still running at the deadline: then it returns

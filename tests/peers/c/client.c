@@ -3,7 +3,7 @@
 // Up to RPC_IN_FLIGHT calls are outstanding at once, 16 unless it is set. With RPC_REPEAT=K it asks for
 // each N K times, and prints the number of calls, the seconds they took, and the median of their
 // latencies in microseconds, instead of the answers. With RPC_CLIENT_PROPERTIES=1 a request is
-// mandatory, persistent, expires and is confirmed, like those of rpc-client.
+// mandatory, persistent, expires, has a header and is confirmed, like those of rpc-client.
 #include "rpc.h"
 #include <time.h>
 
@@ -82,6 +82,9 @@ int main(int argc, char **argv)
         check_reply(amqp_get_rpc_reply(connection), "select confirms");
     }
 
+    amqp_table_entry_t deadline = { .key = amqp_cstring_bytes("x-deadline-ms"), .value.kind = AMQP_FIELD_KIND_I64 };
+    deadline.value.value.i64 = INT64_C(4102444800000); // 2100: the server of the tutorial does not read it
+
     size_t pending = 0;
     for (size_t place = 0; place < count; place++) {
         for (; pending >= in_flight; pending--)
@@ -96,7 +99,8 @@ int main(int argc, char **argv)
             .reply_to = replies,
         };
         if (client_properties) {
-            properties._flags |= AMQP_BASIC_DELIVERY_MODE_FLAG | AMQP_BASIC_EXPIRATION_FLAG;
+            properties._flags |= AMQP_BASIC_DELIVERY_MODE_FLAG | AMQP_BASIC_EXPIRATION_FLAG | AMQP_BASIC_HEADERS_FLAG;
+            properties.headers = (amqp_table_t) { .num_entries = 1, .entries = &deadline };
             properties.delivery_mode = AMQP_DELIVERY_PERSISTENT;
             properties.expiration = amqp_cstring_bytes("30000");
         }

@@ -23,6 +23,9 @@ use uuid::Uuid;
 /// milliseconds.
 const MAX_CONSUMER_START: Duration = Duration::from_secs(10);
 
+/// The maximum number of reads before calls expire, of 64 KiB each.
+const MAX_READS: u32 = 256;
+
 /// Makes a call of each request, until there are no more and all calls have ended, or until it is stopped. Runs on the calling
 /// thread.
 ///
@@ -115,12 +118,17 @@ impl<T> EventLoop<'_, '_, T> {
             }
             let next_timer = self.next_timer(session);
             session.wait(next_timer, self.requests, self.takes_requests(session));
+            let is_timer_due = next_timer.is_some_and(|timer| timer <= Instant::now());
+            if is_timer_due {
+                session.receive(MAX_READS); // an answer that has arrived does not expire
+            }
+            self.take_arrived(session); // a look at the queue decides with the confirmations that came before
             while let Some(event) = session.take_event() {
                 self.on_session_event(session, event)?;
             }
             let end = self.take_arrived(session);
             end.map_or(Ok(()), |kind| Err(ConnectionError::new(&self.broker, kind)))?;
-            if next_timer.is_some_and(|timer| timer <= Instant::now()) {
+            if is_timer_due {
                 self.on_timer(session);
             }
         }

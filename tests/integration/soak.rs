@@ -1,21 +1,24 @@
 //! All promises together: random faults while clients and servers run under load. Every call ends with its right answer
 //! or with exit code 5 (4 where a client finds no queue), nothing runs after its deadline, and no message is left.
 //!
-//! `SOAK_SECONDS` is the duration (60), and `SOAK_SEED` repeats the faults of a run. `--nocapture` shows a report.
+//! `SOAK_SECONDS` is the duration (60), and `SOAK_SEED` repeats the faults of a run. With `SOAK_TLS=1` the connections that get
+//! faults use TLS. `--nocapture` shows a report.
 
 use crate::bad_messages;
 use crate::support::broker::Node;
 use crate::support::broker_features::broker_version_at;
+use crate::support::certificates::Authority;
 use crate::support::eventually;
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{bash, Program};
 use crate::support::proxy::{Proxy, Traffic};
 use crate::support::raw_peer::RawPeer;
+use crate::tls::listen_with;
 use crossbeam_channel::bounded;
 use fastrand::Rng;
 use rpc_common::fib::fib;
 use rpc_common::message::{unix_time_ms, Request};
-use rpc_common::options::BrokerOptions;
+use rpc_common::options::{from_args, BrokerOptions};
 use rpc_server::{fib_handler, serve, Caller, Config, QueueType, Stop};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -45,26 +48,65 @@ const MAX_N: u64 = 300;
 /// How often the memory of the programs is reported.
 const REPORT_INTERVAL: Duration = Duration::from_secs(60);
 
+/// How the programs reach the broker through their proxies: with or without TLS.
+struct Access {
+    /// Host and port for the proxies.
+    broker: String,
+    scheme: &'static str,
+    /// Arguments for both programs.
+    args: Vec<String>,
+}
+
+impl Access {
+    fn new(node: &Node) -> Self {
+        if env::var_os("SOAK_TLS").is_none_or(|value| value.is_empty()) {
+            return Access { broker: node.authority().to_owned(), scheme: "amqp", args: Vec::new() };
+        }
+        let authority = Authority::new(node.folder(), "ca");
+        let (ca, (cert, key)) = (authority.certificate(), authority.sign("soak", &["localhost", "127.0.0.1"]));
+        let files = format!("{{cacertfile, {ca:?}}}, {{certfile, {cert:?}}}, {{keyfile, {key:?}}}");
+        let port = listen_with(node, TLS_PORT, &files);
+        Access { broker: format!("localhost:{port}"), scheme: "amqps", args: vec!["--ca-file".into(), ca] }
+    }
+
+    fn proxy(&self) -> Proxy {
+        Proxy::start_to(&self.broker)
+    }
+
+    fn url(&self, proxy: &Proxy) -> String {
+        format!("{}://{}", self.scheme, proxy.authority())
+    }
+
+    fn spawn(&self, proxy: &Proxy, program: &str, args: &[&str]) -> Program {
+        let access = self.args.iter().map(String::as_str);
+        Program::spawn_at(&self.url(proxy), program, &access.chain(args.iter().copied()).collect::<Vec<_>>())
+    }
+}
+
+/// The port of the TLS listener, in the node's range.
+const TLS_PORT: u16 = 3;
+
 /// A server, and the proxy between it and the broker.
-struct ProxiedServer {
+struct ProxiedServer<'a> {
+    access: &'a Access,
     proxy: Proxy,
     program: Option<Program>,
     args: Vec<String>,
 }
 
-impl ProxiedServer {
-    fn new(node: &Node, queue: &str, prefetch: &str) -> Self {
+impl<'a> ProxiedServer<'a> {
+    fn new(access: &'a Access, queue: &str, prefetch: &str) -> Self {
         let args = ["--queue", queue, "--queue-type", "classic", "--prefetch", prefetch];
         let args = [&args[..], &["--workers", "2", "--heartbeat", "2", "-q"]].concat();
         let args = args.into_iter().map(str::to_owned).collect();
-        let mut server = ProxiedServer { proxy: Proxy::start_to(node.authority()), program: None, args };
+        let mut server = ProxiedServer { access, proxy: access.proxy(), program: None, args };
         server.start();
         server
     }
 
     fn start(&mut self) {
         let args = self.args.iter().map(String::as_str).collect::<Vec<_>>();
-        self.program = Some(Program::spawn_at(&format!("amqp://{}", self.proxy.authority()), "rpc-server", &args));
+        self.program = Some(self.access.spawn(&self.proxy, "rpc-server", &args));
     }
 
     /// Ends the server by SIGKILL or SIGTERM, and starts another one. Returns the name of the fault.
@@ -175,10 +217,16 @@ impl CallCounts {
 }
 
 /// Runs clients one after the other until `stop` is set, and checks every answer.
-fn call_until(stop: &AtomicBool, proxy: &Proxy, queue: &str, timeout: &str, rng: &mut Rng) -> CallCounts {
+fn call_until(
+    stop: &AtomicBool,
+    (access, proxy): (&Access, &Proxy),
+    queue: &str,
+    timeout: &str,
+    rng: &mut Rng,
+) -> CallCounts {
     let mut counts = CallCounts::default();
     while !stop.load(Ordering::Relaxed) {
-        call_with_one_client(stop, proxy, queue, timeout, rng, &mut counts);
+        call_with_one_client(stop, (access, proxy), queue, timeout, rng, &mut counts);
     }
     counts
 }
@@ -186,7 +234,7 @@ fn call_until(stop: &AtomicBool, proxy: &Proxy, queue: &str, timeout: &str, rng:
 /// Runs one client until `stop` is set or the client ends.
 fn call_with_one_client(
     stop: &AtomicBool,
-    proxy: &Proxy,
+    (access, proxy): (&Access, &Proxy),
     queue: &str,
     timeout: &str,
     rng: &mut Rng,
@@ -194,7 +242,7 @@ fn call_with_one_client(
 ) {
     let args = ["--queue", queue, "-t", timeout, "-j", "32", "--heartbeat", "2", "-o", "json"];
     let args = [&args[..], &["-v", "--unordered", "-"]].concat();
-    let mut client = Program::spawn_at(&format!("amqp://{}", proxy.authority()), "rpc-client", &args);
+    let mut client = access.spawn(proxy, "rpc-client", &args);
     let mut report_at = Instant::now() + REPORT_INTERVAL;
     let (mut asked, before, unreachable_before) = (0, counts.total(), counts.unreachable);
     while !stop.load(Ordering::Relaxed) {
@@ -254,8 +302,10 @@ fn read_slowly(stop: &AtomicBool, node: &Node, queue: &str) -> [usize; 2] {
 
 /// Serves by the library, through a proxy, until `stop` is disconnected, and keeps how many milliseconds after its caller's
 /// deadline a run began at the latest.
-fn serve_and_watch_deadlines(stop: &Stop, proxy: &Proxy, queue: &str, latest_ms: &AtomicI64) {
-    let broker = BrokerOptions::from_url(&format!("amqp://{}", proxy.authority()));
+fn serve_and_watch_deadlines(stop: &Stop, (access, proxy): (&Access, &Proxy), queue: &str, latest_ms: &AtomicI64) {
+    let url = access.url(proxy);
+    let args = ["--url", &url].into_iter().chain(access.args.iter().map(String::as_str));
+    let broker: BrokerOptions = from_args(&args.collect::<Vec<_>>());
     let (queue, queue_type) = (queue.to_owned(), QueueType::Classic);
     let config = Config { queue, queue_type, workers: 2, prefetch: 64, broker, ..Config::default() };
     let fib = fib_handler(MAX_N, Duration::ZERO, |_| {});
@@ -329,12 +379,13 @@ fn every_call_ends_right_or_with_exit_code_5_under_random_faults() {
     let node = Node::start("soak", "");
     let queue = Queue::named("soak");
     // The third one is never killed.
-    let servers = ["1", "64", "8"].map(|prefetch| Mutex::new(ProxiedServer::new(&node, &queue, prefetch)));
+    let access = Access::new(&node);
+    let servers = ["1", "64", "8"].map(|prefetch| Mutex::new(ProxiedServer::new(&access, &queue, prefetch)));
     let mut peer = Peer::connect_to(node.url());
     let replies = "soak.replies";
     peer.declare(replies, "classic");
-    let client_proxies = [(); 2].map(|()| Proxy::start_to(node.authority()));
-    let library_proxy = Proxy::start_to(node.authority());
+    let client_proxies = [(); 2].map(|()| access.proxy());
+    let library_proxy = access.proxy();
     let (running, library_stop) = bounded(0);
     let latest_ms = AtomicI64::new(i64::MIN);
     let (stop, faults) = (AtomicBool::new(false), Mutex::new(BTreeMap::<_, u64>::new()));
@@ -342,8 +393,8 @@ fn every_call_ends_right_or_with_exit_code_5_under_random_faults() {
     let start = Instant::now();
     let (all_counts, slowly_read) = thread::scope(|scope| {
         let (stop, queue, node, count_fault) = (&stop, &*queue, &node, &count_fault);
-        let (latest_ms, library_proxy) = (&latest_ms, &library_proxy);
-        scope.spawn(move || serve_and_watch_deadlines(&library_stop, library_proxy, queue, latest_ms));
+        let (latest_ms, library_proxy, access) = (&latest_ms, &library_proxy, &access);
+        scope.spawn(move || serve_and_watch_deadlines(&library_stop, (access, library_proxy), queue, latest_ms));
         peer.wait_for_consumers(queue, CONSUMERS);
         for proxy in client_proxies.iter().chain([library_proxy]) {
             let rng = rng.fork();
@@ -369,7 +420,7 @@ fn every_call_ends_right_or_with_exit_code_5_under_random_faults() {
         let clients = [(&client_proxies[0], "10s"), (&client_proxies[1], SHORT_TIMEOUT)];
         let callers = clients.map(|(proxy, timeout)| {
             let mut rng = rng.fork();
-            scope.spawn(move || call_until(stop, proxy, queue, timeout, &mut rng))
+            scope.spawn(move || call_until(stop, (access, proxy), queue, timeout, &mut rng))
         });
         while start.elapsed() < duration {
             thread::sleep(REPORT_INTERVAL.min(duration.saturating_sub(start.elapsed())));

@@ -121,12 +121,13 @@ impl Link {
     }
 
     /// Drives the link once: until something arrives, the waker is woken, this instant, or at once if something `is_ready`.
-    pub fn drive(&self, until: Option<Instant>, is_ready: &dyn Fn() -> bool) {
+    /// Returns whether the socket has had input.
+    pub fn drive(&self, until: Option<Instant>, is_ready: &dyn Fn() -> bool) -> bool {
         if self.has_ended() {
             self.waker.wait(until, is_ready);
-        } else {
-            lock(&self.driver).turn(self, until, is_ready);
+            return false;
         }
+        lock(&self.driver).turn(self, until, is_ready)
     }
 
     /// Drives the link in place of the standby thread, until something `is_ready`, until this instant, or until it ends.
@@ -371,8 +372,8 @@ impl Driver {
         }
     }
 
-    /// Waits once, and moves what is ready. If the connection ends, `link` knows.
-    fn turn(&mut self, link: &Link, until: Option<Instant>, is_ready: &dyn Fn() -> bool) {
+    /// Waits once, and moves what is ready. Returns whether the socket has had input. If the connection ends, `link` knows.
+    fn turn(&mut self, link: &Link, until: Option<Instant>, is_ready: &dyn Fn() -> bool) -> bool {
         let until = until.into_iter().chain(self.heartbeat.next_timer()).min();
         let until = {
             let mut calls = lock(&link.calls);
@@ -383,6 +384,7 @@ impl Driver {
         if let Err(end) = self.exchange(link, events).and_then(|()| self.check_timers(link)) {
             link.end(end);
         }
+        events.socket.contains(PollFlags::IN)
     }
 
     fn poll(&self, link: &Link, until: Option<Instant>, is_ready: &dyn Fn() -> bool) -> Events {

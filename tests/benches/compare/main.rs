@@ -64,6 +64,7 @@ fn run(cli: &Cli) -> Result<()> {
 
     let broker = Broker::start()?;
     let programs = Programs::find(broker.url())?;
+    let machine = &machine::describe(&programs);
     let bench = Bench::new(&programs, seconds)?;
 
     let (mut results, mut own_metrics) = (Results::default(), OwnMetrics::default());
@@ -75,7 +76,6 @@ fn run(cli: &Cli) -> Result<()> {
     eprintln!("metrics that are measured once ...");
     own_metrics.measure_once(&bench, batch_calls, &results)?;
 
-    let machine = &machine::describe(&programs);
     let report = Report { machine, rounds, seconds, results: &results, own_metrics: &own_metrics };
     println!("{}", report.tables());
     if !cli.quick && Peer::ALL.iter().all(|peer| cli.peers.contains(peer)) {

@@ -4,12 +4,11 @@ use super::demux::{Demultiplexer, Inboxes};
 use super::frames::FrameBuffer;
 use super::inbox::Message;
 use crate::message::{decode_reply, Request};
-use crate::properties::{Properties, Table, Value};
+use crate::properties::Properties;
 use amq_protocol::frame::{parse_frame, AMQPFrame};
 use amq_protocol::protocol::connection::AMQPMethod;
 use amq_protocol::protocol::AMQPClass;
 use amq_protocol::types::{AMQPValue, FieldTable};
-use std::str::from_utf8;
 
 /// How many messages may wait on the channel that is open.
 const MAX_UNREAD: usize = 8;
@@ -80,47 +79,6 @@ fn check_properties(properties: &Properties, body: &[u8]) {
     let texts = request.text_headers().count();
     assert!(texts <= request.headers.entries().count());
     let _ = (request.log_id(), request.text().is_ok(), decode_reply(properties, body.to_vec()).is_ok());
-    if let Some(headers) = properties.headers.filter(|headers| is_plain(*headers)) {
-        check_table(headers);
-    }
-}
-
-/// Whether amq-protocol can represent the table: no nested values, only UTF-8, names that occur once.
-fn is_plain(table: Table) -> bool {
-    let mut names = std::collections::HashSet::new();
-    let mut len = 0;
-    let is_plain = table.entries().all(|(name, value)| {
-        len += 1;
-        let is_scalar = match value {
-            Value::Text(text) => from_utf8(text).is_ok(),
-            Value::Table(_) | Value::Array(_) | Value::Float(_) | Value::Double(_) => false,
-            _ => true,
-        };
-        is_scalar && from_utf8(name).is_ok() && names.insert(name)
-    });
-    is_plain && len > 0
-}
-
-/// amq-protocol reads the same entries.
-fn check_table(table: Table) {
-    let headers = Properties { headers: Some(table), ..Properties::default() }.encode();
-    let mut frame = Vec::new();
-    super::frames::put_frame(&mut frame, super::frames::HEADER, 1, |to| {
-        to.extend_from_slice(&[0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-        to.extend_from_slice(&headers);
-    });
-    let Ok((_, AMQPFrame::Header(_, _, header))) = parse_frame(&frame) else { panic!("amq-protocol reads no header") };
-    let Some(theirs) = header.properties.headers() else { return }; // bytes behind the entries
-    for (name, value) in table.entries() {
-        let their_value = theirs.get(from_utf8(name).expect("it was checked"));
-        match value {
-            Value::Text(text) => {
-                assert_eq!(their_value, Some(&AMQPValue::LongString(String::from_utf8_lossy(text).into_owned())));
-            }
-            Value::Boolean(value) => assert_eq!(their_value, Some(&AMQPValue::Boolean(value))),
-            _ => assert!(their_value.is_some(), "{name:?}"),
-        }
-    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The calls of a command line: one, or many at once with their input and output in order.
 //!
-//! Many calls are made by three loops, each on a thread of its own, that share nothing but channels:
+//! Many calls are made by three loops, each on a thread of its own, that share channels and the printer:
 //!
 //! - the [`reader`] reads the input and sends its requests to the calls;
 //! - the calls ([`rpc_client::run`]) give every outcome to the printer;

@@ -54,10 +54,11 @@ impl Line {
     pub(crate) fn max_len(&self, format: Format) -> Option<usize> {
         const MAX_ESCAPED: usize = 10; // \\u{10ffff}
         const MAX_LABEL: usize = 512;
-        let answer = self.result.as_ref().ok()?.body.len();
+        let answer = self.result.as_ref().ok()?;
+        let content_type = answer.content_type.as_ref().map_or(0, String::len);
         Some(match format {
-            Format::Raw => answer + 1,
-            _ => MAX_ESCAPED * (answer + self.request.len()) + MAX_LABEL,
+            Format::Raw => answer.body.len() + 1,
+            _ => MAX_ESCAPED * (answer.body.len() + self.request.len() + content_type) + MAX_LABEL,
         })
     }
 

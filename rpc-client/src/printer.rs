@@ -11,7 +11,9 @@ use crossbeam_channel::Sender;
 use rpc_client::Outcome;
 use rpc_common::exit::{print_message, ExitCode};
 use rpc_common::sync::{lock, try_lock};
-use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use rustix::fs::{fstat, FileType};
+use rustix::io::ioctl_fionread;
+use rustix::pipe::fcntl_getpipe_size;
 use signal_hook::low_level::emulate_default_handler;
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Write};
@@ -50,6 +52,7 @@ pub(crate) struct Printer<W> {
     /// The largest one so far.
     exit_code: ExitCode,
     summary: Option<Summary>,
+    sink: Sink,
     progress: Option<Progress>,
 }
 
@@ -65,6 +68,7 @@ impl<W: Write> Printer<W> {
             last_error: None,
             is_unflushed: false,
             exit_code: ExitCode::Success,
+            sink: Sink::of_stdout(),
             progress,
         }
     }
@@ -167,8 +171,8 @@ pub(crate) struct SharedPrinter<W> {
     format: Format,
 }
 
-/// How many bytes a pipe takes without blocking when poll(2) says that it is writable (pipe(7)).
-const PIPE_BUF: usize = 4096;
+/// The maximum number of bytes that are printed at once.
+const MAX_AT_ONCE: usize = 4096;
 
 impl<W: Write> SharedPrinter<W> {
     pub(crate) fn new(printer: Printer<W>, permits: Permits) -> Self {
@@ -237,15 +241,41 @@ impl<W> Printer<W> {
         self.progress.is_none()
             && self.waiting.is_empty()
             && !self.is_unflushed
-            && len.is_some_and(|len| len <= PIPE_BUF)
-            && is_stdout_writable()
+            && len.is_some_and(|len| len <= MAX_AT_ONCE)
+            && self.sink.takes_output()
     }
 }
 
-fn is_stdout_writable() -> bool {
-    let stdout = io::stdout();
-    let mut files = [PollFd::new(&stdout, PollFlags::OUT)];
-    poll(&mut files, Some(&Timespec::default())).is_ok() && files[0].revents().contains(PollFlags::OUT)
+/// What standard output is, as far as it tells whether writing blocks.
+enum Sink {
+    /// A file, or /dev/null.
+    File,
+    /// A pipe of this many bytes, which other programs may write to, too.
+    Pipe(usize),
+    /// A terminal, or anything else that may stop at any time.
+    Other,
+}
+
+impl Sink {
+    fn of_stdout() -> Self {
+        let stdout = io::stdout();
+        let Ok(status) = fstat(&stdout) else { return Sink::Other };
+        match FileType::from_raw_mode(status.st_mode) {
+            FileType::RegularFile => Sink::File,
+            FileType::CharacterDevice if !stdout.is_terminal() => Sink::File,
+            FileType::Fifo => fcntl_getpipe_size(&stdout).map_or(Sink::Other, Sink::Pipe),
+            _ => Sink::Other,
+        }
+    }
+
+    /// Whether it takes [`MAX_AT_ONCE`] bytes without blocking. Half of a pipe is left to those who write at the same time.
+    fn takes_output(&self) -> bool {
+        match self {
+            Sink::File => true,
+            Sink::Pipe(size) => ioctl_fionread(io::stdout()).is_ok_and(|unread| unread <= *size as u64 / 2),
+            Sink::Other => false,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -15,8 +15,9 @@ use rpc_common::connection::{
 };
 use rpc_common::message::{self, unix_time_ms, DEADLINE_HEADER};
 use rpc_common::properties::TableBuilder;
+use rpc_common::sync::lock;
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 use std::{mem, thread};
 use uuid::Uuid;
@@ -38,6 +39,7 @@ pub(crate) struct Session {
     events: Receiver<SessionEvent>,
     /// `None` until a socket is connected.
     link: Option<Arc<Link>>,
+    latest_link: Arc<Mutex<LatestLink>>,
     /// `None` until it is connected.
     pub(crate) connected: Option<Connected>,
     pub(crate) is_consuming: bool,
@@ -47,6 +49,29 @@ pub(crate) struct Session {
     pub(crate) is_checking: bool,
     /// When closing must have ended: the first deadline of the pending calls, kept when none is left.
     pub(crate) close_deadline: Deadline,
+}
+
+/// The link of a session's latest attempt to connect, for the end of the session.
+enum LatestLink {
+    None,
+    Some(Arc<Link>),
+    /// The event loop has ended: nobody drives a link any more.
+    Abandoned,
+}
+
+impl LatestLink {
+    fn replace(&mut self, link: &Arc<Link>) {
+        match self {
+            LatestLink::Abandoned => link.shut_down(),
+            _ => *self = LatestLink::Some(link.clone()),
+        }
+    }
+
+    fn abandon(&mut self) {
+        if let LatestLink::Some(link) = mem::replace(self, LatestLink::Abandoned) {
+            link.shut_down();
+        }
+    }
 }
 
 /// What a connected session has.
@@ -160,8 +185,13 @@ impl Session {
         let (sender, events) = unbounded();
         let config = config.clone();
         let reporter = Reporter { events: sender, waker: waker.clone() };
+        let latest_link = Arc::new(Mutex::new(LatestLink::None));
+        let latest = latest_link.clone();
         thread::spawn(move || {
-            let take_link = |link: &Arc<Link>| reporter.report(SessionEvent::Linked(link.clone()));
+            let take_link = |link: &Arc<Link>| {
+                lock(&latest).replace(link);
+                reporter.report(SessionEvent::Linked(link.clone()));
+            };
             let owner = Owner::Caller(reporter.waker.clone(), &take_link);
             match Connection::open_any(&endpoints, "rpc-client", &deadline, &owner) {
                 Ok(mut connection) => {
@@ -177,6 +207,7 @@ impl Session {
             commands,
             events,
             link: None,
+            latest_link,
             connected: None,
             is_consuming: false,
             consumer_deadline: None,
@@ -250,9 +281,7 @@ impl Session {
                 None => self.drive(Some(limit.instant()), waker, &|| false),
             }
         }
-        if let Some(link) = &self.link {
-            link.shut_down(); // if the thread has not ended, this ends its blocking call
-        }
+        lock(&self.latest_link).abandon(); // if the thread has not ended, this ends its blocking call
     }
 }
 

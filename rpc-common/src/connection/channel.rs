@@ -16,6 +16,7 @@ use crate::encoding::put_short_string;
 use crate::message::Publish;
 use crate::sync::lock;
 use std::cell::RefCell;
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -148,6 +149,7 @@ impl Publisher {
     /// on it, from 1, and confirms or refuses each of them.
     pub fn select_confirms(&self) {
         let no_wait = 1;
+        self.inbox.has_confirms.store(true, Ordering::Relaxed); // before the broker can send any
         self.put_method(CONFIRM_SELECT, |to| to.push(no_wait));
     }
 

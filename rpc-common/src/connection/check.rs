@@ -9,6 +9,7 @@ use amq_protocol::frame::{parse_frame, AMQPFrame};
 use amq_protocol::protocol::connection::AMQPMethod;
 use amq_protocol::protocol::AMQPClass;
 use amq_protocol::types::{AMQPValue, FieldTable};
+use std::sync::atomic::Ordering;
 
 /// How many messages may wait on the channel that is open.
 const MAX_UNREAD: usize = 8;
@@ -19,6 +20,7 @@ pub fn check(bytes: &[u8]) {
     let Some((piece, mut rest)) = bytes.split_first() else { return };
     let (inboxes, mut buffer, mut demultiplexer) = (Inboxes::default(), FrameBuffer::new(), Demultiplexer::new());
     let inbox = inboxes.open(1, MAX_UNREAD);
+    inbox.has_confirms.store(true, Ordering::Relaxed);
     'connection: while !rest.is_empty() {
         let space = buffer.space();
         let count = space.len().min(rest.len()).min(1 + usize::from(*piece) * 16);

@@ -36,7 +36,9 @@ pub(crate) enum End {
     Frame(FrameError),
     /// Nothing came for two heartbeat intervals, or a blocking call was not answered in time.
     Silent,
-    /// We closed it, or amiquip did.
+    /// amiquip ended it: after we closed it, or because of what it got.
+    Amiquip,
+    /// We ended it.
     Local,
 }
 
@@ -54,6 +56,7 @@ impl From<&End> for ErrorKind {
             End::Io(error) => ErrorKind::ConnectionLost(escape(describe_io_error(error).as_bytes()).to_string()),
             End::Frame(error) => ErrorKind::ConnectionLost(error.to_string()),
             End::Silent => ErrorKind::Silent,
+            End::Amiquip => ErrorKind::ConnectionLost("amiquip has ended the connection".into()),
             End::Local => ErrorKind::ConnectionLost("it is closed".into()),
         }
     }
@@ -190,6 +193,7 @@ mod tests {
     use super::super::frames::{put_frame, put_method, FrameBuffer};
     use super::super::inbox::Message;
     use super::*;
+    use std::sync::atomic::Ordering;
 
     /// Takes these bytes of the broker. Returns what amiquip gets.
     fn take(inboxes: &Inboxes, bytes: &[u8]) -> Result<Vec<u8>, End> {
@@ -224,6 +228,7 @@ mod tests {
         let bytes = [delivery(), ack].concat();
         assert!(take(&inboxes, &bytes).unwrap().is_empty(), "without an inbox they are dropped");
         let inbox = inboxes.open(1, 9);
+        inbox.has_confirms.store(true, Ordering::Relaxed);
         assert!(take(&inboxes, &bytes).unwrap().is_empty());
         let arrived = inbox.take();
         assert!(matches!(&arrived.messages.as_slices().0, [Message::Delivery(delivery)] if delivery.body == b"30"));

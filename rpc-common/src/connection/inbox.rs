@@ -10,6 +10,7 @@ use crate::properties::Properties;
 use crate::sync::lock;
 use std::collections::VecDeque;
 use std::mem;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -88,6 +89,8 @@ pub(crate) struct Inbox {
     changed: Condvar,
     /// How many messages, and how many confirmations, may wait to be taken.
     max_unread: usize,
+    /// Whether the channel is in confirm mode. Else confirmations are dropped.
+    pub(crate) has_confirms: AtomicBool,
     /// False once the broker has closed the channel, or the connection has ended. Locked while something is written on it.
     pub(crate) is_open: Mutex<bool>,
 }
@@ -113,8 +116,13 @@ enum Incoming {
 
 impl Inbox {
     pub(crate) fn new(max_unread: usize) -> Self {
-        let (state, changed, is_open) = (Mutex::default(), Condvar::new(), Mutex::new(true));
-        Inbox { state, changed, max_unread, is_open }
+        Inbox {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            max_unread,
+            has_confirms: AtomicBool::new(false),
+            is_open: Mutex::new(true),
+        }
     }
 
     /// A method has arrived that concerns messages.
@@ -122,6 +130,7 @@ impl Inbox {
         let (properties, body) = (Vec::new(), Vec::new());
         let mut state = lock(&self.state);
         match method {
+            Method::Ack { .. } | Method::Nack { .. } if !self.has_confirms.load(Ordering::Relaxed) => {}
             Method::Deliver { delivery_tag, is_redelivered } => {
                 state.begin(Message::Delivery(Delivery { delivery_tag, is_redelivered, properties, body }))?;
             }
@@ -277,6 +286,12 @@ mod tests {
         &frame[7..frame.len() - 1]
     }
 
+    fn inbox_with_confirms(max_unread: usize) -> Inbox {
+        let inbox = Inbox::new(max_unread);
+        inbox.has_confirms.store(true, Ordering::Relaxed);
+        inbox
+    }
+
     const DELIVER: Method = Method::Deliver { delivery_tag: 7, is_redelivered: true };
     const RETURN: Method = Method::Return { routing_key: b"q" };
 
@@ -330,7 +345,7 @@ mod tests {
             assert_eq!(inbox.on_method(RETURN), expected);
             inbox.on_header(payload(&content_header(0))).unwrap();
         }
-        let inbox = Inbox::new(1);
+        let inbox = inbox_with_confirms(1);
         let ack = |delivery_tag| inbox.on_method(Method::Ack { delivery_tag, is_multiple: false });
         assert_eq!(
             [ack(1), ack(3), ack(1)],
@@ -340,7 +355,7 @@ mod tests {
 
     #[test]
     fn neighbouring_confirmations_are_merged_and_keep_their_order() {
-        let inbox = Inbox::new(9);
+        let inbox = inbox_with_confirms(9);
         let ack = |delivery_tag, is_multiple| inbox.on_method(Method::Ack { delivery_tag, is_multiple }).unwrap();
         ack(1, false);
         ack(2, false);
@@ -358,6 +373,15 @@ mod tests {
             confirmed(8, 8, true),
         ];
         assert_eq!(inbox.take().confirmed, expected);
+        assert!(!inbox.has_arrived());
+    }
+
+    /// Else a worker, which takes none, would never wait again.
+    #[test]
+    fn without_confirm_mode_confirmations_are_dropped() {
+        let inbox = Inbox::new(9);
+        inbox.on_method(Method::Ack { delivery_tag: 1, is_multiple: false }).unwrap();
+        inbox.on_method(Method::Nack { delivery_tag: 1, is_multiple: true }).unwrap();
         assert!(!inbox.has_arrived());
     }
 

@@ -64,6 +64,8 @@ struct BlockingCalls {
     begun: u64,
     /// When the driver's poll ends by itself.
     wakes_at: Option<Instant>,
+    /// Whether it must end earlier.
+    is_changed: bool,
 }
 
 impl Link {
@@ -89,7 +91,7 @@ impl Link {
             wants_to_drive: AtomicUsize::new(0),
             standby: OnceLock::new(),
             inboxes: Inboxes::default(),
-            calls: Mutex::new(BlockingCalls { deadlines: HashMap::new(), begun: 0, wakes_at: None }),
+            calls: Mutex::new(BlockingCalls { deadlines: HashMap::new(), begun: 0, wakes_at: None, is_changed: false }),
             frame_max: AtomicU32::new(0),
             saw_frame: AtomicBool::new(false),
             end: OnceLock::new(),
@@ -132,6 +134,9 @@ impl Link {
 
     /// Drives the link in place of the standby thread, until something `is_ready`, until this instant, or until it ends.
     pub(crate) fn drive_until(&self, until: Instant, is_ready: &dyn Fn() -> bool) {
+        if is_ready() {
+            return;
+        }
         self.wants_to_drive.fetch_add(1, Ordering::SeqCst);
         let mut driver = try_lock(&self.driver).unwrap_or_else(|| {
             self.waker.wake();
@@ -142,7 +147,7 @@ impl Link {
             driver.turn(self, Some(until), is_ready);
         }
         drop(driver);
-        if !lock(&self.calls).deadlines.is_empty() {
+        if self.has_backlog() || !lock(&self.calls).deadlines.is_empty() {
             self.wake_standby();
         }
     }
@@ -174,6 +179,7 @@ impl Link {
         let number = calls.begun;
         calls.deadlines.insert(number, deadline);
         if calls.wakes_at.is_none_or(|wakes_at| deadline < wakes_at) {
+            calls.is_changed = true;
             self.waker.wake();
         }
         number
@@ -205,6 +211,7 @@ impl Link {
     pub fn limit_calls(&self, deadline: &Deadline) {
         let mut calls = lock(&self.calls);
         calls.deadlines.values_mut().for_each(|running| *running = deadline.instant().min(*running));
+        calls.is_changed = true;
         self.waker.wake();
     }
 
@@ -225,13 +232,12 @@ impl Link {
         if let Some(end) = self.end.get() {
             return Err(end.into());
         }
-        let had_backlog = self.writer.has_backlog();
         let written = self.writer.write(frames);
-        if written.is_err() || (!had_backlog && self.writer.has_backlog()) {
+        if !matches!(written, Ok(false)) {
             self.waker.wake(); // the driver writes the backlog, or learns why writing has failed
             self.wake_standby();
         }
-        written.map_err(|error| ErrorKind::ConnectionLost(describe_io_error(&error)))
+        written.map(drop).map_err(|error| ErrorKind::ConnectionLost(describe_io_error(&error)))
     }
 
     /// Whether the broker does not take what we send at once.
@@ -378,6 +384,7 @@ impl Driver {
         let until = {
             let mut calls = lock(&link.calls);
             calls.wakes_at = calls.deadlines.values().copied().chain(until).min();
+            calls.is_changed = false;
             calls.wakes_at
         };
         let events = self.poll(link, until, is_ready);
@@ -394,8 +401,9 @@ impl Driver {
             PollFd::new(&link.socket, interest(has_backlog)),
             PollFd::new(&link.pair, interest(!self.demultiplexer.to_amiquip.is_empty())),
         ];
-        // A backlog that has just begun is polled for in the next turn.
-        link.waker.poll(&mut files, until, &|| has_backlog != link.writer.has_backlog() || is_ready());
+        // A backlog, or an earlier deadline, that has just begun is polled for in the next turn.
+        let is_changed = || has_backlog != link.writer.has_backlog() || lock(&link.calls).is_changed;
+        link.waker.poll(&mut files, until, &|| is_changed() || is_ready());
         Events { socket: files[0].revents(), pair: files[1].revents() }
     }
 
@@ -409,14 +417,14 @@ impl Driver {
             self.take_from_broker(link)?;
         }
         if events.socket.contains(PollFlags::OUT) {
-            link.writer.write_backlog().map_err(End::Io)?;
+            link.writer.write_backlog();
         }
         self.write_to_amiquip(link)
     }
 
     fn take_from_amiquip(&mut self, link: &Link) -> Result<(), End> {
         let count = match (&link.pair).read(self.from_amiquip.buffer.space()) {
-            Ok(0) => return Err(End::Local),
+            Ok(0) => return Err(End::Amiquip),
             Ok(count) => count,
             Err(error) if is_temporary(&error) => return Ok(()),
             Err(error) => return Err(End::Io(error)),
@@ -471,7 +479,7 @@ impl Driver {
         match (&link.pair).write(to_amiquip) {
             Ok(count) => drop(to_amiquip.drain(..count)),
             Err(error) if is_temporary(&error) => {}
-            Err(_) => return Err(End::Local), // amiquip has ended
+            Err(_) => return Err(End::Amiquip),
         }
         if to_amiquip.len() > MAX_FOR_AMIQUIP {
             return Err(FrameError::TooManyMessages.into());
@@ -655,6 +663,7 @@ mod tests {
         let (link, amiquip, mut broker) = link();
         log_in(&amiquip, &mut broker);
         let inbox = link.open_inbox(1, 9);
+        inbox.has_confirms.store(true, Ordering::Relaxed);
         for _ in 0..3 {
             let mut ack = Vec::new();
             put_method(&mut ack, 1, (60, 80), |to| to.extend_from_slice(&[0, 0, 0, 0, 0, 0, 0, 1, 0]));

@@ -302,7 +302,7 @@ fn handshake_error(endpoint: &Endpoint, error: amiquip::Error, link: &Link) -> E
         (Some(End::Eof | End::Io(_)), amiquip::Error::InvalidCredentials) => {
             return ErrorKind::NotConnected("closed the connection during the login: see the broker's log".into());
         }
-        (None | Some(End::Local), error) => error.into(),
+        (None | Some(End::Amiquip | End::Local), error) => error.into(),
         (Some(end), _) => end.into(),
     };
     let failed = |reason| ErrorKind::NotConnected(format!("failed the AMQP handshake: {reason}"));

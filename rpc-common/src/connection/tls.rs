@@ -131,9 +131,10 @@ impl TlsStream {
         }
     }
 
-    /// Whether plaintext waits to be read.
+    /// Whether plaintext, or the end of the stream, waits to be read.
     pub(crate) fn has_plaintext(&mut self) -> bool {
-        self.connection.process_new_packets().is_ok_and(|state| state.plaintext_bytes_to_read() > 0)
+        let state = self.connection.process_new_packets();
+        state.is_ok_and(|state| state.plaintext_bytes_to_read() > 0 || state.peer_has_closed())
     }
 
     pub(crate) fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {

@@ -52,7 +52,7 @@ impl Line {
 
     /// No answer is longer than this as a line, in bytes. `None` for an error.
     pub(crate) fn max_len(&self, format: Format) -> Option<usize> {
-        const MAX_ESCAPED: usize = 10; // \\u{10ffff}
+        const MAX_ESCAPED: usize = 10; // as \u{10ffff}
         const MAX_LABEL: usize = 512;
         let answer = self.result.as_ref().ok()?;
         let content_type = answer.content_type.as_ref().map_or(0, String::len);

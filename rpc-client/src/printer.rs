@@ -52,7 +52,6 @@ pub(crate) struct Printer<W> {
     /// The largest one so far.
     exit_code: ExitCode,
     summary: Option<Summary>,
-    sink: Sink,
     progress: Option<Progress>,
 }
 
@@ -68,7 +67,6 @@ impl<W: Write> Printer<W> {
             last_error: None,
             is_unflushed: false,
             exit_code: ExitCode::Success,
-            sink: Sink::of_stdout(),
             progress,
         }
     }
@@ -144,8 +142,8 @@ impl<W: Write> Printer<W> {
 
 /// Lets the reader of the input read on: each permit allows it `requests_per_permit` requests.
 pub(crate) struct Permits {
-    pub(crate) sender: Sender<()>,
-    pub(crate) requests_per_permit: u64,
+    sender: Sender<()>,
+    requests_per_permit: u64,
     given: u64,
 }
 
@@ -169,6 +167,7 @@ impl Permits {
 pub(crate) struct SharedPrinter<W> {
     shared: Mutex<(Printer<W>, Permits)>,
     format: Format,
+    sink: Sink,
 }
 
 /// The maximum number of bytes that are printed at once.
@@ -176,7 +175,8 @@ const MAX_AT_ONCE: usize = 4096;
 
 impl<W: Write> SharedPrinter<W> {
     pub(crate) fn new(printer: Printer<W>, permits: Permits) -> Self {
-        SharedPrinter { format: printer.options.format, shared: Mutex::new((printer, permits)) }
+        let (format, sink) = (printer.options.format, Sink::of_stdout());
+        SharedPrinter { shared: Mutex::new((printer, permits)), format, sink }
     }
 
     /// Prints until the run has ended. Returns the largest exit code.
@@ -216,7 +216,7 @@ impl<W: Write> SharedPrinter<W> {
     pub(crate) fn print(&self, outcomes: Vec<Outcome<Input>>, events: &EventSender<Event>) {
         let lines = lines(outcomes, self.format);
         let event = match try_lock(&self.shared) {
-            Some(mut shared) if shared.0.can_print_at_once(&lines) => {
+            Some(mut shared) if shared.0.can_print_at_once(&lines) && self.sink.takes_output() => {
                 let (printer, permits) = &mut *shared;
                 let Err(error) = printer.print_lines(lines).and_then(|()| printer.flush()) else {
                     return permits.give_for(printer.printed);
@@ -234,15 +234,14 @@ fn lines(outcomes: Vec<Outcome<Input>>, format: Format) -> Vec<Line> {
 }
 
 impl<W> Printer<W> {
-    /// Whether printing these lines blocks neither on standard output, nor on standard error: errors and progress are left to
-    /// the printer's thread.
+    /// Whether these lines can be printed without the printer's thread: errors, progress, and lines that wait for others or are
+    /// many are left to it.
     fn can_print_at_once(&self, lines: &[Line]) -> bool {
         let len = lines.iter().map(|line| line.max_len(self.options.format)).sum::<Option<usize>>();
         self.progress.is_none()
             && self.waiting.is_empty()
             && !self.is_unflushed
             && len.is_some_and(|len| len <= MAX_AT_ONCE)
-            && self.sink.takes_output()
     }
 }
 

@@ -80,9 +80,7 @@ impl OpenChannel {
         let result = self.link.run_blocking(deadline, step, || call(&self.amqp));
         result.map_err(|kind| Error::new(&self.broker, kind))
     }
-}
 
-impl OpenChannel {
     /// Closes the channel.
     ///
     /// # Errors

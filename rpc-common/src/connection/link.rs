@@ -337,8 +337,7 @@ enum Interval {
 }
 
 impl Heartbeat {
-    /// The smaller interval, or the one that is not 0: heartbeats cannot be turned off
-    /// here.
+    /// The smaller interval, or the one that is not 0: heartbeats cannot be turned off here.
     fn negotiated(&self, brokers: u16) -> u16 {
         match (&self.interval, brokers) {
             (Interval::Wanted(ours), 0) => *ours,

@@ -349,7 +349,8 @@ fn attack_queue(stop: &AtomicBool, node: &Node, queue: &str, replies: &str, coun
             deleted_at = Instant::now();
             peer.delete_queue(queue);
             eventually("the queue", || peer.consumer_count(queue)); // a server has declared it
-            exchange = peer.declare_fanout_exchange(queue); // the broker has deleted it with the queue
+                                                                    // The broker has deleted it with the queue.
+            exchange = peer.declare_fanout_exchange(queue);
             count_fault("queue deleted");
         }
     }
@@ -366,6 +367,25 @@ fn raise_alarms(stop: &AtomicBool, node: &Node, count_fault: &CountFault) {
             thread::sleep(Duration::from_secs(2));
             count_fault("alarm");
         }
+    }
+}
+
+/// Replaces a server, if it `is_replaced`, or injects a fault into its connection, again and again.
+fn disturb_server(
+    stop: &AtomicBool,
+    server: &Mutex<ProxiedServer>,
+    is_replaced: bool,
+    rng: &mut Rng,
+    count_fault: &CountFault,
+) {
+    while !stop.load(Ordering::Relaxed) {
+        thread::sleep(Duration::from_millis(rng.u64(100..2_000)));
+        let mut server = server.lock().expect("no thread panics");
+        count_fault(match rng.u8(0..4) {
+            0 if is_replaced => server.replace(Signal::KILL),
+            1 if is_replaced => server.replace(Signal::TERM),
+            _ => inject_fault(rng, &server.proxy),
+        });
     }
 }
 
@@ -402,17 +422,7 @@ fn every_call_ends_right_or_with_exit_code_5_under_random_faults() {
         }
         for (server, is_replaced) in servers.iter().zip([true, true, false]) {
             let mut rng = rng.fork();
-            scope.spawn(move || {
-                while !stop.load(Ordering::Relaxed) {
-                    thread::sleep(Duration::from_millis(rng.u64(100..2_000)));
-                    let mut server = server.lock().expect("no thread panics");
-                    count_fault(match rng.u8(0..4) {
-                        0 if is_replaced => server.replace(Signal::KILL),
-                        1 if is_replaced => server.replace(Signal::TERM),
-                        _ => inject_fault(&mut rng, &server.proxy),
-                    });
-                }
-            });
+            scope.spawn(move || disturb_server(stop, server, is_replaced, &mut rng, count_fault));
         }
         scope.spawn(move || attack_queue(stop, node, queue, replies, count_fault));
         scope.spawn(move || raise_alarms(stop, node, count_fault));

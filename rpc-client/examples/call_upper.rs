@@ -7,7 +7,10 @@ use rpc_client::{Client, Config};
 use std::io::Write;
 
 fn main() -> anyhow::Result<()> {
-    let client = Client::new(Config { queue: "upper_queue".into(), ..Config::default() })?;
+    let client = Client::new(Config {
+        queue: "upper_queue".into(),
+        ..Config::default()
+    })?;
     for text in std::env::args().skip(1) {
         let answer = client.call(text.as_bytes())?;
         writeln!(std::io::stdout(), "{}", String::from_utf8_lossy(&answer))?;

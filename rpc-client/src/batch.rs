@@ -1,11 +1,12 @@
 //! The calls of a command line: one, or many at once with their input and output in order.
 //!
-//! Many calls are made by three loops, each on a thread of its own, that share channels and the printer:
+//! Many calls are made by three loops, each on a thread of its own, that share channels and the
+//! printer:
 //!
 //! - the [`reader`] reads the input and sends its requests to the calls;
 //! - the calls ([`rpc_client::run`]) give every outcome to the printer;
-//! - the [`Printer`] prints the lines in order, and now and then sends a permit to the reader. What does not block is printed on
-//!   the thread of the calls.
+//! - the [`Printer`] prints the lines in order, and now and then sends a permit to the reader. What
+//!   does not block is printed on the thread of the calls.
 
 use crate::cli::Cli;
 use crate::error::Error;
@@ -26,9 +27,10 @@ use std::sync::{mpsc, Arc};
 use std::thread;
 use std::time::Duration;
 
-/// How many numbers a **permit** allows to be read: at least this many times the calls in flight, so that the reader is woken
-/// rarely, and at least [`MIN_NUMBERS`]. Other requests, and their replies, may be large: then it is the calls in flight. The
-/// number of permits bounds the requests that wait behind a slow call.
+/// How many numbers a **permit** allows to be read: at least this many times the calls in flight,
+/// so that the reader is woken rarely, and at least [`MIN_NUMBERS`]. Other requests, and their
+/// replies, may be large: then it is the calls in flight. The number of permits bounds the requests
+/// that wait behind a slow call.
 const NUMBERS_PER_CALL: u64 = 8;
 const MIN_NUMBERS: u64 = 512;
 const PERMITS: usize = 2;
@@ -45,27 +47,48 @@ pub(crate) fn make_calls(cli: &Cli) -> Result<ExitCode, Error> {
 
 /// The request, if the command line asks for one call only.
 fn single_request(cli: &Cli) -> Result<Option<Request<Input>>, Unreadable> {
-    let request = |origin, body| Some(Request { context: Input { index: 0, origin }, body });
-    Ok(match (&cli.input.numbers[..], &cli.input.data[..], cli.repeat) {
-        (&[Argument::Number(n)], _, 1) => request(Origin::Number { n, line: None }, n.to_string().into()),
-        (_, [data], 1) => request(Origin::SingleData, data.read()?),
-        _ => None,
-    })
+    let request = |origin, body| {
+        Some(Request {
+            context: Input { index: 0, origin },
+            body,
+        })
+    };
+    Ok(
+        match (&cli.input.numbers[..], &cli.input.data[..], cli.repeat) {
+            (&[Argument::Number(n)], _, 1) => {
+                request(Origin::Number { n, line: None }, n.to_string().into())
+            }
+            (_, [data], 1) => request(Origin::SingleData, data.read()?),
+            _ => None,
+        },
+    )
 }
 
 /// Without the threads of many calls, each of which would cost about 0.1 ms and 0.1 MiB.
-fn make_one_call(cli: &Cli, endpoints: Vec<Endpoint>, request: Request<Input>) -> io::Result<ExitCode> {
+fn make_one_call(
+    cli: &Cli,
+    endpoints: Vec<Endpoint>,
+    request: Request<Input>,
+) -> io::Result<ExitCode> {
     let (request_sender, requests) = requests(None);
-    let mut printer = Printer::new(BufWriter::new(io::stdout()), cli.output.clone(), true, Progress::of_one_call(cli));
+    let mut printer = Printer::new(
+        BufWriter::new(io::stdout()),
+        cli.output.clone(),
+        true,
+        Progress::of_one_call(cli),
+    );
     if cli.output.announces() {
         reader::announce("", request.context.origin);
     }
     request_sender.send(request);
     drop(request_sender);
     let mut result = Ok(());
-    // An error of the run is the outcome of the call, too. An answer is printed before the connection is closed.
+    // An error of the run is the outcome of the call, too. An answer is printed before the
+    // connection is closed.
     let _ = rpc_client::run(&cli.config, endpoints, &requests, &mut |outcomes| {
-        result = printer.print_outcomes(outcomes).and_then(|()| printer.flush());
+        result = printer
+            .print_outcomes(outcomes)
+            .and_then(|()| printer.flush());
     });
     result.and_then(|()| printer.finish())
 }
@@ -73,14 +96,25 @@ fn make_one_call(cli: &Cli, endpoints: Vec<Endpoint>, request: Request<Input>) -
 fn make_many_calls(cli: &Cli, endpoints: Vec<Endpoint>) -> io::Result<ExitCode> {
     let in_flight = u64::from(cli.config.in_flight);
     let are_numbers = !cli.input.numbers.is_empty();
-    let requests_per_permit = if are_numbers { MIN_NUMBERS.max(NUMBERS_PER_CALL * in_flight) } else { in_flight };
+    let requests_per_permit = if are_numbers {
+        MIN_NUMBERS.max(NUMBERS_PER_CALL * in_flight)
+    } else {
+        in_flight
+    };
     let (permit_sender, permits) = bounded(PERMITS);
-    (0..PERMITS).try_for_each(|_| permit_sender.send(())).expect("the channel has room for them");
-    // Bounded by the permits. Not crossbeam's channel: its receiver yields the processor several times before it
-    // sleeps, which took a third more CPU time here.
+    (0..PERMITS)
+        .try_for_each(|_| permit_sender.send(()))
+        .expect("the channel has room for them");
+    // Bounded by the permits. Not crossbeam's channel: its receiver yields the processor several
+    // times before it sleeps, which took a third more CPU time here.
     let (event_sender, events) = mpsc::channel();
     let (request_sender, requests) = reader::requests(cli);
-    let printer = Printer::new(BufWriter::new(io::stdout()), cli.output.clone(), false, Progress::of_batch(cli));
+    let printer = Printer::new(
+        BufWriter::new(io::stdout()),
+        cli.output.clone(),
+        false,
+        Progress::of_batch(cli),
+    );
     let permits_for_reader = Permits::new(permit_sender, requests_per_permit);
     let printer = Arc::new(SharedPrinter::new(printer, permits_for_reader));
     if cli.output.summary.is_some() {
@@ -92,7 +126,13 @@ fn make_many_calls(cli: &Cli, endpoints: Vec<Endpoint>) -> io::Result<ExitCode> 
         let _stop = stop; // when the printer has ended, the calls end
         shared.print_all(&events)
     });
-    reader::start(cli, request_sender, event_sender.clone(), permits, requests_per_permit);
+    reader::start(
+        cli,
+        request_sender,
+        event_sender.clone(),
+        permits,
+        requests_per_permit,
+    );
     // An error of the run is the outcome of its calls, too.
     let _ = rpc_client::run(&cli.config, endpoints, &requests, &mut |outcomes| {
         printer.print(outcomes, &event_sender);
@@ -110,12 +150,16 @@ impl Drop for StopOnDrop {
     }
 }
 
-/// How long the printer may take to print the summary after a signal: the reader of its output may have stopped.
+/// How long the printer may take to print the summary after a signal: the reader of its output may
+/// have stopped.
 const SUMMARY_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// On SIGINT and SIGTERM the printer prints the summary of what was done, and ends the program as the signal would have.
+/// On SIGINT and SIGTERM the printer prints the summary of what was done, and ends the program as
+/// the signal would have.
 fn summarise_on_signals(events: mpsc::Sender<Event>) {
-    let Ok(mut signals) = Signals::new([SIGINT, SIGTERM]) else { return };
+    let Ok(mut signals) = Signals::new([SIGINT, SIGTERM]) else {
+        return;
+    };
     thread::spawn(move || {
         if let Some(signal) = signals.forever().next() {
             let _ = events.send(Event::Interrupted(signal));

@@ -4,7 +4,9 @@ use clap::ValueEnum;
 use rpc_common::connection::{Error as ConnectionError, ErrorKind, QueueStats};
 use rpc_common::message::{Answer, ErrorCode, Failure, DEADLINE_HEADER, TEXT};
 use rpc_common::options::{self, BrokerOptions};
-use rpc_common::text::{escape_up_to, format_duration, parse_content_type, parse_name, parse_timeout};
+use rpc_common::text::{
+    escape_up_to, format_duration, parse_content_type, parse_name, parse_timeout,
+};
 use std::fmt::{self, Display};
 use std::time::Duration;
 use uuid::Uuid;
@@ -33,8 +35,14 @@ pub struct Config {
     #[arg(long, overrides_with = "wait")]
     pub no_wait: bool,
 
-    /// Where replies go: queue: an exclusive queue | direct: RabbitMQ's direct reply-to, at most once, for few calls
-    #[arg(long, value_name = "KIND", default_value = "queue", hide_possible_values = true)]
+    /// Where replies go: queue: an exclusive queue | direct: RabbitMQ's direct reply-to, at most
+    /// once, for few calls
+    #[arg(
+        long,
+        value_name = "KIND",
+        default_value = "queue",
+        hide_possible_values = true
+    )]
     pub reply_to: ReplyTo,
 
     /// MIME type of the request
@@ -65,7 +73,9 @@ fn parse_header(text: &str) -> Result<(String, String), String> {
         0 => Err("the name must not be empty".into()),
         1..=MAX_HEADER_NAME if name == DEADLINE_HEADER => Err("--timeout sets this header".into()),
         1..=MAX_HEADER_NAME => Ok((name.into(), value.into())),
-        len => Err(format!("the name must be at most {MAX_HEADER_NAME} bytes long, not {len}")),
+        len => Err(format!(
+            "the name must be at most {MAX_HEADER_NAME} bytes long, not {len}"
+        )),
     }
 }
 
@@ -74,8 +84,9 @@ fn parse_header(text: &str) -> Result<(String, String), String> {
 pub enum ReplyTo {
     /// An exclusive queue of the connection, as in the tutorial.
     Queue,
-    /// RabbitMQ's [direct reply-to](https://www.rabbitmq.com/docs/direct-reply-to), without a queue: at most once. It costs
-    /// one more round trip, because its consumer must be there before the first request.
+    /// RabbitMQ's [direct reply-to](https://www.rabbitmq.com/docs/direct-reply-to), without a
+    /// queue: at most once. It costs one more round trip, because its consumer must be there before
+    /// the first request.
     Direct,
 }
 
@@ -158,7 +169,8 @@ pub enum Error {
         limit: String,
         /// What is known of the cause.
         cause: NoAnswerCause,
-        /// How many calls of this run were in flight before this one, if any was answered while it waited.
+        /// How many calls of this run were in flight before this one, if any was answered while it
+        /// waited.
         ahead: usize,
     },
     /// The server answered with an error.
@@ -171,17 +183,22 @@ fn explain_ahead(ahead: usize) -> String {
     match ahead {
         0 => String::new(),
         1 => "; 1 call of this run was ahead of it: lower --in-flight, or raise --timeout".into(),
-        ahead => format!("; {ahead} calls of this run were ahead of it: lower --in-flight, or raise --timeout"),
+        ahead => format!(
+            "; {ahead} calls of this run were ahead of it: lower --in-flight, or raise --timeout"
+        ),
     }
 }
 
 impl Error {
-    /// The server's error. A request that has expired there before its deadline here shows that the clocks differ.
+    /// The server's error. A request that has expired there before its deadline here shows that the
+    /// clocks differ.
     pub(crate) fn failed(mut failure: Failure, time_left: Duration) -> Self {
         let time_left = Duration::from_secs(time_left.as_secs());
         if failure.code == ErrorCode::Expired && !time_left.is_zero() {
             let (message, ahead) = (&failure.message, format_duration(time_left));
-            failure.message = format!("{message}: the server's clock is at least {ahead} ahead of this machine's");
+            failure.message = format!(
+                "{message}: the server's clock is at least {ahead} ahead of this machine's"
+            );
         }
         Error::Failed(failure)
     }
@@ -206,7 +223,8 @@ pub enum NoAnswerCause {
 }
 
 impl NoAnswerCause {
-    /// What is known after the connection was lost. A timeout is no news where the cause is known already.
+    /// What is known after the connection was lost. A timeout is no news where the cause is known
+    /// already.
     pub(crate) fn after(self, error: &ConnectionError) -> Self {
         use NoAnswerCause::{Blocked, Disconnected, Queue, QueueMissing, Waiting};
         match (&error.kind, self) {
@@ -225,16 +243,23 @@ impl Display for NoAnswerCause {
         };
         match self {
             NoAnswerCause::Unknown => f.write_str("no server, or all are busy"),
-            NoAnswerCause::Queue(QueueStats { consumers: 0, messages: count }) => {
+            NoAnswerCause::Queue(QueueStats {
+                consumers: 0,
+                messages: count,
+            }) => {
                 write!(f, "no server is consuming, {} waiting", messages(count))
             }
             NoAnswerCause::Queue(QueueStats { messages: 0, .. }) => {
                 f.write_str("a server took it but has not answered")
             }
-            NoAnswerCause::Queue(QueueStats { messages: count, .. }) => {
+            NoAnswerCause::Queue(QueueStats {
+                messages: count, ..
+            }) => {
                 write!(f, "all servers are busy, {} waiting", messages(count))
             }
-            NoAnswerCause::QueueMissing => f.write_str("the queue does not exist, or its node is down"),
+            NoAnswerCause::QueueMissing => {
+                f.write_str("the queue does not exist, or its node is down")
+            }
             NoAnswerCause::Waiting(step) => write!(f, "timed out while {step}"),
             NoAnswerCause::Blocked(reason) => write!(f, "the broker blocks publishers: {reason}"),
             NoAnswerCause::Disconnected(reason) => f.write_str(reason),
@@ -251,12 +276,18 @@ mod tests {
         let header = |name: &str, value: &str| Ok((name.to_owned(), value.to_owned()));
         assert_eq!(parse_header("a=b=c"), header("a", "b=c"));
         assert_eq!(parse_header("a="), header("a", ""));
-        assert_eq!(parse_header(&("x".repeat(255) + "=")), header(&"x".repeat(255), ""));
+        assert_eq!(
+            parse_header(&("x".repeat(255) + "=")),
+            header(&"x".repeat(255), "")
+        );
         for (text, error) in [
             ("a", "not of the form NAME=VALUE"),
             ("=b", "the name must not be empty"),
             ("x-deadline-ms=1", "--timeout sets this header"),
-            (&("x".repeat(256) + "="), "the name must be at most 255 bytes long, not 256"),
+            (
+                &("x".repeat(256) + "="),
+                "the name must be at most 255 bytes long, not 256",
+            ),
         ] {
             assert_eq!(parse_header(text), Err(error.into()));
         }
@@ -272,8 +303,16 @@ mod tests {
         let reset = lost(ErrorKind::ConnectionLost("reset".into()));
         let blocked = || NoAnswerCause::Blocked("low on memory".into());
         for (cause, error, expected) in [
-            (NoAnswerCause::Unknown, &timeout, "timed out while starting a consumer"),
-            (blocked(), &timeout, "the broker blocks publishers: low on memory"),
+            (
+                NoAnswerCause::Unknown,
+                &timeout,
+                "timed out while starting a consumer",
+            ),
+            (
+                blocked(),
+                &timeout,
+                "the broker blocks publishers: low on memory",
+            ),
             (blocked(), &reset, "rabbit:5672 was disconnected: reset"),
         ] {
             assert_eq!(cause.after(error).to_string(), expected);
@@ -288,7 +327,10 @@ mod tests {
             (1, 0, "a server took it but has not answered"),
             (3, 7, "all servers are busy, 7 messages are waiting"),
         ] {
-            let cause = NoAnswerCause::Queue(QueueStats { messages, consumers });
+            let cause = NoAnswerCause::Queue(QueueStats {
+                messages,
+                consumers,
+            });
             assert_eq!(cause.to_string(), expected);
         }
     }
@@ -296,7 +338,8 @@ mod tests {
     #[test]
     fn a_request_that_expires_too_early_shows_that_the_clocks_differ() {
         let failure = |code| Failure::new(code, "expired: 5s late");
-        let explained = |code, seconds| Error::failed(failure(code), Duration::from_secs(seconds)).to_string();
+        let explained =
+            |code, seconds| Error::failed(failure(code), Duration::from_secs(seconds)).to_string();
         assert_eq!(
             explained(ErrorCode::Expired, 25),
             "expired: 5s late: the server's clock is at least 25s ahead of this machine's"

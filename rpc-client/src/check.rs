@@ -18,7 +18,8 @@ struct Report<'a> {
     messages: u32,
 }
 
-/// Prints how many consumers and waiting messages the queue has. The exit code is 4 if it has no consumers.
+/// Prints how many consumers and waiting messages the queue has. The exit code is 4 if it has no
+/// consumers.
 ///
 /// # Errors
 /// The broker was not reached, the queue does not exist, or the output cannot be written.
@@ -26,13 +27,18 @@ pub(crate) fn check_queue(cli: &Cli) -> Result<ExitCode, Error> {
     let config = &cli.config;
     let deadline = Deadline::after(config.timeout);
     let endpoints = config.broker.endpoints().map_err(CallError::from)?;
-    let mut connection =
-        Connection::open_any(&endpoints, "rpc-client", &deadline, &Owner::Standby).map_err(CallError::from)?;
+    let mut connection = Connection::open_any(&endpoints, "rpc-client", &deadline, &Owner::Standby)
+        .map_err(CallError::from)?;
     let (queue, broker) = (config.queue.clone(), connection.broker().to_owned());
-    let stats = connection.queue_stats(&queue, &deadline).map_err(|error| match error {
-        error if error.is_not_found() => CallError::NoQueue { queue: queue.clone(), broker: broker.clone() },
-        error => CallError::Connection(error),
-    })?;
+    let stats = connection
+        .queue_stats(&queue, &deadline)
+        .map_err(|error| match error {
+            error if error.is_not_found() => CallError::NoQueue {
+                queue: queue.clone(),
+                broker: broker.clone(),
+            },
+            error => CallError::Connection(error),
+        })?;
     print_stats(cli, &broker, &connection.broker_version(), stats).map_err(Error::Output)?;
     if stats.consumers > 0 {
         return Ok(ExitCode::Success);
@@ -43,12 +49,29 @@ pub(crate) fn check_queue(cli: &Cli) -> Result<ExitCode, Error> {
 }
 
 fn print_stats(cli: &Cli, broker: &str, version: &str, stats: QueueStats) -> io::Result<()> {
-    let QueueStats { messages, consumers } = stats;
+    let QueueStats {
+        messages,
+        consumers,
+    } = stats;
     let (queue, mut output) = (&*cli.config.queue, io::stdout());
     if cli.output.format == Format::Json {
-        serde_json::to_writer(&output, &Report { queue, broker, version, consumers, messages })?;
+        serde_json::to_writer(
+            &output,
+            &Report {
+                queue,
+                broker,
+                version,
+                consumers,
+                messages,
+            },
+        )?;
         return output.write_all(b"\n");
     }
     let plural = |count, name: &str| format!("{count} {name}{}", if count == 1 { "" } else { "s" });
-    writeln!(output, "{queue} on {broker}: {}, {} waiting", plural(consumers, "consumer"), plural(messages, "message"))
+    writeln!(
+        output,
+        "{queue} on {broker}: {}, {} waiting",
+        plural(consumers, "consumer"),
+        plural(messages, "message")
+    )
 }

@@ -57,10 +57,12 @@ Environment:
     after_help = EXAMPLES.to_owned() + &exit_codes_help(CLIENT_EXIT_CODES),
     arg_required_else_help = true,
     args_override_self = true, // the last of an option given twice counts, for aliases and wrappers
-    allow_negative_numbers = true // so that -5 is reported as a wrong number, not as an unknown option
+    // So that -5 is reported as a wrong number, not as an unknown option.
+    allow_negative_numbers = true
 )]
 pub(crate) struct Cli {
-    // The groups of the help are in the order in which their first option is declared: so "Calls" is the first.
+    // The groups of the help are in the order in which their first option is declared: so "Calls"
+    // is the first.
     #[command(flatten)]
     pub(crate) input: InputOptions,
 
@@ -92,11 +94,17 @@ pub(crate) struct InputOptions {
     pub(crate) data: Vec<Data>,
 
     /// A request per line of FILE, or of standard input for `-`
-    #[arg(long, value_name = "FILE", help_heading = "Calls", conflicts_with = "check_queue")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        help_heading = "Calls",
+        conflicts_with = "check_queue"
+    )]
     #[arg(value_parser = OsStringValueParser::new().map(Source::from))]
     pub(crate) lines: Option<Source>,
 
-    /// Make no call: print how many consumers and waiting messages the queue has; exit code 4 without consumers
+    /// Make no call: print how many consumers and waiting messages the queue has; exit code 4
+    /// without consumers
     #[arg(long = "check", help_heading = "Calls")]
     pub(crate) check_queue: bool,
 }
@@ -105,8 +113,14 @@ pub(crate) struct InputOptions {
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Output")]
 pub(crate) struct OutputOptions {
-    /// Text: ` [.] Got 832040` | raw: `832040` | json: one object per line | auto: text on a terminal, else raw
-    #[arg(short = 'o', long = "output", value_name = "FORMAT", hide_possible_values = true)]
+    /// Text: ` [.] Got 832040` | raw: `832040` | json: one object per line | auto: text on a
+    /// terminal, else raw
+    #[arg(
+        short = 'o',
+        long = "output",
+        value_name = "FORMAT",
+        hide_possible_values = true
+    )]
     #[arg(default_value = "auto", value_parser = EnumValueParser::<Format>::new().map(Format::resolve))]
     pub(crate) format: Format,
 
@@ -147,18 +161,30 @@ pub(crate) enum SummaryFormat {
 impl Cli {
     /// Starts the log at the level that the options ask for.
     pub(crate) fn start_log(&self) {
-        let level = if self.output.quiet { LevelFilter::Error } else { LevelFilter::Warn };
+        let level = if self.output.quiet {
+            LevelFilter::Error
+        } else {
+            LevelFilter::Warn
+        };
         self.log.start_for_prompt("rpc-client", level);
     }
 
     /// Refuses options that do not go together, and files that cannot be read.
     pub(crate) fn check(&self) -> Result<(), Error> {
         if self.output.unordered && self.output.format != Format::Json {
-            return Err(Error::Usage("--unordered needs --output json, or answers cannot be told apart"));
+            return Err(Error::Usage(
+                "--unordered needs --output json, or answers cannot be told apart",
+            ));
         }
         let headers = self.config.headers.iter();
-        if headers.map(|(name, value)| name.len() + value.len()).sum::<usize>() > MAX_HEADERS {
-            return Err(Error::Usage("the headers must not be larger than 64KiB in all"));
+        if headers
+            .map(|(name, value)| name.len() + value.len())
+            .sum::<usize>()
+            > MAX_HEADERS
+        {
+            return Err(Error::Usage(
+                "the headers must not be larger than 64KiB in all",
+            ));
         }
         self.input.check()
     }
@@ -168,10 +194,18 @@ impl InputOptions {
     fn check(&self) -> Result<(), Error> {
         let is_standard_input = |data: &&Data| **data == Data::Source(Source::StandardInput);
         if self.data.iter().filter(is_standard_input).count() > 1 {
-            return Err(Error::Usage("standard input can be the data of one request only"));
+            return Err(Error::Usage(
+                "standard input can be the data of one request only",
+            ));
         }
-        self.data.iter().try_for_each(Data::check).map_err(BadInput::from)?;
-        self.lines.iter().try_for_each(|source| source.check().map(drop)).map_err(BadInput::from)?;
+        self.data
+            .iter()
+            .try_for_each(Data::check)
+            .map_err(BadInput::from)?;
+        self.lines
+            .iter()
+            .try_for_each(|source| source.check().map(drop))
+            .map_err(BadInput::from)?;
         Ok(())
     }
 }

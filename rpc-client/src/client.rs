@@ -7,7 +7,8 @@ use crossbeam_channel::{bounded, Sender};
 use rpc_common::connection::Endpoint;
 use std::thread::{self, JoinHandle};
 
-/// A **client** makes calls, from any thread. It connects with the first call and stays connected until it is dropped.
+/// A **client** makes calls, from any thread. It connects with the first call and stays connected
+/// until it is dropped.
 pub struct Client {
     /// `None` once the client is dropped.
     requests: Option<RequestSender<ResultSender>>,
@@ -28,7 +29,10 @@ impl Client {
         let endpoints = config.broker.endpoints()?;
         let (requests, received) = requests(None);
         let thread = thread::spawn(move || make_calls(&config, &endpoints, &received));
-        Ok(Client { requests: Some(requests), thread: Some(thread) })
+        Ok(Client {
+            requests: Some(requests),
+            thread: Some(thread),
+        })
     }
 
     /// Calls the function with `body`, and waits for the body of the reply.
@@ -40,8 +44,17 @@ impl Client {
     /// If the client's thread has panicked.
     pub fn call(&self, body: &[u8]) -> CallResult {
         let (context, result) = bounded(1);
-        let requests = self.requests.as_ref().expect("it is there until the client is dropped");
-        assert!(requests.send(Request { context, body: body.to_vec() }), "the thread is running");
+        let requests = self
+            .requests
+            .as_ref()
+            .expect("it is there until the client is dropped");
+        assert!(
+            requests.send(Request {
+                context,
+                body: body.to_vec()
+            }),
+            "the thread is running"
+        );
         result.recv().expect("every call has an outcome")
     }
 }
@@ -54,8 +67,8 @@ impl Drop for Client {
     }
 }
 
-/// Makes calls until the client is dropped. A run that ends with an error has given it to its calls; the next call
-/// starts a new one.
+/// Makes calls until the client is dropped. A run that ends with an error has given it to its
+/// calls; the next call starts a new one.
 fn make_calls(config: &Config, endpoints: &[Endpoint], requests: &Requests<ResultSender>) {
     let on_outcomes = &mut |outcomes: Vec<Outcome<ResultSender>>| {
         for outcome in outcomes {

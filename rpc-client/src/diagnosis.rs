@@ -1,7 +1,10 @@
-//! Why there is no answer, as far as is known, and when to look at the request queue to learn more. Pure.
+//! Why there is no answer, as far as is known, and when to look at the request queue to learn more.
+//! Pure.
 
 use crate::call::NoAnswerCause;
-use rpc_common::connection::{Error as ConnectionError, ErrorKind, Notification, QueueStats, NOT_FOUND};
+use rpc_common::connection::{
+    Error as ConnectionError, ErrorKind, Notification, QueueStats, NOT_FOUND,
+};
 use std::time::{Duration, Instant};
 
 /// After how much silence the request queue is looked at, and how often then.
@@ -12,7 +15,8 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 pub(crate) struct Diagnosis {
     /// When to look at the request queue, if nothing arrives before.
     pub(crate) next_check: Instant,
-    /// Why the broker blocks publishers, while it does. Then nothing is published, and the broker answers nothing.
+    /// Why the broker blocks publishers, while it does. Then nothing is published, and the broker
+    /// answers nothing.
     blocked: Option<String>,
     cause: NoAnswerCause,
     /// How many looks at the queue in a row have found no consumers.
@@ -22,7 +26,12 @@ pub(crate) struct Diagnosis {
 impl Diagnosis {
     pub(crate) fn new(now: Instant) -> Self {
         let (blocked, cause) = (None, NoAnswerCause::Unknown);
-        Diagnosis { next_check: now + FIRST_CHECK, blocked, cause, looks_without_consumers: 0 }
+        Diagnosis {
+            next_check: now + FIRST_CHECK,
+            blocked,
+            cause,
+            looks_without_consumers: 0,
+        }
     }
 
     /// A call has begun after none was pending.
@@ -70,16 +79,23 @@ impl Diagnosis {
         true
     }
 
-    /// The queue was looked at. Returns whether to warn that nobody consumes from it: when the second look in a row has found
-    /// no consumer. (The first one may have found a quorum queue that elects its leader.)
+    /// The queue was looked at. Returns whether to warn that nobody consumes from it: when the
+    /// second look in a row has found no consumer. (The first one may have found a quorum queue
+    /// that elects its leader.)
     pub(crate) fn on_queue_checked(&mut self, stats: &Result<QueueStats, ErrorKind>) -> bool {
         self.cause = match stats {
             Ok(stats) => NoAnswerCause::Queue(*stats),
-            Err(ErrorKind::ChannelClosed(reason)) if reason.code == NOT_FOUND => NoAnswerCause::QueueMissing,
+            Err(ErrorKind::ChannelClosed(reason)) if reason.code == NOT_FOUND => {
+                NoAnswerCause::QueueMissing
+            }
             Err(_) => NoAnswerCause::Unknown,
         };
         let has_no_consumers = matches!(stats, Ok(QueueStats { consumers: 0, .. }));
-        self.looks_without_consumers = if has_no_consumers { self.looks_without_consumers + 1 } else { 0 };
+        self.looks_without_consumers = if has_no_consumers {
+            self.looks_without_consumers + 1
+        } else {
+            0
+        };
         self.looks_without_consumers == 2
     }
 
@@ -89,7 +105,9 @@ impl Diagnosis {
 
     /// What is known now.
     pub(crate) fn cause(&self) -> NoAnswerCause {
-        self.blocked.clone().map_or_else(|| self.cause.clone(), NoAnswerCause::Blocked)
+        self.blocked
+            .clone()
+            .map_or_else(|| self.cause.clone(), NoAnswerCause::Blocked)
     }
 }
 
@@ -104,11 +122,20 @@ mod tests {
         let mut diagnosis = Diagnosis::new(now);
         assert!(!diagnosis.start_check(now, true));
         assert!(diagnosis.start_check(now + FIRST_CHECK, true));
-        assert!(!diagnosis.start_check(now + FIRST_CHECK, true), "once in a while");
-        assert_eq!(diagnosis.cause(), NoAnswerCause::Waiting("looking at the queue"));
+        assert!(
+            !diagnosis.start_check(now + FIRST_CHECK, true),
+            "once in a while"
+        );
+        assert_eq!(
+            diagnosis.cause(),
+            NoAnswerCause::Waiting("looking at the queue")
+        );
         diagnosis.on_notification(Notification::Blocked("low on memory".into()));
         assert!(!diagnosis.start_check(now + 10 * CHECK_INTERVAL, true));
-        assert_eq!(diagnosis.cause(), NoAnswerCause::Blocked("low on memory".into()));
+        assert_eq!(
+            diagnosis.cause(),
+            NoAnswerCause::Blocked("low on memory".into())
+        );
     }
 
     /// Else the event loop would never sleep.
@@ -123,7 +150,12 @@ mod tests {
     #[test]
     fn the_second_look_in_a_row_that_finds_no_consumer_is_a_warning() {
         let mut diagnosis = Diagnosis::new(Instant::now());
-        let look = |consumers| Ok(QueueStats { messages: 1, consumers });
+        let look = |consumers| {
+            Ok(QueueStats {
+                messages: 1,
+                consumers,
+            })
+        };
         let warned = [0, 1, 0, 0, 0].map(|consumers| diagnosis.on_queue_checked(&look(consumers)));
         assert_eq!(warned, [false, false, false, true, false]);
     }
@@ -135,8 +167,17 @@ mod tests {
             diagnosis.on_queue_checked(&Err(kind));
             diagnosis.cause()
         };
-        let missing = Reason { code: NOT_FOUND, text: "no queue".into() };
-        assert_eq!(cause_after(ErrorKind::ChannelClosed(missing)), NoAnswerCause::QueueMissing);
-        assert_eq!(cause_after(ErrorKind::TooManyChannels), NoAnswerCause::Unknown);
+        let missing = Reason {
+            code: NOT_FOUND,
+            text: "no queue".into(),
+        };
+        assert_eq!(
+            cause_after(ErrorKind::ChannelClosed(missing)),
+            NoAnswerCause::QueueMissing
+        );
+        assert_eq!(
+            cause_after(ErrorKind::TooManyChannels),
+            NoAnswerCause::Unknown
+        );
     }
 }

@@ -30,10 +30,18 @@ pub(crate) enum Error {
 }
 
 /// The codes that only the client itself sets.
-const CLIENT_CODES: [&str; 6] = ["unreachable", "no-server", "queue-full", "timeout", "bad-reply", "usage"];
+const CLIENT_CODES: [&str; 6] = [
+    "unreachable",
+    "no-server",
+    "queue-full",
+    "timeout",
+    "bad-reply",
+    "usage",
+];
 
 impl Error {
-    /// The code in JSON: one of ours, or the server's. If a server uses one of ours, it is `internal`.
+    /// The code in JSON: one of ours, or the server's. If a server uses one of ours, it is
+    /// `internal`.
     pub(crate) fn code(&self) -> &str {
         match self {
             Error::Call(CallError::Connection(_)) => "unreachable",
@@ -54,15 +62,20 @@ impl Error {
     pub(crate) fn exit_code(&self) -> ExitCode {
         match self {
             Error::Call(CallError::Connection(error)) => error.into(),
-            Error::Call(CallError::NoQueue { .. } | CallError::NoConsumers { .. } | CallError::QueueFull { .. }) => {
-                ExitCode::NoServer
+            Error::Call(
+                CallError::NoQueue { .. }
+                | CallError::NoConsumers { .. }
+                | CallError::QueueFull { .. },
+            ) => ExitCode::NoServer,
+            Error::Call(CallError::NoAnswer { .. } | CallError::RefusedAfterSend(_)) => {
+                ExitCode::NoAnswer
             }
-            Error::Call(CallError::NoAnswer { .. } | CallError::RefusedAfterSend(_)) => ExitCode::NoAnswer,
-            Error::Call(CallError::Failed(_) | CallError::TooLarge { .. }) | Error::BadReply { .. } => {
-                ExitCode::RemoteError
-            }
+            Error::Call(CallError::Failed(_) | CallError::TooLarge { .. })
+            | Error::BadReply { .. } => ExitCode::RemoteError,
             Error::BadInput(_) | Error::Usage(_) => ExitCode::Usage,
-            Error::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::BrokenPipe,
+            Error::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                ExitCode::BrokenPipe
+            }
             Error::Output(_) => ExitCode::Output,
         }
     }
@@ -72,7 +85,13 @@ impl Error {
         use CallError::{Connection, NoConsumers, NoQueue, QueueFull, RefusedAfterSend};
         matches!(
             self,
-            Error::Call(Connection(_) | RefusedAfterSend(_) | NoQueue { .. } | NoConsumers { .. } | QueueFull { .. })
+            Error::Call(
+                Connection(_)
+                    | RefusedAfterSend(_)
+                    | NoQueue { .. }
+                    | NoConsumers { .. }
+                    | QueueFull { .. }
+            )
         )
     }
 }
@@ -88,7 +107,13 @@ mod tests {
             let failure = Failure::new(code.into(), "no");
             Error::Call(CallError::Failed(failure)).code().to_owned()
         };
-        assert_eq!([code("quota"), code("out-of-range")], ["quota", "out-of-range"]);
-        assert_eq!([code("unreachable"), code("timeout")], ["internal", "internal"]);
+        assert_eq!(
+            [code("quota"), code("out-of-range")],
+            ["quota", "out-of-range"]
+        );
+        assert_eq!(
+            [code("unreachable"), code("timeout")],
+            ["internal", "internal"]
+        );
     }
 }

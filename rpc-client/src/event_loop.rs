@@ -1,4 +1,5 @@
-//! The event loop: begins calls, sends their requests, receives replies, and connects again when a connection ends.
+//! The event loop: begins calls, sends their requests, receives replies, and connects again when a
+//! connection ends.
 //!
 //! It drives the link of the connection, so its thread is the one that a reply wakes.
 
@@ -10,31 +11,32 @@ use crate::requests::Requests;
 use crate::retry::{ends_run, too_large_reason, MIN_PAUSE};
 use crate::session::{Connected, Session, SessionEvent};
 use rpc_common::connection::{
-    self, start_at, Arrived, Backoff, Confirmed, Deadline, Delivery, Endpoint, Error as ConnectionError, ErrorKind,
-    Message, Notification, QueueStats,
+    self, start_at, Arrived, Backoff, Confirmed, Deadline, Delivery, Endpoint,
+    Error as ConnectionError, ErrorKind, Message, Notification, QueueStats,
 };
 use rpc_common::message::decode_reply;
 use rpc_common::text::format_duration;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
-/// How long the broker may take to start the consumer; after each session that it did not, twice as long. A declaration that
-/// RabbitMQ 4.3 begins while a node is frozen or lost hangs for 30 s; a few seconds later, on a new connection, it takes
-/// milliseconds.
+/// How long the broker may take to start the consumer; after each session that it did not, twice as
+/// long. A declaration that RabbitMQ 4.3 begins while a node is frozen or lost hangs for 30 s; a
+/// few seconds later, on a new connection, it takes milliseconds.
 const MAX_CONSUMER_START: Duration = Duration::from_secs(10);
 
 /// The maximum number of reads before calls expire, of 64 KiB each.
 const MAX_READS: u32 = 256;
 
-/// Makes a call of each request, until there are no more and all calls have ended, or until it is stopped. Runs on the calling
-/// thread.
+/// Makes a call of each request, until there are no more and all calls have ended, or until it is
+/// stopped. Runs on the calling thread.
 ///
-/// Calls that are unanswered when a connection ends are sent again on the next one, under the same correlation id,
-/// until their deadline. When a [`Stopper`](crate::Stopper) ends it, what is unanswered has no outcome.
+/// Calls that are unanswered when a connection ends are sent again on the next one, under the same
+/// correlation id, until their deadline. When a [`Stopper`](crate::Stopper) ends it, what is
+/// unanswered has no outcome.
 ///
 /// # Errors
-/// [`Error::Connection`] or [`Error::RefusedAfterSend`] when the broker cannot be reached or refuses us. It is the outcome
-/// of all pending calls, too; the other requests stay in the channel.
+/// [`Error::Connection`] or [`Error::RefusedAfterSend`] when the broker cannot be reached or
+/// refuses us. It is the outcome of all pending calls, too; the other requests stay in the channel.
 pub fn run<T>(
     config: &Config,
     endpoints: Vec<Endpoint>,
@@ -80,8 +82,13 @@ impl<T> EventLoop<'_, '_, T> {
         while self.wait_for_call() {
             let deadline = self.pending.connect_deadline();
             let needs_consumers = self.config.no_wait && !self.pending.was_any_sent();
-            let mut session =
-                Session::start(self.endpoints.clone(), self.config, needs_consumers, deadline, self.requests.waker());
+            let mut session = Session::start(
+                self.endpoints.clone(),
+                self.config,
+                needs_consumers,
+                deadline,
+                self.requests.waker(),
+            );
             let result = self.use_session(&mut session);
             if result.is_err() {
                 self.take_arrived(&mut session); // it does not arrive again
@@ -109,7 +116,8 @@ impl<T> EventLoop<'_, '_, T> {
 
     /// Makes calls on one session, until every request has its outcome or the session ends.
     fn use_session(&mut self, session: &mut Session) -> Result<(), Error> {
-        while (self.requests.has_more() || !self.pending.is_empty()) && !self.requests.is_stopped() {
+        while (self.requests.has_more() || !self.pending.is_empty()) && !self.requests.is_stopped()
+        {
             self.begin_calls(session);
             self.publish_requests(session);
             self.outcomes.deliver();
@@ -122,7 +130,8 @@ impl<T> EventLoop<'_, '_, T> {
             if is_timer_due {
                 session.receive(MAX_READS); // an answer that has arrived does not expire
             }
-            self.take_arrived(session); // a look at the queue decides with the confirmations that came before
+            // A look at the queue decides with the confirmations that came before.
+            self.take_arrived(session);
             while let Some(event) = session.take_event() {
                 self.on_session_event(session, event)?;
             }
@@ -142,19 +151,26 @@ impl<T> EventLoop<'_, '_, T> {
             return;
         }
         while self.has_room() {
-            let Some(request) = self.requests.try_take() else { return };
+            let Some(request) = self.requests.try_take() else {
+                return;
+            };
             self.begin(request);
         }
     }
 
-    /// Until the consumer is started, one pending call is enough: more would end with the same error. But while the broker blocks
-    /// us, calls begin and expire as usual.
+    /// Until the consumer is started, one pending call is enough: more would end with the same
+    /// error. But while the broker blocks us, calls begin and expire as usual.
     fn takes_requests(&self, session: &Session) -> bool {
-        let can_begin = session.is_consuming || self.pending.is_empty() || self.diagnosis.is_blocked();
+        let can_begin =
+            session.is_consuming || self.pending.is_empty() || self.diagnosis.is_blocked();
         can_begin && self.has_room()
     }
 
-    fn on_session_event(&mut self, session: &mut Session, event: SessionEvent) -> Result<(), Error> {
+    fn on_session_event(
+        &mut self,
+        session: &mut Session,
+        event: SessionEvent,
+    ) -> Result<(), Error> {
         match event {
             SessionEvent::Linked(_) => {}
             SessionEvent::Connected(connected) => {
@@ -177,7 +193,9 @@ impl<T> EventLoop<'_, '_, T> {
                 self.on_queue_checked(&stats);
             }
             SessionEvent::Failed(error) => return Err(error),
-            SessionEvent::ThreadEnded => return Err(self.connection_lost("the session has ended").into()),
+            SessionEvent::ThreadEnded => {
+                return Err(self.connection_lost("the session has ended").into())
+            }
         }
         Ok(())
     }
@@ -187,7 +205,10 @@ impl<T> EventLoop<'_, '_, T> {
         let Error::Connection(connection_error) = &error else {
             return Err(self.outcomes.end_all(&mut self.pending, error));
         };
-        let end_call = |reason: &str| self.outcomes.end_too_large(&mut self.pending, &self.broker, reason);
+        let end_call = |reason: &str| {
+            self.outcomes
+                .end_too_large(&mut self.pending, &self.broker, reason)
+        };
         if too_large_reason(connection_error).is_some_and(end_call) {
             return Ok(()); // without a pause: there is nothing to wait for, and a call less
         }
@@ -221,30 +242,44 @@ impl<T> EventLoop<'_, '_, T> {
         if self.pending.is_empty() {
             self.diagnosis.on_begin(Instant::now());
         }
-        self.pending.begin(Uuid::new_v4(), request, Deadline::after(self.config.timeout));
+        self.pending.begin(
+            Uuid::new_v4(),
+            request,
+            Deadline::after(self.config.timeout),
+        );
     }
 
-    /// Publishes the requests that are to be sent. Not while the broker blocks us or does not read: it would run them when their
-    /// callers have gone.
+    /// Publishes the requests that are to be sent. Not while the broker blocks us or does not read:
+    /// it would run them when their callers have gone.
     fn publish_requests(&mut self, session: &Session) {
-        let (Some(Connected { publisher, .. }), false) = (&session.connected, self.diagnosis.is_blocked()) else {
+        let (Some(Connected { publisher, .. }), false) =
+            (&session.connected, self.diagnosis.is_blocked())
+        else {
             return;
         };
         while publisher.is_writable() {
-            let Some(call) = self.pending.next_to_send() else { break };
+            let Some(call) = self.pending.next_to_send() else {
+                break;
+            };
             let id = call.id;
             if let Err(error) = publisher.publish(&self.config.queue, call) {
-                self.outcomes.end_unsent(&mut self.pending, id, &self.broker, &error.to_string());
+                self.outcomes
+                    .end_unsent(&mut self.pending, id, &self.broker, &error.to_string());
             }
         }
         publisher.flush();
     }
 
-    /// Takes what has arrived: replies and returned requests, then confirmations (a request that is confirmed although there is
-    /// no queue was returned before), then notifications. Returns how the consumer, its channel or the connection ended.
+    /// Takes what has arrived: replies and returned requests, then confirmations (a request that is
+    /// confirmed although there is no queue was returned before), then notifications. Returns how
+    /// the consumer, its channel or the connection ended.
     fn take_arrived(&mut self, session: &mut Session) -> Option<ErrorKind> {
         let connected = session.connected.as_ref()?;
-        let Arrived { messages, confirmed, end } = connected.inbox.take();
+        let Arrived {
+            messages,
+            confirmed,
+            end,
+        } = connected.inbox.take();
         let notifications = connected.notifications.try_iter().collect::<Vec<_>>();
         for message in messages {
             match message {
@@ -258,15 +293,22 @@ impl<T> EventLoop<'_, '_, T> {
             session.consumer_deadline = self.consumer_deadline(session);
         }
         match end {
-            Some(ErrorKind::ConsumerCancelled) => Some(ErrorKind::ConnectionLost("the reply queue was deleted".into())),
-            // Until it consumes, the session's thread learns why the broker has closed the channel, and what that means.
-            end => end.filter(|_| session.is_consuming).or_else(|| session.ended()),
+            Some(ErrorKind::ConsumerCancelled) => Some(ErrorKind::ConnectionLost(
+                "the reply queue was deleted".into(),
+            )),
+            // Until it consumes, the session's thread learns why the broker has closed the channel,
+            // and what that means.
+            end => end
+                .filter(|_| session.is_consuming)
+                .or_else(|| session.ended()),
         }
     }
 
-    /// Ends expired calls, gives up a late consumer, sends returned requests again, and looks at the request queue.
+    /// Ends expired calls, gives up a late consumer, sends returned requests again, and looks at
+    /// the request queue.
     fn on_timer(&mut self, session: &mut Session) {
-        let all_expired = self.calls_can_expire(Some(session)) && self.expire() && self.pending.is_empty();
+        let all_expired =
+            self.calls_can_expire(Some(session)) && self.expire() && self.pending.is_empty();
         self.give_up_late_consumer(session, all_expired);
         let now = Instant::now();
         self.pending.start_resends(now);
@@ -276,15 +318,20 @@ impl<T> EventLoop<'_, '_, T> {
         }
     }
 
-    /// When the consumer must have started. While the broker blocks us there is no such time: the calls wait until it unblocks us.
+    /// When the consumer must have started. While the broker blocks us there is no such time: the
+    /// calls wait until it unblocks us.
     fn consumer_deadline(&self, session: &Session) -> Option<Instant> {
-        let is_awaited = session.connected.is_some() && !session.is_consuming && !self.diagnosis.is_blocked();
+        let is_awaited =
+            session.connected.is_some() && !session.is_consuming && !self.diagnosis.is_blocked();
         is_awaited.then(|| Instant::now() + self.max_consumer_start)
     }
 
-    /// Ends the session thread's wait for a consumer that has not started by its deadline, or before all calls expired.
+    /// Ends the session thread's wait for a consumer that has not started by its deadline, or
+    /// before all calls expired.
     fn give_up_late_consumer(&mut self, session: &mut Session, all_expired: bool) {
-        let Some(deadline) = session.consumer_deadline else { return };
+        let Some(deadline) = session.consumer_deadline else {
+            return;
+        };
         let is_late = deadline <= Instant::now();
         // An event that waits to be taken may say that it has started.
         if (!is_late && !all_expired) || session.has_event() {
@@ -308,7 +355,8 @@ impl<T> EventLoop<'_, '_, T> {
         }
         if stats.as_ref().is_ok_and(|stats| stats.messages > 0) {
             // It is full. An empty one that refuses requests has lost its process.
-            self.outcomes.end_refused(&mut self.pending, now, &self.config.queue, &self.broker);
+            self.outcomes
+                .end_refused(&mut self.pending, now, &self.config.queue, &self.broker);
         }
         self.pending.resend_refused(now);
     }
@@ -338,12 +386,21 @@ impl<T> EventLoop<'_, '_, T> {
         };
         let time_left = call.deadline.remaining();
         let result = decode_reply(&properties, body);
-        self.outcomes.add(call, result.map_err(|failure| Error::failed(failure, time_left)));
+        self.outcomes.add(
+            call,
+            result.map_err(|failure| Error::failed(failure, time_left)),
+        );
     }
 
     fn on_return(&mut self, request: &connection::Returned) {
-        let error = Error::NoQueue { queue: self.config.queue.clone(), broker: self.broker.clone() };
-        match self.pending.on_return(request.correlation_id(), Instant::now()) {
+        let error = Error::NoQueue {
+            queue: self.config.queue.clone(),
+            broker: self.broker.clone(),
+        };
+        match self
+            .pending
+            .on_return(request.correlation_id(), Instant::now())
+        {
             Some(Returned::Ended(call)) => self.outcomes.add(call, Err(error)),
             Some(Returned::WillResend) => log::info!("{error} sending again"),
             None => {}
@@ -367,7 +424,13 @@ impl<T> EventLoop<'_, '_, T> {
             let error = if self.config.wait && call.was_never_accepted() {
                 Error::NoQueue { queue, broker }
             } else {
-                Error::NoAnswer { queue, broker, limit, cause, ahead }
+                Error::NoAnswer {
+                    queue,
+                    broker,
+                    limit,
+                    cause,
+                    ahead,
+                }
             };
             self.outcomes.add(call, Err(error));
         }
@@ -379,11 +442,14 @@ impl<T> EventLoop<'_, '_, T> {
     }
 
     fn has_room(&self) -> bool {
-        self.requests.has_more() && self.pending.len() < self.config.in_flight.into() && self.pending.accepts_calls()
+        self.requests.has_more()
+            && self.pending.len() < self.config.in_flight.into()
+            && self.pending.accepts_calls()
     }
 
-    /// Whether calls expire by the timer: when we are connected, or a request was sent before. Else nothing was sent yet: then
-    /// connecting has their deadline, and its error, which ends the run, says why.
+    /// Whether calls expire by the timer: when we are connected, or a request was sent before. Else
+    /// nothing was sent yet: then connecting has their deadline, and its error, which ends the run,
+    /// says why.
     fn calls_can_expire(&self, session: Option<&Session>) -> bool {
         session.is_some_and(|session| session.connected.is_some()) || self.pending.was_any_sent()
     }
@@ -392,8 +458,9 @@ impl<T> EventLoop<'_, '_, T> {
         if !self.calls_can_expire(Some(session)) {
             return None;
         }
-        let timers =
-            [self.pending.next_timer()?, self.diagnosis.next_check].into_iter().chain(session.consumer_deadline);
+        let timers = [self.pending.next_timer()?, self.diagnosis.next_check]
+            .into_iter()
+            .chain(session.consumer_deadline);
         timers.min()
     }
 }

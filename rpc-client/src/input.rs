@@ -25,7 +25,9 @@ impl FromStr for Argument {
         match text {
             "-" => Ok(Argument::StandardInput),
             "json" => Err("not a whole number; is it --summary=json, with a '='?".into()),
-            _ => parse_number(text.as_bytes()).map(Argument::Number).map_err(|error| error.to_string()),
+            _ => parse_number(text.as_bytes())
+                .map(Argument::Number)
+                .map_err(|error| error.to_string()),
         }
     }
 }
@@ -91,7 +93,10 @@ impl Origin {
     pub(crate) fn label(self) -> Option<String> {
         match self {
             Origin::Number { n, line: None } => Some(format!("fib({n})")),
-            Origin::Number { n, line: Some(line) } => Some(format!("line {line}: fib({n})")),
+            Origin::Number {
+                n,
+                line: Some(line),
+            } => Some(format!("line {line}: fib({n})")),
             Origin::SingleData => None,
             Origin::Data(position) => Some(format!("request {position}")),
             Origin::Line(line) => Some(format!("line {line}")),
@@ -104,7 +109,11 @@ impl Origin {
 pub(crate) enum BadInput {
     /// A line of standard input, from 1, trimmed and escaped.
     #[error("line {line}: '{text}' is {problem}")]
-    NotANumber { line: u64, text: String, problem: NumberError },
+    NotANumber {
+        line: u64,
+        text: String,
+        problem: NumberError,
+    },
     /// A line of `--lines`, from 1.
     #[error("line {0}: {TOO_LARGE}")]
     LineTooLarge(u64),
@@ -115,14 +124,23 @@ pub(crate) enum BadInput {
 /// The maximum length in bytes of the line of a number, without its end.
 pub(crate) const MAX_NUMBER_LINE: usize = 1024;
 
-/// The lines of an input, without their ends; each is read when it is taken. A longer one than `max` is cut to one byte more.
-pub(crate) fn read_lines(mut input: impl BufRead, max: usize) -> impl Iterator<Item = io::Result<Vec<u8>>> {
+/// The lines of an input, without their ends; each is read when it is taken. A longer one than
+/// `max` is cut to one byte more.
+pub(crate) fn read_lines(
+    mut input: impl BufRead,
+    max: usize,
+) -> impl Iterator<Item = io::Result<Vec<u8>>> {
     iter::from_fn(move || read_line(&mut input, max).transpose())
 }
 
 fn read_line(input: &mut impl BufRead, max: usize) -> io::Result<Option<Vec<u8>>> {
     let mut line = Vec::new();
-    if input.by_ref().take(max as u64 + 1).read_until(b'\n', &mut line)? == 0 {
+    if input
+        .by_ref()
+        .take(max as u64 + 1)
+        .read_until(b'\n', &mut line)?
+        == 0
+    {
         return Ok(None);
     }
     if line.last() == Some(&b'\n') {
@@ -136,10 +154,24 @@ fn read_line(input: &mut impl BufRead, max: usize) -> io::Result<Option<Vec<u8>>
 /// The request of a line with a number; blanks around it are allowed.
 pub(crate) fn number_line(line: u64, bytes: &[u8]) -> Result<(Origin, Vec<u8>), BadInput> {
     // An overlong line was cut: trimmed, the rest could look like a number.
-    let text = if bytes.len() > MAX_NUMBER_LINE { bytes } else { bytes.trim_ascii() };
+    let text = if bytes.len() > MAX_NUMBER_LINE {
+        bytes
+    } else {
+        bytes.trim_ascii()
+    };
     match parse_number(text) {
-        Ok(n) => Ok((Origin::Number { n, line: Some(line) }, n.to_string().into())),
-        Err(problem) => Err(BadInput::NotANumber { line, text: escape(text).to_string(), problem }),
+        Ok(n) => Ok((
+            Origin::Number {
+                n,
+                line: Some(line),
+            },
+            n.to_string().into(),
+        )),
+        Err(problem) => Err(BadInput::NotANumber {
+            line,
+            text: escape(text).to_string(),
+            problem,
+        }),
     }
 }
 
@@ -157,15 +189,21 @@ mod tests {
 
     fn read(input: &[u8]) -> Vec<Result<u64, BadInput>> {
         let lines = read_lines(input, MAX_NUMBER_LINE).map(Result::unwrap);
-        let numbers = (1..).zip(lines).map(|(line, bytes)| match number_line(line, &bytes)?.0 {
-            Origin::Number { n, .. } => Ok(n),
-            origin => panic!("{origin:?}"),
-        });
+        let numbers = (1..)
+            .zip(lines)
+            .map(|(line, bytes)| match number_line(line, &bytes)?.0 {
+                Origin::Number { n, .. } => Ok(n),
+                origin => panic!("{origin:?}"),
+            });
         numbers.collect()
     }
 
     fn bad_line(line: u64, text: &str) -> Result<u64, BadInput> {
-        Err(BadInput::NotANumber { line, text: text.into(), problem: NumberError::Malformed })
+        Err(BadInput::NotANumber {
+            line,
+            text: text.into(),
+            problem: NumberError::Malformed,
+        })
     }
 
     #[test]
@@ -179,13 +217,21 @@ mod tests {
         ] {
             assert_eq!(Data::from(OsString::from(text)), data);
         }
-        assert_eq!(Data::from(OsString::from_vec(vec![0xff])), Data::Bytes(vec![0xff]));
+        assert_eq!(
+            Data::from(OsString::from_vec(vec![0xff])),
+            Data::Bytes(vec![0xff])
+        );
     }
 
     #[test]
     fn only_the_newline_is_cut_from_a_line_and_an_overlong_one_is_told_by_its_length() {
-        let lines: Vec<_> = read_lines(&b"a \r\n\n\xff\0\n12345\n1234567\nz"[..], 4).map(Result::unwrap).collect();
-        assert_eq!(lines, [&b"a \r"[..], b"", b"\xff\0", b"12345", b"12345", b"z"]);
+        let lines: Vec<_> = read_lines(&b"a \r\n\n\xff\0\n12345\n1234567\nz"[..], 4)
+            .map(Result::unwrap)
+            .collect();
+        assert_eq!(
+            lines,
+            [&b"a \r"[..], b"", b"\xff\0", b"12345", b"12345", b"z"]
+        );
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Calls fib(n), or any function, over RabbitMQ RPC: requests in, answers out.
 //!
-//! [`cli`] is the command line. [`batch`] connects three loops by channels: the [`reader`] reads the [`input`] from its
-//! [`source`], the library makes the calls, and the [`printer`] prints lines of [`output`] and the [`summary`].
-//! [`check`] makes no call.
+//! [`cli`] is the command line. [`batch`] connects three loops by channels: the [`reader`] reads
+//! the [`input`] from its [`source`], the library makes the calls, and the [`printer`] prints lines
+//! of [`output`] and the [`summary`]. [`check`] makes no call.
 
 mod cli;
 
@@ -43,8 +43,8 @@ fn main() -> process::ExitCode {
     code.into()
 }
 
-/// Makes a call for every request of the input and prints the answers in the order asked. The exit code is the largest
-/// of the calls' exit codes.
+/// Makes a call for every request of the input and prints the answers in the order asked. The exit
+/// code is the largest of the calls' exit codes.
 fn run(cli: &Cli) -> Result<ExitCode, Error> {
     cli.check()?;
     if cli.input.check_queue {

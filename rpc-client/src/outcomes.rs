@@ -1,4 +1,5 @@
-//! The outcomes of calls, collected until they are delivered; and the errors that end calls before their deadline.
+//! The outcomes of calls, collected until they are delivered; and the errors that end calls before
+//! their deadline.
 
 use crate::call::{Error, Outcome};
 use crate::pending::{Call, PendingCalls};
@@ -18,13 +19,21 @@ pub(crate) struct Outcomes<'a, 'f, T> {
 
 impl<'a, 'f, T> Outcomes<'a, 'f, T> {
     pub(crate) fn new(on_outcomes: &'a mut OnOutcomes<'f, T>) -> Self {
-        Outcomes { on_outcomes, undelivered: Vec::new() }
+        Outcomes {
+            on_outcomes,
+            undelivered: Vec::new(),
+        }
     }
 
     /// Adds how a call ended.
     pub(crate) fn add(&mut self, call: Call<T>, result: Result<Answer, Error>) {
         let latency = call.first_sent.map(|first_sent| first_sent.elapsed());
-        self.undelivered.push(Outcome { request: call.request, correlation_id: call.id, latency, result });
+        self.undelivered.push(Outcome {
+            request: call.request,
+            correlation_id: call.id,
+            latency,
+            result,
+        });
     }
 
     pub(crate) fn deliver(&mut self) {
@@ -37,7 +46,9 @@ impl<'a, 'f, T> Outcomes<'a, 'f, T> {
     pub(crate) fn end_all(&mut self, pending: &mut PendingCalls<T>, error: Error) -> Error {
         while let Some(call) = pending.pop() {
             let error = match &error {
-                Error::Connection(error) if call.may_have_run => Error::RefusedAfterSend(error.clone()),
+                Error::Connection(error) if call.may_have_run => {
+                    Error::RefusedAfterSend(error.clone())
+                }
                 error => error.clone(),
             };
             self.add(call, Err(error));
@@ -47,7 +58,13 @@ impl<'a, 'f, T> Outcomes<'a, 'f, T> {
     }
 
     /// Ends the calls whose request was refused a short time ago: the queue is full.
-    pub(crate) fn end_refused(&mut self, pending: &mut PendingCalls<T>, now: Instant, queue: &str, broker: &str) {
+    pub(crate) fn end_refused(
+        &mut self,
+        pending: &mut PendingCalls<T>,
+        now: Instant,
+        queue: &str,
+        broker: &str,
+    ) {
         while let Some(call) = pending.pop_refused(now) {
             let (queue, broker) = (queue.to_owned(), broker.to_owned());
             self.add(call, Err(Error::QueueFull { queue, broker }));
@@ -55,22 +72,46 @@ impl<'a, 'f, T> Outcomes<'a, 'f, T> {
     }
 
     /// Ends the call whose request cannot be encoded for the broker.
-    pub(crate) fn end_unsent(&mut self, pending: &mut PendingCalls<T>, id: Uuid, broker: &str, reason: &str) {
+    pub(crate) fn end_unsent(
+        &mut self,
+        pending: &mut PendingCalls<T>,
+        id: Uuid,
+        broker: &str,
+        reason: &str,
+    ) {
         if let Some(call) = pending.remove_unsent(id) {
             self.add_too_large(call, broker, reason);
         }
     }
 
     /// Ends the call whose request is too large for the broker. False if there is none.
-    pub(crate) fn end_too_large(&mut self, pending: &mut PendingCalls<T>, broker: &str, reason: &str) -> bool {
-        let Some(call) = pending.pop_too_large() else { return false };
+    pub(crate) fn end_too_large(
+        &mut self,
+        pending: &mut PendingCalls<T>,
+        broker: &str,
+        reason: &str,
+    ) -> bool {
+        let Some(call) = pending.pop_too_large() else {
+            return false;
+        };
         self.add_too_large(call, broker, reason);
         self.deliver();
         true
     }
 
     fn add_too_large(&mut self, call: Call<T>, broker: &str, reason: &str) {
-        let (size, broker, reason) = (call.request.body.len(), broker.to_owned(), reason.to_owned());
-        self.add(call, Err(Error::TooLarge { size, broker, reason }));
+        let (size, broker, reason) = (
+            call.request.body.len(),
+            broker.to_owned(),
+            reason.to_owned(),
+        );
+        self.add(
+            call,
+            Err(Error::TooLarge {
+                size,
+                broker,
+                reason,
+            }),
+        );
     }
 }

@@ -15,13 +15,15 @@ use std::str;
 use std::time::Duration;
 use uuid::Uuid;
 
-/// A **line** of output: how a call ended, or bad input. (The reply to data may have several lines, or no end of a line.)
+/// A **line** of output: how a call ended, or bad input. (The reply to data may have several lines,
+/// or no end of a line.)
 #[derive(Debug)]
 pub(crate) struct Line {
     pub(crate) index: u64,
     /// None for bad input.
     origin: Option<Origin>,
-    /// The body of the request; empty unless the format is JSON, so that it takes no memory while the line waits.
+    /// The body of the request; empty unless the format is JSON, so that it takes no memory while
+    /// the line waits.
     request: Vec<u8>,
     pub(crate) result: Result<Answer, Error>,
     pub(crate) latency: Option<Duration>,
@@ -30,12 +32,19 @@ pub(crate) struct Line {
 
 impl Line {
     pub(crate) fn from_outcome(outcome: Outcome<Input>, format: Format) -> Self {
-        let Request { context: Input { index, origin }, body } = outcome.request;
+        let Request {
+            context: Input { index, origin },
+            body,
+        } = outcome.request;
         let result = outcome.result.map_err(Error::Call);
         Line {
             index,
             origin: Some(origin),
-            request: if format == Format::Json { body } else { Vec::new() },
+            request: if format == Format::Json {
+                body
+            } else {
+                Vec::new()
+            },
             result: match origin {
                 Origin::Number { n, .. } => result.and_then(|answer| check_number(n, answer)),
                 _ => result,
@@ -47,7 +56,14 @@ impl Line {
 
     pub(crate) fn from_bad_input(index: u64, bad_input: BadInput) -> Self {
         let result = Err(bad_input.into());
-        Line { index, origin: None, request: Vec::new(), result, latency: None, correlation_id: None }
+        Line {
+            index,
+            origin: None,
+            request: Vec::new(),
+            result,
+            latency: None,
+            correlation_id: None,
+        }
     }
 
     /// No answer is longer than this as a line, in bytes. `None` for an error.
@@ -62,11 +78,20 @@ impl Line {
         })
     }
 
-    /// Writes the line, if the format has one for it. `is_only`: whether it is the only one of the run.
-    pub(crate) fn write(&self, output: &mut impl Write, format: Format, is_only: bool) -> io::Result<()> {
+    /// Writes the line, if the format has one for it. `is_only`: whether it is the only one of the
+    /// run.
+    pub(crate) fn write(
+        &self,
+        output: &mut impl Write,
+        format: Format,
+        is_only: bool,
+    ) -> io::Result<()> {
         match (format, &self.result) {
             (Format::Json, _) => {
-                self.serialize(&mut serde_json::Serializer::with_formatter(&mut *output, TerminalSafe))?;
+                self.serialize(&mut serde_json::Serializer::with_formatter(
+                    &mut *output,
+                    TerminalSafe,
+                ))?;
                 output.write_all(b"\n")
             }
             (Format::Text, Ok(answer)) => self.write_text(output, &answer.body, is_only),
@@ -82,7 +107,8 @@ impl Line {
                 }
             }
             (Format::Raw | Format::Auto, Err(_)) if is_only => Ok(()),
-            (Format::Raw | Format::Auto, Err(_)) => output.write_all(b"\n"), // the lines stay aligned with the input
+            // The lines stay aligned with the input.
+            (Format::Raw | Format::Auto, Err(_)) => output.write_all(b"\n"),
         }
     }
 
@@ -101,7 +127,10 @@ impl Line {
 
     /// The message for standard error: the error, and the call that it belongs to.
     pub(crate) fn error_message(&self, error: &Error) -> String {
-        let label = self.origin.filter(|_| !error.concerns_every_call()).and_then(Origin::label);
+        let label = self
+            .origin
+            .filter(|_| !error.concerns_every_call())
+            .and_then(Origin::label);
         label.map_or_else(|| error.to_string(), |label| format!("{label}: {error}"))
     }
 }
@@ -121,7 +150,10 @@ fn check_number(n: u64, answer: Answer) -> Result<Answer, Error> {
     } else {
         return Ok(answer);
     };
-    Err(Error::BadReply { reply: escape(reply).to_string(), problem })
+    Err(Error::BadReply {
+        reply: escape(reply).to_string(),
+        problem,
+    })
 }
 
 /// Milliseconds, to the microsecond.
@@ -166,7 +198,11 @@ impl Serialize for Line {
 }
 
 /// Adds bytes by the first name if they are UTF-8, else as base64 by the second one.
-fn serialize_bytes<M: SerializeMap>(object: &mut M, [name, base64]: [&str; 2], bytes: &[u8]) -> Result<(), M::Error> {
+fn serialize_bytes<M: SerializeMap>(
+    object: &mut M,
+    [name, base64]: [&str; 2],
+    bytes: &[u8],
+) -> Result<(), M::Error> {
     match str::from_utf8(bytes) {
         Ok(text) => object.serialize_entry(name, text),
         Err(_) => object.serialize_entry(base64, &BASE64_STANDARD.encode(bytes)),
@@ -188,7 +224,11 @@ impl<'a> From<&'a Error> for JsonError<'a> {
             Error::Call(CallError::Failed(Failure { exit_code, .. })) => *exit_code,
             _ => None,
         };
-        JsonError { code: error.code(), message: error.to_string(), exit_code }
+        JsonError {
+            code: error.code(),
+            message: error.to_string(),
+            exit_code,
+        }
     }
 }
 
@@ -196,7 +236,11 @@ impl<'a> From<&'a Error> for JsonError<'a> {
 struct TerminalSafe;
 
 impl Formatter for TerminalSafe {
-    fn write_string_fragment<W: Write + ?Sized>(&mut self, output: &mut W, fragment: &str) -> io::Result<()> {
+    fn write_string_fragment<W: Write + ?Sized>(
+        &mut self,
+        output: &mut W,
+        fragment: &str,
+    ) -> io::Result<()> {
         for part in fragment.split_inclusive(is_control) {
             let plain = part.trim_end_matches(is_control);
             output.write_all(plain.as_bytes())?;
@@ -225,13 +269,23 @@ mod tests {
     }
 
     fn line(n: u64, input_line: Option<u64>, reply: &str) -> Line {
-        let origin = Origin::Number { n, line: input_line };
-        line_of(origin, n.to_string().as_bytes(), Ok(reply.to_owned().into()))
+        let origin = Origin::Number {
+            n,
+            line: input_line,
+        };
+        line_of(
+            origin,
+            n.to_string().as_bytes(),
+            Ok(reply.to_owned().into()),
+        )
     }
 
     fn line_of(origin: Origin, request: &[u8], result: Result<Answer, CallError>) -> Line {
         let outcome = Outcome {
-            request: Request { context: Input { index: 0, origin }, body: request.into() },
+            request: Request {
+                context: Input { index: 0, origin },
+                body: request.into(),
+            },
             correlation_id: Uuid::nil(),
             latency: Some(Duration::from_micros(1_500)),
             result,
@@ -240,17 +294,34 @@ mod tests {
     }
 
     fn replied(origin: Origin, request: &[u8], reply: &[u8], content_type: Option<&str>) -> Line {
-        line_of(origin, request, Ok(Answer { body: reply.into(), content_type: content_type.map(Into::into) }))
+        line_of(
+            origin,
+            request,
+            Ok(Answer {
+                body: reply.into(),
+                content_type: content_type.map(Into::into),
+            }),
+        )
     }
 
     fn failed(origin: Origin) -> Line {
-        let failure = Failure { exit_code: Some(3), ..Failure::new(ErrorCode::Failed, "wc failed") };
+        let failure = Failure {
+            exit_code: Some(3),
+            ..Failure::new(ErrorCode::Failed, "wc failed")
+        };
         line_of(origin, b"x", Err(CallError::Failed(failure)))
     }
 
     fn bad_line() -> Line {
         let problem = NumberError::Malformed;
-        Line::from_bad_input(0, BadInput::NotANumber { line: 2, text: "a\"b".into(), problem })
+        Line::from_bad_input(
+            0,
+            BadInput::NotANumber {
+                line: 2,
+                text: "a\"b".into(),
+                problem,
+            },
+        )
     }
 
     #[test]
@@ -274,7 +345,9 @@ mod tests {
     #[test]
     fn json_is_one_object_for_each_call_and_bad_line() {
         let id = "00000000-0000-0000-0000-000000000000";
-        let expected = format!("{{\"n\":7,\"result\":\"13\",\"latency_ms\":1.5,\"correlation_id\":\"{id}\"}}\n");
+        let expected = format!(
+            "{{\"n\":7,\"result\":\"13\",\"latency_ms\":1.5,\"correlation_id\":\"{id}\"}}\n"
+        );
         assert_eq!(written(&line(7, None, "13"), Format::Json), expected);
         let message = "the reply '?' is not a number: does another program serve this queue?";
         let expected = format!(
@@ -294,20 +367,30 @@ mod tests {
         let raw = |origin, reply| {
             let mut output = Vec::new();
             let is_only = origin == Origin::SingleData;
-            replied(origin, b"x", reply, None).write(&mut output, Format::Raw, is_only).unwrap();
+            replied(origin, b"x", reply, None)
+                .write(&mut output, Format::Raw, is_only)
+                .unwrap();
             output
         };
         assert_eq!(raw(Origin::SingleData, b"a\xff\n"), b"a\xff\n");
         assert_eq!(raw(Origin::SingleData, b""), b"");
         assert_eq!(raw(Origin::Data(1), b"a\xff"), b"a\xff\n");
         assert_eq!(raw(Origin::Line(1), b""), b"\n");
-        assert_eq!(written_as(true, &failed(Origin::SingleData), Format::Raw), "");
+        assert_eq!(
+            written_as(true, &failed(Origin::SingleData), Format::Raw),
+            ""
+        );
         assert_eq!(written(&failed(Origin::Line(1)), Format::Raw), "\n");
     }
 
     #[test]
     fn a_reply_to_data_is_text_with_an_end_of_line_and_without_control_characters() {
-        let text = |reply| written(&replied(Origin::SingleData, b"x", reply, None), Format::Text);
+        let text = |reply| {
+            written(
+                &replied(Origin::SingleData, b"x", reply, None),
+                Format::Text,
+            )
+        };
         assert_eq!(text(b"a\tb\nc"), "a\tb\nc\n");
         assert_eq!(text(b"a\n"), "a\n");
         assert_eq!(text(b"\x1b[2J\xff"), "\\u{1b}[2J\\xff\n");
@@ -317,13 +400,29 @@ mod tests {
 
     #[test]
     fn json_has_bytes_as_text_or_base64_and_what_is_said_of_them() {
-        let json = |line: &Line| written(line, Format::Json).split(",\"latency_ms\"").next().unwrap().to_owned();
+        let json = |line: &Line| {
+            written(line, Format::Json)
+                .split(",\"latency_ms\"")
+                .next()
+                .unwrap()
+                .to_owned()
+        };
         assert_eq!(
-            json(&replied(Origin::Line(1), b"a\"\n", b"\xff\0", Some("image/png"))),
+            json(&replied(
+                Origin::Line(1),
+                b"a\"\n",
+                b"\xff\0",
+                Some("image/png")
+            )),
             r#"{"data":"a\"\n","result_base64":"/wA=","content_type":"image/png""#
         );
         assert_eq!(
-            json(&replied(Origin::SingleData, b"\xff", "\x1b\u{7f}\u{9b}\u{202e}".as_bytes(), None)),
+            json(&replied(
+                Origin::SingleData,
+                b"\xff",
+                "\x1b\u{7f}\u{9b}\u{202e}".as_bytes(),
+                None
+            )),
             r#"{"data_base64":"/w==","result":"\u001b\u007f\u009b\u202e""#
         );
         assert_eq!(
@@ -337,7 +436,10 @@ mod tests {
         let message = |line: Line| line.error_message(line.result.as_ref().unwrap_err());
         let error = "the reply '' is not a number: does another program serve this queue?";
         assert_eq!(message(line(7, None, "")), format!("fib(7): {error}"));
-        assert_eq!(message(line(7, Some(3), "")), format!("line 3: fib(7): {error}"));
+        assert_eq!(
+            message(line(7, Some(3), "")),
+            format!("line 3: fib(7): {error}")
+        );
         assert_eq!(message(failed(Origin::SingleData)), "wc failed");
         assert_eq!(message(failed(Origin::Data(2))), "request 2: wc failed");
         assert_eq!(message(failed(Origin::Line(3))), "line 3: wc failed");
@@ -350,10 +452,16 @@ mod tests {
             let answer = fib(n).to_string();
             assert!(check_number(n, answer.clone().into()).is_ok());
             let longer = answer + "00";
-            assert!(check_number(n, longer.clone().into()).is_err(), "fib({n}) = {longer}");
+            assert!(
+                check_number(n, longer.clone().into()).is_err(),
+                "fib({n}) = {longer}"
+            );
         }
         for reply in [&b""[..], b"NaN", b"-1", b"1\n", b" 1", b"\xff"] {
-            let answer = Answer { body: reply.into(), content_type: None };
+            let answer = Answer {
+                body: reply.into(),
+                content_type: None,
+            };
             assert!(check_number(30, answer).is_err(), "{reply:?}");
         }
     }

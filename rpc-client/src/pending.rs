@@ -10,15 +10,16 @@ use std::time::{Duration, Instant};
 use std::{iter, mem};
 use uuid::Uuid;
 
-/// How many requests of ended calls may be unconfirmed. (A quorum queue without a majority confirms nothing.) No more than a
-/// session may have unread, because the confirmations may arrive at once.
+/// How many requests of ended calls may be unconfirmed. (A quorum queue without a majority confirms
+/// nothing.) No more than a session may have unread, because the confirmations may arrive at once.
 const MAX_UNCONFIRMED: usize = 1_000;
 
 /// How long a request that was returned or refused waits before it is sent again.
 const RESEND_DELAY: Duration = Duration::from_millis(250);
 
-/// A look at the queue that takes longer does not show whether the queue was full when it refused a request. (A durable classic
-/// queue refuses requests when its node dies, and the look hangs until the node is back.)
+/// A look at the queue that takes longer does not show whether the queue was full when it refused a
+/// request. (A durable classic queue refuses requests when its node dies, and the look hangs until
+/// the node is back.)
 const MAX_LOOK_TIME: Duration = Duration::from_secs(5);
 
 /// A **call** is a request that waits for its reply.
@@ -49,8 +50,8 @@ enum Fate {
     Accepted,
     /// No queue has taken it (`basic.return`, `basic.nack`): it is sent again.
     Lost,
-    /// The queue has not taken it (`basic.nack`), and had taken no earlier one: it is full, or its process has died. A look at the
-    /// queue decides, if it ends soon after this instant.
+    /// The queue has not taken it (`basic.nack`), and had taken no earlier one: it is full, or its
+    /// process has died. A look at the queue decides, if it ends soon after this instant.
     Refused(Instant),
 }
 
@@ -71,7 +72,8 @@ impl<T> Call<T> {
 pub(crate) enum Returned<T> {
     /// The call has ended: there is no request queue.
     Ended(Call<T>),
-    /// The request will be sent again: there was a queue when it was sent before, and it may come back.
+    /// The request will be sent again: there was a queue when it was sent before, and it may come
+    /// back.
     WillResend,
 }
 
@@ -84,9 +86,11 @@ pub(crate) struct PendingCalls<T> {
     /// The calls to send on this connection.
     to_send: VecDeque<u64>,
     begun: u64,
-    /// How many requests have a number on this connection: the delivery tag of the broker's confirmation, from 1.
+    /// How many requests have a number on this connection: the delivery tag of the broker's
+    /// confirmation, from 1.
     numbered: u64,
-    /// The calls whose requests the broker has neither taken nor refused, by the number of the request.
+    /// The calls whose requests the broker has neither taken nor refused, by the number of the
+    /// request.
     unconfirmed: BTreeMap<u64, u64>,
     /// How many calls were answered.
     answered: u64,
@@ -94,7 +98,8 @@ pub(crate) struct PendingCalls<T> {
     waits_for_queue: bool,
     /// False from a request that was returned or refused until the queue takes one.
     is_accepted: bool,
-    /// When to send again what was returned or refused; and, if the queue was missing, what it had taken before.
+    /// When to send again what was returned or refused; and, if the queue was missing, what it had
+    /// taken before.
     resend_at: Option<Instant>,
     was_queue_missing: bool,
 }
@@ -157,18 +162,25 @@ impl<T> PendingCalls<T> {
         for call in self.calls.values_mut() {
             call.may_have_run |= call.sends > 0;
         }
-        (self.numbered, self.resend_at, self.was_queue_missing, self.is_accepted) = (0, None, false, true);
+        (
+            self.numbered,
+            self.resend_at,
+            self.was_queue_missing,
+            self.is_accepted,
+        ) = (0, None, false, true);
         self.unconfirmed.clear();
         self.to_send = self.calls.keys().copied().collect();
     }
 
-    /// The next call to send. Its request gets the next number. None while the broker confirms nothing.
+    /// The next call to send. Its request gets the next number. None while the broker confirms
+    /// nothing.
     pub(crate) fn next_to_send(&mut self) -> Option<&mut Call<T>> {
         if self.unconfirmed.len() > 2 * self.calls.len() + MAX_UNCONFIRMED {
             return None;
         }
         let calls = &self.calls;
-        let index = iter::from_fn(|| self.to_send.pop_front()).find(|index| calls.contains_key(index))?;
+        let index =
+            iter::from_fn(|| self.to_send.pop_front()).find(|index| calls.contains_key(index))?;
         self.numbered += 1;
         self.unconfirmed.insert(self.numbered, index);
         let call = self.calls.get_mut(&index)?;
@@ -176,8 +188,8 @@ impl<T> PendingCalls<T> {
         Some(call)
     }
 
-    /// The request of the call that [`next_to_send`](Self::next_to_send) has returned cannot be sent: ends the call. Its number is
-    /// that of the next request.
+    /// The request of the call that [`next_to_send`](Self::next_to_send) has returned cannot be
+    /// sent: ends the call. Its number is that of the next request.
     pub(crate) fn remove_unsent(&mut self, id: Uuid) -> Option<Call<T>> {
         self.unconfirmed.remove(&self.numbered);
         self.numbered -= 1;
@@ -202,7 +214,8 @@ impl<T> PendingCalls<T> {
         }
     }
 
-    /// Whether the queue takes further calls, as far as is known. If it does not, one call at a time tries it.
+    /// Whether the queue takes further calls, as far as is known. If it does not, one call at a
+    /// time tries it.
     pub(crate) fn accepts_calls(&self) -> bool {
         let is_tried = || self.calls.values().any(|call| call.fate != Fate::Accepted);
         self.is_accepted || (self.resend_at.is_none() && !is_tried())
@@ -217,7 +230,11 @@ impl<T> PendingCalls<T> {
     }
 
     /// The broker returned a request: there is no queue. `None` if it belongs to no pending call.
-    pub(crate) fn on_return(&mut self, correlation_id: Option<&[u8]>, now: Instant) -> Option<Returned<T>> {
+    pub(crate) fn on_return(
+        &mut self,
+        correlation_id: Option<&[u8]>,
+        now: Instant,
+    ) -> Option<Returned<T>> {
         let id = Uuid::try_parse_ascii(correlation_id?).ok()?;
         let call = self.calls.get_mut(self.index_of.get(&id)?)?;
         call.fate = Fate::Lost;
@@ -236,21 +253,31 @@ impl<T> PendingCalls<T> {
         self.resend_at.get_or_insert(now + RESEND_DELAY);
     }
 
-    /// The broker has confirmed requests: these have reached a queue, unless they were returned before.
+    /// The broker has confirmed requests: these have reached a queue, unless they were returned
+    /// before.
     pub(crate) fn on_ack(&mut self, confirmed: Confirmed) {
         for index in self.take_confirmed(confirmed) {
-            if let Some(call) = self.calls.get_mut(&index).filter(|call| call.fate == Fate::Unknown) {
+            if let Some(call) = self
+                .calls
+                .get_mut(&index)
+                .filter(|call| call.fate == Fate::Unknown)
+            {
                 (call.fate, call.may_have_run, self.is_accepted) = (Fate::Accepted, true, true);
             }
         }
     }
 
-    /// The queue has not taken these requests. Returns whether to look at it, to learn whether it is full.
+    /// The queue has not taken these requests. Returns whether to look at it, to learn whether it
+    /// is full.
     pub(crate) fn on_nack(&mut self, refused: Confirmed, now: Instant) -> bool {
         let mut is_any_refused = false;
         for index in self.take_confirmed(refused) {
             if let Some(call) = self.calls.get_mut(&index) {
-                call.fate = if call.may_have_run { Fate::Lost } else { Fate::Refused(now) };
+                call.fate = if call.may_have_run {
+                    Fate::Lost
+                } else {
+                    Fate::Refused(now)
+                };
                 is_any_refused |= !call.may_have_run;
                 self.is_accepted = false;
                 self.resend_at.get_or_insert(now + RESEND_DELAY);
@@ -261,7 +288,11 @@ impl<T> PendingCalls<T> {
 
     /// The queue was looked at: requests whose calls have not ended as refused are sent again.
     pub(crate) fn resend_refused(&mut self, now: Instant) {
-        for call in self.calls.values_mut().filter(|call| matches!(call.fate, Fate::Refused(_))) {
+        for call in self
+            .calls
+            .values_mut()
+            .filter(|call| matches!(call.fate, Fate::Refused(_)))
+        {
             call.fate = Fate::Lost;
             self.resend_at.get_or_insert(now + RESEND_DELAY);
         }
@@ -279,16 +310,22 @@ impl<T> PendingCalls<T> {
 
     /// Ends a call whose request was refused a short time ago: the queue is full.
     pub(crate) fn pop_refused(&mut self, now: Instant) -> Option<Call<T>> {
-        let is_new = |call: &&Call<T>| matches!(call.fate, Fate::Refused(at) if now < at + MAX_LOOK_TIME);
+        let is_new =
+            |call: &&Call<T>| matches!(call.fate, Fate::Refused(at) if now < at + MAX_LOOK_TIME);
         let id = self.calls.values().find(is_new)?.id;
         self.remove(id)
     }
 
-    /// The broker has refused a request because of its size, but does not say which one: ends the call whose request is the
-    /// largest of those that the queue has not taken. It is too large, whether or not it is the refused one.
+    /// The broker has refused a request because of its size, but does not say which one: ends the
+    /// call whose request is the largest of those that the queue has not taken. It is too large,
+    /// whether or not it is the refused one.
     pub(crate) fn pop_too_large(&mut self) -> Option<Call<T>> {
         let may_be_refused = |call: &&Call<T>| call.sends > 0 && call.fate == Fate::Unknown;
-        let largest = self.calls.values().filter(may_be_refused).max_by_key(|call| call.request.body.len());
+        let largest = self
+            .calls
+            .values()
+            .filter(may_be_refused)
+            .max_by_key(|call| call.request.body.len());
         let id = largest?.id;
         self.remove(id)
     }
@@ -297,7 +334,11 @@ impl<T> PendingCalls<T> {
         let index = self.index_of.remove(&id)?;
         let call = self.calls.remove(&index);
         // While the broker blocks us nothing is sent, and the calls that expire must not stay here.
-        while self.to_send.front().is_some_and(|index| !self.calls.contains_key(index)) {
+        while self
+            .to_send
+            .front()
+            .is_some_and(|index| !self.calls.contains_key(index))
+        {
             self.to_send.pop_front();
         }
         call
@@ -308,8 +349,9 @@ impl<T> PendingCalls<T> {
         self.calls.first_key_value().map(|(_, call)| call.deadline)
     }
 
-    /// The deadline of connecting. Before anything is sent, it is the first of the calls: a broker that is not reached by
-    /// then ends the run. After that it is the last: the calls that expire earlier are reported while we connect.
+    /// The deadline of connecting. Before anything is sent, it is the first of the calls: a broker
+    /// that is not reached by then ends the run. After that it is the last: the calls that expire
+    /// earlier are reported while we connect.
     ///
     /// # Panics
     /// When no call is pending.
@@ -330,7 +372,10 @@ impl<T> PendingCalls<T> {
         match self.first_deadline() {
             None => Progress::NoCalls,
             Some(_) if self.was_any_sent() => Progress::Sent,
-            Some(deadline) => Progress::NothingSent { was_connected, time_left: deadline.remaining() },
+            Some(deadline) => Progress::NothingSent {
+                was_connected,
+                time_left: deadline.remaining(),
+            },
         }
     }
 
@@ -368,7 +413,10 @@ mod tests {
     const OTHER: Uuid = Uuid::from_u128(2);
 
     fn begin(calls: &mut PendingCalls<()>, id: Uuid, sends: u32) -> Instant {
-        let request = Request { context: (), body: b"30".to_vec() };
+        let request = Request {
+            context: (),
+            body: b"30".to_vec(),
+        };
         let deadline = Deadline::after(Duration::from_secs(9));
         calls.begin(id, request, deadline);
         calls.next_to_send().unwrap().sends = sends;
@@ -398,7 +446,13 @@ mod tests {
     fn unknown_ids_end_nothing() {
         let mut calls = PendingCalls::new(false);
         begin(&mut calls, ID, 1);
-        for id in [None, Some(&b""[..]), Some(b"1"), Some(b"\xff"), Some(text(OTHER).as_bytes())] {
+        for id in [
+            None,
+            Some(&b""[..]),
+            Some(b"1"),
+            Some(b"\xff"),
+            Some(text(OTHER).as_bytes()),
+        ] {
             assert!(calls.on_reply(id).is_none(), "{id:?}");
             assert!(calls.on_return(id, Instant::now()).is_none(), "{id:?}");
         }
@@ -424,15 +478,25 @@ mod tests {
         assert_eq!(calls.next_timer(), Some(now + RESEND_DELAY));
         assert!(resend(&mut calls, now).is_none());
         assert_eq!(resend(&mut calls, now + RESEND_DELAY), Some(ID));
-        assert!(resend(&mut calls, now + RESEND_DELAY).is_none(), "once for each return");
+        assert!(
+            resend(&mut calls, now + RESEND_DELAY).is_none(),
+            "once for each return"
+        );
         assert!(calls.on_return(Some(text(ID).as_bytes()), now).is_some());
         calls.on_reply(Some(text(ID).as_bytes())).unwrap();
-        assert!(resend(&mut calls, now + RESEND_DELAY).is_none(), "an answered call is not sent again");
+        assert!(
+            resend(&mut calls, now + RESEND_DELAY).is_none(),
+            "an answered call is not sent again"
+        );
     }
 
     /// The broker's confirmation of one request, by its number on the connection.
     fn one(number: u64) -> Confirmed {
-        Confirmed { first: number, last: number, is_ack: true }
+        Confirmed {
+            first: number,
+            last: number,
+            is_ack: true,
+        }
     }
 
     #[test]
@@ -443,7 +507,10 @@ mod tests {
         calls.on_reply(Some(text(OTHER).as_bytes())).unwrap();
         begin(&mut calls, ID, 1);
         assert!(calls.accepts_calls());
-        assert!(matches!(calls.on_return(Some(text(ID).as_bytes()), now), Some(Returned::WillResend)));
+        assert!(matches!(
+            calls.on_return(Some(text(ID).as_bytes()), now),
+            Some(Returned::WillResend)
+        ));
         calls.on_ack(one(2)); // the broker confirms what it returned
         assert!(!calls.accepts_calls());
         assert_eq!(resend(&mut calls, now + RESEND_DELAY), Some(ID));
@@ -462,7 +529,10 @@ mod tests {
         calls.on_ack(one(1));
         calls.on_missing_queue(now);
         assert_eq!(resend(&mut calls, now + RESEND_DELAY), Some(ID));
-        assert!(calls.next_to_send().is_none(), "the other one is not confirmed yet");
+        assert!(
+            calls.next_to_send().is_none(),
+            "the other one is not confirmed yet"
+        );
     }
 
     #[test]
@@ -478,7 +548,11 @@ mod tests {
         assert!(calls.on_nack(one(2), now));
         assert!(!calls.accepts_calls());
         let (_, slow_look) = (resend(&mut calls, now), now + 2 * RESEND_DELAY);
-        assert_eq!(resend(&mut calls, slow_look), Some(OTHER), "the first one waits for the look at the queue");
+        assert_eq!(
+            resend(&mut calls, slow_look),
+            Some(OTHER),
+            "the first one waits for the look at the queue"
+        );
         assert_eq!(calls.pop_refused(now).map(|call| call.id), Some(ID));
         assert!(calls.pop_refused(now).is_none());
     }
@@ -514,8 +588,15 @@ mod tests {
     fn the_largest_request_that_was_sent_and_not_taken_is_the_one_that_is_too_large() {
         let mut calls = PendingCalls::new(false);
         for (number, size) in [(1, 40), (2, 10), (3, 30), (4, 20), (5, 50)] {
-            let request = Request { context: (), body: vec![0; size] };
-            calls.begin(Uuid::from_u128(number), request, Deadline::after(Duration::from_secs(9)));
+            let request = Request {
+                context: (),
+                body: vec![0; size],
+            };
+            calls.begin(
+                Uuid::from_u128(number),
+                request,
+                Deadline::after(Duration::from_secs(9)),
+            );
         }
         assert!(calls.pop_too_large().is_none(), "none is sent");
         for _ in 1..5 {
@@ -533,12 +614,22 @@ mod tests {
         let mut sent = 0;
         for number in 0..10_000 {
             assert!(calls.accepts_calls(), "calls begin and expire as usual");
-            let request = Request { context: (), body: Vec::new() };
-            calls.begin(Uuid::from_u128(number), request, Deadline::after(Duration::ZERO));
+            let request = Request {
+                context: (),
+                body: Vec::new(),
+            };
+            calls.begin(
+                Uuid::from_u128(number),
+                request,
+                Deadline::after(Duration::ZERO),
+            );
             sent += usize::from(calls.next_to_send().is_some());
             calls.expire(Instant::now()).unwrap();
         }
-        assert!((MAX_UNCONFIRMED..MAX_UNCONFIRMED + 10).contains(&sent), "{sent}");
+        assert!(
+            (MAX_UNCONFIRMED..MAX_UNCONFIRMED + 10).contains(&sent),
+            "{sent}"
+        );
     }
 
     #[test]
@@ -559,8 +650,15 @@ mod tests {
     fn calls_that_end_before_they_are_sent_leave_nothing_behind() {
         let mut calls = PendingCalls::new(false);
         for number in 0..100 {
-            let request = Request { context: (), body: Vec::new() };
-            calls.begin(Uuid::from_u128(number), request, Deadline::after(Duration::ZERO));
+            let request = Request {
+                context: (),
+                body: Vec::new(),
+            };
+            calls.begin(
+                Uuid::from_u128(number),
+                request,
+                Deadline::after(Duration::ZERO),
+            );
             assert!(calls.expire(Instant::now()).is_some());
         }
         assert!(calls.to_send.is_empty());
@@ -572,8 +670,16 @@ mod tests {
         for number in 1..=3 {
             begin(&mut calls, Uuid::from_u128(number), 1);
         }
-        calls.on_ack(Confirmed { first: 1, last: 2, is_ack: true });
-        let has_run = calls.calls.values().map(|call| call.may_have_run).collect::<Vec<_>>();
+        calls.on_ack(Confirmed {
+            first: 1,
+            last: 2,
+            is_ack: true,
+        });
+        let has_run = calls
+            .calls
+            .values()
+            .map(|call| call.may_have_run)
+            .collect::<Vec<_>>();
         assert_eq!(has_run, [true, true, false]);
     }
 
@@ -586,7 +692,11 @@ mod tests {
         let third = Uuid::from_u128(3);
         begin(&mut calls, third, 1);
         calls.on_ack(one(2));
-        let has_run = calls.calls.values().map(|call| (call.id, call.may_have_run)).collect::<Vec<_>>();
+        let has_run = calls
+            .calls
+            .values()
+            .map(|call| (call.id, call.may_have_run))
+            .collect::<Vec<_>>();
         assert_eq!(has_run, [(OTHER, false), (third, true)]);
     }
 
@@ -602,7 +712,10 @@ mod tests {
         assert_eq!(calls.expire(second).unwrap().id, OTHER);
         assert!(calls.expire(second).is_none());
         assert!(calls.is_empty());
-        assert!(calls.on_reply(Some(text(ID).as_bytes())).is_none(), "an expired call has ended");
+        assert!(
+            calls.on_reply(Some(text(ID).as_bytes())).is_none(),
+            "an expired call has ended"
+        );
     }
 
     /// Something that happens to the calls; a number picks one of those that have begun.
@@ -636,8 +749,9 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever happens, in whatever order: a call ends once, by its first reply, by the return of
-        /// a request that was sent once in a run without an answer, or at its deadline; and it is not sent again after that.
+        /// Whatever happens, in whatever order: a call ends once, by its first reply, by the return
+        /// of a request that was sent once in a run without an answer, or at its deadline; and it
+        /// is not sent again after that.
         #[test]
         fn every_call_ends_once(events in proptest::collection::vec(event(), 0..60)) {
             let mut calls = PendingCalls::new(false);

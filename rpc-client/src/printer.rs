@@ -1,4 +1,5 @@
-//! The printer: lines of output in the order asked, errors on standard error, the summary and the exit code.
+//! The printer: lines of output in the order asked, errors on standard error, the summary and the
+//! exit code.
 
 use crate::cli::{Format, OutputOptions};
 use crate::error::Error;
@@ -32,7 +33,8 @@ pub(crate) enum Event {
     ReadError(Unreadable),
     /// This signal ends the program, when the summary of what was done is printed.
     Interrupted(i32),
-    /// No call is left. (The end of the channel does not show it: the reader may still wait for input.)
+    /// No call is left. (The end of the channel does not show it: the reader may still wait for
+    /// input.)
     RunEnded,
 }
 
@@ -56,7 +58,12 @@ pub(crate) struct Printer<W> {
 }
 
 impl<W: Write> Printer<W> {
-    pub(crate) fn new(output: W, options: OutputOptions, is_only: bool, progress: Option<Progress>) -> Self {
+    pub(crate) fn new(
+        output: W,
+        options: OutputOptions,
+        is_only: bool,
+        progress: Option<Progress>,
+    ) -> Self {
         Printer {
             output,
             summary: options.summary.map(Summary::new),
@@ -76,13 +83,17 @@ impl<W: Write> Printer<W> {
     }
 
     fn print_lines(&mut self, lines: Vec<Line>) -> io::Result<()> {
-        lines.into_iter().try_for_each(|line| self.print_in_order(line))
+        lines
+            .into_iter()
+            .try_for_each(|line| self.print_in_order(line))
     }
 
     pub(crate) fn flush(&mut self) -> io::Result<()> {
         self.is_unflushed = false;
         match &self.progress {
-            Some(progress) if io::stdout().is_terminal() => progress.suspend(|| self.output.flush()),
+            Some(progress) if io::stdout().is_terminal() => {
+                progress.suspend(|| self.output.flush())
+            }
             _ => self.output.flush(),
         }
     }
@@ -134,7 +145,9 @@ impl<W: Write> Printer<W> {
         self.exit_code = self.exit_code.max(error.exit_code());
         if self.last_error.as_ref() != Some(&message) {
             let print = || print_message("rpc-client", &message);
-            self.progress.as_ref().map_or_else(print, |progress| progress.suspend(print));
+            self.progress
+                .as_ref()
+                .map_or_else(print, |progress| progress.suspend(print));
             self.last_error = Some(message);
         }
     }
@@ -149,7 +162,11 @@ pub(crate) struct Permits {
 
 impl Permits {
     pub(crate) fn new(sender: Sender<()>, requests_per_permit: u64) -> Self {
-        Permits { sender, requests_per_permit, given: 0 }
+        Permits {
+            sender,
+            requests_per_permit,
+            given: 0,
+        }
     }
 
     /// Gives a permit for as many lines as it allows.
@@ -162,8 +179,8 @@ impl Permits {
     }
 }
 
-/// The printer of many calls, shared by its thread, which may wait for the reader of standard output, and the event loop, which
-/// must not.
+/// The printer of many calls, shared by its thread, which may wait for the reader of standard
+/// output, and the event loop, which must not.
 pub(crate) struct SharedPrinter<W> {
     shared: Mutex<(Printer<W>, Permits)>,
     format: Format,
@@ -176,7 +193,11 @@ const MAX_AT_ONCE: usize = 4096;
 impl<W: Write> SharedPrinter<W> {
     pub(crate) fn new(printer: Printer<W>, permits: Permits) -> Self {
         let (format, sink) = (printer.options.format, Sink::of_stdout());
-        SharedPrinter { shared: Mutex::new((printer, permits)), format, sink }
+        SharedPrinter {
+            shared: Mutex::new((printer, permits)),
+            format,
+            sink,
+        }
     }
 
     /// Prints until the run has ended. Returns the largest exit code.
@@ -194,7 +215,9 @@ impl<W: Write> SharedPrinter<W> {
             match event {
                 Event::Lines(lines) => printer.print_lines(lines)?,
                 Event::WriteError(error) => return Err(error),
-                Event::BadInput(index, bad_input) => printer.print_in_order(Line::from_bad_input(index, bad_input))?,
+                Event::BadInput(index, bad_input) => {
+                    printer.print_in_order(Line::from_bad_input(index, bad_input))?;
+                }
                 Event::ReadError(error) => {
                     let error = Error::BadInput(error.into());
                     printer.print_error(&error, error.to_string());
@@ -204,15 +227,17 @@ impl<W: Write> SharedPrinter<W> {
                     let _ = emulate_default_handler(signal); // does not return
                     return Ok(ExitCode::Interrupted);
                 }
-                // If the run ended early, bad lines of input may still wait behind a number that was not called.
+                // If the run ended early, bad lines of input may still wait behind a number that
+                // was not called.
                 Event::RunEnded => return printer.finish(),
             }
             permits.give_for(printer.printed);
         }
     }
 
-    /// Prints outcomes at once if that cannot block, else leaves them to the printer's thread. To wake that thread costs one of
-    /// three context switches of a call, when calls are made one at a time.
+    /// Prints outcomes at once if that cannot block, else leaves them to the printer's thread. To
+    /// wake that thread costs one of three context switches of a call, when calls are made one at a
+    /// time.
     pub(crate) fn print(&self, outcomes: Vec<Outcome<Input>>, events: &EventSender<Event>) {
         let lines = lines(outcomes, self.format);
         let event = match try_lock(&self.shared) {
@@ -230,14 +255,20 @@ impl<W: Write> SharedPrinter<W> {
 }
 
 fn lines(outcomes: Vec<Outcome<Input>>, format: Format) -> Vec<Line> {
-    outcomes.into_iter().map(|outcome| Line::from_outcome(outcome, format)).collect()
+    outcomes
+        .into_iter()
+        .map(|outcome| Line::from_outcome(outcome, format))
+        .collect()
 }
 
 impl<W> Printer<W> {
-    /// Whether these lines can be printed without the printer's thread: errors, progress, and lines that wait for others or are
-    /// many are left to it.
+    /// Whether these lines can be printed without the printer's thread: errors, progress, and lines
+    /// that wait for others or are many are left to it.
     fn can_print_at_once(&self, lines: &[Line]) -> bool {
-        let len = lines.iter().map(|line| line.max_len(self.options.format)).sum::<Option<usize>>();
+        let len = lines
+            .iter()
+            .map(|line| line.max_len(self.options.format))
+            .sum::<Option<usize>>();
         self.progress.is_none()
             && self.waiting.is_empty()
             && !self.is_unflushed
@@ -258,7 +289,9 @@ enum Sink {
 impl Sink {
     fn of_stdout() -> Self {
         let stdout = io::stdout();
-        let Ok(status) = fstat(&stdout) else { return Sink::Other };
+        let Ok(status) = fstat(&stdout) else {
+            return Sink::Other;
+        };
         match FileType::from_raw_mode(status.st_mode) {
             FileType::RegularFile => Sink::File,
             FileType::CharacterDevice if !stdout.is_terminal() => Sink::File,
@@ -267,11 +300,14 @@ impl Sink {
         }
     }
 
-    /// Whether it takes [`MAX_AT_ONCE`] bytes without blocking. Half of a pipe is left to those who write at the same time.
+    /// Whether it takes [`MAX_AT_ONCE`] bytes without blocking. Half of a pipe is left to those who
+    /// write at the same time.
     fn takes_output(&self) -> bool {
         match self {
             Sink::File => true,
-            Sink::Pipe(size) => ioctl_fionread(io::stdout()).is_ok_and(|unread| unread <= *size as u64 / 2),
+            Sink::Pipe(size) => {
+                ioctl_fionread(io::stdout()).is_ok_and(|unread| unread <= *size as u64 / 2)
+            }
             Sink::Other => false,
         }
     }
@@ -300,17 +336,47 @@ mod tests {
     }
 
     fn ended(index: u64, result: Result<Answer, rpc_client::Error>) -> Event {
-        let context = Input { index, origin: Origin::Number { n: 90, line: None } };
-        let (request, correlation_id, latency) = (Request { context, body: Vec::new() }, Uuid::nil(), None);
-        Event::Lines(lines(vec![Outcome { request, correlation_id, latency, result }], Format::Raw))
+        let context = Input {
+            index,
+            origin: Origin::Number { n: 90, line: None },
+        };
+        let (request, correlation_id, latency) = (
+            Request {
+                context,
+                body: Vec::new(),
+            },
+            Uuid::nil(),
+            None,
+        );
+        Event::Lines(lines(
+            vec![Outcome {
+                request,
+                correlation_id,
+                latency,
+                result,
+            }],
+            Format::Raw,
+        ))
     }
 
     fn bad_line(index: u64) -> Event {
         let problem = NumberError::Malformed;
-        Event::BadInput(index, BadInput::NotANumber { line: 1, text: "x".into(), problem })
+        Event::BadInput(
+            index,
+            BadInput::NotANumber {
+                line: 1,
+                text: "x".into(),
+                problem,
+            },
+        )
     }
 
-    fn print(output: impl Write, options: &[&str], events: Vec<Event>, permits: &Sender<()>) -> io::Result<ExitCode> {
+    fn print(
+        output: impl Write,
+        options: &[&str],
+        events: Vec<Event>,
+        permits: &Sender<()>,
+    ) -> io::Result<ExitCode> {
         let cli = Cli::parse_from([&["rpc-client", "1"], options].concat());
         let (sender, receiver) = mpsc::channel();
         for event in events {
@@ -318,7 +384,8 @@ mod tests {
         }
         sender.send(Event::RunEnded).unwrap();
         let permits = Permits::new(permits.clone(), 2);
-        SharedPrinter::new(Printer::new(output, cli.output, false, None), permits).print_all(&receiver)
+        SharedPrinter::new(Printer::new(output, cli.output, false, None), permits)
+            .print_all(&receiver)
     }
 
     fn printed(options: &[&str], events: Vec<Event>) -> (String, ExitCode) {
@@ -329,8 +396,18 @@ mod tests {
 
     #[test]
     fn lines_are_printed_in_the_order_asked() {
-        let events = || vec![answered(2, "34"), bad_line(1), answered(0, "13"), answered(3, "55")];
-        assert_eq!(printed(&["-o", "raw"], events()), ("13\n\n34\n55\n".into(), ExitCode::Usage));
+        let events = || {
+            vec![
+                answered(2, "34"),
+                bad_line(1),
+                answered(0, "13"),
+                answered(3, "55"),
+            ]
+        };
+        assert_eq!(
+            printed(&["-o", "raw"], events()),
+            ("13\n\n34\n55\n".into(), ExitCode::Usage)
+        );
     }
 
     #[test]
@@ -345,7 +422,10 @@ mod tests {
         let unreadable = || Event::ReadError(Source::StandardInput.too_large());
         for (events, code) in [
             (vec![answered(0, "13")], ExitCode::Success),
-            (vec![answered(0, "13"), failed(1), answered(2, "21")], ExitCode::RemoteError),
+            (
+                vec![answered(0, "13"), failed(1), answered(2, "21")],
+                ExitCode::RemoteError,
+            ),
             (vec![unreadable(), failed(0)], ExitCode::Usage),
         ] {
             assert_eq!(printed(&["-o", "text"], events).1, code);

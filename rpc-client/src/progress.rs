@@ -1,6 +1,8 @@
-//! What moves on a terminal while calls take longer than a second. Nothing is shown in a pipe or with `--quiet`.
+//! What moves on a terminal while calls take longer than a second. Nothing is shown in a pipe or
+//! with `--quiet`.
 //!
-//! Not by a library: indicatif computes its rates with libm, which then is loaded in every call and takes 0.6 MB.
+//! Not by a library: indicatif computes its rates with libm, which then is loaded in every call and
+//! takes 0.6 MB.
 
 use crate::cli::Cli;
 use crate::input::Argument;
@@ -40,7 +42,8 @@ impl Progress {
         Self::start(cli, Some(cli.config.queue.clone()), None)
     }
 
-    /// The line of a batch: calls done, of how many if that is known, their rate, errors, and the time left.
+    /// The line of a batch: calls done, of how many if that is known, their rate, errors, and the
+    /// time left.
     pub(crate) fn of_batch(cli: &Cli) -> Option<Self> {
         Self::start(cli, None, count_calls(cli))
     }
@@ -50,7 +53,15 @@ impl Progress {
             return None;
         }
         let (begun, is_shown, is_finished) = (Instant::now(), false, false);
-        let state = State { begun, done: 0, errors: 0, total, queue, is_shown, is_finished };
+        let state = State {
+            begun,
+            done: 0,
+            errors: 0,
+            total,
+            queue,
+            is_shown,
+            is_finished,
+        };
         let state = Arc::new(Mutex::new(state));
         let drawn = state.clone();
         thread::spawn(move || {
@@ -92,9 +103,15 @@ impl State {
     /// Draws the line. False when it is no longer needed.
     fn draw(&mut self) -> bool {
         if !self.is_finished {
-            let width = terminal_size_of(io::stderr()).map_or(DEFAULT_WIDTH, |(Width(width), _)| width);
-            let line: String = self.line().chars().take(usize::from(width).saturating_sub(1)).collect();
-            let _ = write!(io::stderr(), "{}{line}", start_of_line()); // if it fails, nobody sees it
+            let width =
+                terminal_size_of(io::stderr()).map_or(DEFAULT_WIDTH, |(Width(width), _)| width);
+            let line: String = self
+                .line()
+                .chars()
+                .take(usize::from(width).saturating_sub(1))
+                .collect();
+            // If it fails, nobody sees it.
+            let _ = write!(io::stderr(), "{}{line}", start_of_line());
             self.is_shown = true;
         }
         !self.is_finished
@@ -111,7 +128,10 @@ impl State {
     fn line(&self) -> String {
         let elapsed = self.begun.elapsed();
         if let Some(queue) = &self.queue {
-            return format!("waiting for an answer from '{queue}' … {}s", elapsed.as_secs());
+            return format!(
+                "waiting for an answer from '{queue}' … {}s",
+                elapsed.as_secs()
+            );
         }
         let rate = self.done as f64 / elapsed.as_secs_f64();
         let (of_total, time_left) = match self.total {
@@ -122,7 +142,10 @@ impl State {
             Some(total) => (format!("/{total}"), String::new()),
             None => (String::new(), String::new()),
         };
-        format!("{}{of_total} calls, {rate:.0}/s, {} errors{time_left}", self.done, self.errors)
+        format!(
+            "{}{of_total} calls, {rate:.0}/s, {} errors{time_left}",
+            self.done, self.errors
+        )
     }
 }
 

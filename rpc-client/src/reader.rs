@@ -1,7 +1,9 @@
 //! The reader: from the arguments and lines of the input to requests.
 
 use crate::cli::{Cli, InputOptions};
-use crate::input::{number_line, read_lines, request_line, Argument, BadInput, Input, Origin, MAX_NUMBER_LINE};
+use crate::input::{
+    number_line, read_lines, request_line, Argument, BadInput, Input, Origin, MAX_NUMBER_LINE,
+};
 use crate::printer::Event;
 use crate::source::Source;
 use crossbeam_channel::Receiver;
@@ -15,7 +17,8 @@ use std::thread;
 
 /// The channel for the requests.
 pub(crate) fn requests(cli: &Cli) -> (RequestSender<Input>, Requests<Input>) {
-    // With a capacity, a request is announced not long before it is sent. Else the permits bound the requests.
+    // With a capacity, a request is announced not long before it is sent. Else the permits bound
+    // the requests.
     let capacity = cli.output.announces().then(|| cli.config.in_flight.into());
     rpc_client::requests(capacity)
 }
@@ -30,7 +33,15 @@ pub(crate) fn start(
 ) {
     let announces = cli.output.announces();
     let (input, repeat) = (cli.input.clone(), cli.repeat);
-    let reader = Reader { requests, events, permits, requests_per_permit, announces, repeat, index: 0 };
+    let reader = Reader {
+        requests,
+        events,
+        permits,
+        requests_per_permit,
+        announces,
+        repeat,
+        index: 0,
+    };
     // Not joined: when the calls end early, it may still wait for input.
     thread::spawn(move || reader.read(&input, BufReader::new(io::stdin())));
 }
@@ -67,7 +78,11 @@ impl Reader {
             return self.read_request_lines(source);
         }
         for (position, data) in (1..).zip(&input.data) {
-            self.send_or_report(data.read().map(|body| (Origin::Data(position), body)).map_err(BadInput::from))?;
+            self.send_or_report(
+                data.read()
+                    .map(|body| (Origin::Data(position), body))
+                    .map_err(BadInput::from),
+            )?;
         }
         self.read_numbers(&input.numbers, standard_input)
     }
@@ -76,9 +91,13 @@ impl Reader {
         let mut lines = (1..).zip(read_lines(standard_input, MAX_NUMBER_LINE));
         for argument in arguments {
             match argument {
-                Argument::Number(n) => self.send(Origin::Number { n: *n, line: None }, n.to_string().into())?,
+                Argument::Number(n) => {
+                    self.send(Origin::Number { n: *n, line: None }, n.to_string().into())?;
+                }
                 Argument::StandardInput => {
-                    self.read_lines(&Source::StandardInput, &mut lines, |line, bytes| number_line(line, &bytes))?;
+                    self.read_lines(&Source::StandardInput, &mut lines, |line, bytes| {
+                        number_line(line, &bytes)
+                    })?;
                 }
             }
         }
@@ -87,7 +106,9 @@ impl Reader {
 
     fn read_request_lines(&mut self, source: &Source) -> Option<()> {
         match source.open() {
-            Ok(input) => self.read_lines(source, (1..).zip(read_lines(input, MAX_SIZE)), request_line),
+            Ok(input) => {
+                self.read_lines(source, (1..).zip(read_lines(input, MAX_SIZE)), request_line)
+            }
             Err(error) => self.events.send(Event::ReadError(error)).ok(),
         }
     }
@@ -101,7 +122,12 @@ impl Reader {
         for (line, bytes) in lines {
             match bytes {
                 Ok(bytes) => self.send_or_report(parse(line, bytes))?,
-                Err(error) => return self.events.send(Event::ReadError(source.unreadable(&error))).ok(),
+                Err(error) => {
+                    return self
+                        .events
+                        .send(Event::ReadError(source.unreadable(&error)))
+                        .ok()
+                }
             }
         }
         Some(())
@@ -116,12 +142,21 @@ impl Reader {
 
     fn send(&mut self, origin: Origin, mut body: Vec<u8>) -> Option<()> {
         for left in (0..self.repeat).rev() {
-            let context = Input { index: self.next_index()?, origin };
+            let context = Input {
+                index: self.next_index()?,
+                origin,
+            };
             if self.announces {
                 announce(start_of_line(), origin);
             }
-            let body = if left == 0 { mem::take(&mut body) } else { body.clone() };
-            self.requests.send(Request { context, body }).then_some(())?;
+            let body = if left == 0 {
+                mem::take(&mut body)
+            } else {
+                body.clone()
+            };
+            self.requests
+                .send(Request { context, body })
+                .then_some(())?;
         }
         Some(())
     }
@@ -129,7 +164,9 @@ impl Reader {
     fn report(&mut self, bad_input: &BadInput) -> Option<()> {
         for _ in 0..self.repeat {
             let index = self.next_index()?;
-            self.events.send(Event::BadInput(index, bad_input.clone())).ok()?;
+            self.events
+                .send(Event::BadInput(index, bad_input.clone()))
+                .ok()?;
         }
         Some(())
     }
@@ -151,9 +188,18 @@ mod tests {
     use std::iter;
     use Argument::{Number, StandardInput};
 
-    /// Reads with `permits` for two lines each. Returns the inputs of the requests, and the other events.
-    fn read(arguments: &[Argument], input: impl BufRead, repeat: u64, permits: usize) -> (Vec<Input>, Vec<Event>) {
-        let options = InputOptions { numbers: arguments.into(), ..InputOptions::default() };
+    /// Reads with `permits` for two lines each. Returns the inputs of the requests, and the other
+    /// events.
+    fn read(
+        arguments: &[Argument],
+        input: impl BufRead,
+        repeat: u64,
+        permits: usize,
+    ) -> (Vec<Input>, Vec<Event>) {
+        let options = InputOptions {
+            numbers: arguments.into(),
+            ..InputOptions::default()
+        };
         let (requests, taken_requests) = rpc_client::requests(None);
         let (events, printer_events) = mpsc::channel();
         let permits = {
@@ -162,30 +208,57 @@ mod tests {
             receiver // without its sender, the reader does not wait for further permits
         };
         let (requests_per_permit, announces, index) = (2, false, 0);
-        let reader = Reader { requests, events, permits, requests_per_permit, announces, repeat, index };
+        let reader = Reader {
+            requests,
+            events,
+            permits,
+            requests_per_permit,
+            announces,
+            repeat,
+            index,
+        };
         reader.read(&options, input);
-        let inputs = iter::from_fn(|| taken_requests.try_take()).map(|request| request.context).collect();
+        let inputs = iter::from_fn(|| taken_requests.try_take())
+            .map(|request| request.context)
+            .collect();
         (inputs, printer_events.iter().collect())
     }
 
     fn input(index: u64, n: u64, line: impl Into<Option<u64>>) -> Input {
-        Input { index, origin: Origin::Number { n, line: line.into() } }
+        Input {
+            index,
+            origin: Origin::Number {
+                n,
+                line: line.into(),
+            },
+        }
     }
 
     #[test]
     fn arguments_and_lines_keep_their_order() {
         let arguments = [Number(1), StandardInput, Number(4)];
         let (inputs, events) = read(&arguments, &b"2\nx\n3\n"[..], 1, 9);
-        let expected = [input(0, 1, None), input(1, 2, 1), input(3, 3, 3), input(4, 4, None)];
+        let expected = [
+            input(0, 1, None),
+            input(1, 2, 1),
+            input(3, 3, 3),
+            input(4, 4, None),
+        ];
         assert_eq!(inputs, expected);
-        assert!(matches!(&events[..], [Event::BadInput(2, BadInput::NotANumber { line: 2, .. })]));
+        assert!(matches!(
+            &events[..],
+            [Event::BadInput(2, BadInput::NotANumber { line: 2, .. })]
+        ));
     }
 
     #[test]
     fn every_number_and_bad_line_is_repeated() {
         let (inputs, events) = read(&[StandardInput], &b"7\nx\n"[..], 2, 9);
         assert_eq!(inputs, [input(0, 7, 1), input(1, 7, 1)]);
-        assert!(matches!(&events[..], [Event::BadInput(2, _), Event::BadInput(3, _)]));
+        assert!(matches!(
+            &events[..],
+            [Event::BadInput(2, _), Event::BadInput(3, _)]
+        ));
     }
 
     #[test]
@@ -193,7 +266,11 @@ mod tests {
         let numbers = [1, 2, 3, 4, 5, 6].map(Number);
         for (permits, count) in [(0, 0), (1, 2), (2, 4), (3, 6)] {
             assert_eq!(read(&numbers, io::empty(), 1, permits).0.len(), count);
-            assert_eq!(read(&numbers[..1], io::empty(), 6, permits).0.len(), count, "repeated");
+            assert_eq!(
+                read(&numbers[..1], io::empty(), 6, permits).0.len(),
+                count,
+                "repeated"
+            );
         }
     }
 

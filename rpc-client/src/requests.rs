@@ -33,7 +33,8 @@ struct Shared {
     is_stopped: AtomicBool,
 }
 
-/// A channel for the requests of a run. If there is a `capacity`, the sender waits while so many are not taken.
+/// A channel for the requests of a run. If there is a `capacity`, the sender waits while so many
+/// are not taken.
 ///
 /// # Panics
 /// When the system refuses a file descriptor.
@@ -41,14 +42,28 @@ pub fn requests<T>(capacity: Option<usize>) -> (RequestSender<T>, Requests<T>) {
     let (sender, receiver) = capacity.map_or_else(unbounded, bounded);
     let waker = Waker::new().expect("the system provides a file descriptor");
     let [is_awaited, is_closed, is_stopped] = [(); 3].map(|()| AtomicBool::new(false));
-    let shared = Arc::new(Shared { waker, is_awaited, is_closed, is_stopped });
-    (RequestSender { sender: Some(sender), shared: shared.clone() }, Requests { receiver, shared })
+    let shared = Arc::new(Shared {
+        waker,
+        is_awaited,
+        is_closed,
+        is_stopped,
+    });
+    (
+        RequestSender {
+            sender: Some(sender),
+            shared: shared.clone(),
+        },
+        Requests { receiver, shared },
+    )
 }
 
 impl<T> RequestSender<T> {
     /// Sends a request. False if nobody receives it: the run has ended.
     pub fn send(&self, request: Request<T>) -> bool {
-        let is_sent = self.sender.as_ref().is_some_and(|sender| sender.send(request).is_ok());
+        let is_sent = self
+            .sender
+            .as_ref()
+            .is_some_and(|sender| sender.send(request).is_ok());
         self.shared.wake_for_request();
         is_sent
     }
@@ -103,17 +118,21 @@ impl<T> Requests<T> {
         self.shared.is_stopped.load(Ordering::SeqCst)
     }
 
-    /// Whether the event loop must not wait: it is stopped; or it `takes_requests`, and one is there or there are no more. Else
-    /// the next request wakes it.
+    /// Whether the event loop must not wait: it is stopped; or it `takes_requests`, and one is
+    /// there or there are no more. Else the next request wakes it.
     pub(crate) fn is_ready(&self, takes_requests: bool) -> bool {
-        self.shared.is_awaited.store(takes_requests, Ordering::SeqCst);
+        self.shared
+            .is_awaited
+            .store(takes_requests, Ordering::SeqCst);
         let has_news = || !self.receiver.is_empty() || self.shared.is_closed.load(Ordering::SeqCst);
         self.is_stopped() || (takes_requests && has_news())
     }
 
     /// Waits until [`is_ready`](Self::is_ready), or until this instant. It may end before that.
     pub(crate) fn wait(&self, until: Option<Instant>, takes_requests: bool) {
-        self.shared.waker.wait(until, &|| self.is_ready(takes_requests));
+        self.shared
+            .waker
+            .wait(until, &|| self.is_ready(takes_requests));
     }
 }
 
@@ -123,7 +142,10 @@ mod tests {
     use std::thread;
 
     fn request(number: u8) -> Request<()> {
-        Request { context: (), body: vec![number] }
+        Request {
+            context: (),
+            body: vec![number],
+        }
     }
 
     #[test]

@@ -10,28 +10,38 @@ pub(crate) const MIN_PAUSE: Duration = Duration::from_millis(10);
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Progress {
     NoCalls,
-    NothingSent { was_connected: bool, time_left: Duration },
+    NothingSent {
+        was_connected: bool,
+        time_left: Duration,
+    },
     Sent,
 }
 
 /// Whether an error of a connection ends the run.
 ///
-/// Before anything is sent, the run ends at once if it was never connected, and else when retrying cannot help or the
-/// time is up. What was sent may have run: then only a missing permission ends the run.
+/// Before anything is sent, the run ends at once if it was never connected, and else when retrying
+/// cannot help or the time is up. What was sent may have run: then only a missing permission ends
+/// the run.
 pub(crate) fn ends_run(error: &Error, progress: Progress) -> bool {
     match progress {
         Progress::NoCalls => false, // the next call connects again
-        Progress::Sent => matches!(&error.kind, ErrorKind::Refused(reason) if reason.code == ACCESS_REFUSED),
-        Progress::NothingSent { was_connected, time_left } => {
-            error.is_permanent() || !was_connected || time_left <= MIN_PAUSE
+        Progress::Sent => {
+            matches!(&error.kind, ErrorKind::Refused(reason) if reason.code == ACCESS_REFUSED)
         }
+        Progress::NothingSent {
+            was_connected,
+            time_left,
+        } => error.is_permanent() || !was_connected || time_left <= MIN_PAUSE,
     }
 }
 
-/// What the broker said, if it closed the channel because a request is larger than its `max_message_size`.
+/// What the broker said, if it closed the channel because a request is larger than its
+/// `max_message_size`.
 pub(crate) fn too_large_reason(error: &Error) -> Option<&str> {
     match &error.kind {
-        ErrorKind::ChannelClosed(reason) if reason.code == PRECONDITION_FAILED => Some(&*reason.text),
+        ErrorKind::ChannelClosed(reason) if reason.code == PRECONDITION_FAILED => {
+            Some(&*reason.text)
+        }
         _ => None,
     }
     .filter(|text| text.contains("message size"))
@@ -47,20 +57,32 @@ mod tests {
     }
 
     fn refused(code: u16) -> Error {
-        Error::new("rabbit:5672", ErrorKind::Refused(Reason { code, text: "no".into() }))
+        Error::new(
+            "rabbit:5672",
+            ErrorKind::Refused(Reason {
+                code,
+                text: "no".into(),
+            }),
+        )
     }
 
     const TIME_LEFT: Duration = Duration::from_secs(30);
 
     #[test]
     fn a_run_that_was_never_connected_ends_with_the_first_error() {
-        let progress = Progress::NothingSent { was_connected: false, time_left: TIME_LEFT };
+        let progress = Progress::NothingSent {
+            was_connected: false,
+            time_left: TIME_LEFT,
+        };
         assert!(ends_run(&lost(), progress));
     }
 
     #[test]
     fn a_run_that_was_connected_ends_when_retrying_cannot_help_or_the_time_is_up() {
-        let progress = |time_left| Progress::NothingSent { was_connected: true, time_left };
+        let progress = |time_left| Progress::NothingSent {
+            was_connected: true,
+            time_left,
+        };
         assert!(!ends_run(&lost(), progress(TIME_LEFT)));
         let credentials = Error::new("rabbit:5672", ErrorKind::Credentials("user 'me'".into()));
         assert!(ends_run(&credentials, progress(TIME_LEFT)));
@@ -70,11 +92,26 @@ mod tests {
     #[test]
     fn a_request_that_is_too_large_is_told_from_other_errors_of_the_channel() {
         let closed = |code, text: &str| {
-            Error::new("rabbit:5672", ErrorKind::ChannelClosed(Reason { code, text: text.to_owned() }))
+            Error::new(
+                "rabbit:5672",
+                ErrorKind::ChannelClosed(Reason {
+                    code,
+                    text: text.to_owned(),
+                }),
+            )
         };
         let text = "PRECONDITION_FAILED - message size 9 is larger than configured max size 8";
-        assert_eq!(too_large_reason(&closed(PRECONDITION_FAILED, text)), Some(text));
-        assert_eq!(too_large_reason(&closed(PRECONDITION_FAILED, "PRECONDITION_FAILED - invalid expiration")), None);
+        assert_eq!(
+            too_large_reason(&closed(PRECONDITION_FAILED, text)),
+            Some(text)
+        );
+        assert_eq!(
+            too_large_reason(&closed(
+                PRECONDITION_FAILED,
+                "PRECONDITION_FAILED - invalid expiration"
+            )),
+            None
+        );
         assert_eq!(too_large_reason(&closed(404, text)), None);
         assert_eq!(too_large_reason(&lost()), None);
     }

@@ -1,8 +1,8 @@
 //! A session: one connection with its reply queue, and the thread that makes its blocking calls.
 //!
-//! The event loop drives the link of the connection: it reads replies, and publishes requests. The thread makes the blocking calls,
-//! one after the other, so that the event loop never blocks: connecting, starting the consumer, looking at the request queue,
-//! closing.
+//! The event loop drives the link of the connection: it reads replies, and publishes requests. The
+//! thread makes the blocking calls, one after the other, so that the event loop never blocks:
+//! connecting, starting the consumer, looking at the request queue, closing.
 
 use crate::call::{Config, Error, ReplyTo};
 use crate::pending::Call;
@@ -10,8 +10,8 @@ use crate::requests::Requests;
 use amiquip::ConsumerOptions;
 use crossbeam_channel::{unbounded, Receiver, Sender};
 use rpc_common::connection::{
-    close_timeout, ChannelInbox, Connection, Deadline, Endpoint, Error as ConnectionError, ErrorKind, HeaderTooLarge,
-    Link, Notification, Owner, Publisher, QueueStats, Waker,
+    close_timeout, ChannelInbox, Connection, Deadline, Endpoint, Error as ConnectionError,
+    ErrorKind, HeaderTooLarge, Link, Notification, Owner, Publisher, QueueStats, Waker,
 };
 use rpc_common::message::{self, unix_time_ms, DEADLINE_HEADER};
 use rpc_common::properties::TableBuilder;
@@ -25,8 +25,8 @@ use uuid::Uuid;
 /// The queue name that means direct reply-to.
 const DIRECT_REPLY_TO: &str = "amq.rabbitmq.reply-to";
 
-/// How many replies, and returned requests, may be unread: some for each call, which may be sent and answered more than
-/// once, and some for replies to no call.
+/// How many replies, and returned requests, may be unread: some for each call, which may be sent
+/// and answered more than once, and some for replies to no call.
 const MAX_UNREAD_PER_CALL: usize = 8;
 const MAX_UNREAD: usize = 1_000;
 
@@ -47,7 +47,8 @@ pub(crate) struct Session {
     pub(crate) consumer_deadline: Option<Instant>,
     /// Whether the queue is being looked at.
     pub(crate) is_checking: bool,
-    /// When closing must have ended: the first deadline of the pending calls, kept when none is left.
+    /// When closing must have ended: the first deadline of the pending calls, kept when none is
+    /// left.
     pub(crate) close_deadline: Deadline,
 }
 
@@ -110,7 +111,8 @@ impl RequestPublisher {
             deadline_ms: Some(unix_time_ms(SystemTime::now() + time_left)),
             ..message::Request::default()
         };
-        self.publisher.publish(&request.encode(queue.as_bytes(), Some(time_left)))?;
+        self.publisher
+            .publish(&request.encode(queue.as_bytes(), Some(time_left)))?;
         call.mark_sent(Instant::now());
         if self.publisher.buffered() > MAX_BUFFERED {
             self.flush();
@@ -118,15 +120,16 @@ impl RequestPublisher {
         Ok(())
     }
 
-    /// Whether the broker takes what we send. While it does not nothing is encoded: a request would say how much time it had left
-    /// then, and would be run when its caller has gone.
+    /// Whether the broker takes what we send. While it does not nothing is encoded: a request would
+    /// say how much time it had left then, and would be run when its caller has gone.
     pub(crate) fn is_writable(&self) -> bool {
         !self.publisher.has_backlog()
     }
 
     /// Writes the requests that were added.
     pub(crate) fn flush(&self) {
-        let _ = self.publisher.flush(); // fails if the channel or the connection has ended: the inbox tells how
+        // Fails if the channel or the connection has ended: the inbox tells how.
+        let _ = self.publisher.flush();
     }
 }
 
@@ -138,7 +141,8 @@ enum Command {
 
 /// What the thread reports.
 pub(crate) enum SessionEvent {
-    /// A socket is connected, and the event loop is to drive its link. (The link of an attempt before may have ended.)
+    /// A socket is connected, and the event loop is to drive its link. (The link of an attempt
+    /// before may have ended.)
     Linked(Arc<Link>),
     /// Requests can be published.
     Connected(Box<Connected>),
@@ -172,8 +176,8 @@ impl Drop for Reporter {
 }
 
 impl Session {
-    /// Starts to connect. The deadline is that of connecting. If it `needs_consumers`, a request queue without them ends it. The
-    /// `waker` ends a wait of the event loop.
+    /// Starts to connect. The deadline is that of connecting. If it `needs_consumers`, a request
+    /// queue without them ends it. The `waker` ends a wait of the event loop.
     pub(crate) fn start(
         endpoints: Vec<Endpoint>,
         config: &Config,
@@ -184,7 +188,10 @@ impl Session {
         let (commands, received) = unbounded();
         let (sender, events) = unbounded();
         let config = config.clone();
-        let reporter = Reporter { events: sender, waker: waker.clone() };
+        let reporter = Reporter {
+            events: sender,
+            waker: waker.clone(),
+        };
         let latest_link = Arc::new(Mutex::new(LatestLink::None));
         let latest = latest_link.clone();
         thread::spawn(move || {
@@ -195,8 +202,14 @@ impl Session {
             let owner = Owner::Caller(reporter.waker.clone(), &take_link);
             match Connection::open_any(&endpoints, "rpc-client", &deadline, &owner) {
                 Ok(mut connection) => {
-                    let result =
-                        run_session(&mut connection, &config, needs_consumers, &deadline, &reporter, &received);
+                    let result = run_session(
+                        &mut connection,
+                        &config,
+                        needs_consumers,
+                        &deadline,
+                        &reporter,
+                        &received,
+                    );
                     // Before the connection is closed: the event loop would learn its end first.
                     result.unwrap_or_else(|error| reporter.report(SessionEvent::Failed(error)));
                 }
@@ -225,12 +238,21 @@ impl Session {
         Some(event)
     }
 
-    /// Drives the link until something arrives, a request if it `takes_requests`, or until this instant.
-    pub(crate) fn wait<T>(&self, until: Option<Instant>, requests: &Requests<T>, takes_requests: bool) {
-        self.drive(until, requests.waker(), &|| requests.is_ready(takes_requests));
+    /// Drives the link until something arrives, a request if it `takes_requests`, or until this
+    /// instant.
+    pub(crate) fn wait<T>(
+        &self,
+        until: Option<Instant>,
+        requests: &Requests<T>,
+        takes_requests: bool,
+    ) {
+        self.drive(until, requests.waker(), &|| {
+            requests.is_ready(takes_requests)
+        });
     }
 
-    /// Receives what the broker has sent by now, but no more than `max_reads` pieces: a peer may never stop sending.
+    /// Receives what the broker has sent by now, but no more than `max_reads` pieces: a peer may
+    /// never stop sending.
     pub(crate) fn receive(&self, max_reads: u32) {
         let now = Some(Instant::now());
         let has_input = |link: &Arc<Link>| link.drive(now, &|| true);
@@ -263,7 +285,8 @@ impl Session {
         !self.events.is_empty()
     }
 
-    /// Ends the connection, and with it a blocking call of the thread: the broker has not answered it in time.
+    /// Ends the connection, and with it a blocking call of the thread: the broker has not answered
+    /// it in time.
     pub(crate) fn give_up(&self) {
         if let Some(link) = &self.link {
             link.give_up();
@@ -272,7 +295,8 @@ impl Session {
 
     /// Closes the connection. Waits for the broker no longer than [`Connection`] does.
     pub(crate) fn close(mut self, waker: &Waker) {
-        let _ = self.commands.send(Command::Close(self.close_deadline)); // fails if the thread has ended
+        // Fails if the thread has ended.
+        let _ = self.commands.send(Command::Close(self.close_deadline));
         let limit = Deadline::after(close_timeout(&self.close_deadline));
         while !limit.remaining().is_zero() {
             match self.take_event() {
@@ -281,7 +305,8 @@ impl Session {
                 None => self.drive(Some(limit.instant()), waker, &|| false),
             }
         }
-        lock(&self.latest_link).abandon(); // if the thread has not ended, this ends its blocking call
+        // If the thread has not ended, this ends its blocking call.
+        lock(&self.latest_link).abandon();
     }
 }
 
@@ -316,22 +341,34 @@ fn run_session(
         headers: headers(config),
     };
     let (inbox, notifications) = (channel.inbox.clone(), connection.link().notifications());
-    let connected = SessionEvent::Connected(Box::new(Connected { publisher, inbox, notifications }));
+    let connected = SessionEvent::Connected(Box::new(Connected {
+        publisher,
+        inbox,
+        notifications,
+    }));
 
-    let options = ConsumerOptions { no_ack: true, exclusive: true, ..ConsumerOptions::default() };
+    let options = ConsumerOptions {
+        no_ack: true,
+        exclusive: true,
+        ..ConsumerOptions::default()
+    };
     let consume = |deadline: &Deadline| {
         let step = "starting a consumer";
-        channel.run_blocking(deadline, step, |amqp| amqp.basic_consume(&reply_queue, options.clone()))
+        channel.run_blocking(deadline, step, |amqp| {
+            amqp.basic_consume(&reply_queue, options.clone())
+        })
     };
-    // amiquip ends the connection when the consumer is dropped and the broker confirms its cancellation.
+    // amiquip ends the connection when the consumer is dropped and the broker confirms its
+    // cancellation.
     let _consumer = if config.reply_to == ReplyTo::Direct {
         let consumer = consume(deadline)?; // must be there before the first request
         reporter.report(connected);
         consumer
     } else {
-        // Requests are published meanwhile, and their replies wait in the queue. This has no deadline: a broker that
-        // blocks publishers answers when it unblocks them. If it does not block them, and has not answered in time or when
-        // all calls have expired, the event loop ends this wait by shutting the socket down.
+        // Requests are published meanwhile, and their replies wait in the queue. This has no
+        // deadline: a broker that blocks publishers answers when it unblocks them. If it does not
+        // block them, and has not answered in time or when all calls have expired, the event loop
+        // ends this wait by shutting the socket down.
         reporter.report(connected);
         let consumer = consume(&Deadline::after(Duration::MAX));
         consumer.map_err(|error| explain_refusal(connection, &reply_queue, error, deadline))?
@@ -341,10 +378,14 @@ fn run_session(
     for command in commands {
         match command {
             Command::CheckQueue => {
-                reporter.report(SessionEvent::QueueChecked(check_queue(connection, &config.queue)?));
+                reporter.report(SessionEvent::QueueChecked(check_queue(
+                    connection,
+                    &config.queue,
+                )?));
             }
             Command::Close(deadline) => {
-                connection.close_by(&deadline)?; // before the consumer is dropped, which would wait for the broker
+                // Before the consumer is dropped, which would wait for the broker.
+                connection.close_by(&deadline)?;
                 break;
             }
         }
@@ -354,13 +395,25 @@ fn run_session(
 
 /// The headers of all requests. Of several with one name the last one counts.
 fn headers(config: &Config) -> TableBuilder {
-    let by_name: BTreeMap<_, _> = config.headers.iter().map(|(name, value)| (name, value)).collect();
-    let headers = by_name.into_iter().filter(|(name, _)| *name != DEADLINE_HEADER); // that one is of each request
-    headers.fold(TableBuilder::default(), |table, (name, value)| table.with_text(name, value))
+    let by_name: BTreeMap<_, _> = config
+        .headers
+        .iter()
+        .map(|(name, value)| (name, value))
+        .collect();
+    let headers = by_name
+        .into_iter()
+        .filter(|(name, _)| *name != DEADLINE_HEADER); // that one is of each request
+    headers.fold(TableBuilder::default(), |table, (name, value)| {
+        table.with_text(name, value)
+    })
 }
 
 /// Refuses a queue that does not exist or has no consumers.
-fn check_consumers(connection: &mut Connection, queue: &str, deadline: &Deadline) -> Result<(), Error> {
+fn check_consumers(
+    connection: &mut Connection,
+    queue: &str,
+    deadline: &Deadline,
+) -> Result<(), Error> {
     let (queue, broker) = (queue.to_owned(), connection.broker().to_owned());
     match connection.queue_stats(&queue, deadline) {
         Ok(QueueStats { consumers: 0, .. }) => Err(Error::NoConsumers { queue, broker }),
@@ -370,26 +423,33 @@ fn check_consumers(connection: &mut Connection, queue: &str, deadline: &Deadline
     }
 }
 
-/// The error of a consumer that the broker refused, after requests were published: [`Error::RefusedAfterSend`] if they may have
-/// run, else [`Error::Connection`].
+/// The error of a consumer that the broker refused, after requests were published:
+/// [`Error::RefusedAfterSend`] if they may have run, else [`Error::Connection`].
 fn explain_refusal(
     connection: &mut Connection,
     reply_queue: &str,
     error: ConnectionError,
     deadline: &Deadline,
 ) -> Error {
-    let ErrorKind::Refused(reason) = &error.kind else { return Error::Connection(error) };
+    let ErrorKind::Refused(reason) = &error.kind else {
+        return Error::Connection(error);
+    };
     // The user may not write to the default exchange: the broker refused the requests.
     let is_about_requests = reason.text.contains("exchange");
-    // The user may not configure the reply queue: the broker refused its declaration, and ignored what followed.
+    // The user may not configure the reply queue: the broker refused its declaration, and ignored
+    // what followed.
     let has_reply_queue = connection.queue_stats(reply_queue, deadline).is_ok();
     if is_about_requests || !has_reply_queue {
         return Error::Connection(error);
     }
-    Error::RefusedAfterSend(error) // the user may not read from the reply queue: only the answers are refused
+    // The user may not read from the reply queue: only the answers are refused.
+    Error::RefusedAfterSend(error)
 }
 
-fn check_queue(connection: &mut Connection, queue: &str) -> Result<Result<QueueStats, ErrorKind>, ConnectionError> {
+fn check_queue(
+    connection: &mut Connection,
+    queue: &str,
+) -> Result<Result<QueueStats, ErrorKind>, ConnectionError> {
     // Without a deadline, which would end the connection when it passes. Heartbeats bound it.
     match connection.queue_stats(queue, &Deadline::after(Duration::MAX)) {
         Err(error) if error.ends_connection() => Err(error),

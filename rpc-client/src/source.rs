@@ -48,12 +48,15 @@ pub(crate) const TOO_LARGE: &str = "larger than 512MiB, RabbitMQ's limit";
 impl Source {
     /// Checks that it can be read, and returns its size; 0 if that is not known.
     pub(crate) fn check(&self) -> Result<u64, Unreadable> {
-        let Source::File(path) = self else { return Ok(0) };
+        let Source::File(path) = self else {
+            return Ok(0);
+        };
         let check = || {
             let metadata = fs::metadata(path)?;
             match metadata.file_type() {
                 kind if kind.is_dir() => Err(ErrorKind::IsADirectory.into()),
-                // Opened in its turn only: this waits for its writer, who notices if it is closed again.
+                // Opened in its turn only: this waits for its writer, who notices if it is closed
+                // again.
                 kind if kind.is_fifo() => Ok(0),
                 _ => File::open(path).map(|_| metadata.len()),
             }
@@ -64,7 +67,9 @@ impl Source {
     pub(crate) fn open(&self) -> Result<Box<dyn BufRead>, Unreadable> {
         Ok(match self {
             Source::StandardInput => Box::new(BufReader::new(io::stdin())),
-            Source::File(path) => Box::new(BufReader::new(File::open(path).map_err(|error| self.unreadable(&error))?)),
+            Source::File(path) => Box::new(BufReader::new(
+                File::open(path).map_err(|error| self.unreadable(&error))?,
+            )),
         })
     }
 
@@ -80,10 +85,16 @@ impl Source {
     }
 
     pub(crate) fn unreadable(&self, error: &io::Error) -> Unreadable {
-        Unreadable { name: self.to_string(), reason: describe_io_error(error) }
+        Unreadable {
+            name: self.to_string(),
+            reason: describe_io_error(error),
+        }
     }
 
     pub(crate) fn too_large(&self) -> Unreadable {
-        Unreadable { name: self.to_string(), reason: TOO_LARGE.into() }
+        Unreadable {
+            name: self.to_string(),
+            reason: TOO_LARGE.into(),
+        }
     }
 }

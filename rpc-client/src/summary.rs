@@ -13,12 +13,13 @@ use std::io::{self, Write};
 use std::time::{Duration, Instant};
 use terminal_size::{terminal_size_of, Width};
 
-/// The latencies that the histogram distinguishes, in microseconds, and its precision in decimal digits.
+/// The latencies that the histogram distinguishes, in microseconds, and its precision in decimal
+/// digits.
 const MAX_LATENCY: u64 = 366 * 24 * 60 * 60 * 1_000_000;
 const PRECISION: u8 = 3;
 
-/// The rows of the histogram: as many as there are percentiles. What a row takes without its bar, and the longest bar, in
-/// columns.
+/// The rows of the histogram: as many as there are percentiles. What a row takes without its bar,
+/// and the longest bar, in columns.
 const ROWS: i32 = 6;
 const WIDTH_WITHOUT_BAR: usize = 43;
 const MIN_WIDTH: u16 = 60;
@@ -67,37 +68,55 @@ impl Summary {
                 Some((Width(width @ MIN_WIDTH..), _)) => self.histogram(&figures, width.into()),
                 _ => format!("rpc-client: {figures}\n"),
             },
-            SummaryFormat::Json => serde_json::to_string(&figures).expect("figures are plain JSON") + "\n",
+            SummaryFormat::Json => {
+                serde_json::to_string(&figures).expect("figures are plain JSON") + "\n"
+            }
         };
-        let _ = io::stderr().write_all(text.as_bytes()); // if it cannot be written, the exit code is left
+        // If it cannot be written, the exit code is left.
+        let _ = io::stderr().write_all(text.as_bytes());
     }
 
     /// The latencies as a histogram, with the percentiles beside it.
     fn histogram(&self, figures: &Figures, width: usize) -> String {
-        let Some(latency) = &figures.latency_ms else { return format!("rpc-client: {figures}\n") };
+        let Some(latency) = &figures.latency_ms else {
+            return format!("rpc-client: {figures}\n");
+        };
         let bar_width = width.saturating_sub(WIDTH_WITHOUT_BAR).clamp(1, MAX_BAR);
         let bounds = self.bounds();
         let mut counts = vec![0; bounds.len()];
         for value in self.latencies.iter_recorded() {
-            let row = bounds.partition_point(|bound| *bound <= value.value_iterated_to()).saturating_sub(1);
+            let row = bounds
+                .partition_point(|bound| *bound <= value.value_iterated_to())
+                .saturating_sub(1);
             counts[row] += value.count_at_value();
         }
         let most = counts.iter().copied().max().unwrap_or(1).max(1);
         let mut text = format!("rpc-client: {}\n", figures.totals());
         for ((from, count), (name, value)) in bounds.into_iter().zip(counts).zip(latency.named()) {
-            let bar = "▇".repeat(usize::try_from(count * bar_width as u64 / most).unwrap_or(bar_width));
+            let bar =
+                "▇".repeat(usize::try_from(count * bar_width as u64 / most).unwrap_or(bar_width));
             let from = millis(Duration::from_micros(from));
-            let _ = writeln!(text, "{from:>9.2} ms {bar:<bar_width$} {count:>8}  {name:>5} {value:>9.2} ms");
+            let _ = writeln!(
+                text,
+                "{from:>9.2} ms {bar:<bar_width$} {count:>8}  {name:>5} {value:>9.2} ms"
+            );
         }
         text
     }
 
-    /// Where the histogram's rows begin, in microseconds, from the least latency on: each is the same multiple of the one before.
-    #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // up to a year
+    /// Where the histogram's rows begin, in microseconds, from the least latency on: each is the
+    /// same multiple of the one before.
+    #[allow(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss
+    )] // up to a year
     fn bounds(&self) -> Vec<u64> {
         let (min, max) = (self.latencies.min().max(1), self.latencies.max());
         let factor = root_of_rows(max as f64 / min as f64);
-        (0..ROWS).map(|row| (min as f64 * factor.powi(row)) as u64).collect()
+        (0..ROWS)
+            .map(|row| (min as f64 * factor.powi(row)) as u64)
+            .collect()
     }
 
     fn figures(&self) -> Figures<'_> {
@@ -123,8 +142,8 @@ impl Summary {
     }
 }
 
-/// The number that is `number`, 1 or more, when it is multiplied by itself for each row. Found by halving: `powf` would load libm,
-/// 0.5 MB in every call.
+/// The number that is `number`, 1 or more, when it is multiplied by itself for each row. Found by
+/// halving: `powf` would load libm, 0.5 MB in every call.
 fn root_of_rows(number: f64) -> f64 {
     let (mut low, mut high) = (1.0, number);
     for _ in 0..64 {
@@ -138,10 +157,14 @@ fn root_of_rows(number: f64) -> f64 {
     high
 }
 
-/// A server may use any number of codes of its own: they count as one, so that the summary stays small.
+/// A server may use any number of codes of its own: they count as one, so that the summary stays
+/// small.
 fn summary_code(error: &Error) -> &str {
     match error {
-        Error::Call(CallError::Failed(Failure { code: ErrorCode::Other(_), .. })) => "other",
+        Error::Call(CallError::Failed(Failure {
+            code: ErrorCode::Other(_),
+            ..
+        })) => "other",
         error => error.code(),
     }
 }
@@ -173,27 +196,60 @@ struct Latency {
 
 impl Latency {
     fn named(&self) -> [(&'static str, f64); ROWS as usize] {
-        let Latency { min, p50, p90, p99, p99_9, max } = *self;
-        [("min", min), ("p50", p50), ("p90", p90), ("p99", p99), ("p99.9", p99_9), ("max", max)]
+        let Latency {
+            min,
+            p50,
+            p90,
+            p99,
+            p99_9,
+            max,
+        } = *self;
+        [
+            ("min", min),
+            ("p50", p50),
+            ("p90", p90),
+            ("p99", p99),
+            ("p99.9", p99_9),
+            ("max", max),
+        ]
     }
 }
 
 impl Figures<'_> {
     /// All but the latencies.
     fn totals(&self) -> String {
-        let Figures { calls, errors, seconds, calls_per_second, .. } = self;
+        let Figures {
+            calls,
+            errors,
+            seconds,
+            calls_per_second,
+            ..
+        } = self;
         let s = if *calls == 1 { "" } else { "s" };
-        let errors: Vec<_> = errors.iter().map(|(code, count)| format!("{count} {code}")).collect();
-        let errors = if errors.is_empty() { "none".into() } else { errors.join(", ") };
-        format!("{calls} call{s} in {seconds:.3} s, {calls_per_second:.0} calls/s; errors: {errors}")
+        let errors: Vec<_> = errors
+            .iter()
+            .map(|(code, count)| format!("{count} {code}"))
+            .collect();
+        let errors = if errors.is_empty() {
+            "none".into()
+        } else {
+            errors.join(", ")
+        };
+        format!(
+            "{calls} call{s} in {seconds:.3} s, {calls_per_second:.0} calls/s; errors: {errors}"
+        )
     }
 }
 
 impl Display for Figures<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.totals())?;
-        let Some(latency) = &self.latency_ms else { return Ok(()) };
-        let latencies = latency.named().map(|(name, value)| format!("{name} {value:.2}"));
+        let Some(latency) = &self.latency_ms else {
+            return Ok(());
+        };
+        let latencies = latency
+            .named()
+            .map(|(name, value)| format!("{name} {value:.2}"));
         write!(f, "; latency in ms: {}", latencies.join(", "))
     }
 }
@@ -205,7 +261,10 @@ mod tests {
     #[test]
     fn the_root_of_the_rows_is_found() {
         for root in [1.0, 1.001, 2.0, 30.0] {
-            assert!((root_of_rows(f64::powi(root, ROWS)) / root - 1.0).abs() < 1e-9, "{root}");
+            assert!(
+                (root_of_rows(f64::powi(root, ROWS)) / root - 1.0).abs() < 1e-9,
+                "{root}"
+            );
         }
     }
 }

@@ -1,4 +1,5 @@
-//! Writes lines on a thread of its own, so that a reader that has stopped (Ctrl-S, a full pipe) does not stop the program.
+//! Writes lines on a thread of its own, so that a reader that has stopped (Ctrl-S, a full pipe)
+//! does not stop the program.
 
 use crossbeam_channel::{bounded, Receiver, Sender};
 use std::convert::Infallible;
@@ -23,20 +24,25 @@ enum Message {
 }
 
 impl BackgroundWriter {
-    /// Starts the thread. It ends when the last clone is dropped, or when the output cannot be written.
+    /// Starts the thread. It ends when the last clone is dropped, or when the output cannot be
+    /// written.
     ///
     /// # Panics
     /// When the system refuses a thread.
     pub fn start(output: impl Write + Send + 'static) -> Self {
         let (sender, messages) = bounded(MAX_WAITING);
         let write = move || write_lines(output, &messages);
-        thread::Builder::new().name("writer".into()).spawn(write).expect("the system provides a thread");
+        thread::Builder::new()
+            .name("writer".into())
+            .spawn(write)
+            .expect("the system provides a thread");
         BackgroundWriter(sender)
     }
 
     /// Writes a line, or drops it.
     pub fn write_line(&self, line: String) {
-        let _ = self.0.try_send(Message::Line(line)); // fails if the reader has stopped, or went away
+        // Fails if the reader has stopped, or went away.
+        let _ = self.0.try_send(Message::Line(line));
     }
 
     /// Waits until the lines are written, but a second at most.

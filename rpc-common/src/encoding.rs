@@ -69,7 +69,8 @@ impl<'a> Reader<'a> {
         self.bytes(len.into())
     }
 
-    /// Takes a long string, or the content of a table or an array: a length of 4 bytes, then the bytes.
+    /// Takes a long string, or the content of a table or an array: a length of 4 bytes, then the
+    /// bytes.
     ///
     /// # Errors
     /// [`Malformed`]
@@ -79,7 +80,8 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Appends a short string. Bytes beyond 255 are left out: the options of both programs allow no longer one.
+/// Appends a short string. Bytes beyond 255 are left out: the options of both programs allow no
+/// longer one.
 pub fn put_short_string(to: &mut Vec<u8>, bytes: &[u8]) {
     let len = u8::try_from(bytes.len()).unwrap_or(u8::MAX);
     to.push(len);
@@ -102,16 +104,32 @@ mod tests {
 
     #[test]
     fn values_are_taken_in_order_and_a_missing_byte_is_malformed() {
-        let bytes = [1, 0, 2, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 4, 2, b'a', b'b', 0, 0, 0, 1, b'c'];
+        let bytes = [
+            1, 0, 2, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 4, 2, b'a', b'b', 0, 0, 0, 1, b'c',
+        ];
         let mut reader = Reader(&bytes);
-        assert_eq!((reader.octet(), reader.short(), reader.long(), reader.long_long()), (Ok(1), Ok(2), Ok(3), Ok(4)));
-        assert_eq!((reader.short_string(), reader.long_string()), (Ok(&b"ab"[..]), Ok(&b"c"[..])));
+        assert_eq!(
+            (
+                reader.octet(),
+                reader.short(),
+                reader.long(),
+                reader.long_long()
+            ),
+            (Ok(1), Ok(2), Ok(3), Ok(4))
+        );
+        assert_eq!(
+            (reader.short_string(), reader.long_string()),
+            (Ok(&b"ab"[..]), Ok(&b"c"[..]))
+        );
         assert_eq!(reader.octet(), Err(Malformed));
         for len in 0..4 {
             assert_eq!(Reader(&[0, 0, 0, 9][..len]).long(), Err(Malformed));
         }
         assert_eq!(Reader(&[2, b'a']).short_string(), Err(Malformed));
-        assert_eq!(Reader(&[0xff, 0xff, 0xff, 0xff, 0]).long_string(), Err(Malformed));
+        assert_eq!(
+            Reader(&[0xff, 0xff, 0xff, 0xff, 0]).long_string(),
+            Err(Malformed)
+        );
     }
 
     #[test]
@@ -120,7 +138,10 @@ mod tests {
         put_short_string(&mut bytes, &[7; 255]);
         put_long_string(&mut bytes, &[8; 300]);
         let mut reader = Reader(&bytes);
-        assert_eq!((reader.short_string(), reader.long_string()), (Ok(&[7; 255][..]), Ok(&[8; 300][..])));
+        assert_eq!(
+            (reader.short_string(), reader.long_string()),
+            (Ok(&[7; 255][..]), Ok(&[8; 300][..]))
+        );
         let mut cut = Vec::new();
         put_short_string(&mut cut, &[7; 256]);
         assert_eq!(Reader(&cut).short_string(), Ok(&[7; 255][..]));

@@ -18,7 +18,8 @@ pub enum ExitCode {
     RemoteError = 1,
     /// The command line, a file that it names, the environment, or a line of input is invalid.
     Usage = 2,
-    /// The client did not reach the broker, or was refused. The server was refused, and retrying cannot help.
+    /// The client did not reach the broker, or was refused. The server was refused, and retrying
+    /// cannot help.
     Unreachable = 3,
     /// The request queue did not accept the request.
     NoServer = 4,
@@ -83,7 +84,8 @@ pub fn exit_codes_help(codes: &[(ExitCode, &str)]) -> String {
     help
 }
 
-/// Prints a message of a program, such as why it failed, on standard error: in systemd's journal as an error.
+/// Prints a message of a program, such as why it failed, on standard error: in systemd's journal as
+/// an error.
 pub fn print_message(program: &str, message: impl Display) {
     let priority = if logging::is_journal() { "<3>" } else { "" };
     // If standard error is closed, the exit code still reports the failure.

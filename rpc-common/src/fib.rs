@@ -7,7 +7,8 @@ const MAX_N_IN_U64: u64 = 93;
 
 /// Returns fib(n), where fib(0) = 0, fib(1) = 1 and fib(n) = fib(n-1) + fib(n-2).
 ///
-/// Above 64 bits it uses fast doubling: it goes through the bits of n, and computes from fib(k) and fib(k-1)
+/// Above 64 bits it uses fast doubling: it goes through the bits of n, and computes from fib(k) and
+/// fib(k-1)
 ///
 /// ```text
 /// fib(2k-1) = fib(k)² + fib(k-1)²
@@ -15,7 +16,8 @@ const MAX_N_IN_U64: u64 = 93;
 /// fib(2k)   = fib(2k+1) - fib(2k-1)
 /// ```
 ///
-/// with two squarings for each bit. The last bit needs only one of the three numbers, by a single multiplication:
+/// with two squarings for each bit. The last bit needs only one of the three numbers, by a single
+/// multiplication:
 ///
 /// ```text
 /// fib(2k)   = fib(k) (fib(k) + 2 fib(k-1))
@@ -28,7 +30,8 @@ pub fn fib(n: u64) -> BigUint {
         return fib_u64(n).into();
     }
     let bits = u64::BITS - n.leading_zeros();
-    let (mut current, mut previous) = (BigUint::from(1u32), BigUint::from(0u32)); // fib(k), fib(k-1)
+    // fib(k), fib(k-1).
+    let (mut current, mut previous) = (BigUint::from(1u32), BigUint::from(0u32));
     let mut k_is_odd = true; // k = 1
     for bit in (1..bits - 1).rev() {
         let (square, previous_square) = (&current * &current, &previous * &previous);
@@ -36,7 +39,11 @@ pub fn fib(n: u64) -> BigUint {
         let upper = add_alternating_2((square << 2u32) - previous_square, k_is_odd); // fib(2k+1)
         let middle = &upper - &lower; // fib(2k)
         k_is_odd = n >> bit & 1 == 1;
-        (current, previous) = if k_is_odd { (upper, middle) } else { (middle, lower) };
+        (current, previous) = if k_is_odd {
+            (upper, middle)
+        } else {
+            (middle, lower)
+        };
     }
     if n.is_multiple_of(2) {
         let sum = (previous << 1u32) + &current;

@@ -23,22 +23,31 @@ pub struct LogOptions {
 }
 
 impl LogOptions {
-    /// Starts a log for an operator: each line has a time and a level; in systemd's journal a priority, see sd-daemon(3).
-    /// Whoever logs does not wait for its reader.
+    /// Starts a log for an operator: each line has a time and a level; in systemd's journal a
+    /// priority, see sd-daemon(3). Whoever logs does not wait for its reader.
     pub fn start_for_operator(&self, level: LevelFilter) {
         let writer = BackgroundWriter::start(io::stderr());
         let mut builder = self.builder(level);
-        builder.format_target(false).format_timestamp_millis().target(Target::Pipe(Box::new(writer.clone())));
+        builder
+            .format_target(false)
+            .format_timestamp_millis()
+            .target(Target::Pipe(Box::new(writer.clone())));
         if is_journal() {
-            builder.format(|line, record| writeln!(line, "<{}>{}", priority(record.level()), record.args()));
+            builder.format(|line, record| {
+                writeln!(line, "<{}>{}", priority(record.level()), record.args())
+            });
         }
         start(&mut builder, Some(writer));
     }
 
-    /// Starts a log for a user at a prompt: the lines look like the errors of `program`. With `--verbose` it is at debug level
-    /// at least.
+    /// Starts a log for a user at a prompt: the lines look like the errors of `program`. With
+    /// `--verbose` it is at debug level at least.
     pub fn start_for_prompt(&self, program: &'static str, level: LevelFilter) {
-        let mut builder = self.builder(if self.verbose > 0 { LevelFilter::Info } else { level });
+        let mut builder = self.builder(if self.verbose > 0 {
+            LevelFilter::Info
+        } else {
+            level
+        });
         let clear = start_of_line();
         builder.format(move |line, record| match record.level() {
             Level::Warn => writeln!(line, "{clear}{program}: warning: {}", record.args()),
@@ -55,13 +64,15 @@ impl LogOptions {
             .filter_module("amiquip", LevelFilter::Off) // its warnings repeat our errors
             .filter_module("mio", LevelFilter::Off)
             .parse_default_env()
-            // After RUST_LOG, which must not enable it: at debug level the handshake logs the password.
+            // After RUST_LOG, which must not enable it: at debug level the handshake logs the
+            // password.
             .filter_module("amiquip::io_loop::handshake_state", LevelFilter::Info);
         builder
     }
 }
 
-/// What a line on standard error begins with: on a terminal, it replaces a line that shows progress.
+/// What a line on standard error begins with: on a terminal, it replaces a line that shows
+/// progress.
 pub fn start_of_line() -> &'static str {
     if is_interactive() {
         "\r\x1b[K" // to the first column, and clear the line
@@ -76,11 +87,16 @@ pub fn is_interactive() -> bool {
     !is_dumb && io::stderr().is_terminal()
 }
 
-/// Whether standard error is a stream to systemd's journal, which adds the time. See JOURNAL_STREAM in systemd.exec(5).
+/// Whether standard error is a stream to systemd's journal, which adds the time. See JOURNAL_STREAM
+/// in systemd.exec(5).
 pub fn is_journal() -> bool {
-    let stderr = io::stderr().as_fd().try_clone_to_owned().and_then(|stderr| File::from(stderr).metadata());
+    let stderr = io::stderr()
+        .as_fd()
+        .try_clone_to_owned()
+        .and_then(|stderr| File::from(stderr).metadata());
     let stream = stderr.map(|stderr| format!("{}:{}", stderr.dev(), stderr.ino()));
-    stream.is_ok_and(|stream| env::var_os("JOURNAL_STREAM").is_some_and(|journal| journal == *stream))
+    stream
+        .is_ok_and(|stream| env::var_os("JOURNAL_STREAM").is_some_and(|journal| journal == *stream))
 }
 
 /// The priority of a line in the journal, as in syslog(3).
@@ -96,13 +112,20 @@ fn priority(level: Level) -> u8 {
 fn start(builder: &mut Builder, writer: Option<BackgroundWriter>) {
     let log = builder.build();
     log::set_max_level(log.filter());
-    let limiter = RateLimiter { counts_repetitions: writer.is_some(), ..RateLimiter::default() };
-    let log = RateLimitedLog { log, writer, limiter: Mutex::new(limiter) };
+    let limiter = RateLimiter {
+        counts_repetitions: writer.is_some(),
+        ..RateLimiter::default()
+    };
+    let log = RateLimitedLog {
+        log,
+        writer,
+        limiter: Mutex::new(limiter),
+    };
     log::set_boxed_logger(Box::new(log)).expect("a program starts its log once");
 }
 
-/// Logs panics. A panic of amiquip's thread is logged at debug level: it occurs when both sides close at once, and the
-/// connection's error says more.
+/// Logs panics. A panic of amiquip's thread is logged at debug level: it occurs when both sides
+/// close at once, and the connection's error says more.
 pub fn log_panics() {
     panic::set_hook(Box::new(|panic| {
         let level = match thread::current().name() {
@@ -113,8 +136,8 @@ pub fn log_panics() {
     }));
 }
 
-/// Logs the counts of suppressed lines that are still pending, and waits until the log is written, a second at most. Call it
-/// before the program ends.
+/// Logs the counts of suppressed lines that are still pending, and waits until the log is written,
+/// a second at most. Call it before the program ends.
 pub fn flush() {
     log::logger().flush();
 }
@@ -122,15 +145,17 @@ pub fn flush() {
 /// The target of lines that a served program wrote. Their rate is limited for each run.
 pub const PROGRAM_TARGET: &str = "program";
 
-/// The number of lines that a call site may log in each window. DEBUG and TRACE lines are not limited: the user asked
-/// for them.
+/// The number of lines that a call site may log in each window. DEBUG and TRACE lines are not
+/// limited: the user asked for them.
 const MAX_LINES: u64 = 5;
 const WINDOW_LENGTH: Duration = Duration::from_secs(60);
 
-/// For how long a line that is repeated, with no other line between, is counted before it is logged again.
+/// For how long a line that is repeated, with no other line between, is counted before it is logged
+/// again.
 const REPETITION_LENGTH: Duration = Duration::from_secs(300);
 
-/// A log that a peer cannot flood: it limits the rate of each call site, and counts a line that is repeated.
+/// A log that a peer cannot flood: it limits the rate of each call site, and counts a line that is
+/// repeated.
 struct RateLimitedLog<L> {
     log: L,
     /// What `log` writes to, if that is a thread of its own.
@@ -148,7 +173,8 @@ impl<L: Log> RateLimitedLog<L> {
             return self.log.log(record);
         }
         let (text, now) = (record.args().to_string(), Instant::now());
-        let mut limiter = self.limiter(); // until the lines are logged, in the order in which they were counted
+        // Until the lines are logged, in the order in which they were counted.
+        let mut limiter = self.limiter();
         self.log_suppressed(limiter.end_windows(Some(&text), now));
         if limiter.allow(record, text, now) {
             self.log.log(record);
@@ -157,9 +183,25 @@ impl<L: Log> RateLimitedLog<L> {
 
     /// Logs how many lines each window suppressed.
     fn log_suppressed(&self, windows: Vec<Window>) {
-        for Window { level, target, lines, last, .. } in windows {
-            let args = format_args!("suppressed {} similar lines; the last: {last}", lines - MAX_LINES);
-            self.log.log(&Record::builder().level(level).target(&target).args(args).build());
+        for Window {
+            level,
+            target,
+            lines,
+            last,
+            ..
+        } in windows
+        {
+            let args = format_args!(
+                "suppressed {} similar lines; the last: {last}",
+                lines - MAX_LINES
+            );
+            self.log.log(
+                &Record::builder()
+                    .level(level)
+                    .target(&target)
+                    .args(args)
+                    .build(),
+            );
         }
     }
 }
@@ -182,7 +224,9 @@ impl<L: Log> Log for RateLimitedLog<L> {
         // amiquip logs text from the wire without escaping it.
         let message = escape(record.args().to_string().as_bytes()).to_string();
         let mut escaped = Record::builder();
-        escaped.metadata(record.metadata().clone()).line(record.line());
+        escaped
+            .metadata(record.metadata().clone())
+            .line(record.line());
         escaped.module_path_static(record.module_path_static());
         self.log_limited(&escaped.args(format_args!("{message}")).build());
     }
@@ -199,7 +243,8 @@ impl<L: Log> Log for RateLimitedLog<L> {
 /// A place in the source that logs, a module and a line, and at what level.
 type CallSite = (Option<&'static str>, Option<u32>, Level);
 
-/// A fixed-window rate limiter, with a window for each call site, and one for a line that is repeated.
+/// A fixed-window rate limiter, with a window for each call site, and one for a line that is
+/// repeated.
 #[derive(Default)]
 struct RateLimiter {
     call_sites: HashMap<CallSite, Window>,
@@ -209,7 +254,8 @@ struct RateLimiter {
     repetition: Option<Window>,
 }
 
-/// A **window** counts lines, the suppressed ones included: those of one call site, or those that are the same.
+/// A **window** counts lines, the suppressed ones included: those of one call site, or those that
+/// are the same.
 struct Window {
     level: Level,
     target: String,
@@ -219,14 +265,24 @@ struct Window {
 }
 
 impl RateLimiter {
-    /// Counts a line, and returns whether it may be logged. Called after `end_windows`: a repetition is one of this line.
+    /// Counts a line, and returns whether it may be logged. Called after `end_windows`: a
+    /// repetition is one of this line.
     fn allow(&mut self, record: &Record, text: String, now: Instant) -> bool {
         let (level, target) = (record.level(), record.target());
         let call_site = (record.module_path_static(), record.line(), level);
-        let new = |lines, last| Window { level, target: target.into(), start: now, lines, last };
+        let new = |lines, last| Window {
+            level,
+            target: target.into(),
+            start: now,
+            lines,
+            last,
+        };
         let window = match &mut self.repetition {
             Some(repetition) => repetition,
-            None => self.call_sites.entry(call_site).or_insert_with(|| new(0, String::new())),
+            None => self
+                .call_sites
+                .entry(call_site)
+                .or_insert_with(|| new(0, String::new())),
         };
         window.lines += 1;
         if window.lines > MAX_LINES {
@@ -237,13 +293,22 @@ impl RateLimiter {
         true
     }
 
-    /// Ends the windows that are over when the line `next` comes, or all, and returns those that suppressed lines.
+    /// Ends the windows that are over when the line `next` comes, or all, and returns those that
+    /// suppressed lines.
     fn end_windows(&mut self, next: Option<&str>, now: Instant) -> Vec<Window> {
-        let is_over = |window: &Window, length| next.is_none() || now.duration_since(window.start) >= length;
-        let ends = |window: &mut Window| next != Some(&*window.last) || is_over(window, REPETITION_LENGTH);
+        let is_over =
+            |window: &Window, length| next.is_none() || now.duration_since(window.start) >= length;
+        let ends =
+            |window: &mut Window| next != Some(&*window.last) || is_over(window, REPETITION_LENGTH);
         let repetition = self.repetition.take_if(ends).into_iter();
-        let ended = self.call_sites.extract_if(|_, window| is_over(window, WINDOW_LENGTH)).map(|(_, window)| window);
-        repetition.chain(ended).filter(|window| window.lines > MAX_LINES).collect()
+        let ended = self
+            .call_sites
+            .extract_if(|_, window| is_over(window, WINDOW_LENGTH))
+            .map(|(_, window)| window);
+        repetition
+            .chain(ended)
+            .filter(|window| window.lines > MAX_LINES)
+            .collect()
     }
 }
 
@@ -269,14 +334,31 @@ mod tests {
 
     fn log_line(log: &dyn Log, target: &str, level: Level, message: &str) {
         let args = format_args!("{message}");
-        log.log(&Record::builder().target(target).level(level).args(args).build());
+        log.log(
+            &Record::builder()
+                .target(target)
+                .level(level)
+                .args(args)
+                .build(),
+        );
     }
 
     #[test]
     fn amiquips_lines_are_escaped_and_floods_are_limited() {
-        let log = RateLimitedLog { log: StoringLog::default(), writer: None, limiter: Mutex::default() };
+        let log = RateLimitedLog {
+            log: StoringLog::default(),
+            writer: None,
+            limiter: Mutex::default(),
+        };
         log_line(&log, "amiquip::io_loop", Level::Debug, "\x1b[2J");
-        (0..9).for_each(|n| log_line(&log, "rpc_common::connection", Level::Warn, &format!("lost {n}")));
+        (0..9).for_each(|n| {
+            log_line(
+                &log,
+                "rpc_common::connection",
+                Level::Warn,
+                &format!("lost {n}"),
+            );
+        });
         (0..9).for_each(|_| log_line(&log, "rpc_common::connection", Level::Debug, "lost"));
         let lines = log.log.0.lock().unwrap();
         assert_eq!(lines[0], r"\u{1b}[2J");
@@ -285,7 +367,11 @@ mod tests {
 
     #[test]
     fn flush_logs_the_counts_that_are_pending_once() {
-        let log = RateLimitedLog { log: StoringLog::default(), writer: None, limiter: Mutex::default() };
+        let log = RateLimitedLog {
+            log: StoringLog::default(),
+            writer: None,
+            limiter: Mutex::default(),
+        };
         (1..=7).for_each(|n| log_line(&log, "rpc_common", Level::Info, &format!("lost {n}")));
         log.flush();
         log.flush();
@@ -295,29 +381,70 @@ mod tests {
 
     #[test]
     fn a_line_that_is_repeated_is_counted_until_another_one_is_logged() {
-        let limiter = Mutex::new(RateLimiter { counts_repetitions: true, ..RateLimiter::default() });
-        let log = RateLimitedLog { log: StoringLog::default(), writer: None, limiter };
+        let limiter = Mutex::new(RateLimiter {
+            counts_repetitions: true,
+            ..RateLimiter::default()
+        });
+        let log = RateLimitedLog {
+            log: StoringLog::default(),
+            writer: None,
+            limiter,
+        };
         for line in ["lost", "lost", "lost", "connected", "lost"] {
             log_line(&log, "rpc_common", Level::Warn, line);
             log_line(&log, "rpc_common", Level::Debug, "trying");
         }
         let lines = log.log.0.lock().unwrap();
         let lines: Vec<_> = lines.iter().filter(|line| *line != "trying").collect();
-        assert_eq!(lines, ["lost", "suppressed 2 similar lines; the last: lost", "connected", "lost"]);
+        assert_eq!(
+            lines,
+            [
+                "lost",
+                "suppressed 2 similar lines; the last: lost",
+                "connected",
+                "lost"
+            ]
+        );
     }
 
-    /// Counts a line of this call site; returns whether it is logged, and what was suppressed before.
-    fn count(limiter: &mut RateLimiter, line: u32, text: &str, now: Instant) -> (bool, Vec<(u64, String)>) {
+    /// Counts a line of this call site; returns whether it is logged, and what was suppressed
+    /// before.
+    fn count(
+        limiter: &mut RateLimiter,
+        line: u32,
+        text: &str,
+        now: Instant,
+    ) -> (bool, Vec<(u64, String)>) {
         let ended = limiter.end_windows(Some(text), now);
-        let ended = ended.into_iter().map(|window| (window.lines - MAX_LINES, window.last)).collect();
-        (limiter.allow(&Record::builder().line(Some(line)).build(), text.into(), now), ended)
+        let ended = ended
+            .into_iter()
+            .map(|window| (window.lines - MAX_LINES, window.last))
+            .collect();
+        (
+            limiter.allow(
+                &Record::builder().line(Some(line)).build(),
+                text.into(),
+                now,
+            ),
+            ended,
+        )
     }
 
     #[test]
     fn a_line_that_is_repeated_is_logged_again_after_five_minutes() {
-        let mut limiter = RateLimiter { counts_repetitions: true, ..RateLimiter::default() };
+        let mut limiter = RateLimiter {
+            counts_repetitions: true,
+            ..RateLimiter::default()
+        };
         let start = Instant::now();
-        let mut lost_at = |seconds| count(&mut limiter, 1, "lost", start + Duration::from_secs(seconds));
+        let mut lost_at = |seconds| {
+            count(
+                &mut limiter,
+                1,
+                "lost",
+                start + Duration::from_secs(seconds),
+            )
+        };
         assert_eq!(lost_at(0), (true, vec![]));
         for seconds in 1..300 {
             assert_eq!(lost_at(seconds), (false, vec![]));
@@ -330,11 +457,24 @@ mod tests {
     fn a_call_site_logs_five_lines_a_minute_and_the_others_are_counted() {
         let (mut limiter, start) = (RateLimiter::default(), Instant::now());
         let at = |seconds| start + Duration::from_secs(seconds);
-        let logged = (0..100).filter(|n| count(&mut limiter, 1, &format!("lost {n}"), at(0)).0).count();
+        let logged = (0..100)
+            .filter(|n| count(&mut limiter, 1, &format!("lost {n}"), at(0)).0)
+            .count();
         assert_eq!(logged, 5);
-        assert_eq!(count(&mut limiter, 2, "found", at(1)), (true, vec![]), "another call site");
+        assert_eq!(
+            count(&mut limiter, 2, "found", at(1)),
+            (true, vec![]),
+            "another call site"
+        );
         assert_eq!(count(&mut limiter, 1, "lost 100", at(59)), (false, vec![]));
-        assert_eq!(count(&mut limiter, 1, "lost 101", at(60)), (true, vec![(96, "lost 100".into())]));
-        assert_eq!(count(&mut limiter, 1, "lost 102", at(200)), (true, vec![]), "a new window");
+        assert_eq!(
+            count(&mut limiter, 1, "lost 101", at(60)),
+            (true, vec![(96, "lost 100".into())])
+        );
+        assert_eq!(
+            count(&mut limiter, 1, "lost 102", at(200)),
+            (true, vec![]),
+            "a new window"
+        );
     }
 }

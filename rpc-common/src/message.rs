@@ -1,7 +1,7 @@
 //! The protocol: how requests, replies and errors become properties and bodies, and back.
 //!
-//! This module is pure: no sockets, no clock. It reads what tutorial peers send, whose properties are all optional, and
-//! writes every property of the table in the README.
+//! This module is pure: no sockets, no clock. It reads what tutorial peers send, whose properties
+//! are all optional, and writes every property of the table in the README.
 
 use crate::properties::{Properties, Table, TableBuilder, Value};
 use crate::text::escape;
@@ -19,8 +19,8 @@ const EXIT_CODE_HEADER: &str = "x-exit-code";
 /// The prefix of the queue names that RabbitMQ makes for direct reply-to.
 const DIRECT_REPLY_TO: &[u8] = b"amq.rabbitmq.reply-to";
 
-/// A **request** asks a server to run its function on the body. All but the body is optional. Text from the wire is bytes: a
-/// peer may send any.
+/// A **request** asks a server to run its function on the body. All but the body is optional. Text
+/// from the wire is bytes: a peer may send any.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Request<'a> {
     /// The function's argument; for fib, n in decimal.
@@ -31,9 +31,11 @@ pub struct Request<'a> {
     pub headers: Table<'a>,
     /// The queue for the reply. A request without one cannot be answered.
     pub reply_to: Option<&'a [u8]>,
-    /// The **correlation id** identifies the call: the server copies it into the reply, byte for byte.
+    /// The **correlation id** identifies the call: the server copies it into the reply, byte for
+    /// byte.
     pub correlation_id: Option<&'a [u8]>,
-    /// The call's **deadline**, Unix time in milliseconds: a server does not run the request after it.
+    /// The call's **deadline**, Unix time in milliseconds: a server does not run the request after
+    /// it.
     pub deadline_ms: Option<i64>,
     /// What only foreign clients set.
     pub details: Details<'a>,
@@ -52,7 +54,8 @@ pub struct Details<'a> {
     pub message_type: Option<&'a [u8]>,
     /// The program that sent it.
     pub app_id: Option<&'a [u8]>,
-    /// The user that sent it: RabbitMQ refuses a message with another user than that of its connection.
+    /// The user that sent it: RabbitMQ refuses a message with another user than that of its
+    /// connection.
     pub user_id: Option<&'a [u8]>,
 }
 
@@ -70,7 +73,8 @@ pub struct Publish<'a> {
 }
 
 impl<'a> Request<'a> {
-    /// Decodes a request. Only the body is required; a deadline that is not a signed integer is ignored.
+    /// Decodes a request. Only the body is required; a deadline that is not a signed integer is
+    /// ignored.
     pub fn decode(properties: &Properties<'a>, body: &'a [u8], is_redelivered: bool) -> Self {
         Request {
             body,
@@ -93,15 +97,17 @@ impl<'a> Request<'a> {
         }
     }
 
-    /// The headers whose value is a string, a number or a boolean, as text. Bytes that are not UTF-8 are replaced.
+    /// The headers whose value is a string, a number or a boolean, as text. Bytes that are not
+    /// UTF-8 are replaced.
     pub fn text_headers(&self) -> impl Iterator<Item = (String, String)> + use<'a> {
-        self.headers
-            .entries()
-            .filter_map(|(name, value)| Some((String::from_utf8_lossy(name).into_owned(), value.to_text()?)))
+        self.headers.entries().filter_map(|(name, value)| {
+            Some((String::from_utf8_lossy(name).into_owned(), value.to_text()?))
+        })
     }
 
-    /// Encodes the request, without its details, as a mandatory, persistent message to `queue`. The broker drops it if it is
-    /// still in the queue after `time_left`. The request's deadline is added to its headers.
+    /// Encodes the request, without its details, as a mandatory, persistent message to `queue`. The
+    /// broker drops it if it is still in the queue after `time_left`. The request's deadline is
+    /// added to its headers.
     pub fn encode(&self, queue: &'a [u8], time_left: Option<Duration>) -> Publish<'a> {
         let mut headers = TableBuilder::from_table(self.headers);
         if let Some(deadline) = self.deadline_ms {
@@ -119,12 +125,20 @@ impl<'a> Request<'a> {
             expiration: expiration.as_deref().map(str::as_bytes),
             ..Properties::default()
         };
-        Publish { routing_key: queue, mandatory: true, properties: properties.encode(), body: self.body }
+        Publish {
+            routing_key: queue,
+            mandatory: true,
+            properties: properties.encode(),
+            body: self.body,
+        }
     }
 
-    /// What identifies the call in a line of the log, in brackets: safe to print, and it does not close them.
+    /// What identifies the call in a line of the log, in brackets: safe to print, and it does not
+    /// close them.
     pub fn log_id(&self) -> String {
-        escape(self.correlation_id.unwrap_or(b"none")).to_string().replace(']', "\\]")
+        escape(self.correlation_id.unwrap_or(b"none"))
+            .to_string()
+            .replace(']', "\\]")
     }
 
     /// Returns the body as text, for functions of text.
@@ -133,7 +147,8 @@ impl<'a> Request<'a> {
     /// [`ErrorCode::InvalidArgument`] if the body is not UTF-8.
     pub fn text(&self) -> Result<&'a str, Failure> {
         let message = || format!("invalid argument: '{}' is not UTF-8", escape(self.body));
-        std::str::from_utf8(self.body).map_err(|_| Failure::new(ErrorCode::InvalidArgument, message()))
+        std::str::from_utf8(self.body)
+            .map_err(|_| Failure::new(ErrorCode::InvalidArgument, message()))
     }
 }
 
@@ -152,7 +167,10 @@ pub struct Answer {
 /// An answer of the type `text/plain`.
 impl From<String> for Answer {
     fn from(text: String) -> Self {
-        Answer { body: text.into(), content_type: Some(TEXT.into()) }
+        Answer {
+            body: text.into(),
+            content_type: Some(TEXT.into()),
+        }
     }
 }
 
@@ -171,7 +189,11 @@ pub struct Failure {
 impl Failure {
     /// A failure without an exit code.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Failure { code, message: message.into(), exit_code: None }
+        Failure {
+            code,
+            message: message.into(),
+            exit_code: None,
+        }
     }
 }
 
@@ -236,20 +258,33 @@ const MAX_CODE_CHARS: usize = 64;
 
 impl From<&str> for ErrorCode {
     fn from(code: &str) -> Self {
-        Self::KNOWN.into_iter().find(|known| known.as_str() == code).unwrap_or_else(|| {
-            let escaped = escape(code.as_bytes()).to_string();
-            Self::Other(escaped.chars().take(MAX_CODE_CHARS).collect())
-        })
+        Self::KNOWN
+            .into_iter()
+            .find(|known| known.as_str() == code)
+            .unwrap_or_else(|| {
+                let escaped = escape(code.as_bytes()).to_string();
+                Self::Other(escaped.chars().take(MAX_CODE_CHARS).collect())
+            })
     }
 }
 
 /// Encodes a reply as a message to the queue `reply_to`.
-pub fn encode_reply<'a>(reply: &'a Reply, reply_to: &'a [u8], correlation_id: Option<&[u8]>) -> Publish<'a> {
+pub fn encode_reply<'a>(
+    reply: &'a Reply,
+    reply_to: &'a [u8],
+    correlation_id: Option<&[u8]>,
+) -> Publish<'a> {
     let mut headers = TableBuilder::default();
     let (body, properties) = match reply {
         Ok(answer) => {
             let content_type = answer.content_type.as_deref().map(str::as_bytes);
-            (&answer.body[..], Properties { content_type, ..Properties::default() })
+            (
+                &answer.body[..],
+                Properties {
+                    content_type,
+                    ..Properties::default()
+                },
+            )
         }
         Err(failure) => {
             headers = headers.with_text(ERROR_CODE_HEADER, failure.code.as_str());
@@ -258,14 +293,26 @@ pub fn encode_reply<'a>(reply: &'a Reply, reply_to: &'a [u8], correlation_id: Op
             }
             let (content_type, message_type) = (Some(TEXT.as_bytes()), Some(ERROR_TYPE.as_bytes()));
             let headers = Some(headers.table());
-            (failure.message.as_bytes(), Properties { content_type, headers, message_type, ..Properties::default() })
+            (
+                failure.message.as_bytes(),
+                Properties {
+                    content_type,
+                    headers,
+                    message_type,
+                    ..Properties::default()
+                },
+            )
         }
     };
     Publish {
         routing_key: reply_to,
         // RabbitMQ 3.10 delivers a mandatory message to a direct reply-to and returns it as well.
         mandatory: !reply_to.starts_with(DIRECT_REPLY_TO),
-        properties: Properties { correlation_id, ..properties }.encode(),
+        properties: Properties {
+            correlation_id,
+            ..properties
+        }
+        .encode(),
         body,
     }
 }
@@ -276,7 +323,9 @@ pub fn encode_reply<'a>(reply: &'a Reply, reply_to: &'a [u8], correlation_id: Op
 /// The failure in an error reply. If it has no code, the code is [`ErrorCode::Internal`].
 pub fn decode_reply(properties: &Properties, body: Vec<u8>) -> Reply {
     if properties.message_type != Some(ERROR_TYPE.as_bytes()) {
-        let content_type = properties.content_type.map(|text| String::from_utf8_lossy(text).into_owned());
+        let content_type = properties
+            .content_type
+            .map(|text| String::from_utf8_lossy(text).into_owned());
         return Ok(Answer { body, content_type });
     }
     let code = match properties.header(ERROR_CODE_HEADER) {
@@ -287,12 +336,19 @@ pub fn decode_reply(properties: &Properties, body: Vec<u8>) -> Reply {
         Some(Value::Integer(code)) => code.try_into().ok(),
         _ => None,
     };
-    Err(Failure { code, message: String::from_utf8_lossy(&body).into_owned(), exit_code })
+    Err(Failure {
+        code,
+        message: String::from_utf8_lossy(&body).into_owned(),
+        exit_code,
+    })
 }
 
-/// Converts a time to Unix time in milliseconds, as in [`Request::deadline_ms`]; 0 for a time before 1970.
+/// Converts a time to Unix time in milliseconds, as in [`Request::deadline_ms`]; 0 for a time
+/// before 1970.
 pub fn unix_time_ms(time: SystemTime) -> i64 {
-    let since_epoch = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let since_epoch = time
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
     i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX)
 }
 
@@ -310,8 +366,8 @@ pub enum NumberError {
     TooLarge,
 }
 
-/// Parses a number of the form `[0-9]{1,20}`: no sign, no blanks, ASCII digits only. Of a longer text it looks only at
-/// the length.
+/// Parses a number of the form `[0-9]{1,20}`: no sign, no blanks, ASCII digits only. Of a longer
+/// text it looks only at the length.
 ///
 /// # Errors
 /// [`NumberError`]
@@ -343,7 +399,10 @@ mod tests {
     #[test]
     fn a_request_has_every_property_of_the_wire_table() {
         let publish = request().encode(b"rpc_queue", Some(Duration::from_millis(1_500)));
-        assert_eq!((publish.body, publish.routing_key, publish.mandatory), (&b"30"[..], &b"rpc_queue"[..], true));
+        assert_eq!(
+            (publish.body, publish.routing_key, publish.mandatory),
+            (&b"30"[..], &b"rpc_queue"[..], true)
+        );
         let deadline = TableBuilder::default().with_long_long("x-deadline-ms", 1_767_225_600_000);
         let expected = Properties {
             content_type: Some(b"text/plain"),
@@ -361,28 +420,49 @@ mod tests {
     fn a_request_expires_after_1_ms_at_the_earliest() {
         let expiration = |time_left| {
             let publish = request().encode(b"queue", time_left);
-            Properties::parse(&publish.properties).unwrap().expiration.map(<[u8]>::to_vec)
+            Properties::parse(&publish.properties)
+                .unwrap()
+                .expiration
+                .map(<[u8]>::to_vec)
         };
         assert_eq!(expiration(Some(Duration::ZERO)).as_deref(), Some(&b"1"[..]));
-        assert_eq!(expiration(Some(Duration::from_micros(2_999))).as_deref(), Some(&b"2"[..]));
+        assert_eq!(
+            expiration(Some(Duration::from_micros(2_999))).as_deref(),
+            Some(&b"2"[..])
+        );
         assert_eq!(expiration(None), None);
     }
 
     #[test]
     fn a_bare_body_is_a_request() {
         let request = Request::decode(&Properties::default(), b"7", false);
-        assert_eq!(request, Request { body: b"7", ..Request::default() });
+        assert_eq!(
+            request,
+            Request {
+                body: b"7",
+                ..Request::default()
+            }
+        );
     }
 
     #[test]
     fn a_deadline_is_a_signed_integer() {
         let deadline = |value: &[u8]| {
             let table = [b"\x0dx-deadline-ms", value].concat();
-            let properties = Properties { headers: Some(Table(&table)), ..Properties::default() };
+            let properties = Properties {
+                headers: Some(Table(&table)),
+                ..Properties::default()
+            };
             Request::decode(&properties, b"30", false).deadline_ms
         };
         assert_eq!(deadline(b"l\x80\0\0\0\0\0\0\0"), Some(i64::MIN));
-        for value in [&b"i\xff\xff\xff\xff"[..], b"S\0\0\0\x0217", b"T\0\0\0\0\0\0\0\x07", b"d\0\0\0\0\0\0\0\0", b"V"] {
+        for value in [
+            &b"i\xff\xff\xff\xff"[..],
+            b"S\0\0\0\x0217",
+            b"T\0\0\0\0\0\0\0\x07",
+            b"d\0\0\0\0\0\0\0\0",
+            b"V",
+        ] {
             assert_eq!(deadline(value), None, "{value:?}");
         }
     }
@@ -406,9 +486,18 @@ mod tests {
         assert_eq!(parse_number(b"0"), Ok(0));
         assert_eq!(parse_number(b"007"), Ok(7));
         assert_eq!(parse_number(b"18446744073709551615"), Ok(u64::MAX));
-        assert_eq!(parse_number(b"18446744073709551616"), Err(NumberError::TooLarge));
-        for text in ["", " 1", "1 ", "1\n", "+1", "-1", "1.0", "1e3", "0x1f", "٣", "１", "abc"] {
-            assert_eq!(parse_number(text.as_bytes()), Err(NumberError::Malformed), "{text:?}");
+        assert_eq!(
+            parse_number(b"18446744073709551616"),
+            Err(NumberError::TooLarge)
+        );
+        for text in [
+            "", " 1", "1 ", "1\n", "+1", "-1", "1.0", "1e3", "0x1f", "٣", "１", "abc",
+        ] {
+            assert_eq!(
+                parse_number(text.as_bytes()),
+                Err(NumberError::Malformed),
+                "{text:?}"
+            );
         }
         assert_eq!(parse_number(&[b'0'; 21]), Err(NumberError::Malformed));
     }
@@ -417,12 +506,16 @@ mod tests {
     fn an_unknown_code_is_escaped_and_cut() {
         let code = |code: &str| ErrorCode::from(code).as_str().to_owned();
         assert_eq!(code("quota"), "quota");
-        assert_eq!(code("\u{7f}\u{9b}\u{2028}\u{202e}"), r"\u{7f}\u{9b}\u{2028}\u{202e}");
+        assert_eq!(
+            code("\u{7f}\u{9b}\u{2028}\u{202e}"),
+            r"\u{7f}\u{9b}\u{2028}\u{202e}"
+        );
         assert_eq!(code(&"x".repeat(100_000)), "x".repeat(64));
     }
 
     fn any_answer() -> impl Strategy<Value = Answer> {
-        (any::<Vec<u8>>(), option::of(".{0,60}")).prop_map(|(body, content_type)| Answer { body, content_type })
+        (any::<Vec<u8>>(), option::of(".{0,60}"))
+            .prop_map(|(body, content_type)| Answer { body, content_type })
     }
 
     fn any_failure() -> impl Strategy<Value = Failure> {
@@ -440,9 +533,22 @@ mod tests {
             b"\x05arrayA\0\0\0\0\x04boolt\x01\x05bytesx\0\0\0\x01\0\x06doubled\x3f\xf8\0\0\0\0\0\0\
             \x06numberl\xff\xff\xff\xff\xff\xff\xff\xf9\x05tableF\0\0\0\0\x04textS\0\0\0\x03a=b\x04voidV",
         );
-        let texts = Request { headers, ..request() }.text_headers().collect::<Vec<_>>();
-        let expected = [("bool", "true"), ("double", "1.5"), ("number", "-7"), ("text", "a=b")];
-        assert_eq!(texts, expected.map(|(name, text)| (name.to_owned(), text.to_owned())));
+        let texts = Request {
+            headers,
+            ..request()
+        }
+        .text_headers()
+        .collect::<Vec<_>>();
+        let expected = [
+            ("bool", "true"),
+            ("double", "1.5"),
+            ("number", "-7"),
+            ("text", "a=b"),
+        ];
+        assert_eq!(
+            texts,
+            expected.map(|(name, text)| (name.to_owned(), text.to_owned()))
+        );
     }
 
     fn any_bytes() -> impl Strategy<Value = Option<Vec<u8>>> {

@@ -9,25 +9,33 @@ use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-/// Parses the command line. Prints an error as one line, and help in clap's format; or `short_help`, if the first argument is
-/// `-h`.
+/// Parses the command line. Prints an error as one line, and help in clap's format; or
+/// `short_help`, if the first argument is `-h`.
 ///
 /// # Errors
-/// The exit code to end with at once: [`ExitCode::Success`] after `--help` and `--version`, [`ExitCode::Usage`] after
-/// an error.
+/// The exit code to end with at once: [`ExitCode::Success`] after `--help` and `--version`,
+/// [`ExitCode::Usage`] after an error.
 pub fn parse_args<Cli: clap::Parser>(short_help: &str) -> Result<Cli, ExitCode> {
     if env::args_os().nth(1).is_some_and(|arg| arg == "-h") {
-        let _ = io::stdout().write_all(short_help.as_bytes()); // if it cannot be written, nobody reads it
+        // If it cannot be written, nobody reads it.
+        let _ = io::stdout().write_all(short_help.as_bytes());
         return Err(ExitCode::Success);
     }
     let command = Cli::command().max_term_width(80);
     let arguments = arguments(&command);
-    let matches = command.try_get_matches_from(arguments).and_then(|matches| Cli::from_arg_matches(&matches));
+    let matches = command
+        .try_get_matches_from(arguments)
+        .and_then(|matches| Cli::from_arg_matches(&matches));
     matches.map_err(|error| {
         match describe_error(&error) {
             _ if error.kind() == ClapErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
                 let mut command = Cli::command();
-                let _ = write!(io::stderr(), "{}\nSee {} --help.\n", command.render_usage(), command.get_name());
+                let _ = write!(
+                    io::stderr(),
+                    "{}\nSee {} --help.\n",
+                    command.render_usage(),
+                    command.get_name()
+                );
             }
             Some(message) => print_message(Cli::command().get_name(), message),
             None => drop(error.print()), // if the output is closed, the exit code still tells
@@ -40,24 +48,31 @@ pub fn parse_args<Cli: clap::Parser>(short_help: &str) -> Result<Cli, ExitCode> 
     })
 }
 
-/// Values of a variable that do not set an option without a value, as clap has it. Upper and lower case are the same.
+/// Values of a variable that do not set an option without a value, as clap has it. Upper and lower
+/// case are the same.
 const FALSE: [&str; 7] = ["", "0", "f", "false", "n", "no", "off"];
 
-/// The arguments, and before them those that the environment sets: `RPC_CLIENT_TIMEOUT=5s` is `--timeout=5s` of rpc-client. So the
-/// command line wins: of an option that is given twice, the last one counts.
+/// The arguments, and before them those that the environment sets: `RPC_CLIENT_TIMEOUT=5s` is
+/// `--timeout=5s` of rpc-client. So the command line wins: of an option that is given twice, the
+/// last one counts.
 ///
-/// Not what the program is asked to do, and not `--url`: an error would show its password. `AMQP_URL` is for that. (clap's own
-/// support costs every call memory.)
+/// Not what the program is asked to do, and not `--url`: an error would show its password.
+/// `AMQP_URL` is for that. (clap's own support costs every call memory.)
 fn arguments(command: &clap::Command) -> Vec<OsString> {
     let mut given = env::args_os();
     let mut arguments = given.next().into_iter().collect::<Vec<_>>();
     let prefix = command.get_name().to_uppercase().replace('-', "_");
     for arg in command.get_arguments() {
-        let Some(name) = arg.get_long().filter(|name| !["url", "data", "lines", "check"].contains(name)) else {
+        let Some(name) = arg
+            .get_long()
+            .filter(|name| !["url", "data", "lines", "check"].contains(name))
+        else {
             continue;
         };
         let variable = format!("{prefix}_{}", name.to_uppercase().replace('-', "_"));
-        let Some(value) = env::var_os(variable) else { continue };
+        let Some(value) = env::var_os(variable) else {
+            continue;
+        };
         let mut argument = OsString::from(format!("--{name}"));
         if arg.get_action().takes_values() {
             argument.push("=");
@@ -71,18 +86,24 @@ fn arguments(command: &clap::Command) -> Vec<OsString> {
     arguments
 }
 
-/// Describes an error in one line, with what the user may have meant; `None` if clap's text is help.
+/// Describes an error in one line, with what the user may have meant; `None` if clap's text is
+/// help.
 fn describe_error(error: &clap::Error) -> Option<String> {
     let text = error.to_string();
     // Hints and usage follow in paragraphs of their own.
-    let message = text.strip_prefix("error: ")?.split("\n\n").next()?.trim_end();
+    let message = text
+        .strip_prefix("error: ")?
+        .split("\n\n")
+        .next()?
+        .trim_end();
     let message = message.lines().map(str::trim).collect::<Vec<_>>().join(" ");
     let message = match error.source().map(ToString::to_string) {
         Some(reason) => message.replace(&reason, &reword(&reason)),
         None => message,
     };
-    let suggestion =
-        [ContextKind::SuggestedArg, ContextKind::SuggestedValue].into_iter().find_map(|kind| error.get(kind));
+    let suggestion = [ContextKind::SuggestedArg, ContextKind::SuggestedValue]
+        .into_iter()
+        .find_map(|kind| error.get(kind));
     let suggestion = match suggestion {
         Some(ContextValue::String(meant)) => format!(": did you mean '{meant}'?"),
         Some(ContextValue::Strings(meant)) if !meant.is_empty() => {
@@ -97,27 +118,36 @@ fn describe_error(error: &clap::Error) -> Option<String> {
 
 /// Rewords how the standard library and clap say that a number is invalid.
 fn reword(reason: &str) -> String {
-    let range = reason.split_once(" is not in ").and_then(|(_, range)| range.split_once(".."));
+    let range = reason
+        .split_once(" is not in ")
+        .and_then(|(_, range)| range.split_once(".."));
     if let Some((min, max)) = range {
         // clap writes a range without an upper bound as `1..MAX`, but accepts MAX.
         return format!("must be between {min} and {}", max.trim_start_matches('='));
     }
     match reason {
-        "invalid digit found in string" | "cannot parse integer from empty string" => "not a whole number",
+        "invalid digit found in string" | "cannot parse integer from empty string" => {
+            "not a whole number"
+        }
         "number too large to fit in target type" => "too large",
         other => other,
     }
     .into()
 }
 
-/// The options that a command line with these arguments sets: the defaults, for a program that has no command line.
+/// The options that a command line with these arguments sets: the defaults, for a program that has
+/// no command line.
 ///
 /// # Panics
 /// When the arguments are wrong.
 pub fn from_args<Options: clap::Args>(args: &[&str]) -> Options {
     let command = Options::augment_args(clap::Command::new("").no_binary_name(true));
-    Options::from_arg_matches(&command.try_get_matches_from(args).expect("the arguments are right"))
-        .expect("clap has checked them")
+    Options::from_arg_matches(
+        &command
+            .try_get_matches_from(args)
+            .expect("the arguments are right"),
+    )
+    .expect("clap has checked them")
 }
 
 /// The options that say where the broker is, and how to log in.
@@ -148,8 +178,8 @@ impl BrokerOptions {
         from_args(&[&format!("--url={url}")])
     }
 
-    /// The brokers that the options name, or else the environment variable `AMQP_URL`. Logs a warning if an option
-    /// contains a password: `ps` shows it.
+    /// The brokers that the options name, or else the environment variable `AMQP_URL`. Logs a
+    /// warning if an option contains a password: `ps` shows it.
     ///
     /// # Errors
     /// When a URL, or a file beside it, is wrong.
@@ -191,7 +221,10 @@ impl BrokerOptions {
 
 fn endpoint_from_env() -> Result<Endpoint, ErrorKind> {
     match env::var("AMQP_URL") {
-        Ok(url) if url.is_empty() => Err(ErrorKind::bad_url("AMQP_URL", "it is empty: set it to a URL, or unset it")),
+        Ok(url) if url.is_empty() => Err(ErrorKind::bad_url(
+            "AMQP_URL",
+            "it is empty: set it to a URL, or unset it",
+        )),
         Ok(url) => Endpoint::parse(&url, "AMQP_URL"),
         Err(env::VarError::NotPresent) => Endpoint::parse("amqp://localhost", "the default"),
         Err(env::VarError::NotUnicode(_)) => Err(ErrorKind::bad_url("AMQP_URL", "not valid UTF-8")),

@@ -1,7 +1,8 @@
 //! The properties of a message and its headers, as bytes of AMQP 0-9-1. Pure.
 //!
-//! RabbitMQ delivers properties as the publisher sent them, whatever they contain. So strings are bytes here, and nothing
-//! recurses: of the headers only the top level is read, and a table or an array in it is skipped by its length.
+//! RabbitMQ delivers properties as the publisher sent them, whatever they contain. So strings are
+//! bytes here, and nothing recurses: of the headers only the top level is read, and a table or an
+//! array in it is skipped by its length.
 
 use crate::encoding::{put_long_string, put_short_string, Malformed, Reader};
 use std::iter;
@@ -37,11 +38,13 @@ pub struct Properties<'a> {
     pub app_id: Option<&'a [u8]>,
 }
 
-/// The flag of the first property; the following ones have the bits below, in the order of [`Properties`].
+/// The flag of the first property; the following ones have the bits below, in the order of
+/// [`Properties`].
 const FIRST_FLAG: u16 = 1 << 15;
 
 impl<'a> Properties<'a> {
-    /// Parses the end of a content header: the flags, then the properties whose flag is set. Bytes behind them are ignored.
+    /// Parses the end of a content header: the flags, then the properties whose flag is set. Bytes
+    /// behind them are ignored.
     ///
     /// # Errors
     /// [`Malformed`] if the properties do not fit into the bytes.
@@ -57,7 +60,9 @@ impl<'a> Properties<'a> {
         Ok(Properties {
             content_type: is_next_set().then(|| reader.short_string()).transpose()?,
             content_encoding: is_next_set().then(|| reader.short_string()).transpose()?,
-            headers: is_next_set().then(|| reader.long_string().map(Table)).transpose()?,
+            headers: is_next_set()
+                .then(|| reader.long_string().map(Table))
+                .transpose()?,
             delivery_mode: is_next_set().then(|| reader.octet()).transpose()?,
             priority: is_next_set().then(|| reader.octet()).transpose()?,
             correlation_id: is_next_set().then(|| reader.short_string()).transpose()?,
@@ -75,7 +80,8 @@ impl<'a> Properties<'a> {
     pub fn encode(&self) -> Vec<u8> {
         const FLAGS_LEN: usize = 2;
         const TYPICAL_LEN: usize = 192;
-        let mut bytes = Vec::with_capacity(TYPICAL_LEN + self.headers.map_or(0, |headers| headers.0.len()));
+        let mut bytes =
+            Vec::with_capacity(TYPICAL_LEN + self.headers.map_or(0, |headers| headers.0.len()));
         bytes.extend_from_slice(&[0; FLAGS_LEN]);
         let (mut flags, mut flag) = (0, FIRST_FLAG);
         let mut put = |is_set: bool| {
@@ -88,12 +94,18 @@ impl<'a> Properties<'a> {
             string.inspect(|string| put_short_string(&mut bytes, string));
         }
         put(self.headers.is_some());
-        self.headers.inspect(|headers| put_long_string(&mut bytes, headers.0));
+        self.headers
+            .inspect(|headers| put_long_string(&mut bytes, headers.0));
         for octet in [self.delivery_mode, self.priority] {
             put(octet.is_some());
             bytes.extend(octet);
         }
-        for string in [self.correlation_id, self.reply_to, self.expiration, self.message_id] {
+        for string in [
+            self.correlation_id,
+            self.reply_to,
+            self.expiration,
+            self.message_id,
+        ] {
             put(string.is_some());
             string.inspect(|string| put_short_string(&mut bytes, string));
         }
@@ -110,7 +122,9 @@ impl<'a> Properties<'a> {
     /// The first header of this name.
     pub fn header(&self, name: &str) -> Option<Value<'a>> {
         let mut headers = self.headers?.entries();
-        headers.find(|(entry, _)| *entry == name.as_bytes()).map(|(_, value)| value)
+        headers
+            .find(|(entry, _)| *entry == name.as_bytes())
+            .map(|(_, value)| value)
     }
 }
 
@@ -119,8 +133,8 @@ impl<'a> Properties<'a> {
 pub struct Table<'a>(pub &'a [u8]);
 
 impl<'a> Table<'a> {
-    /// The entries of the top level, in their order: up to the first one that is malformed, because no length tells where
-    /// the next one begins.
+    /// The entries of the top level, in their order: up to the first one that is malformed, because
+    /// no length tells where the next one begins.
     pub fn entries(self) -> impl Iterator<Item = (&'a [u8], Value<'a>)> {
         let mut reader = Reader(self.0);
         iter::from_fn(move || {
@@ -132,7 +146,8 @@ impl<'a> Table<'a> {
 
 /// A **value** of a table or an array.
 ///
-/// The types are those of RabbitMQ, which differ from AMQP 0-9-1: see <https://www.rabbitmq.com/amqp-0-9-1-errata>.
+/// The types are those of RabbitMQ, which differ from AMQP 0-9-1: see
+/// <https://www.rabbitmq.com/amqp-0-9-1-errata>.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Value<'a> {
     /// `t`
@@ -155,7 +170,8 @@ pub enum Value<'a> {
     Table(Table<'a>),
     /// `A`: an array, with its encoded values.
     Array(&'a [u8]),
-    /// `D`: a decimal number: the number of digits behind the point, and the number without the point.
+    /// `D`: a decimal number: the number of digits behind the point, and the number without the
+    /// point.
     Decimal(u8, u32),
     /// `V`
     Void,
@@ -203,7 +219,8 @@ impl<'a> Value<'a> {
     }
 }
 
-/// Appends an entry of a table: a name of at most 255 bytes, and a value, which may be no table, array, decimal or float.
+/// Appends an entry of a table: a name of at most 255 bytes, and a value, which may be no table,
+/// array, decimal or float.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TableBuilder(Vec<u8>);
 
@@ -259,7 +276,8 @@ mod tests {
     use proptest::option;
     use proptest::prelude::*;
 
-    /// A content header is a frame header (7 bytes), a class (2), a weight (2) and the body's size (8), then this.
+    /// A content header is a frame header (7 bytes), a class (2), a weight (2) and the body's size
+    /// (8), then this.
     const FLAGS_OFFSET: usize = 19;
 
     fn encoded_by_amq_protocol(properties: &AMQPProperties) -> Vec<u8> {
@@ -288,7 +306,11 @@ mod tests {
             ..Properties::default()
         };
         assert_eq!(Properties::parse(&ids.encode()), Ok(ids));
-        assert_eq!(parsed_by_amq_protocol(&ids.encode()), AMQPProperties::default(), "what amq-protocol makes of it");
+        assert_eq!(
+            parsed_by_amq_protocol(&ids.encode()),
+            AMQPProperties::default(),
+            "what amq-protocol makes of it"
+        );
     }
 
     #[test]
@@ -302,10 +324,20 @@ mod tests {
                 break;
             }
         }
-        let with_headers = Properties { headers: Some(Table(&nested)), ..Properties::default() };
+        let with_headers = Properties {
+            headers: Some(Table(&nested)),
+            ..Properties::default()
+        };
         let bytes = with_headers.encode();
-        let entries = Properties::parse(&bytes).unwrap().headers.unwrap().entries().collect::<Vec<_>>();
-        assert!(matches!(entries[..], [(b"n", Value::Table(table))] if table.0.len() == nested.len() - 7));
+        let entries = Properties::parse(&bytes)
+            .unwrap()
+            .headers
+            .unwrap()
+            .entries()
+            .collect::<Vec<_>>();
+        assert!(
+            matches!(entries[..], [(b"n", Value::Table(table))] if table.0.len() == nested.len() - 7)
+        );
     }
 
     #[test]
@@ -343,10 +375,23 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_malformed_and_ends_a_table() {
-        for bytes in [&b""[..], b"\x80", b"\x80\0", b"\x80\0\x02a", b"\x20\0\0\0\0\x01", b"\x04\0\x03id"] {
+        for bytes in [
+            &b""[..],
+            b"\x80",
+            b"\x80\0",
+            b"\x80\0\x02a",
+            b"\x20\0\0\0\0\x01",
+            b"\x04\0\x03id",
+        ] {
             assert_eq!(Properties::parse(bytes), Err(Malformed), "{bytes:?}");
         }
-        for bytes in [&b"\x01az"[..], b"\x01aI\0\0\0", b"\x01aS\0\0\0\x02b", b"\x01a", b"\x02a"] {
+        for bytes in [
+            &b"\x01az"[..],
+            b"\x01aI\0\0\0",
+            b"\x01aS\0\0\0\x02b",
+            b"\x01a",
+            b"\x02a",
+        ] {
             let table = [b"\x01nV", bytes].concat();
             assert_eq!(Table(&table).entries().count(), 1, "{bytes:?}");
         }

@@ -16,8 +16,8 @@ const MAX_DURATION: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 /// The largest message that RabbitMQ can be configured to accept (`max_message_size`), in bytes.
 pub const MAX_SIZE: usize = 512 << 20;
 
-/// Makes bytes from the wire safe to print: escapes control characters, invisible characters and invalid UTF-8, and
-/// cuts after 200 bytes.
+/// Makes bytes from the wire safe to print: escapes control characters, invisible characters and
+/// invalid UTF-8, and cuts after 200 bytes.
 pub fn escape(bytes: &[u8]) -> impl Display + '_ {
     escape_up_to(MAX_ESCAPED_BYTES, bytes)
 }
@@ -38,7 +38,8 @@ impl Display for Escaped<'_> {
         for chunk in shown.utf8_chunks() {
             for char in chunk.valid().chars() {
                 match char {
-                    '"' | '\'' => f.write_char(char)?, // harmless, but `escape_debug` would escape them
+                    // Harmless, but `escape_debug` would escape them.
+                    '"' | '\'' => f.write_char(char)?,
                     _ => write!(f, "{}", char.escape_debug())?,
                 }
             }
@@ -53,26 +54,28 @@ impl Display for Escaped<'_> {
     }
 }
 
-/// Describes an error of the operating system for a message, such as "connection refused": in lower case, and
-/// without its number.
+/// Describes an error of the operating system for a message, such as "connection refused": in lower
+/// case, and without its number.
 pub fn describe_io_error(error: &io::Error) -> String {
     let text = error.to_string();
     // Messages about a host name say already that it could not be resolved.
     let text = text.trim_start_matches("failed to lookup address information: ");
     let text = text.split(" (os error").next().unwrap_or(text);
     let mut chars = text.chars();
-    chars.next().map_or_else(String::new, |first| first.to_lowercase().chain(chars).collect())
+    chars.next().map_or_else(String::new, |first| {
+        first.to_lowercase().chain(chars).collect()
+    })
 }
 
-/// Whether a character can control a terminal or reorder text on it: C0 (line ends and tab, too), DEL, C1, and Unicode's
-/// line separators and bidirectional controls.
+/// Whether a character can control a terminal or reorder text on it: C0 (line ends and tab, too),
+/// DEL, C1, and Unicode's line separators and bidirectional controls.
 pub fn is_control(char: char) -> bool {
-    let reorders =
-        |char| matches!(char, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let reorders = |char| matches!(char, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     char.is_control() || reorders(char)
 }
 
-/// Makes a text of any length safe to print: escapes control characters but newlines and tabs, and invalid UTF-8.
+/// Makes a text of any length safe to print: escapes control characters but newlines and tabs, and
+/// invalid UTF-8.
 pub fn escape_text(bytes: &[u8]) -> impl Display + '_ {
     EscapedText(bytes)
 }
@@ -102,7 +105,9 @@ impl Display for EscapedText<'_> {
 pub fn parse_name(text: &str) -> Result<String, String> {
     match text.len() {
         0 => Err("the queue name must not be empty".into()),
-        1..=255 if text.contains(char::is_control) => Err("must not contain control characters".into()),
+        1..=255 if text.contains(char::is_control) => {
+            Err("must not contain control characters".into())
+        }
         1..=255 => Ok(text.into()),
         len => Err(format!("must be at most 255 bytes long, not {len}")),
     }
@@ -121,7 +126,10 @@ pub fn parse_content_type(text: &str) -> Result<String, String> {
 /// # Errors
 /// What is wrong with the duration, for a message.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
-    let is_number = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+    let is_number = !text.is_empty()
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_digit() || byte == b'.');
     let unit = if is_number { "s" } else { "" };
     match humantime::parse_duration(&format!("{text}{unit}")) {
         Ok(duration) if duration <= MAX_DURATION => Ok(duration),
@@ -147,12 +155,18 @@ pub fn parse_timeout(text: &str) -> Result<Duration, String> {
 /// What is wrong with the size, for a message.
 pub fn parse_size(text: &str) -> Result<usize, String> {
     let units = [("KiB", 10), ("MiB", 20), ("GiB", 30)];
-    let with_unit = units.iter().find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, *shift)));
+    let with_unit = units
+        .iter()
+        .find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, *shift)));
     let (digits, shift) = with_unit.unwrap_or((text, 0));
     if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err("not a size such as 512KiB, 8MiB or a number of bytes".into());
     }
-    match digits.parse::<usize>().ok().and_then(|number| number.checked_mul(1 << shift)) {
+    match digits
+        .parse::<usize>()
+        .ok()
+        .and_then(|number| number.checked_mul(1 << shift))
+    {
         Some(size) if size <= MAX_SIZE => Ok(size),
         _ => Err("must be at most 512MiB, RabbitMQ's limit".into()),
     }
@@ -166,7 +180,10 @@ mod tests {
     #[test]
     fn escaped_text_cannot_control_a_terminal() {
         assert_eq!(escape(b"it's \"30\"").to_string(), "it's \"30\"");
-        assert_eq!(escape("\u{1b}[2J\r\n\u{202e}".as_bytes()).to_string(), r"\u{1b}[2J\r\n\u{202e}");
+        assert_eq!(
+            escape("\u{1b}[2J\r\n\u{202e}".as_bytes()).to_string(),
+            r"\u{1b}[2J\r\n\u{202e}"
+        );
         assert_eq!(escape(b"a\xff\xfe").to_string(), r"a\xff\xfe");
         assert_eq!(escape(&[b'x'; 201]).to_string(), "x".repeat(200) + "…");
     }
@@ -183,14 +200,20 @@ mod tests {
         let text = "a\tb\nC:\\ \"e\u{301}\"\n".repeat(100);
         assert_eq!(escape_text(text.as_bytes()).to_string(), text);
         let hostile = "\r\0\u{1b}[2J\u{7f}\u{9b}\u{202e}x";
-        assert_eq!(escape_text(hostile.as_bytes()).to_string(), r"\r\0\u{1b}[2J\u{7f}\u{9b}\u{202e}x");
+        assert_eq!(
+            escape_text(hostile.as_bytes()).to_string(),
+            r"\r\0\u{1b}[2J\u{7f}\u{9b}\u{202e}x"
+        );
         assert_eq!(escape_text(b"a\xff\xfe\n").to_string(), "a\\xff\\xfe\n");
     }
 
     #[test]
     fn an_io_error_is_described_in_lower_case_and_without_its_number() {
         let describe = |message| describe_io_error(&io::Error::other(message));
-        assert_eq!(describe("Connection refused (os error 111)"), "connection refused");
+        assert_eq!(
+            describe("Connection refused (os error 111)"),
+            "connection refused"
+        );
         assert_eq!(
             describe("failed to lookup address information: Name or service not known"),
             "name or service not known"
@@ -201,8 +224,14 @@ mod tests {
     #[test]
     fn a_name_has_1_to_255_bytes_without_control_characters() {
         assert_eq!(parse_name(&"x".repeat(255)), Ok("x".repeat(255)));
-        assert_eq!(parse_name(""), Err("the queue name must not be empty".into()));
-        assert_eq!(parse_name("a\0"), Err("must not contain control characters".into()));
+        assert_eq!(
+            parse_name(""),
+            Err("the queue name must not be empty".into())
+        );
+        assert_eq!(
+            parse_name("a\0"),
+            Err("must not contain control characters".into())
+        );
         let too_long = Err("must be at most 255 bytes long, not 256".into());
         assert_eq!(parse_name(&"ä".repeat(128)), too_long);
     }
@@ -220,30 +249,72 @@ mod tests {
             ("1.5s", 1_500),
             ("1m 1s", 61_000),
         ] {
-            assert_eq!(parse_duration(text), Ok(Duration::from_millis(millis)), "{text}");
+            assert_eq!(
+                parse_duration(text),
+                Ok(Duration::from_millis(millis)),
+                "{text}"
+            );
         }
     }
 
     #[test]
     fn sizes_have_units_or_are_bytes() {
-        for (text, size) in [("0", 0), ("9", 9), ("512KiB", 512 << 10), ("8MiB", 8 << 20), ("512MiB", MAX_SIZE)] {
+        for (text, size) in [
+            ("0", 0),
+            ("9", 9),
+            ("512KiB", 512 << 10),
+            ("8MiB", 8 << 20),
+            ("512MiB", MAX_SIZE),
+        ] {
             assert_eq!(parse_size(text), Ok(size), "{text}");
         }
         for text in ["", "MiB", "-1", "1.5MiB", "8MB", "8 MiB", "+1"] {
-            assert_eq!(parse_size(text), Err("not a size such as 512KiB, 8MiB or a number of bytes".into()), "{text}");
+            assert_eq!(
+                parse_size(text),
+                Err("not a size such as 512KiB, 8MiB or a number of bytes".into()),
+                "{text}"
+            );
         }
-        for text in ["513MiB", "1GiB", "18446744073709551616", "18014398509481984KiB"] {
-            assert_eq!(parse_size(text), Err("must be at most 512MiB, RabbitMQ's limit".into()), "{text}");
+        for text in [
+            "513MiB",
+            "1GiB",
+            "18446744073709551616",
+            "18014398509481984KiB",
+        ] {
+            assert_eq!(
+                parse_size(text),
+                Err("must be at most 512MiB, RabbitMQ's limit".into()),
+                "{text}"
+            );
         }
     }
 
     #[test]
     fn an_invalid_duration_is_refused_with_the_reason() {
-        for text in ["", "s", "-1", ".", "1.", "1.5.2s", "1.5.2", "ten", "1e3", "99999999999999999999999"] {
-            assert_eq!(parse_duration(text), Err("not a duration such as 1500ms, 30s or 2m".into()), "{text}");
+        for text in [
+            "",
+            "s",
+            "-1",
+            ".",
+            "1.",
+            "1.5.2s",
+            "1.5.2",
+            "ten",
+            "1e3",
+            "99999999999999999999999",
+        ] {
+            assert_eq!(
+                parse_duration(text),
+                Err("not a duration such as 1500ms, 30s or 2m".into()),
+                "{text}"
+            );
         }
         for text in ["366d", "31536001", "18446744073709551615"] {
-            assert_eq!(parse_duration(text), Err("must be at most 365 days".into()), "{text}");
+            assert_eq!(
+                parse_duration(text),
+                Err("must be at most 365 days".into()),
+                "{text}"
+            );
         }
         assert_eq!(parse_timeout("1ms"), Ok(Duration::from_millis(1)));
         assert_eq!(parse_timeout("999us"), Err("must be at least 1ms".into()));

@@ -7,8 +7,13 @@ use rpc_common::message::Request;
 use rpc_server::{serve, stop_signal, Caller, Config};
 
 fn main() -> anyhow::Result<()> {
-    let config = Config { queue: "upper_queue".into(), ..Config::default() };
+    let config = Config {
+        queue: "upper_queue".into(),
+        ..Config::default()
+    };
     let upper = |request: &Request, _: &Caller| Ok(request.text()?.to_uppercase().into());
-    serve(&config, &upper, &stop_signal()?, &|| println!("serving upper_queue, Ctrl-C stops"))?;
+    serve(&config, &upper, &stop_signal()?, &|| {
+        println!("serving upper_queue, Ctrl-C stops");
+    })?;
     Ok(())
 }

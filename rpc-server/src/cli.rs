@@ -62,7 +62,8 @@ pub(crate) struct Cli {
     #[command(flatten, next_help_heading = "Output")]
     pub(crate) log: LogOptions,
 
-    /// Serve Prometheus metrics on this address, such as 9394 (a bare port is on loopback) or 0.0.0.0:9394
+    /// Serve Prometheus metrics on this address, such as 9394 (a bare port is on loopback) or
+    /// 0.0.0.0:9394
     #[arg(long, value_name = "ADDRESS", help_heading = "Output", value_parser = parse_address)]
     pub(crate) metrics: Option<SocketAddr>,
 
@@ -78,7 +79,12 @@ pub(crate) struct Cli {
 #[command(next_help_heading = "The function fib")]
 pub(crate) struct FibOptions {
     /// Largest n to serve
-    #[arg(long, value_name = "N", default_value_t = 1_000_000, conflicts_with = "command")]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 1_000_000,
+        conflicts_with = "command"
+    )]
     pub(crate) max_n: u64,
 
     /// Sleep this long in each request, to watch fair dispatch
@@ -102,9 +108,16 @@ impl Cli {
 
 /// Parses an address: a bare port is on the loopback interface.
 fn parse_address(text: &str) -> Result<SocketAddr, String> {
-    let address = text.parse().or_else(|_| text.parse().map(|port: u16| (Ipv4Addr::LOCALHOST, port).into()));
-    let address = address.ok().filter(|address: &SocketAddr| address.port() != 0);
-    address.ok_or_else(|| "not a port, or an IP address and a port, such as 9394 or 0.0.0.0:9394".into())
+    let address = text.parse().or_else(|_| {
+        text.parse()
+            .map(|port: u16| (Ipv4Addr::LOCALHOST, port).into())
+    });
+    let address = address
+        .ok()
+        .filter(|address: &SocketAddr| address.port() != 0);
+    address.ok_or_else(|| {
+        "not a port, or an IP address and a port, such as 9394 or 0.0.0.0:9394".into()
+    })
 }
 
 #[cfg(test)]

@@ -13,7 +13,12 @@ pub struct Config {
     pub queue: String,
 
     /// auto | transient | classic | quorum: how to declare the queue if it does not exist
-    #[arg(long, value_name = "TYPE", default_value = "auto", hide_possible_values = true)]
+    #[arg(
+        long,
+        value_name = "TYPE",
+        default_value = "auto",
+        hide_possible_values = true
+    )]
     pub queue_type: QueueType,
 
     /// Requests served at once, each on a channel of its own; 0: one per core
@@ -29,7 +34,13 @@ pub struct Config {
     pub broker: BrokerOptions,
 
     /// given | random: whether the first URL or any of them is tried first
-    #[arg(long, value_name = "ORDER", default_value = "random", hide_possible_values = true, help_heading = "Broker")]
+    #[arg(
+        long,
+        value_name = "ORDER",
+        default_value = "random",
+        hide_possible_values = true,
+        help_heading = "Broker"
+    )]
     pub url_order: UrlOrder,
 }
 

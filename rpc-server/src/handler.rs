@@ -14,24 +14,29 @@ pub type Handler<'a> = dyn Fn(&Request, &Caller) -> Reply + Sync + 'a;
 pub struct Caller<'a>(pub(crate) &'a dyn Fn() -> bool);
 
 impl Caller<'_> {
-    /// Whether the caller has gone: the broker says that the queue for the reply no longer exists. Asks the broker; a caller
-    /// whose broker does not answer is not known to have gone.
+    /// Whether the caller has gone: the broker says that the queue for the reply no longer exists.
+    /// Asks the broker; a caller whose broker does not answer is not known to have gone.
     pub fn is_gone(&self) -> bool {
         (self.0)()
     }
 }
 
-/// Calls the handler. A panic becomes the failure `internal`; its message is in the server's log only.
+/// Calls the handler. A panic becomes the failure `internal`; its message is in the server's log
+/// only.
 pub(crate) fn call(handler: &Handler, request: &Request, caller: &Caller) -> Reply {
     // A handler whose state a panic can break must handle that itself, as with a poisoned mutex.
     panic::catch_unwind(AssertUnwindSafe(|| handler(request, caller))).unwrap_or_else(|_| {
-        Err(Failure::new(ErrorCode::Internal, "internal error: the function failed, see the server's log"))
+        Err(Failure::new(
+            ErrorCode::Internal,
+            "internal error: the function failed, see the server's log",
+        ))
     })
 }
 
 /// A handler for fib(n), exact, up to `max_n`.
 ///
-/// It calls `on_request` with each n that it serves, and sleeps for `delay`, so that fair dispatch can be watched.
+/// It calls `on_request` with each n that it serves, and sleeps for `delay`, so that fair dispatch
+/// can be watched.
 pub fn fib_handler(
     max_n: u64,
     delay: Duration,
@@ -48,15 +53,20 @@ pub fn fib_handler(
 fn parse_argument(body: &[u8], max_n: u64) -> Result<u64, Failure> {
     let (code, message) = match parse_number(body) {
         Ok(n) if n <= max_n => return Ok(n),
-        Ok(n) => {
-            (ErrorCode::OutOfRange, format!("out of range: {n} is larger than {max_n}, the largest n served here"))
-        }
-        Err(error @ NumberError::TooLarge) => {
-            (ErrorCode::OutOfRange, format!("out of range: {} is {error}", escape(body)))
-        }
+        Ok(n) => (
+            ErrorCode::OutOfRange,
+            format!("out of range: {n} is larger than {max_n}, the largest n served here"),
+        ),
+        Err(error @ NumberError::TooLarge) => (
+            ErrorCode::OutOfRange,
+            format!("out of range: {} is {error}", escape(body)),
+        ),
         Err(error @ NumberError::Malformed) => {
             let start = escape(&body[..body.len().min(21)]);
-            (ErrorCode::InvalidArgument, format!("invalid argument: '{start}' is {error}"))
+            (
+                ErrorCode::InvalidArgument,
+                format!("invalid argument: '{start}' is {error}"),
+            )
         }
     };
     Err(Failure::new(code, message))
@@ -68,7 +78,14 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     fn ask(handler: &Handler, body: &[u8]) -> Reply {
-        call(handler, &Request { body, ..Request::default() }, &Caller(&|| false))
+        call(
+            handler,
+            &Request {
+                body,
+                ..Request::default()
+            },
+            &Caller(&|| false),
+        )
     }
 
     #[test]
@@ -90,14 +107,21 @@ mod tests {
                 ErrorCode::InvalidArgument,
                 "invalid argument: 'abc' is not a whole number (digits only, such as 30)",
             ),
-            ("101", ErrorCode::OutOfRange, "out of range: 101 is larger than 100, the largest n served here"),
+            (
+                "101",
+                ErrorCode::OutOfRange,
+                "out of range: 101 is larger than 100, the largest n served here",
+            ),
             (
                 "18446744073709551616",
                 ErrorCode::OutOfRange,
                 "out of range: 18446744073709551616 is too large (at most 18446744073709551615)",
             ),
         ] {
-            assert_eq!(ask(&handler, body.as_bytes()), Err(Failure::new(code, message)));
+            assert_eq!(
+                ask(&handler, body.as_bytes()),
+                Err(Failure::new(code, message))
+            );
         }
     }
 
@@ -105,6 +129,9 @@ mod tests {
     fn a_panic_is_contained() {
         let failure = ask(&|_, _| panic!("on purpose"), b"1").unwrap_err();
         assert_eq!(failure.code, ErrorCode::Internal);
-        assert!(!failure.message.contains("on purpose"), "the detail belongs to the log");
+        assert!(
+            !failure.message.contains("on purpose"),
+            "the detail belongs to the log"
+        );
     }
 }

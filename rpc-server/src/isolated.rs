@@ -1,18 +1,23 @@
 //! Publishes replies to redelivered requests, each alone on a connection of its own.
 //!
-//! The broker may close the channel, or the whole connection, because of a reply: it is too large, or its reply_to is a name
-//! that the broker does not accept. Then the request is delivered again, without end, and the broker does not say which
-//! reply it refused. So the reply to a redelivered request is published alone: if the broker closes something then, it is
-//! because of this reply, and no other request is affected. Over this connection the server also asks whether a caller has gone.
+//! The broker may close the channel, or the whole connection, because of a reply: it is too large,
+//! or its reply_to is a name that the broker does not accept. Then the request is delivered again,
+//! without end, and the broker does not say which reply it refused. So the reply to a redelivered
+//! request is published alone: if the broker closes something then, it is because of this reply,
+//! and no other request is affected. Over this connection the server also asks whether a caller has
+//! gone.
 
-use rpc_common::connection::{Connection, Deadline, Endpoint, Error, Message, OpenChannel, Owner, Publisher, Returned};
+use rpc_common::connection::{
+    Connection, Deadline, Endpoint, Error, Message, OpenChannel, Owner, Publisher, Returned,
+};
 use rpc_common::message::{encode_reply, ErrorCode, Failure, Reply, Request};
 use rpc_common::sync::lock;
 use rpc_common::text::escape;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-/// How long the server's loop is quiet before the isolated connection is closed, so that it does not stay open for good.
+/// How long the server's loop is quiet before the isolated connection is closed, so that it does
+/// not stay open for good.
 pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long one reply may take.
@@ -31,7 +36,8 @@ const MAX_UNREAD: usize = 64;
 pub(crate) enum Published {
     /// The broker accepted it.
     Accepted,
-    /// The broker refused it, by closing the channel or the connection; and then also the error that was sent in its place.
+    /// The broker refused it, by closing the channel or the connection; and then also the error
+    /// that was sent in its place.
     Refused(Error),
     /// The connection could not be opened, or ended for another reason.
     Unknown(Error),
@@ -53,15 +59,21 @@ struct State {
 
 /// An open connection with its channel.
 struct Open {
-    connection: Connection, // first, so that it is closed first: then closing the channel does not wait
+    // First, so that it is closed first: then closing the channel does not wait.
+    connection: Connection,
     channel: OpenChannel,
     publisher: Publisher,
 }
 
 impl IsolatedPublisher {
-    /// Publishes a reply and waits for the broker. If the broker refuses the reply, an error replaces it. Without a
-    /// connection, it connects to `endpoint`.
-    pub(crate) fn publish(&self, endpoint: &Endpoint, reply: &mut Reply, request: &Request) -> Published {
+    /// Publishes a reply and waits for the broker. If the broker refuses the reply, an error
+    /// replaces it. Without a connection, it connects to `endpoint`.
+    pub(crate) fn publish(
+        &self,
+        endpoint: &Endpoint,
+        reply: &mut Reply,
+        request: &Request,
+    ) -> Published {
         let mut state = lock(&self.0);
         if let (true, Some((error, _))) = (state.is_paused(), &state.failure) {
             return Published::Unknown(error.clone());
@@ -69,7 +81,8 @@ impl IsolatedPublisher {
         let mut published = state.publish(endpoint, reply, request);
         if let Published::Refused(error) = &published {
             log::warn!("the broker refused a reply, answering with an error: {error}");
-            let message = "internal error: the broker refused the answer, perhaps because of its size";
+            let message =
+                "internal error: the broker refused the answer, perhaps because of its size";
             *reply = Err(Failure::new(ErrorCode::Internal, message));
             published = state.publish(endpoint, reply, request);
         }
@@ -79,12 +92,20 @@ impl IsolatedPublisher {
         published
     }
 
-    /// Whether the broker says that there is no queue of this name. (One that is exclusive to its caller's connection is refused
-    /// to us, and exists.)
+    /// Whether the broker says that there is no queue of this name. (One that is exclusive to its
+    /// caller's connection is refused to us, and exists.)
     pub(crate) fn is_queue_gone(&self, endpoint: &Endpoint, queue: &[u8]) -> bool {
-        let Ok(queue) = str::from_utf8(queue) else { return false }; // amiquip cannot ask for such a name
-        let Ok(mut state) = self.0.try_lock() else { return false }; // another time: a program waits for this
-        if state.is_paused() || state.no_checks_until.is_some_and(|until| Instant::now() < until) {
+        let Ok(queue) = str::from_utf8(queue) else {
+            return false;
+        }; // amiquip cannot ask for such a name
+        let Ok(mut state) = self.0.try_lock() else {
+            return false;
+        }; // another time: a program waits for this
+        if state.is_paused()
+            || state
+                .no_checks_until
+                .is_some_and(|until| Instant::now() < until)
+        {
             return false;
         }
         let deadline = Deadline::after(CHECK_TIMEOUT);
@@ -112,12 +133,17 @@ impl IsolatedPublisher {
 impl State {
     /// Whether the latest attempt got no answer, a short time ago.
     fn is_paused(&self) -> bool {
-        self.failure.as_ref().is_some_and(|(_, until)| Instant::now() < *until)
+        self.failure
+            .as_ref()
+            .is_some_and(|(_, until)| Instant::now() < *until)
     }
 
     /// Takes the connection, or opens one.
     fn open(&mut self, endpoint: &Endpoint, deadline: &Deadline) -> Result<Open, Error> {
-        let open = self.open.take().filter(|open| open.connection.endpoint.is_same(endpoint));
+        let open = self
+            .open
+            .take()
+            .filter(|open| open.connection.endpoint.is_same(endpoint));
         // One that is open may have ended since.
         let open = open.and_then(|mut open| open.make_round_trip(deadline).ok().map(|()| open));
         open.map_or_else(|| Open::new(endpoint, deadline), Ok)
@@ -146,13 +172,20 @@ impl Open {
     fn new(endpoint: &Endpoint, deadline: &Deadline) -> Result<Self, Error> {
         let mut connection = Connection::open(endpoint, "rpc-server", deadline, &Owner::Standby)?;
         let (channel, publisher) = connection.open_channel(MAX_UNREAD, deadline)?;
-        Ok(Open { connection, channel, publisher })
+        Ok(Open {
+            connection,
+            channel,
+            publisher,
+        })
     }
 
-    /// The broker handles a channel's methods in order: when it answers, it has not refused what was published before. (A
-    /// publisher confirm would tell the same, and would have to be enabled by another round trip.)
+    /// The broker handles a channel's methods in order: when it answers, it has not refused what
+    /// was published before. (A publisher confirm would tell the same, and would have to be enabled
+    /// by another round trip.)
     fn make_round_trip(&mut self, deadline: &Deadline) -> Result<(), Error> {
-        let result = self.channel.run_blocking(deadline, "publishing a reply", |amqp| amqp.qos(0, 0, false));
+        let result = self
+            .channel
+            .run_blocking(deadline, "publishing a reply", |amqp| amqp.qos(0, 0, false));
         for message in self.channel.inbox.take().messages {
             if let Message::Returned(reply) = message {
                 log_return(&reply);
@@ -162,11 +195,15 @@ impl Open {
     }
 }
 
-/// Adds the reply to a request. An error replaces a reply whose properties do not fit into a frame: one with an error code of
-/// kilobytes.
+/// Adds the reply to a request. An error replaces a reply whose properties do not fit into a frame:
+/// one with an error code of kilobytes.
 pub(crate) fn publish_reply(publisher: &Publisher, reply: &Reply, request: &Request) {
     let publish = |reply: &Reply| {
-        publisher.publish(&encode_reply(reply, request.reply_to.unwrap_or_default(), request.correlation_id))
+        publisher.publish(&encode_reply(
+            reply,
+            request.reply_to.unwrap_or_default(),
+            request.correlation_id,
+        ))
     };
     if let Err(error) = publish(reply) {
         log::warn!("cannot publish a reply: {error}");

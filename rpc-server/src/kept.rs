@@ -1,7 +1,8 @@
 //! Computed replies, kept for when their requests are delivered again.
 //!
-//! The broker waits for an acknowledgement no longer than its `consumer_timeout`. Then it closes the channel or cancels the
-//! consumer, and delivers the request again, perhaps to another worker; computing the reply again would take as long again.
+//! The broker waits for an acknowledgement no longer than its `consumer_timeout`. Then it closes
+//! the channel or cancels the consumer, and delivers the request again, perhaps to another worker;
+//! computing the reply again would take as long again.
 
 use rpc_common::message::{Reply, Request};
 use rpc_common::sync::lock;
@@ -13,7 +14,8 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 const MAX_KEPT: usize = 64;
 const MAX_KEPT_BYTES: usize = 64 << 20;
 
-/// The latest replies whose channel or consumer had ended when they were sent, of all workers; and the requests in hand.
+/// The latest replies whose channel or consumer had ended when they were sent, of all workers; and
+/// the requests in hand.
 #[derive(Default)]
 pub(crate) struct KeptReplies {
     state: Mutex<State>,
@@ -34,17 +36,26 @@ pub(crate) struct InHand<'a> {
 }
 
 impl KeptReplies {
-    /// Marks a request as in hand. A redelivered one that another worker has in hand is waited for, and its kept reply is
-    /// returned, if there is one.
-    pub(crate) fn begin(&self, request: &Request, is_redelivered: bool) -> (InHand<'_>, Option<Reply>) {
+    /// Marks a request as in hand. A redelivered one that another worker has in hand is waited for,
+    /// and its kept reply is returned, if there is one.
+    pub(crate) fn begin(
+        &self,
+        request: &Request,
+        is_redelivered: bool,
+    ) -> (InHand<'_>, Option<Reply>) {
         let (key, mut state) = (key(request), self.lock());
         let mut kept = None;
         if is_redelivered {
             while state.in_hand.contains(&key) {
-                state = self.has_ended.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = self
+                    .has_ended
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner);
             }
             let index = state.replies.iter().position(|(kept, _)| *kept == key);
-            kept = index.and_then(|index| state.replies.remove(index)).map(|(_, reply)| reply);
+            kept = index
+                .and_then(|index| state.replies.remove(index))
+                .map(|(_, reply)| reply);
         }
         state.in_hand.push(key);
         (InHand { kept: self, key }, kept)
@@ -64,7 +75,13 @@ impl InHand<'_> {
         }
         let mut state = self.kept.lock();
         state.replies.push_front((self.key, reply));
-        let all = |state: &State| state.replies.iter().map(|(_, reply)| size(reply)).sum::<usize>();
+        let all = |state: &State| {
+            state
+                .replies
+                .iter()
+                .map(|(_, reply)| size(reply))
+                .sum::<usize>()
+        };
         while state.replies.len() > MAX_KEPT || all(&state) > MAX_KEPT_BYTES {
             state.replies.pop_back();
         }
@@ -80,16 +97,32 @@ impl Drop for InHand<'_> {
     }
 }
 
-/// The beginnings of the names of headers that RabbitMQ adds, or changes, when it delivers a message again.
-const BROKER_HEADERS: [&str; 5] =
-    ["x-acquired-count", "x-death", "x-delivery-count", "x-first-death-", "x-last-death-"];
+/// The beginnings of the names of headers that RabbitMQ adds, or changes, when it delivers a
+/// message again.
+const BROKER_HEADERS: [&str; 5] = [
+    "x-acquired-count",
+    "x-death",
+    "x-delivery-count",
+    "x-first-death-",
+    "x-last-death-",
+];
 
 /// What identifies a request when it is delivered again.
 fn key(request: &Request) -> u64 {
     let mut hasher = DefaultHasher::new();
-    (request.correlation_id, request.reply_to, request.body, request.content_type, request.details).hash(&mut hasher);
+    (
+        request.correlation_id,
+        request.reply_to,
+        request.body,
+        request.content_type,
+        request.details,
+    )
+        .hash(&mut hasher);
     for (name, value) in request.headers.entries() {
-        if !BROKER_HEADERS.iter().any(|prefix| name.starts_with(prefix.as_bytes())) {
+        if !BROKER_HEADERS
+            .iter()
+            .any(|prefix| name.starts_with(prefix.as_bytes()))
+        {
             (name, format!("{value:?}")).hash(&mut hasher);
         }
     }
@@ -104,7 +137,11 @@ mod tests {
     use std::thread;
 
     fn request(body: &[u8]) -> Request<'_> {
-        Request { body, reply_to: Some(b"to"), ..Request::default() }
+        Request {
+            body,
+            reply_to: Some(b"to"),
+            ..Request::default()
+        }
     }
 
     fn answer(text: &str) -> Answer {
@@ -126,7 +163,11 @@ mod tests {
         keep(&kept, b"30", "832040");
         keep(&kept, b"20", "6765");
         assert_eq!(take(&kept, b"31"), None);
-        assert_eq!(kept.begin(&request(b"30"), false).1, None, "this is another request");
+        assert_eq!(
+            kept.begin(&request(b"30"), false).1,
+            None,
+            "this is another request"
+        );
         assert_eq!(take(&kept, b"30"), Some(Ok(answer("832040"))));
         assert_eq!(take(&kept, b"30"), None);
         (0..MAX_KEPT).for_each(|_| keep(&kept, b"30", "832040"));
@@ -137,7 +178,10 @@ mod tests {
     fn a_reply_that_is_too_large_to_be_kept_takes_no_place_of_others() {
         let kept = KeptReplies::default();
         keep(&kept, b"30", "832040");
-        let large = Answer { body: vec![0; MAX_KEPT_BYTES + 1], content_type: None };
+        let large = Answer {
+            body: vec![0; MAX_KEPT_BYTES + 1],
+            content_type: None,
+        };
         kept.begin(&request(b"large"), false).0.keep(Ok(large));
         assert_eq!(take(&kept, b"large"), None);
         assert_eq!(take(&kept, b"30"), Some(Ok(answer("832040"))));
@@ -148,10 +192,18 @@ mod tests {
         let kept = KeptReplies::default();
         let headers = |name: &str| TableBuilder::default().with_long(name, 1);
         let (german, counted) = (headers("x-lang"), headers("x-delivery-count"));
-        let with = |headers| Request { headers, ..request(b"30") };
-        kept.begin(&request(b"30"), false).0.keep(Ok(answer("832040")));
+        let with = |headers| Request {
+            headers,
+            ..request(b"30")
+        };
+        kept.begin(&request(b"30"), false)
+            .0
+            .keep(Ok(answer("832040")));
         assert_eq!(kept.begin(&with(german.table()), true).1, None);
-        assert_eq!(kept.begin(&with(counted.table()), true).1, Some(Ok(answer("832040"))));
+        assert_eq!(
+            kept.begin(&with(counted.table()), true).1,
+            Some(Ok(answer("832040")))
+        );
     }
 
     #[test]

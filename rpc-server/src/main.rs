@@ -46,7 +46,10 @@ fn run(cli: &Cli, stdout: &BackgroundWriter) -> Result<(), Error> {
     if let Some(address) = cli.metrics {
         metrics::serve(address, statistics.registry()).map_err(configuration_error)?;
     }
-    let operator = Operator { stdout, statistics: &statistics };
+    let operator = Operator {
+        stdout,
+        statistics: &statistics,
+    };
     let announce = |request: String| {
         if !cli.quiet {
             stdout.write_line(format!(" [.] {request}"));
@@ -54,7 +57,9 @@ fn run(cli: &Cli, stdout: &BackgroundWriter) -> Result<(), Error> {
     };
     match program {
         None => {
-            let fib = fib_handler(cli.fib.max_n, cli.fib.delay, |n| announce(format!("fib({n})")));
+            let fib = fib_handler(cli.fib.max_n, cli.fib.delay, |n| {
+                announce(format!("fib({n})"));
+            });
             serve_until_stopped(cli, &fib, stop_signal(), &operator)
         }
         Some(mut program) => {
@@ -64,18 +69,34 @@ fn run(cli: &Cli, stdout: &BackgroundWriter) -> Result<(), Error> {
                 stopped_runs.inc();
             });
             let program = Arc::new(program);
-            log::info!("serving {}", escape(program.path().as_os_str().as_encoded_bytes()));
+            log::info!(
+                "serving {}",
+                escape(program.path().as_os_str().as_encoded_bytes())
+            );
             let killed = program.clone();
             let handler = |request: &Request, caller: &Caller| {
-                announce(format!("{command_line} ({})", format_bytes(request.body.len())));
+                announce(format!(
+                    "{command_line} ({})",
+                    format_bytes(request.body.len())
+                ));
                 program.run(request, caller)
             };
-            serve_until_stopped(cli, &handler, stop_signal_with(move || killed.kill_all()), &operator)
+            serve_until_stopped(
+                cli,
+                &handler,
+                stop_signal_with(move || killed.kill_all()),
+                &operator,
+            )
         }
     }
 }
 
-fn serve_until_stopped(cli: &Cli, handler: &Handler, stop: io::Result<Stop>, operator: &Operator) -> Result<(), Error> {
+fn serve_until_stopped(
+    cli: &Cli,
+    handler: &Handler,
+    stop: io::Result<Stop>,
+    operator: &Operator,
+) -> Result<(), Error> {
     let stop = stop.expect("the system provides signal handlers and a thread");
     serve(&cli.config, handler, &stop, operator)?;
     log::info!("stopped: {}", operator.statistics.summary());

@@ -9,7 +9,8 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long a scraper may take to send its request, and then to take the page. Others wait meanwhile.
+/// How long a scraper may take to send its request, and then to take the page. Others wait
+/// meanwhile.
 const TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The largest request, in bytes, and how many headers it may have.
@@ -21,8 +22,12 @@ const MAX_HEADERS: usize = 64;
 /// # Errors
 /// Why the address cannot be used, for a message.
 pub(crate) fn serve(address: SocketAddr, registry: Registry) -> Result<(), String> {
-    let listener = TcpListener::bind(address)
-        .map_err(|error| format!("cannot serve metrics on {address}: {}", describe_io_error(&error)))?;
+    let listener = TcpListener::bind(address).map_err(|error| {
+        format!(
+            "cannot serve metrics on {address}: {}",
+            describe_io_error(&error)
+        )
+    })?;
     let serve = move || loop {
         match listener.accept() {
             // Fails if the scraper takes too long, goes away, or does not speak HTTP.
@@ -30,7 +35,10 @@ pub(crate) fn serve(address: SocketAddr, registry: Registry) -> Result<(), Strin
             Err(_) => thread::sleep(TIMEOUT), // there are no descriptors left, for example
         }
     };
-    thread::Builder::new().name("metrics".into()).spawn(serve).expect("the system provides a thread");
+    thread::Builder::new()
+        .name("metrics".into())
+        .spawn(serve)
+        .expect("the system provides a thread");
     Ok(())
 }
 
@@ -56,7 +64,8 @@ fn answer(mut scraper: TcpStream, registry: &Registry) -> io::Result<()> {
 fn read_path(scraper: &mut TcpStream) -> io::Result<String> {
     let (begun, mut received, mut buffer) = (Instant::now(), Vec::new(), [0; 1024]);
     loop {
-        scraper.set_read_timeout(Some(TIMEOUT.saturating_sub(begun.elapsed())))?; // fails if no time is left
+        // Fails if no time is left.
+        scraper.set_read_timeout(Some(TIMEOUT.saturating_sub(begun.elapsed())))?;
         let len = scraper.read(&mut buffer)?;
         received.extend_from_slice(&buffer[..len]);
         let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];

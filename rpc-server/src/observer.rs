@@ -3,7 +3,8 @@
 use rpc_common::connection::Error;
 use std::time::Duration;
 
-/// An **observer** is told what a server does, by several threads. A closure is an observer that is told `on_ready` only.
+/// An **observer** is told what a server does, by several threads. A closure is an observer that is
+/// told `on_ready` only.
 pub trait Observer: Sync {
     /// The server consumes for the first time. Called once, before the first request is handled.
     fn on_ready(&self);
@@ -17,8 +18,8 @@ pub trait Observer: Sync {
     /// A request has begun.
     fn on_request(&self) {}
 
-    /// A request that has begun ended after this time. The outcome is `ok` or an error code, `rejected`, or `requeued` if the broker
-    /// delivers it again.
+    /// A request that has begun ended after this time. The outcome is `ok` or an error code,
+    /// `rejected`, or `requeued` if the broker delivers it again.
     fn on_outcome(&self, _outcome: &str, _time: Duration) {}
 
     /// It is time to stop: the requests that have begun are answered.

@@ -1,4 +1,5 @@
-//! What the operator learns of the server: its first line on standard output, its statistics, and what it tells systemd.
+//! What the operator learns of the server: its first line on standard output, its statistics, and
+//! what it tells systemd.
 
 use crate::statistics::Statistics;
 use rpc_common::background_writer::BackgroundWriter;
@@ -41,7 +42,10 @@ impl Observer for Operator<'_> {
     }
 
     fn on_stopping(&self) {
-        notify(&[Stopping, Status("stopping: requests that have begun are answered")]);
+        notify(&[
+            Stopping,
+            Status("stopping: requests that have begun are answered"),
+        ]);
     }
 
     fn alive_interval(&self) -> Option<Duration> {
@@ -56,5 +60,6 @@ impl Observer for Operator<'_> {
 
 /// Tells systemd, if it has started this process with a socket for that.
 fn notify(states: &[NotifyState]) {
-    let _ = sd_notify::notify(states); // systemd notices itself what it is not told: no READY, no WATCHDOG
+    // Systemd notices itself what it is not told: no READY, no WATCHDOG.
+    let _ = sd_notify::notify(states);
 }

@@ -3,7 +3,9 @@
 use crate::handler::Caller;
 use crate::run::{run, Ended, Groups, Limits, Stopped};
 use rpc_common::message::{Answer, ErrorCode, Failure, Reply, Request};
-use rpc_common::text::{describe_io_error, escape, format_duration, parse_duration, parse_size, parse_timeout};
+use rpc_common::text::{
+    describe_io_error, escape, format_duration, parse_duration, parse_size, parse_timeout,
+};
 use rustix::fs::{access, Access};
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -14,12 +16,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// The largest value of a variable of the environment, and the longest sentence of a program that fails, in bytes.
+/// The largest value of a variable of the environment, and the longest sentence of a program that
+/// fails, in bytes.
 const MAX_VALUE: usize = 4 << 10;
 const MAX_SENTENCE: usize = 4 << 10;
 
-/// Variables of the server's environment that the program does not get, beside those that begin with RPC_: the URL may have a
-/// password, and systemd would take the program's notifications for those of the server.
+/// Variables of the server's environment that the program does not get, beside those that begin
+/// with RPC_: the URL may have a password, and systemd would take the program's notifications for
+/// those of the server.
 const HIDDEN: [&str; 4] = ["AMQP_URL", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"];
 
 /// Which program to serve, and its limits.
@@ -43,7 +47,12 @@ pub struct ProgramOptions {
     pub max_reply: usize,
 
     /// Content type of replies
-    #[arg(long, value_name = "TYPE", default_value = "application/octet-stream", requires = "command")]
+    #[arg(
+        long,
+        value_name = "TYPE",
+        default_value = "application/octet-stream",
+        requires = "command"
+    )]
     #[arg(value_parser = rpc_common::text::parse_content_type)]
     pub content_type: String,
 
@@ -69,17 +78,24 @@ impl Program {
     /// # Errors
     /// Why it cannot be run, for a message.
     pub fn find(options: &ProgramOptions, queue: &str) -> Result<Option<Self>, String> {
-        let Some(name) = options.command.first() else { return Ok(None) };
-        let path = find_executable(name)
-            .map_err(|reason| format!("cannot run '{}': {reason}", escape(name.as_encoded_bytes())))?;
+        let Some(name) = options.command.first() else {
+            return Ok(None);
+        };
+        let path = find_executable(name).map_err(|reason| {
+            format!("cannot run '{}': {reason}", escape(name.as_encoded_bytes()))
+        })?;
         let is_hidden = |name: &OsString| {
-            HIDDEN.iter().any(|hidden| name == hidden) || name.as_encoded_bytes().starts_with(b"RPC_")
+            HIDDEN.iter().any(|hidden| name == hidden)
+                || name.as_encoded_bytes().starts_with(b"RPC_")
         };
         Ok(Some(Program {
             options: options.clone(),
             path,
             queue: queue.into(),
-            hidden: env::vars_os().map(|(name, _)| name).filter(is_hidden).collect(),
+            hidden: env::vars_os()
+                .map(|(name, _)| name)
+                .filter(is_hidden)
+                .collect(),
             groups: Groups::default(),
             on_stopped: Box::new(|| {}),
         }))
@@ -97,7 +113,11 @@ impl Program {
 
     /// The program and its arguments, safe to print.
     pub fn command_line(&self) -> String {
-        let words = self.options.command.iter().map(|word| word.as_encoded_bytes());
+        let words = self
+            .options
+            .command
+            .iter()
+            .map(|word| word.as_encoded_bytes());
         escape(&words.collect::<Vec<_>>().join(&b' ')).to_string()
     }
 
@@ -108,7 +128,8 @@ impl Program {
     pub fn run(&self, request: &Request, caller: &Caller) -> Reply {
         let (size, limit) = (request.body.len(), self.options.max_request);
         if size > limit {
-            let message = format!("the request of {size} bytes is too large: {limit} are accepted here");
+            let message =
+                format!("the request of {size} bytes is too large: {limit} are accepted here");
             return Err(Failure::new(ErrorCode::TooLarge, message));
         }
         let begun = Instant::now();
@@ -120,19 +141,32 @@ impl Program {
             output: self.options.max_reply.max(MAX_SENTENCE), // the text of a failure is no reply
             is_caller_gone: &|| caller.is_gone(),
         };
-        let ended = run(&mut self.command(request), request.body, &id, &limits, &self.groups);
-        let Ended { status, stopped, output } = ended.map_err(|error| self.not_started(&error))?;
-        let (millis, shown) =
-            (begun.elapsed().as_millis(), status.map_or("running".into(), |status| status.to_string()));
+        let ended = run(
+            &mut self.command(request),
+            request.body,
+            &id,
+            &limits,
+            &self.groups,
+        );
+        let Ended {
+            status,
+            stopped,
+            output,
+        } = ended.map_err(|error| self.not_started(&error))?;
+        let (millis, shown) = (
+            begun.elapsed().as_millis(),
+            status.map_or("running".into(), |status| status.to_string()),
+        );
         log::debug!("program[{id}]: {shown} after {millis} ms");
         if stopped.is_some() {
             (self.on_stopped)();
         }
         match (stopped, status) {
             (None, Some(status)) if !status.success() => Err(failure(status, output)),
-            (None, Some(_)) if output.len() <= self.options.max_reply => {
-                Ok(Answer { body: output, content_type: Some(self.options.content_type.clone()) })
-            }
+            (None, Some(_)) if output.len() <= self.options.max_reply => Ok(Answer {
+                body: output,
+                content_type: Some(self.options.content_type.clone()),
+            }),
             (stopped, _) => Err(self.stopped(stopped.unwrap_or(Stopped::OutputTooLarge))),
         }
     }
@@ -144,7 +178,11 @@ impl Program {
 
     fn command(&self, request: &Request) -> Command {
         let mut command = Command::new(&self.path);
-        let (name, args) = self.options.command.split_first().expect("it names a program");
+        let (name, args) = self
+            .options
+            .command
+            .split_first()
+            .expect("it names a program");
         command.arg0(name).args(args);
         for name in &self.hidden {
             command.env_remove(name);
@@ -157,28 +195,42 @@ impl Program {
         let path = escape(self.path.as_os_str().as_encoded_bytes());
         log::warn!("cannot start {path}: {}", describe_io_error(error));
         match error.kind() {
-            io::ErrorKind::ArgumentListTooLong => {
-                Failure::new(ErrorCode::TooLarge, "the properties and headers of the request are too large")
-            }
-            _ => Failure::new(ErrorCode::Unavailable, "the program cannot be started at the moment"),
+            io::ErrorKind::ArgumentListTooLong => Failure::new(
+                ErrorCode::TooLarge,
+                "the properties and headers of the request are too large",
+            ),
+            _ => Failure::new(
+                ErrorCode::Unavailable,
+                "the program cannot be started at the moment",
+            ),
         }
     }
 
     fn stopped(&self, stopped: Stopped) -> Failure {
         let reason = match stopped {
-            Stopped::AtTimeLimit => format!("it ran longer than {}", format_duration(self.options.time_limit)),
+            Stopped::AtTimeLimit => format!(
+                "it ran longer than {}",
+                format_duration(self.options.time_limit)
+            ),
             Stopped::AtDeadline => "the caller's deadline has passed".into(),
             Stopped::CallerGone => "its caller has gone".into(),
             Stopped::OutputTooLarge => {
-                let message = format!("the reply is too large: {} bytes are accepted here", self.options.max_reply);
+                let message = format!(
+                    "the reply is too large: {} bytes are accepted here",
+                    self.options.max_reply
+                );
                 return Failure::new(ErrorCode::TooLarge, message);
             }
         };
-        Failure::new(ErrorCode::TimeLimit, format!("the program was stopped: {reason}"))
+        Failure::new(
+            ErrorCode::TimeLimit,
+            format!("the program was stopped: {reason}"),
+        )
     }
 }
 
-/// Finds a program as a shell does: a name with a slash is a path, any other is looked up on `PATH`.
+/// Finds a program as a shell does: a name with a slash is a path, any other is looked up on
+/// `PATH`.
 fn find_executable(name: &OsStr) -> Result<PathBuf, String> {
     if name.is_empty() {
         return Err("its name is empty".into());
@@ -190,7 +242,11 @@ fn find_executable(name: &OsStr) -> Result<PathBuf, String> {
     let mut reason = "not found on PATH".to_owned();
     for folder in env::split_paths(&path) {
         // An empty one is the current folder.
-        let candidate = if folder.as_os_str().is_empty() { Path::new(".").join(name) } else { folder.join(name) };
+        let candidate = if folder.as_os_str().is_empty() {
+            Path::new(".").join(name)
+        } else {
+            folder.join(name)
+        };
         match check_executable(&candidate) {
             Ok(()) => return Ok(candidate),
             Err(error) if candidate.is_file() => reason = error,
@@ -214,8 +270,8 @@ fn instant_of(unix_ms: i64) -> Option<Instant> {
     Instant::now().checked_add(time.duration_since(SystemTime::now()).unwrap_or_default())
 }
 
-/// The variables that describe a request to the program. Values that an environment cannot hold, or that are too long, are left
-/// out.
+/// The variables that describe a request to the program. Values that an environment cannot hold, or
+/// that are too long, are left out.
 fn environment(request: &Request, queue: &str) -> Vec<(String, OsString)> {
     let details = &request.details;
     let deadline = request.deadline_ms.map(|deadline| deadline.to_string());
@@ -228,14 +284,28 @@ fn environment(request: &Request, queue: &str) -> Vec<(String, OsString)> {
         ("USER_ID", details.user_id),
         ("CONTENT_TYPE", request.content_type),
         ("CONTENT_ENCODING", details.content_encoding),
-        ("REDELIVERED", Some(if request.is_redelivered { b"1" } else { b"0" })),
+        (
+            "REDELIVERED",
+            Some(if request.is_redelivered { b"1" } else { b"0" }),
+        ),
         ("DEADLINE_MS", deadline.as_deref().map(str::as_bytes)),
     ];
-    let properties = properties.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?.to_vec())));
-    let is_plain = |name: &str| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte));
-    let headers = request.text_headers().filter(|(name, _)| !name.is_empty() && is_plain(name));
-    let headers =
-        headers.map(|(name, value)| (format!("HEADER_{}", name.to_uppercase().replace('-', "_")), value.into_bytes()));
+    let properties = properties
+        .into_iter()
+        .filter_map(|(name, value)| Some((name.to_owned(), value?.to_vec())));
+    let is_plain = |name: &str| {
+        name.bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte))
+    };
+    let headers = request
+        .text_headers()
+        .filter(|(name, _)| !name.is_empty() && is_plain(name));
+    let headers = headers.map(|(name, value)| {
+        (
+            format!("HEADER_{}", name.to_uppercase().replace('-', "_")),
+            value.into_bytes(),
+        )
+    });
     properties
         .chain(headers)
         .filter(|(_, value)| value.len() <= MAX_VALUE && !value.contains(&0))
@@ -243,12 +313,16 @@ fn environment(request: &Request, queue: &str) -> Vec<(String, OsString)> {
         .collect()
 }
 
-/// What the caller gets from a program that failed. The exit codes with a meaning are those of sysexits(3).
+/// What the caller gets from a program that failed. The exit codes with a meaning are those of
+/// sysexits(3).
 fn failure(status: ExitStatus, output: Vec<u8>) -> Failure {
     let Some(exit_code) = status.code() else {
         let signal = status.to_string(); // such as "signal: 11 (SIGSEGV) (core dumped)"
         let signal = signal.strip_prefix("signal: ").unwrap_or(&signal);
-        return Failure::new(ErrorCode::Failed, format!("the program was ended by signal {signal}"));
+        return Failure::new(
+            ErrorCode::Failed,
+            format!("the program was ended by signal {signal}"),
+        );
     };
     let code = match exit_code {
         65 => ErrorCode::InvalidArgument,  // EX_DATAERR
@@ -257,11 +331,17 @@ fn failure(status: ExitStatus, output: Vec<u8>) -> Failure {
         _ => ErrorCode::Failed,
     };
     let mut sentence = String::from_utf8(output).unwrap_or_default();
-    let end = (0..=MAX_SENTENCE.min(sentence.len())).rev().find(|index| sentence.is_char_boundary(*index));
+    let end = (0..=MAX_SENTENCE.min(sentence.len()))
+        .rev()
+        .find(|index| sentence.is_char_boundary(*index));
     sentence.truncate(end.unwrap_or_default());
     let message = match sentence.trim() {
         "" => format!("the program failed with exit code {exit_code}"),
         sentence => sentence.to_owned(),
     };
-    Failure { code, message, exit_code: Some(exit_code) }
+    Failure {
+        code,
+        message,
+        exit_code: Some(exit_code),
+    }
 }

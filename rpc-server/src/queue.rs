@@ -1,7 +1,9 @@
 //! The request queue: used as it is if it exists, else declared.
 
 use amiquip::{AmqpValue, FieldTable, QueueDeclareOptions};
-use rpc_common::connection::{Connection, Deadline, Error, ErrorKind, ACCESS_REFUSED, PRECONDITION_FAILED};
+use rpc_common::connection::{
+    Connection, Deadline, Error, ErrorKind, ACCESS_REFUSED, PRECONDITION_FAILED,
+};
 
 /// How the request queue is declared if it does not exist.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -19,9 +21,9 @@ pub enum QueueType {
 /// How often another server may declare the queue between our check and our declaration.
 const MAX_ATTEMPTS: u32 = 5;
 
-/// Finds the queue, or declares it. Tutorial peers declare it in different ways, and a declaration that does not match an
-/// existing queue is an error, so it is looked for first. Returns the type that it was declared with, or
-/// `None` if it existed.
+/// Finds the queue, or declares it. Tutorial peers declare it in different ways, and a declaration
+/// that does not match an existing queue is an error, so it is looked for first. Returns the type
+/// that it was declared with, or `None` if it existed.
 ///
 /// # Errors
 /// The broker's error if the queue can be neither used nor declared.
@@ -38,9 +40,16 @@ pub(crate) fn find_or_declare(
     };
     let mut arguments = FieldTable::new();
     if queue_type == QueueType::Quorum {
-        arguments.insert("x-queue-type".into(), AmqpValue::LongString("quorum".into()));
+        arguments.insert(
+            "x-queue-type".into(),
+            AmqpValue::LongString("quorum".into()),
+        );
     }
-    let options = QueueDeclareOptions { durable, arguments, ..QueueDeclareOptions::default() };
+    let options = QueueDeclareOptions {
+        durable,
+        arguments,
+        ..QueueDeclareOptions::default()
+    };
     let mut attempts_left = MAX_ATTEMPTS;
     loop {
         match connection.queue_stats(queue, deadline) {
@@ -50,15 +59,23 @@ pub(crate) fn find_or_declare(
             Err(error) => return Err(error),
         }
         let declared = connection.run_blocking(deadline, "declaring a queue", |amqp| {
-            let channel = amqp.open_channel(None)?; // dropped in this call, so that its closing has the deadline, too
+            // Dropped in this call, so that its closing has the deadline, too.
+            let channel = amqp.open_channel(None)?;
             channel.queue_declare(queue, options.clone()).map(drop)
         });
         match declared {
-            // Another server has declared it in another way: look for it again. If that does not end, retrying cannot help.
-            Err(Error { broker, kind: ErrorKind::ChannelClosed(reason) }) if reason.code == PRECONDITION_FAILED => {
+            // Another server has declared it in another way: look for it again. If that does not
+            // end, retrying cannot help.
+            Err(Error {
+                broker,
+                kind: ErrorKind::ChannelClosed(reason),
+            }) if reason.code == PRECONDITION_FAILED => {
                 attempts_left -= 1;
                 if attempts_left == 0 {
-                    return Err(Error { broker, kind: ErrorKind::Refused(reason) });
+                    return Err(Error {
+                        broker,
+                        kind: ErrorKind::Refused(reason),
+                    });
                 }
             }
             declared => return declared.map(|()| Some(name)),
@@ -66,8 +83,8 @@ pub(crate) fn find_or_declare(
     }
 }
 
-/// Checks that an existing queue has the type of these options. What else others have set when they declared it is accepted, and
-/// so is a user that may not declare.
+/// Checks that an existing queue has the type of these options. What else others have set when they
+/// declared it is accepted, and so is a user that may not declare.
 fn check_type(
     connection: &mut Connection,
     queue: &str,
@@ -75,17 +92,30 @@ fn check_type(
     deadline: &Deadline,
 ) -> Result<(), Error> {
     let declared = connection.run_blocking(deadline, "checking the type of a queue", |amqp| {
-        amqp.open_channel(None)?.queue_declare(queue, options).map(drop)
+        amqp.open_channel(None)?
+            .queue_declare(queue, options)
+            .map(drop)
     });
     match declared {
-        Err(Error { broker, kind: ErrorKind::ChannelClosed(reason) }) if reason.code == PRECONDITION_FAILED => {
-            let is_other_type = ["'durable'", "'x-queue-type'"].iter().any(|name| reason.text.contains(name));
+        Err(Error {
+            broker,
+            kind: ErrorKind::ChannelClosed(reason),
+        }) if reason.code == PRECONDITION_FAILED => {
+            let is_other_type = ["'durable'", "'x-queue-type'"]
+                .iter()
+                .any(|name| reason.text.contains(name));
             if is_other_type {
-                return Err(Error { broker, kind: ErrorKind::Refused(reason) });
+                return Err(Error {
+                    broker,
+                    kind: ErrorKind::Refused(reason),
+                });
             }
             Ok(())
         }
-        Err(Error { kind: ErrorKind::Refused(reason), .. }) if reason.code == ACCESS_REFUSED => {
+        Err(Error {
+            kind: ErrorKind::Refused(reason),
+            ..
+        }) if reason.code == ACCESS_REFUSED => {
             log::warn!("cannot check the type of queue '{queue}': {}", reason.text);
             Ok(())
         }
@@ -101,8 +131,8 @@ pub(crate) fn describe(queue: &str, declared: Option<&str>) -> String {
     }
 }
 
-/// Whether an error means that the broker does not permit transient queues: RabbitMQ 4.3 and later can be configured to
-/// close the connection with 541 and this name.
+/// Whether an error means that the broker does not permit transient queues: RabbitMQ 4.3 and later
+/// can be configured to close the connection with 541 and this name.
 pub(crate) fn forbids_transient(error: &Error) -> bool {
     matches!(&error.kind, ErrorKind::ConnectionClosed(reason) if reason.text.contains("transient_nonexcl_queues"))
 }

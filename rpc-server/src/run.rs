@@ -1,7 +1,8 @@
-//! A run of a program: a process group that gets the input, is stopped in time, and leaves nothing behind.
+//! A run of a program: a process group that gets the input, is stopped in time, and leaves nothing
+//! behind.
 //!
-//! A pidfd shows that the program has exited. The program is reaped last: until then its process id, which is also that of its
-//! group, belongs to nobody else.
+//! A pidfd shows that the program has exited. The program is reaped last: until then its process
+//! id, which is also that of its group, belongs to nobody else.
 
 use crate::run_log::RunLog;
 use rpc_common::sync::lock;
@@ -17,7 +18,8 @@ use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use std::{mem, thread};
 
-/// How long the output is waited for when the program has exited: a process outside its group may hold the pipes open.
+/// How long the output is waited for when the program has exited: a process outside its group may
+/// hold the pipes open.
 const OUTPUT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long after SIGKILL a run is given up.
@@ -71,11 +73,15 @@ struct State {
 }
 
 impl Groups {
-    /// Kills all runs. None of them returns, and none begins: the process is about to end, and their requests must not be answered.
+    /// Kills all runs. None of them returns, and none begins: the process is about to end, and
+    /// their requests must not be answered.
     pub(crate) fn kill_all(&self) {
         let mut state = self.lock();
         state.is_killed = true;
-        state.running.iter().for_each(|group| kill(*group, Signal::KILL));
+        state
+            .running
+            .iter()
+            .for_each(|group| kill(*group, Signal::KILL));
     }
 
     /// Starts a process in a group of its own.
@@ -123,7 +129,11 @@ pub(crate) fn run(
     limits: &Limits,
     groups: &Groups,
 ) -> io::Result<Ended> {
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0);
     let mut run = Run::new(Process::start(command, groups)?, input, id, limits)?;
     loop {
         run.transfer(run.next_timer());
@@ -131,7 +141,10 @@ pub(crate) fn run(
             break;
         }
         run.on_timers(Instant::now());
-        if run.give_up_at.is_some_and(|give_up_at| give_up_at <= Instant::now()) {
+        if run
+            .give_up_at
+            .is_some_and(|give_up_at| give_up_at <= Instant::now())
+        {
             return Ok(run.give_up());
         }
     }
@@ -150,7 +163,11 @@ pub(crate) fn run(
     }
     run.log.finish();
     let status = run.process.reap()?;
-    Ok(Ended { status: Some(status), stopped: run.stopped, output: mem::take(&mut run.output) })
+    Ok(Ended {
+        status: Some(status),
+        stopped: run.stopped,
+        output: mem::take(&mut run.output),
+    })
 }
 
 /// The program's process. Its end is also that of its group.
@@ -164,7 +181,11 @@ struct Process<'a> {
 impl<'a> Process<'a> {
     fn start(command: &mut Command, groups: &'a Groups) -> io::Result<Self> {
         let child = groups.start(command)?;
-        Ok(Process { group: Pid::from_child(&child), child: Some(child), groups })
+        Ok(Process {
+            group: Pid::from_child(&child),
+            child: Some(child),
+            groups,
+        })
     }
 
     fn reap(&mut self) -> io::Result<ExitStatus> {
@@ -205,7 +226,12 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    fn new(mut process: Process<'a>, input: &'a [u8], id: &str, limits: &'a Limits) -> io::Result<Self> {
+    fn new(
+        mut process: Process<'a>,
+        input: &'a [u8],
+        id: &str,
+        limits: &'a Limits,
+    ) -> io::Result<Self> {
         let now = Instant::now();
         let child = process.child.as_mut().expect("it is not reaped yet");
         let run = Run {
@@ -219,13 +245,20 @@ impl<'a> Run<'a> {
             output: Vec::new(),
             log: RunLog::new(id),
             limits,
-            stop_at: now.checked_add(limits.time).into_iter().chain(limits.deadline).min(),
+            stop_at: now
+                .checked_add(limits.time)
+                .into_iter()
+                .chain(limits.deadline)
+                .min(),
             next_caller_check: now + CALLER_CHECK_INTERVAL,
             stopped: None,
             kill_at: None,
             give_up_at: None,
         };
-        run.pipes().into_iter().flatten().try_for_each(|pipe| fcntl_setfl(pipe, OFlags::NONBLOCK))?;
+        run.pipes()
+            .into_iter()
+            .flatten()
+            .try_for_each(|pipe| fcntl_setfl(pipe, OFlags::NONBLOCK))?;
         Ok(run)
     }
 
@@ -262,10 +295,19 @@ impl<'a> Run<'a> {
     fn ready(&self, until: Instant) -> [bool; 4] {
         let [stdin, stdout, stderr] = self.pipes();
         let pidfd = Some(self.pidfd.as_fd()).filter(|_| !self.has_exited);
-        let all = [(pidfd, PollFlags::IN), (stdin, PollFlags::OUT), (stdout, PollFlags::IN), (stderr, PollFlags::IN)];
-        let open = all.iter().enumerate().filter_map(|(index, (fd, flags))| Some((index, (*fd)?, *flags)));
-        let (indexes, mut polled): (Vec<_>, Vec<_>) =
-            open.map(|(index, fd, flags)| (index, PollFd::from_borrowed_fd(fd, flags))).unzip();
+        let all = [
+            (pidfd, PollFlags::IN),
+            (stdin, PollFlags::OUT),
+            (stdout, PollFlags::IN),
+            (stderr, PollFlags::IN),
+        ];
+        let open = all
+            .iter()
+            .enumerate()
+            .filter_map(|(index, (fd, flags))| Some((index, (*fd)?, *flags)));
+        let (indexes, mut polled): (Vec<_>, Vec<_>) = open
+            .map(|(index, fd, flags)| (index, PollFd::from_borrowed_fd(fd, flags)))
+            .unzip();
         let timeout = Timespec::try_from(until.saturating_duration_since(Instant::now())).ok();
         let _ = poll(&mut polled, timeout.as_ref()); // interrupted by a signal, nothing is ready
         let mut ready = [false; 4];
@@ -289,7 +331,10 @@ impl<'a> Run<'a> {
 
     fn next_timer(&self) -> Instant {
         let stop_at = self.stop_at.filter(|_| self.stopped.is_none());
-        [stop_at, self.kill_at, self.give_up_at].into_iter().flatten().fold(self.next_caller_check, Instant::min)
+        [stop_at, self.kill_at, self.give_up_at]
+            .into_iter()
+            .flatten()
+            .fold(self.next_caller_check, Instant::min)
     }
 
     fn on_timers(&mut self, now: Instant) {
@@ -301,7 +346,8 @@ impl<'a> Run<'a> {
             }
         }
         if self.next_caller_check <= now {
-            self.next_caller_check = Instant::now() + CALLER_CHECK_INTERVAL; // the check has taken time
+            // The check has taken time.
+            self.next_caller_check = Instant::now() + CALLER_CHECK_INTERVAL;
         }
         if self.kill_at.is_some_and(|kill_at| kill_at <= now) {
             kill(self.process.group, Signal::KILL);
@@ -313,14 +359,22 @@ impl<'a> Run<'a> {
         self.output.len() > self.limits.output
     }
 
-    /// A program that belongs to another user, or hangs in the kernel, cannot be killed: it is reaped when it ends.
+    /// A program that belongs to another user, or hangs in the kernel, cannot be killed: it is
+    /// reaped when it ends.
     fn give_up(&mut self) -> Ended {
-        log::warn!("process {} cannot be killed, and is left alone", self.process.group.as_raw_nonzero());
+        log::warn!(
+            "process {} cannot be killed, and is left alone",
+            self.process.group.as_raw_nonzero()
+        );
         self.process.groups.remove(self.process.group);
         if let Some(mut child) = self.process.child.take() {
             thread::spawn(move || child.wait());
         }
-        Ended { status: None, stopped: self.stopped, output: Vec::new() }
+        Ended {
+            status: None,
+            stopped: self.stopped,
+            output: Vec::new(),
+        }
     }
 
     fn reason_to_stop(&self, now: Instant) -> Option<Stopped> {

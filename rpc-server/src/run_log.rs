@@ -20,7 +20,12 @@ pub(crate) struct RunLog {
 
 impl RunLog {
     pub(crate) fn new(id: &str) -> Self {
-        RunLog { id: id.into(), line: Vec::new(), lines: 0, is_in_line: false }
+        RunLog {
+            id: id.into(),
+            line: Vec::new(),
+            lines: 0,
+            is_in_line: false,
+        }
     }
 
     pub(crate) fn add(&mut self, bytes: &[u8]) {
@@ -29,7 +34,8 @@ impl RunLog {
                 (self.lines, self.is_in_line) = (self.lines + 1, true);
             }
             let text = part.strip_suffix(b"\n").unwrap_or(part);
-            let room = (MAX_LINE + 1).saturating_sub(self.line.len()); // one more than is shown, to show that there is more
+            // One more than is shown, to show that there is more.
+            let room = (MAX_LINE + 1).saturating_sub(self.line.len());
             if self.lines <= MAX_LINES {
                 self.line.extend_from_slice(&text[..text.len().min(room)]);
             }

@@ -1,7 +1,8 @@
-//! Serves a function: keeps the connection and the request queue, and gives channels to the workers.
+//! Serves a function: keeps the connection and the request queue, and gives channels to the
+//! workers.
 //!
-//! All workers wait for a channel at first, and again when theirs has ended. They end with the stop signal, or when
-//! `Server::channels` is dropped.
+//! All workers wait for a channel at first, and again when theirs has ended. They end with the stop
+//! signal, or when `Server::channels` is dropped.
 
 use crate::config::{Config, UrlOrder};
 use crate::handler::Handler;
@@ -10,11 +11,15 @@ use crate::kept::KeptReplies;
 use crate::observer::Observer;
 use crate::queue::{self, QueueType};
 use crate::signals::Stop;
-use crate::worker::{Service, Worker, WorkerChannel, WorkerEvent, BROKER_CALL_TIMEOUT, LOOK_INTERVAL};
-use crossbeam_channel::{after, never, select_biased, tick, unbounded, Receiver, RecvError, Sender};
+use crate::worker::{
+    Service, Worker, WorkerChannel, WorkerEvent, BROKER_CALL_TIMEOUT, LOOK_INTERVAL,
+};
+use crossbeam_channel::{
+    after, never, select_biased, tick, unbounded, Receiver, RecvError, Sender,
+};
 use rpc_common::connection::{
-    run_in_background, start_at, start_at_random, Backoff, Connection, Deadline, Driving, Endpoint, Error, ErrorKind,
-    Notification, Owner,
+    run_in_background, start_at, start_at_random, Backoff, Connection, Deadline, Driving, Endpoint,
+    Error, ErrorKind, Notification, Owner,
 };
 use std::cell::{Cell, RefCell};
 use std::num::NonZeroUsize;
@@ -23,24 +28,32 @@ use std::sync::Once;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long an attempt to connect and to find or declare the queue may take, for each broker; and opening a channel.
+/// How long an attempt to connect and to find or declare the queue may take, for each broker; and
+/// opening a channel.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a connection that is being opened is waited for when it is time to stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Serves until `stop` is disconnected: connects, has `handler` answer the requests, and connects again when the
-/// connection ends. `observer` is told what happens.
+/// Serves until `stop` is disconnected: connects, has `handler` answer the requests, and connects
+/// again when the connection ends. `observer` is told what happens.
 ///
-/// When it stops, it finishes the requests that it has begun, and leaves the others to other servers.
+/// When it stops, it finishes the requests that it has begun, and leaves the others to other
+/// servers.
 ///
 /// # Errors
-/// When retrying cannot help, before it has served for the first time: credentials, permissions, or a queue that can be
-/// neither used nor declared. After that it retries without end. [`ErrorKind::TooManyChannels`] at any time.
+/// When retrying cannot help, before it has served for the first time: credentials, permissions, or
+/// a queue that can be neither used nor declared. After that it retries without end.
+/// [`ErrorKind::TooManyChannels`] at any time.
 ///
 /// # Panics
 /// When the system refuses a thread.
-pub fn serve(config: &Config, handler: &Handler, stop: &Stop, observer: &dyn Observer) -> Result<(), Error> {
+pub fn serve(
+    config: &Config,
+    handler: &Handler,
+    stop: &Stop,
+    observer: &dyn Observer,
+) -> Result<(), Error> {
     let mut endpoints = config.broker.endpoints()?;
     if config.url_order == UrlOrder::Random {
         start_at_random(&mut endpoints);
@@ -54,7 +67,11 @@ pub fn serve(config: &Config, handler: &Handler, stop: &Stop, observer: &dyn Obs
         handler,
         stop,
         observer,
-        driving: if workers == 1 { Driving::Caller } else { Driving::Standby },
+        driving: if workers == 1 {
+            Driving::Caller
+        } else {
+            Driving::Standby
+        },
         ready: Once::new(),
         is_blocked: AtomicBool::new(false),
         isolated: IsolatedPublisher::default(),
@@ -67,7 +84,14 @@ pub fn serve(config: &Config, handler: &Handler, stop: &Stop, observer: &dyn Obs
             let (events, channels) = (event_sender.clone(), channels.clone());
             let look_interval = Cell::new(LOOK_INTERVAL);
             let (unavailable, pauses) = (Cell::new(0), RefCell::new(Backoff::new(Instant::now())));
-            let worker = Worker { service: &service, events, channels, look_interval, unavailable, pauses };
+            let worker = Worker {
+                service: &service,
+                events,
+                channels,
+                look_interval,
+                unavailable,
+                pauses,
+            };
             thread::Builder::new()
                 .name(format!("worker-{index}"))
                 .spawn_scoped(scope, move || worker.run())
@@ -138,7 +162,9 @@ impl Server<'_> {
 
     /// One connection, from opening it to its end, or until it is time to stop.
     fn run_connection(&mut self) -> Result<(), Error> {
-        let Some((mut connection, queue_report)) = self.connect()? else { return Ok(()) };
+        let Some((mut connection, queue_report)) = self.connect()? else {
+            return Ok(());
+        };
         let notifications = connection.link().notifications();
         start_at(&mut self.endpoints, connection.broker());
         self.service.is_blocked.store(false, Ordering::Relaxed);
@@ -162,7 +188,8 @@ impl Server<'_> {
                         self.service.is_blocked.store(false, Ordering::Relaxed);
                         log::info!("{} no longer blocks publishers", connection.broker());
                     }
-                    // Only this tells that the connection has ended: a worker's error may be about an earlier one.
+                    // Only this tells that the connection has ended: a worker's error may be about
+                    // an earlier one.
                     Err(_) => return Err(connection.cause()),
                 },
                 recv(self.events) -> event => match event {
@@ -183,7 +210,9 @@ impl Server<'_> {
             }
             idle = after(IDLE_TIMEOUT);
         }
-        connection.link().limit_calls(&Deadline::after(BROKER_CALL_TIMEOUT)); // the workers' calls
+        connection
+            .link()
+            .limit_calls(&Deadline::after(BROKER_CALL_TIMEOUT)); // the workers' calls
         connection.link().wake_all(); // the workers that wait
         self.wait_for_workers(); // before the connection is closed
         if let Err(error) = connection.close() {
@@ -192,20 +221,22 @@ impl Server<'_> {
         Ok(())
     }
 
-    /// Connects, and finds or declares the queue, in the background: the stop signal may come meanwhile. `None` when it is
-    /// time to stop.
+    /// Connects, and finds or declares the queue, in the background: the stop signal may come
+    /// meanwhile. `None` when it is time to stop.
     fn connect(&self) -> Result<Option<Connected>, Error> {
         let (endpoints, queue_type) = (self.endpoints.clone(), self.queue_type);
         let queue = self.service.config.queue.clone();
         let connecting = run_in_background(move || {
             let timeout = endpoints.iter().map(|_| ATTEMPT_TIMEOUT).sum(); // for all of them
             let deadline = Deadline::after(timeout);
-            let mut connection = Connection::open_any(&endpoints, "rpc-server", &deadline, &Owner::Standby)?;
+            let mut connection =
+                Connection::open_any(&endpoints, "rpc-server", &deadline, &Owner::Standby)?;
             let declared = queue::find_or_declare(&mut connection, &queue, queue_type, &deadline)?;
             Ok((connection, queue::describe(&queue, declared)))
         });
         let Some(connected) = self.wait_for(&connecting, self.service.stop) else {
-            let _ = connecting.recv_timeout(STOP_TIMEOUT); // if it is opened soon, it is closed properly
+            // If it is opened soon, it is closed properly.
+            let _ = connecting.recv_timeout(STOP_TIMEOUT);
             return Ok(None);
         };
         connected.expect("connecting does not panic").map(Some)
@@ -241,14 +272,16 @@ impl Server<'_> {
         Ok(())
     }
 
-    /// A worker has lost its channel while the connection works: finds or declares the queue. Where that does not help, the
-    /// worker tries again, after its pauses; the others go on.
+    /// A worker has lost its channel while the connection works: finds or declares the queue. Where
+    /// that does not help, the worker tries again, after its pauses; the others go on.
     fn recover_queue(&mut self, connection: &mut Connection, error: Error) -> Result<(), Error> {
         let queue = &self.service.config.queue;
         match &error.kind {
             ErrorKind::ConsumerCancelled => {}
             ErrorKind::Refused(_) if !self.service.ready.is_completed() => return Err(error),
-            ErrorKind::ChannelClosed(_) | ErrorKind::ConsumerForgotten | ErrorKind::Refused(_) => log::warn!("{error}"),
+            ErrorKind::ChannelClosed(_) | ErrorKind::ConsumerForgotten | ErrorKind::Refused(_) => {
+                log::warn!("{error}");
+            }
             _ => return Ok(()), // the connection that it was about has ended
         }
         let deadline = Deadline::after(ATTEMPT_TIMEOUT);

@@ -1,4 +1,5 @@
-//! A worker: a thread that answers one request after the other, each time on the channel that the server gives it.
+//! A worker: a thread that answers one request after the other, each time on the channel that the
+//! server gives it.
 
 use crate::config::Config;
 use crate::handler::{self, Caller, Handler};
@@ -10,7 +11,8 @@ use amiquip::ConsumerOptions;
 use crossbeam_channel::{select_biased, Receiver, Sender, TryRecvError};
 use log::Level;
 use rpc_common::connection::{
-    Backoff, Connection, Deadline, Delivery, Driving, Endpoint, Error, ErrorKind, Message, OpenChannel, Publisher,
+    Backoff, Connection, Deadline, Delivery, Driving, Endpoint, Error, ErrorKind, Message,
+    OpenChannel, Publisher,
 };
 use rpc_common::message::{unix_time_ms, ErrorCode, Failure, Reply, Request};
 use rpc_common::text::{escape, format_duration};
@@ -23,23 +25,25 @@ use std::time::{Duration, Instant, SystemTime};
 /// Timeout of a worker's synchronous broker calls.
 pub(crate) const BROKER_CALL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Timeout of the calls whose answer comes after deliveries: RabbitMQ 4 needs seconds of CPU time to send one deeply nested
-/// header, and whoever does not wait for it gets it again on the next connection. A dead connection is noticed by its
-/// heartbeats, and a stop does not wait for these calls.
+/// Timeout of the calls whose answer comes after deliveries: RabbitMQ 4 needs seconds of CPU time
+/// to send one deeply nested header, and whoever does not wait for it gets it again on the next
+/// connection. A dead connection is noticed by its heartbeats, and a stop does not wait for these
+/// calls.
 const DELIVERY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How often an idle worker looks at the queue.
 pub(crate) const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How often it looks when it has consumed again in vain: twice as rarely each time, down to this. (A queue with a single
-/// active consumer gives the others nothing.)
+/// How often it looks when it has consumed again in vain: twice as rarely each time, down to this.
+/// (A queue with a single active consumer gives the others nothing.)
 const MAX_LOOK_INTERVAL: Duration = Duration::from_secs(600);
 
 /// After how many failures to run the function in a row a worker pauses.
 const MAX_UNAVAILABLE: u32 = 5;
 
-/// How many deliveries, and returned replies, may be unread in addition to twice the prefetch: a quorum queue delivers the
-/// prefetched requests again when it loses and finds the node that we are connected to.
+/// How many deliveries, and returned replies, may be unread in addition to twice the prefetch: a
+/// quorum queue delivers the prefetched requests again when it loses and finds the node that we are
+/// connected to.
 const MAX_UNREAD: usize = 64;
 
 /// What is served, and what the server and its workers share.
@@ -69,8 +73,8 @@ impl Service<'_> {
 
 /// A **worker** takes requests from the queue while it has a channel.
 ///
-/// It does not own the connection. So nobody waits for a worker whose function is running when the connection ends; it
-/// takes a channel of the next connection when the function returns.
+/// It does not own the connection. So nobody waits for a worker whose function is running when the
+/// connection ends; it takes a channel of the next connection when the function returns.
 pub(crate) struct Worker<'a> {
     pub(crate) service: &'a Service<'a>,
     pub(crate) events: Sender<WorkerEvent>,
@@ -88,8 +92,8 @@ type Outcome = Cow<'static, str>;
 pub(crate) enum WorkerEvent {
     /// It consumes from the queue.
     Consuming,
-    /// Its channel ended in this way, and it waits for another one. If the connection has ended, too, the server learns that
-    /// by itself.
+    /// Its channel ended in this way, and it waits for another one. If the connection has ended,
+    /// too, the server learns that by itself.
     LostChannel(Error),
 }
 
@@ -101,13 +105,21 @@ pub(crate) struct WorkerChannel {
 }
 
 impl WorkerChannel {
-    pub(crate) fn open(connection: &mut Connection, prefetch: u16, deadline: &Deadline) -> Result<Self, Error> {
+    pub(crate) fn open(
+        connection: &mut Connection,
+        prefetch: u16,
+        deadline: &Deadline,
+    ) -> Result<Self, Error> {
         let max_unread = match prefetch {
             0 => usize::MAX, // no limit
             prefetch => 2 * usize::from(prefetch) + MAX_UNREAD,
         };
         let (open, publisher) = connection.open_channel(max_unread, deadline)?;
-        Ok(WorkerChannel { endpoint: connection.endpoint.clone(), open, publisher })
+        Ok(WorkerChannel {
+            endpoint: connection.endpoint.clone(),
+            open,
+            publisher,
+        })
     }
 
     /// Writes what the publisher has buffered.
@@ -116,7 +128,8 @@ impl WorkerChannel {
     }
 
     fn close(self) {
-        let _ = self.open.close(&Deadline::after(BROKER_CALL_TIMEOUT)); // fails if the channel has ended
+        // Fails if the channel has ended.
+        let _ = self.open.close(&Deadline::after(BROKER_CALL_TIMEOUT));
     }
 
     fn error(&self, kind: ErrorKind) -> Error {
@@ -132,9 +145,14 @@ impl Worker<'_> {
             let result = self.use_channel(&channel);
             channel.close();
             let Err(error) = result else { return };
-            // The pause is before the report, because the server answers the report with another channel.
-            let _ = self.service.stop.recv_timeout(backoff.next_pause(Instant::now()));
-            let _ = self.events.send(WorkerEvent::LostChannel(error)); // fails if the server has stopped
+            // The pause is before the report, because the server answers the report with another
+            // channel.
+            let _ = self
+                .service
+                .stop
+                .recv_timeout(backoff.next_pause(Instant::now()));
+            // Fails if the server has stopped.
+            let _ = self.events.send(WorkerEvent::LostChannel(error));
         }
     }
 
@@ -149,23 +167,33 @@ impl Worker<'_> {
     /// Consumes until it is time to stop or the channel ends.
     fn use_channel(&self, channel: &WorkerChannel) -> Result<(), Error> {
         let (service, open) = (self.service, &channel.open);
-        let consumer = open.run_blocking(&Deadline::after(DELIVERY_TIMEOUT), "starting a consumer", |amqp| {
-            amqp.qos(0, service.config.prefetch, false)?; // per consumer: RabbitMQ 4.3 refuses a global one
-            amqp.basic_consume(&service.config.queue, ConsumerOptions::default())
-        })?;
+        let consumer = open.run_blocking(
+            &Deadline::after(DELIVERY_TIMEOUT),
+            "starting a consumer",
+            |amqp| {
+                // Per consumer: RabbitMQ 4.3 refuses a global one.
+                amqp.qos(0, service.config.prefetch, false)?;
+                amqp.basic_consume(&service.config.queue, ConsumerOptions::default())
+            },
+        )?;
         service.ready.call_once(|| service.observer.on_ready());
         let _ = self.events.send(WorkerEvent::Consuming); // fails if the server has stopped
         let result = self.serve(channel);
-        // Dropping the consumer cancels it. amiquip passes the broker's cancel-ok to the thread that drops it, and then to the
-        // consumer's receiver. If there is none any more, amiquip ends the connection: so it is received here.
+        // Dropping the consumer cancels it. amiquip passes the broker's cancel-ok to the thread
+        // that drops it, and then to the consumer's receiver. If there is none any more, amiquip
+        // ends the connection: so it is received here.
         let events = consumer.receiver().clone();
-        let _ = open.run_blocking(&Deadline::after(BROKER_CALL_TIMEOUT), "cancelling a consumer", |_| {
-            drop(consumer);
-            events.iter().for_each(drop);
-            Ok(())
-        });
-        // What was delivered but not begun. When a channel is closed the broker requeues it, too, but RabbitMQ 4.3 then counts
-        // it as a failed delivery.
+        let _ = open.run_blocking(
+            &Deadline::after(BROKER_CALL_TIMEOUT),
+            "cancelling a consumer",
+            |_| {
+                drop(consumer);
+                events.iter().for_each(drop);
+                Ok(())
+            },
+        );
+        // What was delivered but not begun. When a channel is closed the broker requeues it, too,
+        // but RabbitMQ 4.3 then counts it as a failed delivery.
         channel.publisher.requeue_all();
         let _ = channel.publisher.flush(); // fails if the channel has ended
         while let Some(message) = open.inbox.take_message() {
@@ -205,7 +233,8 @@ impl Worker<'_> {
                 None => {
                     let sees_requests = self.sees_requests(channel)?;
                     if saw_requests_before && sees_requests && !inbox.has_arrived() {
-                        self.look_interval.set((2 * self.look_interval.get()).min(MAX_LOOK_INTERVAL));
+                        self.look_interval
+                            .set((2 * self.look_interval.get()).min(MAX_LOOK_INTERVAL));
                         return Err(channel.error(ErrorKind::ConsumerForgotten));
                     }
                     saw_requests_before = sees_requests;
@@ -225,27 +254,43 @@ impl Worker<'_> {
         }
     }
 
-    /// Whether requests wait in the queue. If nothing is delivered meanwhile, the queue does not know its consumer: that happens
-    /// where a quorum queue is deleted and declared again under load.
+    /// Whether requests wait in the queue. If nothing is delivered meanwhile, the queue does not
+    /// know its consumer: that happens where a quorum queue is deleted and declared again under
+    /// load.
     fn sees_requests(&self, channel: &WorkerChannel) -> Result<bool, Error> {
         if self.service.is_blocked.load(Ordering::Relaxed) {
             return Ok(false); // the broker would not answer
         }
-        let (queue, deadline) = (&self.service.config.queue, Deadline::after(DELIVERY_TIMEOUT));
-        let look =
-            |amqp: &amiquip::Channel| amqp.queue_declare_passive(queue).map(|queue| queue.declared_message_count());
-        let messages = channel.open.run_blocking(&deadline, "looking at the queue", look)?;
+        let (queue, deadline) = (
+            &self.service.config.queue,
+            Deadline::after(DELIVERY_TIMEOUT),
+        );
+        let look = |amqp: &amiquip::Channel| {
+            amqp.queue_declare_passive(queue)
+                .map(|queue| queue.declared_message_count())
+        };
+        let messages = channel
+            .open
+            .run_blocking(&deadline, "looking at the queue", look)?;
         Ok(messages > Some(0))
     }
 
     /// Handles one request, and tells the observer how it ended.
     fn handle_delivery(&self, channel: &WorkerChannel, delivery: &Delivery) -> Result<(), Error> {
-        let (begun, observer, redelivered) = (Instant::now(), self.service.observer, delivery.is_redelivered);
+        let (begun, observer, redelivered) = (
+            Instant::now(),
+            self.service.observer,
+            delivery.is_redelivered,
+        );
         // Without readable properties there is no reply_to: it is rejected.
         let properties = delivery.properties().unwrap_or_default();
         let request = Request::decode(&properties, &delivery.body, redelivered);
         observer.on_request();
-        log::trace!("request[{}]: {} bytes, redelivered: {redelivered}", request.log_id(), request.body.len());
+        log::trace!(
+            "request[{}]: {} bytes, redelivered: {redelivered}",
+            request.log_id(),
+            request.body.len()
+        );
         let result = self.answer(channel, delivery, &request);
         let (outcome, time) = (result.as_deref().unwrap_or("requeued"), begun.elapsed());
         log::debug!("request[{}]: {outcome} after {time:.1?}", request.log_id());
@@ -253,24 +298,38 @@ impl Worker<'_> {
         result.map(drop)
     }
 
-    /// Answers a request: publishes the reply, then acknowledges the request, in this order on one channel. If we crash in
-    /// between, the request is in the queue, or the reply is delivered, or both. The reply to a redelivered request goes over
-    /// the isolated connection instead, and the request is acknowledged when the broker has accepted it.
-    fn answer(&self, channel: &WorkerChannel, delivery: &Delivery, request: &Request) -> Result<Outcome, Error> {
+    /// Answers a request: publishes the reply, then acknowledges the request, in this order on one
+    /// channel. If we crash in between, the request is in the queue, or the reply is delivered, or
+    /// both. The reply to a redelivered request goes over the isolated connection instead, and the
+    /// request is acknowledged when the broker has accepted it.
+    fn answer(
+        &self,
+        channel: &WorkerChannel,
+        delivery: &Delivery,
+        request: &Request,
+    ) -> Result<Outcome, Error> {
         let tag = delivery.delivery_tag;
         if request.reply_to.is_none() {
-            log::warn!("rejected a request that cannot be answered, it has no reply_to: '{}'", escape(request.body));
+            log::warn!(
+                "rejected a request that cannot be answered, it has no reply_to: '{}'",
+                escape(request.body)
+            );
             channel.publisher.reject(tag);
             return channel.send().map(|()| "rejected".into());
         }
         let (in_hand, kept) = self.service.kept.begin(request, delivery.is_redelivered);
         if kept.is_none() && delivery.is_redelivered && self.service.is_stopping() {
-            return Ok("requeued".into()); // it may have waited for another worker: it is not begun, and goes back to the queue
+            // It may have waited for another worker: it is not begun, and goes back to the queue.
+            return Ok("requeued".into());
         }
         let mut reply = kept.unwrap_or_else(|| self.run_handler(request, &channel.endpoint));
         let mut is_published = false;
         if delivery.is_redelivered {
-            match self.service.isolated.publish(&channel.endpoint, &mut reply, request) {
+            match self
+                .service
+                .isolated
+                .publish(&channel.endpoint, &mut reply, request)
+            {
                 Published::Accepted => is_published = true,
                 Published::Refused(error) => {
                     log::warn!("rejected a request: the broker refuses its replies: {error}");
@@ -284,9 +343,13 @@ impl Worker<'_> {
             publish_reply(&channel.publisher, &reply, request);
         }
         channel.publisher.ack(tag);
-        let outcome = reply.as_ref().map_or_else(|failure| failure.code.as_str().to_owned().into(), |_| "ok".into());
+        let outcome = reply.as_ref().map_or_else(
+            |failure| failure.code.as_str().to_owned().into(),
+            |_| "ok".into(),
+        );
         let sent = channel.send();
-        // If the channel or the consumer has ended, the broker ignores the acknowledgement, and delivers the request again.
+        // If the channel or the consumer has ended, the broker ignores the acknowledgement, and
+        // delivers the request again.
         if sent.is_err() || channel.open.inbox.ended().is_some() {
             in_hand.keep(reply);
         }
@@ -295,21 +358,36 @@ impl Worker<'_> {
 
     /// Runs the function, unless the caller's deadline has passed.
     fn run_handler(&self, request: &Request, endpoint: &Endpoint) -> Reply {
-        let late_ms =
-            request.deadline_ms.map_or(0, |deadline| unix_time_ms(SystemTime::now()).saturating_sub(deadline));
+        let late_ms = request.deadline_ms.map_or(0, |deadline| {
+            unix_time_ms(SystemTime::now()).saturating_sub(deadline)
+        });
         let reply = if late_ms > 0 {
             Err(expired(late_ms))
         } else {
-            let is_gone = || self.service.isolated.is_queue_gone(endpoint, request.reply_to.unwrap_or_default());
+            let is_gone = || {
+                self.service
+                    .isolated
+                    .is_queue_gone(endpoint, request.reply_to.unwrap_or_default())
+            };
             handler::call(self.service.handler, request, &Caller(&is_gone))
         };
         // A program that says so itself has an exit code, and can answer the next request.
-        let is_unavailable = |failure: &Failure| failure.code == ErrorCode::Unavailable && failure.exit_code.is_none();
-        let count = if reply.as_ref().is_err_and(is_unavailable) { self.unavailable.get() + 1 } else { 0 };
+        let is_unavailable = |failure: &Failure| {
+            failure.code == ErrorCode::Unavailable && failure.exit_code.is_none()
+        };
+        let count = if reply.as_ref().is_err_and(is_unavailable) {
+            self.unavailable.get() + 1
+        } else {
+            0
+        };
         self.unavailable.set(count);
         if let Err(failure) = &reply {
             let (code, message) = (failure.code.as_str(), escape(failure.message.as_bytes()));
-            log::log!(level(&failure.code), "request[{}]: answered with the error {code}: {message}", request.log_id());
+            log::log!(
+                level(&failure.code),
+                "request[{}]: answered with the error {code}: {message}",
+                request.log_id()
+            );
         }
         reply
     }

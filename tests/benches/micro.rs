@@ -51,7 +51,9 @@ fn request_encode(bencher: Bencher) {
 
 #[divan::bench]
 fn request_decode(bencher: Bencher) {
-    let properties = request().encode(b"rpc_queue", Some(Duration::from_secs(30))).properties;
+    let properties = request()
+        .encode(b"rpc_queue", Some(Duration::from_secs(30)))
+        .properties;
     bencher.bench_local(|| {
         let properties = Properties::parse(black_box(&properties)).expect("they are well formed");
         let request = Request::decode(&properties, b"30", false);
@@ -62,17 +64,21 @@ fn request_decode(bencher: Bencher) {
 #[divan::bench]
 fn reply_encode(bencher: Bencher) {
     let reply: Reply = Ok("832040".to_owned().into());
-    bencher.bench_local(|| black_box(encode_reply(black_box(&reply), REPLY_TO, Some(ID))).mandatory);
+    bencher
+        .bench_local(|| black_box(encode_reply(black_box(&reply), REPLY_TO, Some(ID))).mandatory);
 }
 
 #[divan::bench]
 fn reply_decode(bencher: Bencher) {
     let reply: Reply = Ok("832040".to_owned().into());
     let properties = encode_reply(&reply, REPLY_TO, Some(ID)).properties;
-    bencher.with_inputs(|| b"832040".to_vec()).bench_local_values(|body| {
-        let properties = Properties::parse(black_box(&properties)).expect("they are well formed");
-        decode_reply(&properties, body)
-    });
+    bencher
+        .with_inputs(|| b"832040".to_vec())
+        .bench_local_values(|body| {
+            let properties =
+                Properties::parse(black_box(&properties)).expect("they are well formed");
+            decode_reply(&properties, body)
+        });
 }
 
 #[divan::bench(args = ["7", "18446744073709551615", "thirty"])]

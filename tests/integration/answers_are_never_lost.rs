@@ -3,7 +3,8 @@
 use crate::support::peer::Queue;
 use crate::support::programs::{bash, Program};
 
-/// The answers are larger than the buffer of the pipe, and their calls time out before the reader begins to read.
+/// The answers are larger than the buffer of the pipe, and their calls time out before the reader
+/// begins to read.
 #[test]
 fn answers_are_printed_to_a_reader_that_begins_after_the_timeout() {
     let queue = Queue::named("slow_reader");
@@ -13,5 +14,8 @@ fn answers_are_printed_to_a_reader_that_begins_after_the_timeout() {
          echo ${{PIPESTATUS[0]}}",
         &*queue
     );
-    bash(&script).code(0).stdout("  30000 832040\n0\n").stderr("");
+    bash(&script)
+        .code(0)
+        .stdout("  30000 832040\n0\n")
+        .stderr("");
 }

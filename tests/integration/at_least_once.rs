@@ -1,5 +1,5 @@
-//! Promise: at least once. A server that dies takes no request with it, and a client discards replies that it does not
-//! expect.
+//! Promise: at least once. A server that dies takes no request with it, and a client discards
+//! replies that it does not expect.
 
 use crate::support::broker::{exclusive_node, private_node};
 use crate::support::broker_features::broker_version_at;
@@ -26,13 +26,17 @@ fn the_request_of_a_killed_server_is_answered_once_by_the_next_one() {
     assert_eq!(Peer::connect().message_count(&queue), Some(0));
 }
 
-/// Kills the first server when it has sent this method, reply or ack, but the broker has not received it: the broker
-/// delivers the request to the second server. Returns the client and the second server.
+/// Kills the first server when it has sent this method, reply or ack, but the broker has not
+/// received it: the broker delivers the request to the second server. Returns the client and the
+/// second server.
 fn kill_server_before(queue: &Queue, method: [u8; 4]) -> (Program, Program) {
     let proxy = Proxy::start();
     let mut first = Program::start_server_at(&proxy.url(), queue, &["--heartbeat", "600"]);
     proxy.freeze_before(method);
-    let client = Program::spawn("rpc-client", &["--queue", queue, "-v", "-j", "1", "20", "30", "40"]);
+    let client = Program::spawn(
+        "rpc-client",
+        &["--queue", queue, "-v", "-j", "1", "20", "30", "40"],
+    );
     assert_eq!(first.next_line(), " [.] fib(20)");
     if method == BASIC_ACK {
         assert_eq!(client.next_line(), "6765");
@@ -51,7 +55,10 @@ fn a_request_is_answered_when_its_server_dies_before_the_reply() {
         assert_eq!(client.next_line(), answer);
     }
     assert_eq!(client.wait_for_exit_code(), Some(0));
-    assert_eq!(second.stop(), [" [.] fib(20)", " [.] fib(30)", " [.] fib(40)"]);
+    assert_eq!(
+        second.stop(),
+        [" [.] fib(20)", " [.] fib(30)", " [.] fib(40)"]
+    );
     assert_eq!(Peer::connect().message_count(&queue), Some(0));
 }
 
@@ -92,7 +99,11 @@ fn unexpected_replies_are_discarded() {
             let peer = Peer::connect();
             for answer in ["5", "8"] {
                 let request = peer.take(&queue);
-                let reply_to = request.properties.reply_to().as_deref().expect("rpc-client sets it");
+                let reply_to = request
+                    .properties
+                    .reply_to()
+                    .as_deref()
+                    .expect("rpc-client sets it");
                 let with_id = |id: String| AmqpProperties::default().with_correlation_id(id);
                 peer.publish(reply_to, b"1", with_id("no such call".into()));
                 peer.publish(reply_to, b"2", with_id(Uuid::new_v4().to_string()));
@@ -102,13 +113,19 @@ fn unexpected_replies_are_discarded() {
             }
         }
     });
-    assert_output(&mut client(&queue, &["-q", "-j", "1", "5", "6"]), 0, "5\n8\n", "");
+    assert_output(
+        &mut client(&queue, &["-q", "-j", "1", "5", "6"]),
+        0,
+        "5\n8\n",
+        "",
+    );
     server.join().expect("the peer sent its replies");
 }
 
-/// RabbitMQ delivers a request again if the server does not acknowledge it within `consumer_timeout`. Up to 4.2 the broker
-/// closes the channel; from 4.3 on it cancels the consumer of a quorum queue, and a classic queue has no timeout. The
-/// server replies to the redelivered request with the result that it has.
+/// RabbitMQ delivers a request again if the server does not acknowledge it within
+/// `consumer_timeout`. Up to 4.2 the broker closes the channel; from 4.3 on it cancels the consumer
+/// of a quorum queue, and a classic queue has no timeout. The server replies to the redelivered
+/// request with the result that it has.
 #[test]
 fn a_server_that_exceeds_the_consumer_timeout_answers_and_computes_once() {
     let broker = exclusive_node();
@@ -119,14 +136,17 @@ fn a_server_that_exceeds_the_consumer_timeout_answers_and_computes_once() {
         let queue = format!("too_long.{queue_type}");
         let args = ["--queue-type", queue_type, "--delay", "5s"];
         let server = Program::start_server_at(broker.url(), &queue, &args);
-        let client = Program::spawn_at(broker.url(), "rpc-client", &["--queue", &queue, "-q", "30"]);
+        let client =
+            Program::spawn_at(broker.url(), "rpc-client", &["--queue", &queue, "-q", "30"]);
         assert_eq!(client.next_line(), "832040");
         assert_eq!(client.wait_for_exit_code(), Some(0));
         if closes_channel {
             server.wait_for_log("PRECONDITION_FAILED - delivery acknowledgement on channel");
         } else if queue_type == "quorum" {
             let cause = "which exists: it was declared again, or a request took longer than its consumer_timeout";
-            server.wait_for_log(&format!("cancelled the consumer of queue '{queue}', {cause}"));
+            server.wait_for_log(&format!(
+                "cancelled the consumer of queue '{queue}', {cause}"
+            ));
         }
         broker.wait_until_empty(&queue);
         assert_eq!(server.stop(), [" [.] fib(30)"], "it was computed once");
@@ -138,13 +158,24 @@ fn a_server_that_exceeds_the_consumer_timeout_answers_and_computes_once() {
 fn a_request_that_kills_every_server_is_dropped_by_a_delivery_limit() {
     let node = private_node();
     let queue = Queue::named("poison");
-    node.rabbitmqctl(&["set_policy", "poison", "^test\\.poison", r#"{"delivery-limit":2}"#]);
+    node.rabbitmqctl(&[
+        "set_policy",
+        "poison",
+        "^test\\.poison",
+        r#"{"delivery-limit":2}"#,
+    ]);
     let args = ["--queue-type", "quorum", "--delay", "365d"];
     let server = Program::start_server_at(node.url(), &queue, &args);
-    let client = Program::spawn_at(node.url(), "rpc-client", &["--queue", &queue, "-q", "-t", "20s", "30"]);
+    let client = Program::spawn_at(
+        node.url(),
+        "rpc-client",
+        &["--queue", &queue, "-q", "-t", "20s", "30"],
+    );
     let mut running = Some(server);
     for _ in 0..3 {
-        let server = running.take().unwrap_or_else(|| Program::start_server_at(node.url(), &queue, &args));
+        let server = running
+            .take()
+            .unwrap_or_else(|| Program::start_server_at(node.url(), &queue, &args));
         assert_eq!(server.next_line(), " [.] fib(30)");
         server.send_signal(Signal::KILL);
     }

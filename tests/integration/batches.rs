@@ -12,10 +12,16 @@ fn several_numbers_are_answered_in_the_order_asked() {
     let _server = Program::start_server(&queue, &[]);
     let answers = "0\n1\n1\n12200160415121876738\n19740274219868223167\n\
                    222232244629420445529739893461909967206666939096499764990979600\n";
-    assert_output(&mut client(&queue, &["0", "1", "2", "93", "94", "300"]), 0, answers, "");
+    assert_output(
+        &mut client(&queue, &["0", "1", "2", "93", "94", "300"]),
+        0,
+        answers,
+        "",
+    );
 }
 
-/// Several workers answer out of order, and with fewer places than calls the calls wait for each other.
+/// Several workers answer out of order, and with fewer places than calls the calls wait for each
+/// other.
 #[test]
 fn many_calls_in_flight_keep_their_order() {
     let queue = Queue::named("in_flight");
@@ -25,7 +31,12 @@ fn many_calls_in_flight_keep_their_order() {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let answers: String = numbers.iter().map(|n| format!("{}\n", fib(*n))).collect();
     for in_flight in ["1", "7", "64"] {
-        assert_output(client(&queue, &["-j", in_flight]).args(&args), 0, &answers, "");
+        assert_output(
+            client(&queue, &["-j", in_flight]).args(&args),
+            0,
+            &answers,
+            "",
+        );
     }
 }
 
@@ -33,7 +44,12 @@ fn many_calls_in_flight_keep_their_order() {
 fn repeat_makes_every_call_several_times() {
     let queue = Queue::named("repeat");
     let server = Program::start_server(&queue, &[]);
-    assert_output(&mut client(&queue, &["--repeat", "3", "7", "8"]), 0, "13\n13\n13\n21\n21\n21\n", "");
+    assert_output(
+        &mut client(&queue, &["--repeat", "3", "7", "8"]),
+        0,
+        "13\n13\n13\n21\n21\n21\n",
+        "",
+    );
     assert_eq!(server.stop().len(), 6);
 }
 
@@ -42,7 +58,12 @@ fn standard_input_has_one_number_per_line() {
     let queue = Queue::named("stdin");
     let _server = Program::start_server(&queue, &[]);
     let mut call = client(&queue, &["5", "-", "8"]);
-    assert_output(call.write_stdin("30\n 7\t\r\n9"), 0, "5\n832040\n13\n34\n21\n", "");
+    assert_output(
+        call.write_stdin("30\n 7\t\r\n9"),
+        0,
+        "5\n832040\n13\n34\n21\n",
+        "",
+    );
     assert_output(client(&queue, &["-"]).write_stdin(""), 0, "", "");
 }
 
@@ -55,7 +76,12 @@ fn a_bad_line_is_reported_and_does_not_stop_the_rest() {
                   rpc-client: line 3: '' is not a whole number (digits only, such as 30)\n\
                   rpc-client: line 4: fib(101): out of range: 101 is larger than 100, the largest n served here\n";
     let mut call = client(&queue, &["-j", "1", "-"]);
-    assert_output(call.write_stdin("7\nabc\n\n101\n8\n"), 2, "13\n\n\n\n21\n", stderr);
+    assert_output(
+        call.write_stdin("7\nabc\n\n101\n8\n"),
+        2,
+        "13\n\n\n\n21\n",
+        stderr,
+    );
 }
 
 #[test]
@@ -68,11 +94,14 @@ fn the_first_answer_is_printed_before_the_input_ends() {
          echo 7 >&${{CALL[1]}}; read -r second <&${{CALL[0]}}; echo second $second",
         &*queue
     );
-    bash(&script).code(0).stdout("first 832040\nsecond 13\n").stderr("");
+    bash(&script)
+        .code(0)
+        .stdout("first 832040\nsecond 13\n")
+        .stderr("");
 }
 
-/// The broker is slow to report the state of the queue, which the client asks for when a call times out. The other
-/// calls keep their connection, and are sent once.
+/// The broker is slow to report the state of the queue, which the client asks for when a call times
+/// out. The other calls keep their connection, and are sent once.
 #[test]
 fn a_call_that_times_out_does_not_disturb_the_others() {
     let queue = Queue::named("far_away");
@@ -88,7 +117,18 @@ fn a_call_that_times_out_does_not_disturb_the_others() {
     client.write_line("14");
     client.close_stdin();
     let answers = ["144", "", "377"].map(|_| client.next_line());
-    assert_eq!(answers, ["144", "", "377"], "the third waited for a worker for too long");
+    assert_eq!(
+        answers,
+        ["144", "", "377"],
+        "the third waited for a worker for too long"
+    );
     assert_eq!(client.wait_for_exit_code(), Some(5));
-    assert_eq!(server.stop().iter().filter(|line| line.ends_with("fib(14)")).count(), 1);
+    assert_eq!(
+        server
+            .stop()
+            .iter()
+            .filter(|line| line.ends_with("fib(14)"))
+            .count(),
+        1
+    );
 }

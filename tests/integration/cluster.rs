@@ -1,8 +1,8 @@
-//! A cluster of three nodes: nodes fail under load. Every call ends with its right answer or with exit code 5 (4 where the
-//! queue is gone), no server ends, and calls flow again.
+//! A cluster of three nodes: nodes fail under load. Every call ends with its right answer or with
+//! exit code 5 (4 where the queue is gone), no server ends, and calls flow again.
 //!
-//! `make test-cluster` sets `CLUSTER_FAULTS=all`; without it only the quick faults are tried, and with a part of a name the faults
-//! of that name. `--nocapture` shows a table.
+//! `make test-cluster` sets `CLUSTER_FAULTS=all`; without it only the quick faults are tried, and
+//! with a part of a name the faults of that name. `--nocapture` shows a table.
 
 mod cases;
 
@@ -25,7 +25,8 @@ use std::{env, thread};
 
 use Fault::{DeleteQueue, FreezeFor, Kill, KillFor, KillTwoFor, MemoryAlarmFor, RollingRestart};
 
-/// The calls of each client that are outstanding at once; while none is answered, it makes another one after this pause.
+/// The calls of each client that are outstanding at once; while none is answered, it makes another
+/// one after this pause.
 const IN_FLIGHT: u64 = 32;
 const MAX_PAUSE: Duration = Duration::from_millis(500);
 
@@ -49,8 +50,8 @@ fn every_call_ends_right_or_with_exit_code_5_when_nodes_fail() {
         Some(part) => part == "all" || case.name.contains(part),
     };
     let cluster = Cluster::start("cluster");
-    // From RabbitMQ 4.3 on a quorum queue returns the messages of a consumer on a dead node after a timeout: a minute by
-    // default.
+    // From RabbitMQ 4.3 on a quorum queue returns the messages of a consumer on a dead node after a
+    // timeout: a minute by default.
     if broker_version_at(&cluster.urls()[0]) >= (4, 3) {
         let policy = r#"{"consumer-disconnected-timeout":5000}"#;
         cluster.run_on_node(1, "ctl", &["set_policy", "return", "^fault", policy]);
@@ -69,7 +70,11 @@ fn every_call_ends_right_or_with_exit_code_5_when_nodes_fail() {
     }
     if !left_out.is_empty() {
         // Not eprintln!: the test runner shows its output for failed tests only.
-        let _ = writeln!(io::stderr(), "only `make test-cluster` tries: {}", left_out.join("; "));
+        let _ = writeln!(
+            io::stderr(),
+            "only `make test-cluster` tries: {}",
+            left_out.join("; ")
+        );
     }
     assert!(failures.is_empty(), "{failures:#?}");
 }
@@ -88,14 +93,25 @@ struct Trial<'a> {
     queue: String,
     clients: [Progress; 3],
     version: (u32, u32),
-    /// Each call has a number of its own, so that a number that was computed twice is a request that was.
+    /// Each call has a number of its own, so that a number that was computed twice is a request
+    /// that was.
     next_number: AtomicU64,
 }
 
 impl<'a> Trial<'a> {
     fn new(cluster: &'a Cluster, case: &'a Case, index: usize) -> Self {
-        let (queue, version) = (format!("fault-{index}"), broker_version_at(&cluster.urls()[1]));
-        Trial { cluster, case, queue, clients: Default::default(), version, next_number: 0.into() }
+        let (queue, version) = (
+            format!("fault-{index}"),
+            broker_version_at(&cluster.urls()[1]),
+        );
+        Trial {
+            cluster,
+            case,
+            queue,
+            clients: Default::default(),
+            version,
+            next_number: 0.into(),
+        }
     }
 
     /// Prints a row of the table, and returns what is not as promised.
@@ -117,7 +133,8 @@ impl<'a> Trial<'a> {
             clients.map(|client| client.join().expect("a client thread does not panic"))
         });
         let mut peer = Peer::connect_to(&self.cluster.urls()[1]);
-        // RabbitMQ may tell a consumer nothing of the deletion of its queue; its server consumes again when requests wait.
+        // RabbitMQ may tell a consumer nothing of the deletion of its queue; its server consumes
+        // again when requests wait.
         if self.case.fault != DeleteQueue {
             peer.wait_for_consumers(&self.queue, 3);
         }
@@ -128,39 +145,84 @@ impl<'a> Trial<'a> {
 
     /// The options that name all nodes, beginning with this one.
     fn urls_from(&self, node: usize) -> Vec<&str> {
-        let mut urls = self.cluster.urls().iter().map(String::as_str).collect::<Vec<_>>();
+        let mut urls = self
+            .cluster
+            .urls()
+            .iter()
+            .map(String::as_str)
+            .collect::<Vec<_>>();
         urls.rotate_left(node - 1);
         urls.into_iter().flat_map(|url| ["--url", url]).collect()
     }
 
     fn start_server(&self, node: usize) -> Program {
         let heartbeat = HEARTBEAT.to_string();
-        let args = ["--queue-type", self.case.queue_type, "--delay", "10ms", "--heartbeat", &heartbeat];
+        let args = [
+            "--queue-type",
+            self.case.queue_type,
+            "--delay",
+            "10ms",
+            "--heartbeat",
+            &heartbeat,
+        ];
         let args = [&args[..], &["--url-order", "given"], &self.urls_from(node)].concat();
         Program::start_server_at("", &self.queue, &args)
     }
 
     /// A new queue's leader is on the node that declared it.
     fn check_leader(&self) {
-        let column = if self.case.queue_type == "quorum" { "leader" } else { "pid" };
-        let table = self.cluster.run_on_node(1, "ctl", &["list_queues", "--no-table-headers", "name", column]);
-        let node = table.lines().find_map(|line| line.strip_prefix(&self.queue)).expect("it is listed");
-        let port = self.cluster.urls()[0].rsplit(':').next().expect("a URL has a port");
+        let column = if self.case.queue_type == "quorum" {
+            "leader"
+        } else {
+            "pid"
+        };
+        let table = self.cluster.run_on_node(
+            1,
+            "ctl",
+            &["list_queues", "--no-table-headers", "name", column],
+        );
+        let node = table
+            .lines()
+            .find_map(|line| line.strip_prefix(&self.queue))
+            .expect("it is listed");
+        let port = self.cluster.urls()[0]
+            .rsplit(':')
+            .next()
+            .expect("a URL has a port");
         assert!(node.contains(&format!("rpc-{port}@localhost")), "{table}");
     }
 
-    /// Keeps one client busy until `stop` is disconnected, and returns how its calls ended and how long it was without an
-    /// answer.
+    /// Keeps one client busy until `stop` is disconnected, and returns how its calls ended and how
+    /// long it was without an answer.
     fn call_until(&self, stop: &Stop, index: usize) -> (CallCounts, Duration) {
         let heartbeat = HEARTBEAT.to_string();
-        let args = ["--queue", &self.queue, "-t", self.case.timeout(), "-j", "1000", "-o", "json", "--unordered", "-"];
-        let args = [&args[..], &["--heartbeat", &heartbeat], &self.urls_from(self.case.clients[index])].concat();
+        let args = [
+            "--queue",
+            &self.queue,
+            "-t",
+            self.case.timeout(),
+            "-j",
+            "1000",
+            "-o",
+            "json",
+            "--unordered",
+            "-",
+        ];
+        let args = [
+            &args[..],
+            &["--heartbeat", &heartbeat],
+            &self.urls_from(self.case.clients[index]),
+        ]
+        .concat();
         let mut client = Program::spawn_at("", "rpc-client", &args);
         let progress = &self.clients[index];
         let (mut counts, mut log) = (CallCounts::default(), Vec::new());
         let (mut asked, mut asked_at) = (0, Instant::now());
         let (mut answered_at, mut silence) = (None::<Instant>, Duration::ZERO);
-        while stop.recv_timeout(Duration::from_millis(1)).is_err_and(|end| end.is_timeout()) {
+        while stop
+            .recv_timeout(Duration::from_millis(1))
+            .is_err_and(|end| end.is_timeout())
+        {
             // Calls that were lost keep their places until their deadline.
             while asked < counts.total() + IN_FLIGHT || asked_at.elapsed() > MAX_PAUSE {
                 (asked, asked_at) = (asked + 1, Instant::now());
@@ -204,7 +266,9 @@ impl<'a> Trial<'a> {
         if is_interrupted {
             counts.timeouts += asked - counts.total(); // they would have ended so
         } else if code != Some(expected) || counts.total() != asked {
-            counts.wrong.push(format!("exit code {code:?} after {log:#?}"));
+            counts
+                .wrong
+                .push(format!("exit code {code:?} after {log:#?}"));
         }
         (counts, silence)
     }
@@ -212,9 +276,16 @@ impl<'a> Trial<'a> {
     /// Waits until each client has had more right answers.
     fn wait_for_answers(&self) {
         let right = |client: &Progress| client.right.load(Ordering::Relaxed);
-        let wanted = self.clients.each_ref().map(|client| right(client) + ENOUGH_CALLS);
+        let wanted = self
+            .clients
+            .each_ref()
+            .map(|client| right(client) + ENOUGH_CALLS);
         eventually(&format!("calls flow: {}", self.case.name), || {
-            self.clients.iter().zip(wanted).all(|(client, wanted)| right(client) >= wanted).then_some(())
+            self.clients
+                .iter()
+                .zip(wanted)
+                .all(|(client, wanted)| right(client) >= wanted)
+                .then_some(())
         });
     }
 
@@ -231,19 +302,24 @@ impl<'a> Trial<'a> {
             let number = self.next_number.fetch_add(1, Ordering::Relaxed);
             let text = number.to_string();
             let args = ["--queue", &self.queue, "-q", "-t", "3s", &text];
-            let client = Program::spawn_at("", "rpc-client", &[&args[..], &self.urls_from(2)].concat());
+            let client =
+                Program::spawn_at("", "rpc-client", &[&args[..], &self.urls_from(2)].concat());
             (client.remaining_output().0 == [fib(number).to_string()]).then_some(())
         });
     }
 
-    /// Brings about the fault, and ends it. Counts the calls that are in flight when it has come, and measures how long it
-    /// lasts.
+    /// Brings about the fault, and ends it. Counts the calls that are in flight when it has come,
+    /// and measures how long it lasts.
     fn inject(&self, in_flight: &mut u64, fault_time: &mut Duration) {
         let start = Instant::now();
-        let on_node = |node, command, args: &[&str]| drop(self.cluster.run_on_node(node, command, args));
+        let on_node =
+            |node, command, args: &[&str]| drop(self.cluster.run_on_node(node, command, args));
         let mut has_come = || {
             let count = |client: &Progress| {
-                client.asked.load(Ordering::Relaxed).saturating_sub(client.ended.load(Ordering::Relaxed))
+                client
+                    .asked
+                    .load(Ordering::Relaxed)
+                    .saturating_sub(client.ended.load(Ordering::Relaxed))
             };
             *in_flight = self.clients.iter().map(count).sum();
         };
@@ -301,7 +377,9 @@ impl<'a> Trial<'a> {
         let args = ["list_queues", "--no-table-headers", "name", "online"];
         eventually("all members of the queue", || {
             let table = self.cluster.run_on_node(1, "ctl", &args);
-            let members = table.lines().find_map(|line| line.strip_prefix(&self.queue))?;
+            let members = table
+                .lines()
+                .find_map(|line| line.strip_prefix(&self.queue))?;
             (members.matches('@').count() == 3).then_some(())
         });
     }
@@ -313,16 +391,25 @@ impl<'a> Trial<'a> {
         results: &[(CallCounts, Duration); 3],
         computed: &[String],
     ) -> Vec<String> {
-        let sum = |count: fn(&CallCounts) -> u64| results.iter().map(|(counts, _)| count(counts)).sum::<u64>();
-        let (right, timeouts, no_queue) =
-            (sum(|it| it.right), sum(|it| it.timeouts), sum(|it| it.no_queue + it.refused));
+        let sum = |count: fn(&CallCounts) -> u64| {
+            results.iter().map(|(counts, _)| count(counts)).sum::<u64>()
+        };
+        let (right, timeouts, no_queue) = (
+            sum(|it| it.right),
+            sum(|it| it.timeouts),
+            sum(|it| it.no_queue + it.refused),
+        );
         let wrong = sum(|it| it.unreachable + it.wrong.len() as u64);
         let mut by_number = BTreeMap::<_, u64>::new();
         for line in computed {
             *by_number.entry(line).or_default() += 1;
         }
         let repeated = by_number.values().map(|times| times - 1).sum::<u64>();
-        let silence = results.iter().map(|(_, silence)| *silence).max().unwrap_or_default();
+        let silence = results
+            .iter()
+            .map(|(_, silence)| *silence)
+            .max()
+            .unwrap_or_default();
         let seconds = silence.as_secs_f64();
         let name = self.case.name;
         println!("| {name} | {in_flight} | {right} | {timeouts} | {no_queue} | {wrong} | {repeated} | {seconds:.1} |");
@@ -332,22 +419,44 @@ impl<'a> Trial<'a> {
                 failures.push(format!("{name}: {what}"));
             }
         };
-        expect(in_flight >= IN_FLIGHT, format!("{in_flight} calls in flight"));
-        expect(wrong == 0, format!("{:#?}", results.iter().map(|(counts, _)| &counts.wrong).collect::<Vec<_>>()));
+        expect(
+            in_flight >= IN_FLIGHT,
+            format!("{in_flight} calls in flight"),
+        );
+        expect(
+            wrong == 0,
+            format!(
+                "{:#?}",
+                results
+                    .iter()
+                    .map(|(counts, _)| &counts.wrong)
+                    .collect::<Vec<_>>()
+            ),
+        );
         let is_gone = self.case.fault == DeleteQueue || self.case.queue_type == "transient";
-        expect(no_queue == 0 || is_gone, format!("{no_queue} with exit code 4"));
+        expect(
+            no_queue == 0 || is_gone,
+            format!("{no_queue} with exit code 4"),
+        );
         // One node less is no reason to lose a call.
-        let is_lossless = matches!(self.case.fault, Kill(_) | RollingRestart) && !self.may_have_stuck_clients();
-        expect(timeouts == 0 || !is_lossless, format!("{timeouts} with exit code 5"));
+        let is_lossless =
+            matches!(self.case.fault, Kill(_) | RollingRestart) && !self.may_have_stuck_clients();
+        expect(
+            timeouts == 0 || !is_lossless,
+            format!("{timeouts} with exit code 5"),
+        );
         let noticed = Duration::from_secs(2 * HEARTBEAT);
         let has_khepri = self.version >= (4, 3);
         let unavoidable = match self.case.fault {
-            // With Mnesia, the clients' reply queues cannot be declared elsewhere until the node is back.
+            // With Mnesia, the clients' reply queues cannot be declared elsewhere until the node is
+            // back.
             FreezeFor(node, _) if self.case.clients.contains(&node) && !has_khepri => fault_time,
             FreezeFor(..) => noticed,
-            // RabbitMQ deletes the queue, and the servers declare it on another node; from 4.3 on they may wait for the node.
+            // RabbitMQ deletes the queue, and the servers declare it on another node; from 4.3 on
+            // they may wait for the node.
             KillFor(..) if self.case.queue_type == "transient" && !has_khepri => Duration::ZERO,
-            KillFor(..) | KillTwoFor(..) | MemoryAlarmFor(..) => fault_time, // nothing can be served meanwhile
+            // Nothing can be served meanwhile.
+            KillFor(..) | KillTwoFor(..) | MemoryAlarmFor(..) => fault_time,
             Kill(_) | RollingRestart | DeleteQueue => Duration::ZERO,
         };
         let flows = silence <= unavoidable + MAX_SILENCE || self.may_have_stuck_clients();

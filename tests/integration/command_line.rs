@@ -1,4 +1,5 @@
-//! The command line: usage, `--help`, and arguments that are refused. `messages.txt` has the errors.
+//! The command line: usage, `--help`, and arguments that are refused. `messages.txt` has the
+//! errors.
 
 use crate::support::broker;
 use crate::support::peer::{Peer, Queue};
@@ -16,7 +17,13 @@ fn without_arguments_the_client_prints_its_usage() {
 
 /// What a program prints with this option.
 fn help(program: &str, option: &str) -> String {
-    let output = command(program).arg(option).assert().code(0).stderr("").get_output().clone();
+    let output = command(program)
+        .arg(option)
+        .assert()
+        .code(0)
+        .stderr("")
+        .get_output()
+        .clone();
     String::from_utf8(output.stdout).expect("help is text")
 }
 
@@ -25,7 +32,9 @@ fn the_short_help_is_one_screen_and_the_long_one_has_all_options() {
     for program in ["rpc-client", "rpc-server"] {
         let (short, long) = (help(program, "-h"), help(program, "--help"));
         assert!(short.lines().count() <= 23, "{short}");
-        let words = short.split([' ', '\n', ',']).filter(|word| word.starts_with("--") && word.len() > 2);
+        let words = short
+            .split([' ', '\n', ','])
+            .filter(|word| word.starts_with("--") && word.len() > 2);
         words.for_each(|option| assert!(long.contains(option), "{option}"));
         for line in short.lines().chain(long.lines()) {
             assert!(line.chars().count() <= 80, "{line}");
@@ -37,24 +46,44 @@ fn the_short_help_is_one_screen_and_the_long_one_has_all_options() {
 fn options_can_be_set_by_the_environment_and_the_command_line_wins() {
     let queue = Queue::named("from_environment");
     let mut server = process::Command::new(program_folder().join("rpc-server"));
-    server.env("AMQP_URL", broker::url()).env("RPC_SERVER_QUEUE", &*queue).env("RPC_SERVER_QUIET", "1");
+    server
+        .env("AMQP_URL", broker::url())
+        .env("RPC_SERVER_QUEUE", &*queue)
+        .env("RPC_SERVER_QUIET", "1");
     let server = Program::spawn_command(&server);
     assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
     let mut call = command("rpc-client");
-    call.env("RPC_CLIENT_QUEUE", &*queue).env("RPC_CLIENT_OUTPUT", "json").args(["-o", "raw", "30"]);
+    call.env("RPC_CLIENT_QUEUE", &*queue)
+        .env("RPC_CLIENT_OUTPUT", "json")
+        .args(["-o", "raw", "30"]);
     assert_output(&mut call, 0, "832040\n", "");
     for no in ["", "0", "f", "False", "n", "NO", "off"] {
         let mut call = client(&queue, &["-o", "text", "30"]);
-        assert_output(call.env("RPC_CLIENT_QUIET", no), 0, " [.] Got 832040\n", " [x] Requesting fib(30)\n");
+        assert_output(
+            call.env("RPC_CLIENT_QUIET", no),
+            0,
+            " [.] Got 832040\n",
+            " [x] Requesting fib(30)\n",
+        );
     }
     assert!(server.stop().is_empty());
     let error = "rpc-client: invalid value 'x' for '--timeout <DURATION>': not a duration such as 1500ms, 30s or 2m; see --help\n";
-    assert_output(command("rpc-client").env("RPC_CLIENT_TIMEOUT", "x").arg("30"), 2, "", error);
+    assert_output(
+        command("rpc-client")
+            .env("RPC_CLIENT_TIMEOUT", "x")
+            .arg("30"),
+        2,
+        "",
+        error,
+    );
 }
 
 #[test]
 fn help_lists_the_exit_codes_and_hides_the_environment() {
-    for (program, codes) in [("rpc-client", exit::CLIENT_EXIT_CODES), ("rpc-server", exit::SERVER_EXIT_CODES)] {
+    for (program, codes) in [
+        ("rpc-client", exit::CLIENT_EXIT_CODES),
+        ("rpc-server", exit::SERVER_EXIT_CODES),
+    ] {
         let mut help = command(program);
         let output = help
             .arg("--help")
@@ -78,7 +107,10 @@ fn bash_completes_options_and_their_values_and_man_pages_have_the_options() {
         .args(["run", "--quiet", "--locked", "-p", "rpc-generate", "--"])
         .arg(&share)
         .status();
-    assert!(generated.expect("cargo runs").success(), "the generator runs");
+    assert!(
+        generated.expect("cargo runs").success(),
+        "the generator runs"
+    );
     let complete = |word: &str, before: &str| {
         let script = format!(
             "source {}/bash-completion/completions/rpc-server; COMP_WORDS=(rpc-server {before} {word:?}); \
@@ -89,17 +121,35 @@ fn bash_completes_options_and_their_values_and_man_pages_have_the_options() {
         );
         String::from_utf8(bash(&script).success().get_output().stdout.clone()).expect("it is text")
     };
-    assert_eq!(complete("", "--queue-type"), "auto transient classic quorum\n");
+    assert_eq!(
+        complete("", "--queue-type"),
+        "auto transient classic quorum\n"
+    );
     assert_eq!(complete("--pre", ""), "--prefetch\n");
-    let page = std::fs::read_to_string(share.join("man/man1/rpc-client.1")).expect("the page is there");
-    assert!(page.contains("fB\\-\\-no\\-wait\\fR") && page.contains("Exit codes:"), "{page}");
+    let page =
+        std::fs::read_to_string(share.join("man/man1/rpc-client.1")).expect("the page is there");
+    assert!(
+        page.contains("fB\\-\\-no\\-wait\\fR") && page.contains("Exit codes:"),
+        "{page}"
+    );
 }
 
 #[test]
 fn an_argument_that_is_not_a_number_is_never_sent() {
     let queue = Queue::declare("no_number");
-    for wrong in ["", "+5", "1.5", " 1", "1e3", "0x10", "123456789012345678901"] {
-        client(&queue, &["1", "--", wrong]).assert().code(2).stdout("");
+    for wrong in [
+        "",
+        "+5",
+        "1.5",
+        " 1",
+        "1e3",
+        "0x10",
+        "123456789012345678901",
+    ] {
+        client(&queue, &["1", "--", wrong])
+            .assert()
+            .code(2)
+            .stdout("");
     }
     assert!(Peer::connect().try_take(&queue).is_none());
 }

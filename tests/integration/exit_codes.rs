@@ -1,4 +1,5 @@
-//! Each exit code of rpc-client and rpc-server, with the line that a user sees. `messages.txt` has more of these lines.
+//! Each exit code of rpc-client and rpc-server, with the line that a user sees. `messages.txt` has
+//! more of these lines.
 
 use crate::support::broker::{self, exclusive_node};
 use crate::support::peer::{Peer, Queue};
@@ -13,8 +14,14 @@ use std::thread;
 fn an_error_reply_is_exit_code_1_and_stops_nothing() {
     let queue = Queue::named("remote_error");
     let server = Program::start_server(&queue, &["--max-n", "100"]);
-    let error = "rpc-client: fib(101): out of range: 101 is larger than 100, the largest n served here\n";
-    assert_output(&mut client(&queue, &["7", "101", "8"]), 1, "13\n\n21\n", error);
+    let error =
+        "rpc-client: fib(101): out of range: 101 is larger than 100, the largest n served here\n";
+    assert_output(
+        &mut client(&queue, &["7", "101", "8"]),
+        1,
+        "13\n\n21\n",
+        error,
+    );
     assert_eq!(server.stop(), [" [.] fib(7)", " [.] fib(8)"]);
 }
 
@@ -33,7 +40,8 @@ fn a_reply_that_is_not_a_number_is_exit_code_1() {
         }
     });
     for reply in nonsense {
-        let error = format!(
+        let error =
+            format!(
             "rpc-client: fib(30): the reply '{}' is {}: does another program serve this queue?\n",
             reply.escape_debug(),
             if reply.len() == 8 { "longer than the answer can be" } else { "not a number" }
@@ -50,13 +58,26 @@ fn check_says_whether_a_queue_is_served() {
     let missing = format!("rpc-client: no queue '{name}' on {broker}: is rpc-server running?\n");
     assert_output(&mut client(&queue, &["--check"]), 4, "", &missing);
     let server = Program::start_server(&queue, &["--delay", "365d", "--workers", "2"]);
-    Peer::connect().publish(&queue, b"1", AmqpProperties::default().with_reply_to("nobody".into())); // keeps one busy
+    Peer::connect().publish(
+        &queue,
+        b"1",
+        AmqpProperties::default().with_reply_to("nobody".into()),
+    ); // keeps one busy
     assert_eq!(server.next_line(), " [.] fib(1)");
     let report = format!("{name} on {broker}: 2 consumers, 0 messages waiting\n");
     assert_output(&mut client(&queue, &["--check"]), 0, &report, "");
-    let json = client(&queue, &["--check", "-o", "json"]).assert().code(0).stderr("").get_output().stdout.clone();
+    let json = client(&queue, &["--check", "-o", "json"])
+        .assert()
+        .code(0)
+        .stderr("")
+        .get_output()
+        .stdout
+        .clone();
     let json: serde_json::Value = serde_json::from_slice(&json).expect("it is JSON");
-    assert_eq!((&json["queue"], &json["consumers"], &json["messages"]), (&name.into(), &2.into(), &0.into()));
+    assert_eq!(
+        (&json["queue"], &json["consumers"], &json["messages"]),
+        (&name.into(), &2.into(), &0.into())
+    );
     drop(server);
     let mut peer = Peer::connect();
     peer.wait_for_consumers(&queue, 0);
@@ -69,7 +90,11 @@ fn check_says_whether_a_queue_is_served() {
 #[test]
 fn without_waiting_a_queue_without_consumers_is_exit_code_4_and_nothing_is_sent() {
     let queue = Queue::declare("no_wait");
-    let error = format!("rpc-client: no server is consuming '{}' on {}: nothing ran\n", &*queue, broker::authority());
+    let error = format!(
+        "rpc-client: no server is consuming '{}' on {}: nothing ran\n",
+        &*queue,
+        broker::authority()
+    );
     assert_output(&mut client(&queue, &["--no-wait", "30"]), 4, "", &error);
     assert!(Peer::connect().try_take(&queue).is_none());
     let _server = Program::start_server(&queue, &[]);
@@ -79,8 +104,17 @@ fn without_waiting_a_queue_without_consumers_is_exit_code_4_and_nothing_is_sent(
 #[test]
 fn with_wait_a_missing_queue_is_waited_for_until_the_deadline() {
     let queue = Queue::named("wait");
-    let error = format!("rpc-client: no queue '{}' on {}: is rpc-server running?\n", &*queue, broker::authority());
-    assert_output(&mut client(&queue, &["--wait", "-q", "-t", "1s", "30"]), 4, "", &error);
+    let error = format!(
+        "rpc-client: no queue '{}' on {}: is rpc-server running?\n",
+        &*queue,
+        broker::authority()
+    );
+    assert_output(
+        &mut client(&queue, &["--wait", "-q", "-t", "1s", "30"]),
+        4,
+        "",
+        &error,
+    );
     let caller = Program::spawn("rpc-client", &["--queue", &queue, "--wait", "-v", "30"]);
     caller.wait_for_log("sending again");
     let _server = Program::start_server(&queue, &[]);
@@ -91,21 +125,37 @@ fn with_wait_a_missing_queue_is_waited_for_until_the_deadline() {
 fn a_call_that_waited_behind_others_says_so() {
     let queue = Queue::named("ahead");
     let _server = Program::start_server(&queue, &["--delay", "1s"]);
-    let calls = client(&queue, &["-q", "-t", "2500ms", "1", "2", "3", "4"]).assert().code(5);
+    let calls = client(&queue, &["-q", "-t", "2500ms", "1", "2", "3", "4"])
+        .assert()
+        .code(5);
     let errors = String::from_utf8_lossy(&calls.get_output().stderr).into_owned();
-    let expected = "; 3 calls of this run were ahead of it: lower --in-flight, or raise --timeout\n";
+    let expected =
+        "; 3 calls of this run were ahead of it: lower --in-flight, or raise --timeout\n";
     assert!(errors.ends_with(expected), "{errors}");
 }
 
 #[test]
 fn no_broker_is_exit_code_3() {
-    let unused = TcpListener::bind("127.0.0.1:0").expect("a port is free").local_addr().expect("the socket is bound");
+    let unused = TcpListener::bind("127.0.0.1:0")
+        .expect("a port is free")
+        .local_addr()
+        .expect("the socket is bound");
     let stderr = format!(
         "rpc-client: {unused} cannot be reached (from AMQP_URL): connection refused: is RabbitMQ running there?\n"
     );
     let unreachable = format!("amqp://{unused}");
-    assert_output(client("any", &["1", "2"]).env("AMQP_URL", &unreachable), 3, "\n", &stderr);
-    assert_output(client("any", &["1", "-o", "text", "-q"]).env("AMQP_URL", &unreachable), 3, "", &stderr);
+    assert_output(
+        client("any", &["1", "2"]).env("AMQP_URL", &unreachable),
+        3,
+        "\n",
+        &stderr,
+    );
+    assert_output(
+        client("any", &["1", "-o", "text", "-q"]).env("AMQP_URL", &unreachable),
+        3,
+        "",
+        &stderr,
+    );
 }
 
 #[test]
@@ -113,7 +163,9 @@ fn too_many_workers_for_the_broker_are_exit_code_3() {
     let broker = exclusive_node();
     let _few = broker.set_variable("channel_max", "3");
     let mut server = command("rpc-server");
-    server.args(["--queue", "few_channels", "--workers", "8"]).env("AMQP_URL", broker.url());
+    server
+        .args(["--queue", "few_channels", "--workers", "8"])
+        .env("AMQP_URL", broker.url());
     let output = server.assert().code(3).get_output().clone();
     let log = String::from_utf8_lossy(&output.stderr);
     let error = format!(
@@ -126,9 +178,18 @@ fn too_many_workers_for_the_broker_are_exit_code_3() {
 #[test]
 fn no_queue_is_exit_code_4() {
     let queue = Queue::named("no_queue");
-    let error = format!("rpc-client: no queue '{}' on {}: is rpc-server running?\n", &*queue, broker::authority());
+    let error = format!(
+        "rpc-client: no queue '{}' on {}: is rpc-server running?\n",
+        &*queue,
+        broker::authority()
+    );
     assert_output(&mut client(&queue, &["30"]), 4, "", &error);
-    assert_output(&mut client(&queue, &["-o", "text", "-q", "30"]), 4, "", &error);
+    assert_output(
+        &mut client(&queue, &["-o", "text", "-q", "30"]),
+        4,
+        "",
+        &error,
+    );
 }
 
 #[test]
@@ -144,7 +205,12 @@ fn a_request_that_a_server_drops_is_exit_code_5() {
         &*queue,
         broker::authority()
     );
-    assert_output(&mut client(&queue, &["-q", "-t", "5s", "30"]), 5, "", &error);
+    assert_output(
+        &mut client(&queue, &["-q", "-t", "5s", "30"]),
+        5,
+        "",
+        &error,
+    );
     server.join().expect("the peer took the request");
 }
 
@@ -162,7 +228,10 @@ fn a_full_disk_is_exit_code_6() {
 fn a_reader_of_standard_output_that_goes_away_is_exit_code_141() {
     let queue = Queue::named("sigpipe");
     let _server = Program::start_server(&queue, &["-q"]);
-    let script = format!("rpc-client --queue {} --repeat 100000 30 | head -1; echo ${{PIPESTATUS[0]}}", &*queue);
+    let script = format!(
+        "rpc-client --queue {} --repeat 100000 30 | head -1; echo ${{PIPESTATUS[0]}}",
+        &*queue
+    );
     bash(&script).code(0).stdout("832040\n141\n").stderr("");
 }
 
@@ -170,8 +239,14 @@ fn a_reader_of_standard_output_that_goes_away_is_exit_code_141() {
 fn a_reader_that_goes_away_is_exit_code_141_even_if_the_input_never_ends() {
     let queue = Queue::named("endless");
     let _server = Program::start_server(&queue, &["-q", "--prefetch", "64"]);
-    let script = format!("yes 30 | rpc-client --queue {} - | head -2; echo ${{PIPESTATUS[1]}}", &*queue);
-    bash(&script).code(0).stdout("832040\n832040\n141\n").stderr("");
+    let script = format!(
+        "yes 30 | rpc-client --queue {} - | head -2; echo ${{PIPESTATUS[1]}}",
+        &*queue
+    );
+    bash(&script)
+        .code(0)
+        .stdout("832040\n832040\n141\n")
+        .stderr("");
 }
 
 #[test]
@@ -181,6 +256,10 @@ fn sigint_and_sigterm_end_a_client_at_once() {
         let mut call = Program::spawn("rpc-client", &["--queue", &queue, "30"]);
         call.wait_for_log("no server is consuming");
         call.send_signal(signal);
-        assert_eq!(call.wait().signal(), Some(signal.as_raw()), "a shell reports 128 more");
+        assert_eq!(
+            call.wait().signal(),
+            Some(signal.as_raw()),
+            "a shell reports 128 more"
+        );
     }
 }

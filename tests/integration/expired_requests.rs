@@ -17,7 +17,12 @@ fn a_call_without_an_answer_is_exit_code_5_and_its_request_leaves_the_queue() {
         &*queue,
         broker::authority()
     );
-    assert_output(&mut client(&queue, &["-q", "-t", "5s", "30"]), 5, "", &error);
+    assert_output(
+        &mut client(&queue, &["-q", "-t", "5s", "30"]),
+        5,
+        "",
+        &error,
+    );
     Peer::connect().wait_for_messages(&queue, 0);
 }
 
@@ -26,7 +31,9 @@ fn a_call_without_an_answer_is_exit_code_5_and_its_request_leaves_the_queue() {
 fn a_server_does_not_run_a_prefetched_request_that_has_expired() {
     let queue = Queue::named("expired");
     let server = Program::start_server(&queue, &["--prefetch", "2", "--delay", "6s"]);
-    client(&queue, &["-q", "-t", "3s", "1", "2"]).assert().code(5);
+    client(&queue, &["-q", "-t", "3s", "1", "2"])
+        .assert()
+        .code(5);
     server.wait_for_log("answered with the error expired: expired: ");
     assert_eq!(server.stop(), [" [.] fib(1)"]);
     assert_eq!(Peer::connect().message_count(&queue), Some(0));
@@ -40,16 +47,39 @@ fn a_request_past_its_deadline_is_answered_with_expired() {
     let request = |deadline: SystemTime| {
         let deadline = AmqpValue::LongLongInt(unix_time_ms(deadline));
         let headers = FieldTable::from([("x-deadline-ms".into(), deadline)]);
-        call(&queue, b"30", AmqpProperties::default().with_headers(headers))
+        call(
+            &queue,
+            b"30",
+            AmqpProperties::default().with_headers(headers),
+        )
     };
     let reply = request(SystemTime::now() - hour);
     let code = AmqpValue::LongString("expired".into());
-    assert_eq!(reply.properties.headers().as_ref().and_then(|headers| headers.get("x-error-code")), Some(&code));
+    assert_eq!(
+        reply
+            .properties
+            .headers()
+            .as_ref()
+            .and_then(|headers| headers.get("x-error-code")),
+        Some(&code)
+    );
     let text = String::from_utf8_lossy(&reply.body);
-    assert!(text.starts_with("expired: 1h ") && text.ends_with(" after the deadline, by the server's clock"), "{text}");
+    assert!(
+        text.starts_with("expired: 1h ")
+            && text.ends_with(" after the deadline, by the server's clock"),
+        "{text}"
+    );
     assert_eq!(request(SystemTime::now() + hour).body, b"832040");
     // Without the header a request expires in the queue only.
-    assert_eq!(call(&queue, b"7", AmqpProperties::default().with_expiration("5000".into())).body, b"13");
+    assert_eq!(
+        call(
+            &queue,
+            b"7",
+            AmqpProperties::default().with_expiration("5000".into())
+        )
+        .body,
+        b"13"
+    );
     assert_eq!(server.stop(), [" [.] fib(30)", " [.] fib(7)"]);
 }
 
@@ -63,14 +93,26 @@ fn a_client_whose_request_expires_too_early_says_that_the_clocks_differ() {
     let request = peer.take(&queue);
     let properties = AmqpProperties::default()
         .with_type_("error".into())
-        .with_correlation_id(request.properties.correlation_id().clone().expect("it is set"))
-        .with_headers(FieldTable::from([("x-error-code".into(), AmqpValue::LongString("expired".into()))]));
+        .with_correlation_id(
+            request
+                .properties
+                .correlation_id()
+                .clone()
+                .expect("it is set"),
+        )
+        .with_headers(FieldTable::from([(
+            "x-error-code".into(),
+            AmqpValue::LongString("expired".into()),
+        )]));
     let reply_to = request.properties.reply_to().clone().expect("it is set");
     peer.publish(&reply_to, b"expired: 5s late", properties);
     let output = caller.join().expect("the call ends");
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     let start = "rpc-client: fib(30): expired: 5s late: the server's clock is at least 59m ";
-    assert!(stderr.starts_with(start) && stderr.ends_with(" ahead of this machine's\n"), "{stderr}");
+    assert!(
+        stderr.starts_with(start) && stderr.ends_with(" ahead of this machine's\n"),
+        "{stderr}"
+    );
 }
 
 /// It means: only if a consumer is ready.
@@ -78,6 +120,10 @@ fn a_client_whose_request_expires_too_early_says_that_the_clocks_differ() {
 fn a_request_with_expiration_0_is_served_by_a_server_that_is_ready() {
     let queue = Queue::named("expiration_0");
     let _server = Program::start_server(&queue, &[]);
-    let reply = call(&queue, b"30", AmqpProperties::default().with_expiration("0".into()));
+    let reply = call(
+        &queue,
+        b"30",
+        AmqpProperties::default().with_expiration("0".into()),
+    );
     assert_eq!(reply.body, b"832040");
 }

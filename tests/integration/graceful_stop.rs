@@ -1,10 +1,13 @@
-//! Promise: stopping is graceful. A server that is stopped answers what it has begun, and leaves the rest to others.
+//! Promise: stopping is graceful. A server that is stopped answers what it has begun, and leaves
+//! the rest to others.
 
 use crate::server_log::level_and_text;
 use crate::support::broker::{self, exclusive_node};
 use crate::support::broker_features::{broker_version, report_not_applicable};
 use crate::support::peer::{Peer, Queue};
-use crate::support::programs::{assert_output, call_in_background, client, program_folder, Program};
+use crate::support::programs::{
+    assert_output, call_in_background, client, program_folder, Program,
+};
 use crate::support::proxy::{Proxy, Traffic};
 use amiquip::AmqpProperties;
 use rpc_common::fib::fib;
@@ -24,7 +27,11 @@ fn sigterm_and_sigint_let_a_server_finish_what_it_has_begun() {
         server.send_signal(signal);
         assert_eq!(server.wait().code(), Some(0));
         caller.join().expect("the caller got its answer");
-        assert_eq!(Peer::connect().message_count(&queue), Some(0), "it is acknowledged");
+        assert_eq!(
+            Peer::connect().message_count(&queue),
+            Some(0),
+            "it is acknowledged"
+        );
     }
 }
 
@@ -40,17 +47,32 @@ fn a_stopping_server_leaves_prefetched_requests_to_other_servers() {
     assert_eq!(second.stop(), [" [.] fib(20)", " [.] fib(30)"]);
 }
 
-/// A delivery limit drops requests that kill their servers. Before RabbitMQ 4.3 it counts every return.
+/// A delivery limit drops requests that kill their servers. Before RabbitMQ 4.3 it counts every
+/// return.
 #[test]
 fn prefetched_requests_of_a_stopping_server_do_not_count_as_deliveries() {
     if broker_version() < (4, 3) {
         return report_not_applicable("", "it counts every return as a delivery");
     }
     let queue = Queue::named("not_counted");
-    let server = Program::start_server(&queue, &["--queue-type", "quorum", "--prefetch", "10", "--delay", "2s"]);
+    let server = Program::start_server(
+        &queue,
+        &[
+            "--queue-type",
+            "quorum",
+            "--prefetch",
+            "10",
+            "--delay",
+            "2s",
+        ],
+    );
     let peer = Peer::connect();
     for body in ["20", "30"] {
-        peer.publish(&queue, body.as_bytes(), AmqpProperties::default().with_reply_to("nobody".into()));
+        peer.publish(
+            &queue,
+            body.as_bytes(),
+            AmqpProperties::default().with_reply_to("nobody".into()),
+        );
     }
     assert_eq!(server.next_line(), " [.] fib(20)");
     assert_eq!(server.stop(), [""; 0]);
@@ -71,10 +93,15 @@ fn a_second_signal_ends_a_server_at_once() {
     server.wait_for_log("stopping");
     server.send_signal(Signal::TERM); // the same signal within a second counts once
     server.send_signal(Signal::INT);
-    assert_eq!(server.wait().signal(), Some(Signal::INT.as_raw()), "a shell reports 130");
+    assert_eq!(
+        server.wait().signal(),
+        Some(Signal::INT.as_raw()),
+        "a shell reports 130"
+    );
 }
 
-/// As after Ctrl-S in a terminal. The lines of 20,000 requests, and their log, are more than a pipe takes.
+/// As after Ctrl-S in a terminal. The lines of 20,000 requests, and their log, are more than a pipe
+/// takes.
 #[test]
 fn a_server_whose_output_and_log_are_not_read_answers_and_stops() {
     let queue = Queue::named("unread_stdout");
@@ -82,10 +109,18 @@ fn a_server_whose_output_and_log_are_not_read_answers_and_stops() {
     // `tail` does not read its standard input, which is the server's standard output.
     let script = r#"exec "$0" "$@" > >(exec tail --pid=$$ -f /dev/null) 2>&1"#;
     let mut command = Command::new("bash");
-    command.args(["-c", script]).arg(program).args(["--queue", &queue, "--prefetch", "64", "-vvv"]);
+    command
+        .args(["-c", script])
+        .arg(program)
+        .args(["--queue", &queue, "--prefetch", "64", "-vvv"]);
     let mut server = Program::spawn_command(command.env("AMQP_URL", broker::url()));
     Peer::connect().wait_for_consumers(&queue, 1);
-    assert_output(&mut client(&queue, &["-q", "--repeat", "20000", "1"]), 0, &"1\n".repeat(20_000), "");
+    assert_output(
+        &mut client(&queue, &["-q", "--repeat", "20000", "1"]),
+        0,
+        &"1\n".repeat(20_000),
+        "",
+    );
     server.send_signal(Signal::TERM);
     assert_eq!(server.wait().code(), Some(0));
 }
@@ -97,11 +132,19 @@ fn a_server_that_stops_under_load_loses_nothing_and_repeats_nothing() {
     let unclean_before = broker.unclean_closes();
     for prefetch in ["1", "64"] {
         let queue = format!("drain.{prefetch}");
-        let servers = [(); 3]
-            .map(|()| Program::start_server_at(broker.url(), &queue, &["--prefetch", prefetch, "--workers", "2"]));
+        let servers = [(); 3].map(|()| {
+            Program::start_server_at(
+                broker.url(),
+                &queue,
+                &["--prefetch", prefetch, "--workers", "2"],
+            )
+        });
         let numbers = (0..3000).map(|n| n % 90).collect::<Vec<u64>>();
         let stdin = numbers.iter().map(|n| format!("{n}\n")).collect::<String>();
-        let answers = numbers.iter().map(|&n| format!("{}\n", fib(n))).collect::<String>();
+        let answers = numbers
+            .iter()
+            .map(|&n| format!("{}\n", fib(n)))
+            .collect::<String>();
         let mut call = client(&queue, &["-j", "256", "-"]);
         call.env("AMQP_URL", broker.url()).write_stdin(stdin);
         let caller = thread::spawn(move || assert_output(&mut call, 0, &answers, ""));
@@ -118,7 +161,10 @@ fn a_server_that_stops_under_load_loses_nothing_and_repeats_nothing() {
 /// After a while the server waits for an answer, too: it looks at the queue every 5 s.
 #[test]
 fn a_frozen_broker_does_not_prevent_a_server_from_stopping() {
-    for (name, frozen_for) in [("frozen_stop", Duration::ZERO), ("frozen_look", Duration::from_secs(8))] {
+    for (name, frozen_for) in [
+        ("frozen_stop", Duration::ZERO),
+        ("frozen_look", Duration::from_secs(8)),
+    ] {
         let queue = Queue::named(name);
         let proxy = Proxy::start();
         let mut server = Program::start_server_at(&proxy.url(), &queue, &["--heartbeat", "600"]);
@@ -145,7 +191,12 @@ fn a_frozen_broker_does_not_prevent_a_server_from_stopping_before_it_serves() {
     assert_eq!(stdout, [""; 0]);
     let stopping = "stopping: requests that have begun are answered; a second signal stops at once";
     let log: Vec<_> = log.iter().filter_map(|line| level_and_text(line)).collect();
-    let [(first, text), (last, summary)] = log[..] else { panic!("{log:?}") };
+    let [(first, text), (last, summary)] = log[..] else {
+        panic!("{log:?}")
+    };
     assert_eq!([first, text, last], ["INFO", stopping, "INFO"]);
-    assert!(summary.starts_with("stopped: 0 served, 0 failed, 0 expired, 0 rejected, up for "), "{summary}");
+    assert!(
+        summary.starts_with("stopped: 0 served, 0 failed, 0 expired, 0 rejected, up for "),
+        "{summary}"
+    );
 }

@@ -1,8 +1,8 @@
-//! There are no import cycles between the files of a package: they can be read in an order in which each file imports
-//! only files that were read before.
+//! There are no import cycles between the files of a package: they can be read in an order in which
+//! each file imports only files that were read before.
 //!
-//! A file imports another one by `use`, by a path that begins with `crate::` or `super::`, or by `mod`. An
-//! item that a `mod.rs` or a root defines or re-exports is imported from that file.
+//! A file imports another one by `use`, by a path that begins with `crate::` or `super::`, or by
+//! `mod`. An item that a `mod.rs` or a root defines or re-exports is imported from that file.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -15,14 +15,18 @@ type Files = BTreeMap<String, Vec<String>>;
 fn no_package_has_an_import_cycle() {
     let cycles = ["rpc-common", "rpc-client", "rpc-server"].map(|package| {
         let mut files = Files::new();
-        let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(package).join("src");
+        let src = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("..")
+            .join(package)
+            .join("src");
         read_files(&src, "", &mut files);
         find_cycle(&imports_of_all(&package.replace('-', "_"), &files)).join(" -> ")
     });
     assert_eq!(cycles, ["", "", ""]);
 }
 
-/// Reads the code of all files below a folder: without comments, and up to the unit tests, which are last in a file.
+/// Reads the code of all files below a folder: without comments, and up to the unit tests, which
+/// are last in a file.
 fn read_files(folder: &Path, prefix: &str, files: &mut Files) {
     for entry in fs::read_dir(folder).expect("the folder exists").flatten() {
         let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
@@ -36,8 +40,16 @@ fn read_files(folder: &Path, prefix: &str, files: &mut Files) {
 }
 
 fn code(text: &str) -> Vec<String> {
-    let lines = text.lines().take_while(|line| line.trim() != "#[cfg(test)]");
-    let without_comment = |line: &str| line.split("//").next().unwrap_or_default().trim().to_owned();
+    let lines = text
+        .lines()
+        .take_while(|line| line.trim() != "#[cfg(test)]");
+    let without_comment = |line: &str| {
+        line.split("//")
+            .next()
+            .unwrap_or_default()
+            .trim()
+            .to_owned()
+    };
     lines.map(without_comment).collect()
 }
 
@@ -47,7 +59,10 @@ fn imports_of_all(package: &str, files: &Files) -> BTreeMap<String, BTreeSet<Str
     let graph: BTreeMap<_, _> = files.keys().map(imports_of).collect();
     for file in files.keys().filter(|file| !is_root(file)) {
         // Otherwise this test does not understand how the file belongs to the package.
-        assert!(graph.values().any(|imports| imports.contains(file)), "nothing imports {file}");
+        assert!(
+            graph.values().any(|imports| imports.contains(file)),
+            "nothing imports {file}"
+        );
     }
     graph
 }
@@ -57,19 +72,36 @@ fn is_root(file: &str) -> bool {
 }
 
 fn imports(package: &str, files: &Files, file: &str) -> BTreeSet<String> {
-    let module = file.trim_end_matches(".rs").trim_end_matches("/mod").split('/');
-    let module: Vec<&str> = if is_root(file) { Vec::new() } else { module.collect() };
+    let module = file
+        .trim_end_matches(".rs")
+        .trim_end_matches("/mod")
+        .split('/');
+    let module: Vec<&str> = if is_root(file) {
+        Vec::new()
+    } else {
+        module.collect()
+    };
     let is_in_binary = file == "main.rs"
-        || files
-            .get("main.rs")
-            .is_some_and(|main| module.first().is_some_and(|module| modules(main).any(|it| it == *module)));
+        || files.get("main.rs").is_some_and(|main| {
+            module
+                .first()
+                .is_some_and(|module| modules(main).any(|it| it == *module))
+        });
     let root = if is_in_binary { "main.rs" } else { "lib.rs" };
     let resolve = |path: &String| {
         let segments: Vec<&str> = path.split("::").collect();
-        let supers = segments.iter().take_while(|segment| **segment == "super").count();
+        let supers = segments
+            .iter()
+            .take_while(|segment| **segment == "super")
+            .count();
         match segments[0] {
             "crate" => Some(file_of(files, root, &[], &segments[1..])),
-            "super" => Some(file_of(files, root, &module[..module.len() - supers], &segments[supers..])),
+            "super" => Some(file_of(
+                files,
+                root,
+                &module[..module.len() - supers],
+                &segments[supers..],
+            )),
             "self" => Some(file_of(files, root, &module, &segments[1..])),
             name if name == package => Some(file_of(files, "lib.rs", &[], &segments[1..])),
             // A child module; anything else is another crate, or a type in the same file.
@@ -77,18 +109,30 @@ fn imports(package: &str, files: &Files, file: &str) -> BTreeSet<String> {
         }
     };
     let lines = &files[file];
-    let paths = used_paths(lines).into_iter().chain(modules(lines).map(|name| format!("self::{name}")));
-    paths.filter_map(|path| resolve(&path)).filter(|import| import != file).collect()
+    let paths = used_paths(lines)
+        .into_iter()
+        .chain(modules(lines).map(|name| format!("self::{name}")));
+    paths
+        .filter_map(|path| resolve(&path))
+        .filter(|import| import != file)
+        .collect()
 }
 
 /// The modules that a file declares.
 fn modules(lines: &[String]) -> impl Iterator<Item = &str> {
-    lines.iter().filter_map(|line| without_visibility(line).strip_prefix("mod ")?.strip_suffix(';'))
+    lines.iter().filter_map(|line| {
+        without_visibility(line)
+            .strip_prefix("mod ")?
+            .strip_suffix(';')
+    })
 }
 
 fn without_visibility(line: &str) -> &str {
     let visibilities = ["pub(crate) ", "pub(super) ", "pub "];
-    visibilities.iter().find_map(|visibility| line.strip_prefix(visibility)).unwrap_or(line)
+    visibilities
+        .iter()
+        .find_map(|visibility| line.strip_prefix(visibility))
+        .unwrap_or(line)
 }
 
 /// The file of a module or an item, as far as the path leads through files.
@@ -98,7 +142,9 @@ fn file_of(files: &Files, root: &str, module: &[&str], path: &[&str]) -> String 
     for segment in module.iter().chain(path) {
         folder = format!("{folder}{segment}");
         let candidates = [format!("{folder}.rs"), format!("{folder}/mod.rs")];
-        let Some(found) = candidates.into_iter().find(|it| files.contains_key(it)) else { break };
+        let Some(found) = candidates.into_iter().find(|it| files.contains_key(it)) else {
+            break;
+        };
         (file, folder) = (found, folder + "/");
     }
     file
@@ -121,7 +167,9 @@ fn used_paths(lines: &[String]) -> Vec<String> {
             let is_path = |char: char| char.is_alphanumeric() || "_:".contains(char);
             let words = line.split(|char| !is_path(char));
             paths.extend(
-                words.filter(|word| word.starts_with("crate::") || word.starts_with("super::")).map(str::to_owned),
+                words
+                    .filter(|word| word.starts_with("crate::") || word.starts_with("super::"))
+                    .map(str::to_owned),
             );
         }
     }
@@ -132,22 +180,35 @@ fn used_paths(lines: &[String]) -> Vec<String> {
 fn expand(tree: &str) -> Vec<String> {
     let Some((prefix, rest)) = tree.split_once('{') else {
         let path = tree.split(" as ").next().unwrap_or_default().trim();
-        return if path.is_empty() { Vec::new() } else { vec![path.to_owned()] };
+        return if path.is_empty() {
+            Vec::new()
+        } else {
+            vec![path.to_owned()]
+        };
     };
-    let inner = rest.trim_end().strip_suffix('}').expect("braces are balanced");
+    let inner = rest
+        .trim_end()
+        .strip_suffix('}')
+        .expect("braces are balanced");
     let mut depth = 0;
     let parts = inner.split(|char| {
         depth += i32::from(char == '{') - i32::from(char == '}');
         char == ',' && depth == 0
     });
     let prefix = prefix.trim();
-    parts.flat_map(expand).map(|path| format!("{prefix}{path}")).collect()
+    parts
+        .flat_map(expand)
+        .map(|path| format!("{prefix}{path}"))
+        .collect()
 }
 
 /// A cycle, with its first file at both ends; empty if there is none.
 fn find_cycle(graph: &BTreeMap<String, BTreeSet<String>>) -> Vec<&str> {
     let mut checked = BTreeSet::new();
-    graph.keys().find_map(|file| search(graph, file, &mut Vec::new(), &mut checked)).unwrap_or_default()
+    graph
+        .keys()
+        .find_map(|file| search(graph, file, &mut Vec::new(), &mut checked))
+        .unwrap_or_default()
 }
 
 fn search<'a>(
@@ -163,7 +224,9 @@ fn search<'a>(
         return None;
     }
     path.push(file);
-    let cycle = graph[file].iter().find_map(|import| search(graph, import, path, checked));
+    let cycle = graph[file]
+        .iter()
+        .find_map(|import| search(graph, import, path, checked));
     path.pop();
     cycle
 }
@@ -173,12 +236,20 @@ fn an_import_cycle_is_found_through_nested_paths() {
     let cycle_with = |last: &str| {
         let files = [
             ("lib.rs", "mod a;\npub mod b;\nmod c;\npub use a::A;"),
-            ("a.rs", "use std::{fmt, io};\nuse crate::{\n    b::{inner::{self, B}, C},\n};\nstruct A;"),
-            ("b/mod.rs", "//! As crate::a does.\nmod inner;\nuse crate::c::C;"),
+            (
+                "a.rs",
+                "use std::{fmt, io};\nuse crate::{\n    b::{inner::{self, B}, C},\n};\nstruct A;",
+            ),
+            (
+                "b/mod.rs",
+                "//! As crate::a does.\nmod inner;\nuse crate::c::C;",
+            ),
             ("b/inner.rs", last),
             ("c.rs", "struct C;\n#[cfg(test)]\nuse crate::a::A;"),
         ];
-        let files = files.map(|(name, text)| (name.to_owned(), code(text))).into();
+        let files = files
+            .map(|(name, text)| (name.to_owned(), code(text)))
+            .into();
         find_cycle(&imports_of_all("package", &files)).join(" -> ")
     };
     assert_eq!(cycle_with("use crate::c::C;"), "");
@@ -186,7 +257,10 @@ fn an_import_cycle_is_found_through_nested_paths() {
     for (last, cycle) in [
         ("use crate::a;", "a.rs -> b/inner.rs -> a.rs"),
         ("fn f() { crate::a::f() }", "a.rs -> b/inner.rs -> a.rs"),
-        ("pub(crate) use super::super::a::A as B;", "a.rs -> b/inner.rs -> a.rs"),
+        (
+            "pub(crate) use super::super::a::A as B;",
+            "a.rs -> b/inner.rs -> a.rs",
+        ),
         ("use super::C;", through_mod.trim_start_matches("a.rs -> ")),
         ("use crate::A;", "a.rs -> b/inner.rs -> lib.rs -> a.rs"),
         ("use package::A;", "a.rs -> b/inner.rs -> lib.rs -> a.rs"),

@@ -1,7 +1,7 @@
 //! The integration tests: the real programs on a real RabbitMQ, as their users see them.
 //!
-//! The test of a promise is in the file that is named after it. All tests share one private node and run in parallel,
-//! each on queues of its own. `AMQP_URL` names another broker to use.
+//! The test of a promise is in the file that is named after it. All tests share one private node
+//! and run in parallel, each on queues of its own. `AMQP_URL` names another broker to use.
 
 mod support;
 

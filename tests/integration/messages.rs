@@ -1,4 +1,5 @@
-//! The error messages of both programs on one page: `messages.txt`, for people who check how they read.
+//! The error messages of both programs on one page: `messages.txt`, for people who check how they
+//! read.
 
 use crate::support::broker::{private_node, Node};
 use crate::support::peer::Peer;
@@ -11,8 +12,9 @@ use std::{fs, thread};
 
 const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/integration/messages.txt");
 
-/// Each line that begins with `$ ` is a command. The lines below are all that it prints, without empty lines, and its exit
-/// code, unless it is 0. Lines that begin with `#` are comments and headings.
+/// Each line that begins with `$ ` is a command. The lines below are all that it prints, without
+/// empty lines, and its exit code, unless it is 0. Lines that begin with `#` are comments and
+/// headings.
 #[test]
 fn the_programs_print_what_the_page_of_messages_shows() {
     let page = fs::read_to_string(PAGE).expect("the file exists");
@@ -34,7 +36,10 @@ fn the_programs_print_what_the_page_of_messages_shows() {
         let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("messages.txt");
         fs::write(&file, &actual).expect("the folder is writable");
         let new = actual.lines().find(|line| !page.contains(line));
-        panic!("{PAGE} differs from {}, perhaps in: {new:#?}", file.display());
+        panic!(
+            "{PAGE} differs from {}, perhaps in: {new:#?}",
+            file.display()
+        );
     }
 }
 
@@ -53,9 +58,11 @@ impl Setup {
         let (cert, key) = &tls.client;
         let (unknown_cert, unknown_key) = &tls.unknown_user;
         let (other_cert, other_key) = &tls.other_ca_client;
-        for (user, permissions) in
-            [("no-configure", ["^$", ".*", ".*"]), ("no-write", [".*", "^$", ".*"]), ("no-read", [".*", ".*", "^$"])]
-        {
+        for (user, permissions) in [
+            ("no-configure", ["^$", ".*", ".*"]),
+            ("no-write", [".*", "^$", ".*"]),
+            ("no-read", [".*", ".*", "^$"]),
+        ] {
             node.rabbitmqctl(&["add_user", user, "page"]);
             node.rabbitmqctl(&[&["set_permissions", user][..], &permissions].concat());
         }
@@ -63,17 +70,31 @@ impl Setup {
         let peer = Peer::connect_to(node.url());
         peer.declare_default("page.idle");
         peer.declare_default("page.nonsense");
-        let nonsense = |request: &[u8]| if request == b"30" { "NaN" } else { "12345678901" };
+        let nonsense = |request: &[u8]| {
+            if request == b"30" {
+                "NaN"
+            } else {
+                "12345678901"
+            }
+        };
         thread::spawn(move || peer.serve("page.nonsense", nonsense));
         let broker = node.authority().to_owned();
         let unused = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
         let unused = unused.expect("a port is free").to_string();
-        let (silent, web) = (listen_and_send(b""), listen_and_send(b"HTTP/1.1 400 Bad Request\r\n\r\n"));
+        let (silent, web) = (
+            listen_and_send(b""),
+            listen_and_send(b"HTTP/1.1 400 Bad Request\r\n\r\n"),
+        );
         let (silent, web) = (silent.to_string(), web.to_string());
-        let folder = node.folder().to_str().expect("the temporary folder is UTF-8").to_owned();
+        let folder = node
+            .folder()
+            .to_str()
+            .expect("the temporary folder is UTF-8")
+            .to_owned();
         let at = |port| format!("localhost:{port}");
         let (good, expired) = (at(tls.good), at(tls.expired));
-        let (wrong_host, mutual, mutual_12) = (at(tls.wrong_host), at(tls.mutual), at(tls.mutual_12));
+        let (wrong_host, mutual, mutual_12) =
+            (at(tls.wrong_host), at(tls.mutual), at(tls.mutual_12));
         let variables = [
             ("BROKER", &*broker),
             ("NOBODY", &unused),
@@ -100,7 +121,10 @@ impl Setup {
             variables: variables.concat(),
             placeholders: vec![
                 // The resolver's error on a machine without a name server.
-                ("temporary failure in name resolution".into(), "name or service not known"),
+                (
+                    "temporary failure in name resolution".into(),
+                    "name or service not known",
+                ),
                 // RabbitMQ names the kind of access from 4.0 on.
                 ("configure access to".into(), "access to"),
                 ("write access to".into(), "access to"),
@@ -123,7 +147,10 @@ impl Setup {
 
     /// Runs a command, and returns its output as the page shows it.
     fn run(&self, command: &str) -> String {
-        let script = format!("{}exec 2>&1; {command}\ncode=$?; [ $code = 0 ] || echo \"[$code]\"", self.variables);
+        let script = format!(
+            "{}exec 2>&1; {command}\ncode=$?; [ $code = 0 ] || echo \"[$code]\"",
+            self.variables
+        );
         let output = bash(&script).get_output().clone();
         let mut text = String::from_utf8(output.stdout).expect("messages are text");
         for (actual, placeholder) in &self.placeholders {
@@ -132,7 +159,10 @@ impl Setup {
         if let Some(at) = text.find("rpc.reply.") {
             text.replace_range(at + 10..at + 46, "<uuid>");
         }
-        text.lines().filter(|line| !line.is_empty()).map(|line| format!("{line}\n")).collect()
+        text.lines()
+            .filter(|line| !line.is_empty())
+            .map(|line| format!("{line}\n"))
+            .collect()
     }
 }
 

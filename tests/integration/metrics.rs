@@ -20,9 +20,13 @@ fn address(test: u8) -> String {
 fn get(address: &str, path: &str) -> (String, String) {
     let mut connection = TcpStream::connect(address).expect("the server listens");
     let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\n\r\n");
-    connection.write_all(request.as_bytes()).expect("the server reads");
+    connection
+        .write_all(request.as_bytes())
+        .expect("the server reads");
     let mut response = String::new();
-    connection.read_to_string(&mut response).expect("the server answers, and closes the connection");
+    connection
+        .read_to_string(&mut response)
+        .expect("the server answers, and closes the connection");
     let (head, text) = response.split_once("\r\n\r\n").expect("it has a head");
     (head.lines().next().unwrap_or_default().into(), text.into())
 }
@@ -32,7 +36,10 @@ fn get(address: &str, path: &str) -> (String, String) {
 fn wait_for_lines(address: &str, lines: &[&str]) {
     eventually(&format!("{lines:?}"), || {
         let (_, page) = get(address, "/metrics");
-        lines.iter().all(|line| page.lines().any(|other| other == *line)).then_some(())
+        lines
+            .iter()
+            .all(|line| page.lines().any(|other| other == *line))
+            .then_some(())
     });
 }
 
@@ -44,10 +51,18 @@ fn the_page_shows_what_the_server_does() {
     let script =
         format!("read -r word; case $word in fail) exit 1;; wait) until [ -e {file} ]; do sleep 0.1; done;; esac");
     let mut server = process::Command::new(program_folder().join("rpc-server"));
-    server.args(["--queue", &queue, "--", "sh", "-c", &script]).env("AMQP_URL", proxy.url());
+    server
+        .args(["--queue", &queue, "--", "sh", "-c", &script])
+        .env("AMQP_URL", proxy.url());
     let server = Program::spawn_command(server.env("RPC_SERVER_METRICS", &address));
     assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
-    let call = |args: &[&str], code| drop(client(&queue, &[&["-q"], args].concat()).assert().code(code));
+    let call = |args: &[&str], code| {
+        drop(
+            client(&queue, &[&["-q"], args].concat())
+                .assert()
+                .code(code),
+        );
+    };
     call(&["--data", "x\n"], 0);
     call(&["--data", "fail\n"], 1);
     call(&["--timeout", "1s", "--data", "wait\n"], 5);
@@ -64,7 +79,18 @@ fn the_page_shows_what_the_server_does() {
         "rpc_server_reconnects_total 0",
     ];
     wait_for_lines(&address, &killed);
-    let waiting = Program::spawn("rpc-client", &["--queue", &queue, "-q", "--timeout", "1h", "--data", "wait\n"]);
+    let waiting = Program::spawn(
+        "rpc-client",
+        &[
+            "--queue",
+            &queue,
+            "-q",
+            "--timeout",
+            "1h",
+            "--data",
+            "wait\n",
+        ],
+    );
     wait_for_lines(&address, &["rpc_server_requests_in_flight 1"]);
     fs::write(&file, "").expect("the folder is writable");
     assert_eq!(waiting.wait_for_exit_code(), Some(0));
@@ -72,10 +98,17 @@ fn the_page_shows_what_the_server_does() {
     proxy.close_connections();
     wait_for_lines(
         &address,
-        &["rpc_server_connected 0", "rpc_server_requests_in_flight 0", "rpc_server_reconnects_total 1"],
+        &[
+            "rpc_server_connected 0",
+            "rpc_server_requests_in_flight 0",
+            "rpc_server_reconnects_total 1",
+        ],
     );
     proxy.refuse(false);
-    wait_for_lines(&address, &["rpc_server_connected 1", "rpc_server_reconnects_total 1"]);
+    wait_for_lines(
+        &address,
+        &["rpc_server_connected 1", "rpc_server_reconnects_total 1"],
+    );
     fs::remove_file(&file).expect("it exists");
     server.stop();
 }
@@ -88,9 +121,17 @@ fn promtool_accepts_the_page() {
     let (status, page) = get(&address, "/metrics");
     assert_eq!(status, "HTTP/1.1 200 OK");
     let mut check = Command::new("promtool"); // of Debian's prometheus: tests/setup.sh peers
-    assert_output(check.args(["check", "metrics"]).write_stdin(page), 0, "", "");
+    assert_output(
+        check.args(["check", "metrics"]).write_stdin(page),
+        0,
+        "",
+        "",
+    );
     let (status, text) = get(&address, "/");
-    assert_eq!((&*status, &*text), ("HTTP/1.1 404 Not Found", "the metrics are at /metrics\n"));
+    assert_eq!(
+        (&*status, &*text),
+        ("HTTP/1.1 404 Not Found", "the metrics are at /metrics\n")
+    );
     server.stop();
 }
 
@@ -101,7 +142,9 @@ fn silent_scrapers_block_no_call_and_others_for_seconds() {
     let server = Program::start_server(&queue, &["--metrics", &address]);
     let connect = |_| {
         let mut connection = TcpStream::connect(&address).expect("the server listens");
-        connection.write_all(b"GET /metr").expect("the server reads");
+        connection
+            .write_all(b"GET /metr")
+            .expect("the server reads");
         connection
     };
     let silent: Vec<_> = (0..4).map(connect).collect();
@@ -117,5 +160,12 @@ fn an_address_that_is_in_use_is_exit_code_2() {
     let _other = TcpListener::bind(&address).expect("the address is free");
     let error = format!("rpc-server: cannot serve metrics on {address}: address already in use\n");
     let mut server = command("rpc-server");
-    assert_output(server.args(["--metrics", &address]).env("AMQP_URL", broker::url()), 2, "", &error);
+    assert_output(
+        server
+            .args(["--metrics", &address])
+            .env("AMQP_URL", broker::url()),
+        2,
+        "",
+        &error,
+    );
 }

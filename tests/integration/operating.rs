@@ -1,5 +1,5 @@
-//! What rpc-server/README.md tells operators to set up: permissions, and a policy for requests that kill their server. The test
-//! below it runs the command as it is written there.
+//! What rpc-server/README.md tells operators to set up: permissions, and a policy for requests that
+//! kill their server. The test below it runs the command as it is written there.
 
 use crate::support::broker::private_node;
 use crate::support::peer::{Peer, Queue};
@@ -10,13 +10,23 @@ use std::fs;
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 const GUIDE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../rpc-server/README.md");
 
-/// The arguments of the first command `rabbitmqctl -q` of the guide that contains these texts, for another queue.
+/// The arguments of the first command `rabbitmqctl -q` of the guide that contains these texts, for
+/// another queue.
 fn documented_command(queue: &str, texts: &[&str]) -> Vec<String> {
-    let guide = fs::read_to_string(GUIDE).expect("the page can be read").replace("rpc_queue", queue);
-    let commands = guide.lines().filter_map(|line| line.trim().strip_prefix("$ rabbitmqctl -q "));
-    let command = commands.into_iter().find(|command| texts.iter().all(|text| command.contains(text)));
+    let guide = fs::read_to_string(GUIDE)
+        .expect("the page can be read")
+        .replace("rpc_queue", queue);
+    let commands = guide
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("$ rabbitmqctl -q "));
+    let command = commands
+        .into_iter()
+        .find(|command| texts.iter().all(|text| command.contains(text)));
     let command = command.unwrap_or_else(|| panic!("the guide has no command with {texts:?}"));
-    command.split(' ').map(|word| word.trim_matches('\'').to_owned()).collect()
+    command
+        .split(' ')
+        .map(|word| word.trim_matches('\'').to_owned())
+        .collect()
 }
 
 /// Runs `rabbitmqctl` on the private node.
@@ -24,8 +34,8 @@ fn rabbitmqctl(args: &[String]) {
     private_node().rabbitmqctl(&args.iter().map(String::as_str).collect::<Vec<_>>());
 }
 
-/// A user of the private node with the permissions that the guide gives to the user `role`: configure, write and read, or
-/// without one of them. Returns its URL.
+/// A user of the private node with the permissions that the guide gives to the user `role`:
+/// configure, write and read, or without one of them. Returns its URL.
 fn add_user(name: &str, role: &str, queue: &str, without: Option<usize>) -> String {
     let node = private_node();
     node.rabbitmqctl(&["add_user", name, "secret"]);
@@ -52,9 +62,14 @@ fn a_client_needs_the_permissions_of_the_guide_and_no_others() {
     };
     assert_output(&mut call("least-caller", None), 0, "832040\n", "");
     for permission in PERMISSIONS {
-        let assert = call(&format!("less-caller-{permission}"), Some(permission)).assert().stdout("");
+        let assert = call(&format!("less-caller-{permission}"), Some(permission))
+            .assert()
+            .stdout("");
         let error = String::from_utf8_lossy(&assert.get_output().stderr).into_owned();
-        assert!(error.contains("ACCESS_REFUSED"), "without permission {permission}: {error}");
+        assert!(
+            error.contains("ACCESS_REFUSED"),
+            "without permission {permission}: {error}"
+        );
     }
     server.stop();
     Peer::connect_to(private_node().url()).delete_queue(&queue);
@@ -65,17 +80,29 @@ fn a_server_needs_the_permissions_of_the_guide_and_no_others() {
     let (node, queue) = (private_node(), Queue::named("permissions_of_server"));
     let call = |code, answer| {
         let mut call = client(&queue, &["-q", "-t", "3s", "30"]);
-        call.env("AMQP_URL", node.url()).assert().code(code).stdout(answer);
+        call.env("AMQP_URL", node.url())
+            .assert()
+            .code(code)
+            .stdout(answer);
     };
     // Without permission to configure it cannot declare the queue.
     let url = add_user("less-server-0", "server", &queue, Some(0));
     let refused = |url: &str| {
-        let assert = command("rpc-server").args(["--queue", &queue]).env("AMQP_URL", url).assert().code(3).stdout("");
+        let assert = command("rpc-server")
+            .args(["--queue", &queue])
+            .env("AMQP_URL", url)
+            .assert()
+            .code(3)
+            .stdout("");
         let error = String::from_utf8_lossy(&assert.get_output().stderr).into_owned();
         assert!(error.contains("ACCESS_REFUSED"), "{error}");
     };
     refused(&url);
-    let server = Program::start_server_at(&add_user("least-server", "server", &queue, None), &queue, &[]);
+    let server = Program::start_server_at(
+        &add_user("least-server", "server", &queue, None),
+        &queue,
+        &[],
+    );
     call(0, "832040\n");
     server.stop();
     // But it can use one that exists.
@@ -99,13 +126,27 @@ const DELIVERY_LIMIT: usize = 5;
 fn a_request_that_kills_its_servers_is_dead_lettered_after_the_limit_of_the_policy() {
     let (node, queue) = (private_node(), Queue::named("deadly"));
     let dead_letters = Queue::named("deadly.dead");
-    let policy = documented_command(&queue, &["set_policy", "delivery-limit\":5", "dead-letter-routing-key"]);
-    let policy = policy.iter().map(|word| word.replace("rpc_dead", &dead_letters).replace("rpc", &queue));
+    let policy = documented_command(
+        &queue,
+        &[
+            "set_policy",
+            "delivery-limit\":5",
+            "dead-letter-routing-key",
+        ],
+    );
+    let policy = policy.iter().map(|word| {
+        word.replace("rpc_dead", &dead_letters)
+            .replace("rpc", &queue)
+    });
     rabbitmqctl(&policy.collect::<Vec<_>>());
     let mut peer = Peer::connect_to(node.url());
     peer.declare(&dead_letters, "classic");
     peer.declare(&queue, "quorum");
-    peer.publish(&queue, b"deadly", AmqpProperties::default().with_reply_to("nobody".into()));
+    peer.publish(
+        &queue,
+        b"deadly",
+        AmqpProperties::default().with_reply_to("nobody".into()),
+    );
     let mut killed = 0;
     while peer.message_count(&dead_letters) == Some(0) {
         let args = ["--queue", &queue, "--", "sh", "-c", "kill -9 $PPID"];
@@ -127,14 +168,24 @@ fn a_request_that_kills_its_servers_is_dead_lettered_after_the_limit_of_the_poli
 #[test]
 fn the_lines_of_the_log_that_the_guide_explains_are_in_the_source() {
     let guide = fs::read_to_string(GUIDE).expect("the page can be read");
-    let (_, table) = guide.split_once("| in the log |").expect("the guide has the table");
-    let rows = table.lines().skip(2).take_while(|line| line.starts_with("| "));
+    let (_, table) = guide
+        .split_once("| in the log |")
+        .expect("the guide has the table");
+    let rows = table
+        .lines()
+        .skip(2)
+        .take_while(|line| line.starts_with("| "));
     let lines = rows.flat_map(|row| row.split('`').skip(1).step_by(2));
-    let parts = lines.flat_map(|line| line.split(['…', ';'])).map(str::trim).filter(|part| part.len() > 2);
+    let parts = lines
+        .flat_map(|line| line.split(['…', ';']))
+        .map(str::trim)
+        .filter(|part| part.len() > 2);
     let source = ["rpc-server/src", "rpc-common/src/connection"].map(|folder| {
         let files = fs::read_dir(format!("{ROOT}/{folder}")).expect("the folder exists");
         let text = |file: fs::DirEntry| fs::read_to_string(file.path()).expect("it is text");
-        files.map(|file| text(file.expect("it can be listed"))).collect::<String>()
+        files
+            .map(|file| text(file.expect("it can be listed")))
+            .collect::<String>()
     });
     let source = source.concat().replace("{queue}", "").replace("{}", "");
     let parts = parts.collect::<Vec<_>>();

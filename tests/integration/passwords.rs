@@ -13,15 +13,32 @@ fn a_password_on_the_command_line_causes_a_warning() {
     let url = broker::url_with_credentials(broker::credentials());
     let warning =
         "rpc-client: warning: the password in --url is visible to all users (ps): use AMQP_URL or --password-file\n";
-    assert_output(&mut client(&queue, &["--url", &url, "30"]), 0, "832040\n", warning);
-    assert_output(&mut client(&queue, &["--url", &url, "30", "-q"]), 0, "832040\n", "");
-    assert_output(client(&queue, &["30"]).env("AMQP_URL", &url), 0, "832040\n", "");
+    assert_output(
+        &mut client(&queue, &["--url", &url, "30"]),
+        0,
+        "832040\n",
+        warning,
+    );
+    assert_output(
+        &mut client(&queue, &["--url", &url, "30", "-q"]),
+        0,
+        "832040\n",
+        "",
+    );
+    assert_output(
+        client(&queue, &["30"]).env("AMQP_URL", &url),
+        0,
+        "832040\n",
+        "",
+    );
 }
 
 #[test]
 fn a_password_file_supplies_the_password_of_the_url() {
     let queue = Queue::named("password_file");
-    let (user, password) = broker::credentials().split_once(':').expect("both are in the URL");
+    let (user, password) = broker::credentials()
+        .split_once(':')
+        .expect("both are in the URL");
     let url = broker::url_with_credentials(user);
     let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("password");
     let name = file.to_str().expect("the target folder is UTF-8");
@@ -46,7 +63,12 @@ fn a_rotated_password_is_used_for_the_next_connection() {
     node.rabbitmqctl(&["close_all_user_connections", user, "test"]);
     server.wait_for_log("retrying");
     server.wait_for_log("connected to");
-    assert_output(client(&queue, &["-q", "30"]).env("AMQP_URL", node.url()), 0, "832040\n", "");
+    assert_output(
+        client(&queue, &["-q", "30"]).env("AMQP_URL", node.url()),
+        0,
+        "832040\n",
+        "",
+    );
     server.stop();
     node.rabbitmqctl(&["delete_user", user]);
 }
@@ -56,33 +78,64 @@ fn a_rotated_password_is_used_for_the_next_connection() {
 fn a_password_file_may_be_a_pipe() {
     let queue = Queue::named("password_pipe");
     let _server = Program::start_server(&queue, &[]);
-    let (user, password) = broker::credentials().split_once(':').expect("both are in the URL");
+    let (user, password) = broker::credentials()
+        .split_once(':')
+        .expect("both are in the URL");
     let url = broker::url_with_credentials(user);
-    let options = format!("--queue {} --url {url} --password-file <(echo '{password}')", &*queue);
-    bash(&format!("rpc-client {options} 30")).code(0).stdout("832040\n").stderr("");
+    let options = format!(
+        "--queue {} --url {url} --password-file <(echo '{password}')",
+        &*queue
+    );
+    bash(&format!("rpc-client {options} 30"))
+        .code(0)
+        .stdout("832040\n")
+        .stderr("");
 }
 
-/// RabbitMQ closes the socket after 3 s, without a reason, if a client does not announce that it understands one.
+/// RabbitMQ closes the socket after 3 s, without a reason, if a client does not announce that it
+/// understands one.
 #[test]
 fn a_wrong_password_is_reported_at_once() {
     let url = broker::url_with_credentials("nobody:wrong");
-    let error = format!("{} refused user 'nobody': is the password right?\n", broker::authority());
+    let error = format!(
+        "{} refused user 'nobody': is the password right?\n",
+        broker::authority()
+    );
     let mut call = client("any", &["-t", "2500ms", "30"]);
-    assert_output(call.env("AMQP_URL", &url), 3, "", &format!("rpc-client: {error}"));
-    assert_output(command("rpc-server").env("AMQP_URL", &url), 3, "", &format!("rpc-server: {error}"));
+    assert_output(
+        call.env("AMQP_URL", &url),
+        3,
+        "",
+        &format!("rpc-client: {error}"),
+    );
+    assert_output(
+        command("rpc-server").env("AMQP_URL", &url),
+        3,
+        "",
+        &format!("rpc-server: {error}"),
+    );
 }
 
 #[test]
 fn no_log_shows_a_password() {
     let queue = Queue::named("secrets");
     let _server = Program::start_server(&queue, &[]);
-    // The password is percent-encoded in the URL only: the log shows whether it took it from the URL or from the wire.
-    let (user, password) = broker::credentials().split_once(':').expect("both are in the URL");
-    let encoded = password.bytes().map(|byte| format!("%{byte:02x}")).collect::<String>();
+    // The password is percent-encoded in the URL only: the log shows whether it took it from the
+    // URL or from the wire.
+    let (user, password) = broker::credentials()
+        .split_once(':')
+        .expect("both are in the URL");
+    let encoded = password
+        .bytes()
+        .map(|byte| format!("%{byte:02x}"))
+        .collect::<String>();
     let secret = broker::url_with_credentials(&format!("{user}:{encoded}"));
     let output = client(&queue, &["30"])
         .env("AMQP_URL", secret)
-        .env("RUST_LOG", "trace,amiquip=trace,amiquip::io_loop::handshake_state=trace")
+        .env(
+            "RUST_LOG",
+            "trace,amiquip=trace,amiquip::io_loop::handshake_state=trace",
+        )
         .assert()
         .code(0)
         .get_output()
@@ -90,6 +143,9 @@ fn no_log_shows_a_password() {
     let log = String::from_utf8_lossy(&output.stderr);
     assert!(log.len() > 1_000, "trace logs: {log}");
     let on_the_wire = format!("\\u{{0}}{password}");
-    assert!(!log.contains(&encoded) && !log.contains(&on_the_wire), "{log}");
+    assert!(
+        !log.contains(&encoded) && !log.contains(&on_the_wire),
+        "{log}"
+    );
     assert!(!log.contains("StartOk"), "{log}");
 }

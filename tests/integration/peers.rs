@@ -1,5 +1,5 @@
-//! The RPC tutorial on libraries of other languages (`tests/peers`): their clients call rpc-server, and their servers
-//! answer rpc-client.
+//! The RPC tutorial on libraries of other languages (`tests/peers`): their clients call rpc-server,
+//! and their servers answer rpc-client.
 
 use crate::support::broker_features::{permitted_queue_types, report_not_applicable};
 use crate::support::peer::{default_queue_type, permits_transient_queues, Peer, Queue};
@@ -48,13 +48,23 @@ impl Language {
         };
         match self {
             Node => command.env("NODE_PATH", peer_folder().join("node/node_modules")),
-            // Not `go run`: a signal must reach the program itself. Debian installs the libraries below GOPATH, without
-            // modules.
+            // Not `go run`: a signal must reach the program itself. Debian installs the libraries
+            // below GOPATH, without modules.
             Go => {
                 let program = source.with_extension("");
-                command.env("GO111MODULE", "off").env("GOPATH", "/usr/share/gocode");
-                let built = command.args(["build", "-o"]).arg(&program).arg(source).status();
-                assert!(built.expect("go runs").success(), "{} does not build", source.display());
+                command
+                    .env("GO111MODULE", "off")
+                    .env("GOPATH", "/usr/share/gocode");
+                let built = command
+                    .args(["build", "-o"])
+                    .arg(&program)
+                    .arg(source)
+                    .status();
+                assert!(
+                    built.expect("go runs").success(),
+                    "{} does not build",
+                    source.display()
+                );
                 return process::Command::new(program);
             }
             Php | Python => &mut command,
@@ -66,7 +76,8 @@ impl Language {
     /// Starts its server on a queue, declared as `queue_type` says, and waits until it serves.
     fn start_server(self, queue: &str, queue_type: &str) -> Program {
         let environment = [("RPC_QUEUE", queue), ("RPC_QUEUE_TYPE", queue_type)];
-        let server = Program::spawn_command(&with_environment(self.program("server"), &environment));
+        let server =
+            Program::spawn_command(&with_environment(self.program("server"), &environment));
         assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
         server
     }
@@ -74,7 +85,10 @@ impl Language {
 
 /// The folder into which `tests/setup.sh peers` installs.
 fn peer_folder() -> PathBuf {
-    let folder = program_folder().parent().expect("profiles are below the target folder").join("peers");
+    let folder = program_folder()
+        .parent()
+        .expect("profiles are below the target folder")
+        .join("peers");
     assert!(
         folder.join("go-client").exists(),
         "the peers are not installed: run 'tests/setup.sh peers', or 'make test' which does"
@@ -83,7 +97,9 @@ fn peer_folder() -> PathBuf {
 }
 
 fn with_environment(mut command: process::Command, variables: &[(&str, &str)]) -> process::Command {
-    command.env("AMQP_URL", broker::url()).envs(variables.iter().copied());
+    command
+        .env("AMQP_URL", broker::url())
+        .envs(variables.iter().copied());
     command
 }
 
@@ -116,23 +132,32 @@ impl Row {
         let many: Vec<u64> = (0..300).map(|i| i % 90).collect();
         let mut cells = answers(&NUMBERS);
         cells.push(answers(&many).into_iter().all(|ok| ok));
-        Row { client: client.into(), server: server.into(), cells }
+        Row {
+            client: client.into(),
+            server: server.into(),
+            cells,
+        }
     }
 }
 
 impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         write!(f, "| {:14} | {:21} |", self.client, self.server)?;
-        self.cells.iter().try_for_each(|ok| write!(f, " {:6} |", if *ok { "ok" } else { "FAILED" }))
+        self.cells
+            .iter()
+            .try_for_each(|ok| write!(f, " {:6} |", if *ok { "ok" } else { "FAILED" }))
     }
 }
 
-/// The rows of the peers' clients with rpc-server (Python's also with direct reply-to), and of rpc-client with the
-/// peers' servers.
+/// The rows of the peers' clients with rpc-server (Python's also with direct reply-to), and of
+/// rpc-client with the peers' servers.
 fn rows(queue_type: &str) -> Vec<Row> {
     let queue = Queue::named(&format!("matrix_{queue_type}"));
     let server = Program::start_server(&queue, &["--queue-type", queue_type]);
-    let peers = LANGUAGES.map(|language| (language, "queue")).into_iter().chain([(Python, "direct")]);
+    let peers = LANGUAGES
+        .map(|language| (language, "queue"))
+        .into_iter()
+        .chain([(Python, "direct")]);
     let mut rows: Vec<Row> = peers
         .map(|(language, reply_to)| {
             let client = format!("{language:?}, {reply_to}");
@@ -148,21 +173,28 @@ fn rows(queue_type: &str) -> Vec<Row> {
     rows.extend(LANGUAGES.map(|language| {
         let queue = Queue::named(&format!("matrix_{queue_type}_{language:?}"));
         let _server = language.start_server(&queue, queue_type);
-        Row::new("rpc-client", &format!("{language:?}, {queue_type}"), |numbers| {
-            let mut command = client(&queue, &["-j", "16", "-t", "20s"]);
-            command.args(numbers.iter().map(u64::to_string));
-            command
-        })
+        Row::new(
+            "rpc-client",
+            &format!("{language:?}, {queue_type}"),
+            |numbers| {
+                let mut command = client(&queue, &["-j", "16", "-t", "20s"]);
+                command.args(numbers.iter().map(u64::to_string));
+                command
+            },
+        )
     }));
     rows
 }
 
 /// The queue types that versions of the tutorial declare, as far as the broker permits them.
 fn tutorial_queue_types() -> impl Iterator<Item = &'static str> {
-    permitted_queue_types().into_iter().filter(|&queue_type| queue_type != "classic")
+    permitted_queue_types()
+        .into_iter()
+        .filter(|&queue_type| queue_type != "classic")
 }
 
-/// With the older form of the tutorial (a transient queue) and the current one (a quorum queue, and direct reply-to).
+/// With the older form of the tutorial (a transient queue) and the current one (a quorum queue, and
+/// direct reply-to).
 #[test]
 fn every_pair_of_client_and_server_gives_right_answers() {
     let rows: Vec<Row> = tutorial_queue_types().flat_map(rows).collect();
@@ -172,10 +204,14 @@ fn every_pair_of_client_and_server_gives_right_answers() {
     let table: String = rows.iter().map(|row| format!("{row}\n")).collect();
     // Not eprintln!: the test runner shows its output for failed tests only.
     let _ = write!(std::io::stderr(), "\n{header}\n{rule}\n{table}\n");
-    assert!(rows.iter().all(|row| row.cells.iter().all(|ok| *ok)), "cells of the matrix have failed");
+    assert!(
+        rows.iter().all(|row| row.cells.iter().all(|ok| *ok)),
+        "cells of the matrix have failed"
+    );
 }
 
-/// rpc-server and a peer's server serve one queue of each type, started in either order: both answer calls.
+/// rpc-server and a peer's server serve one queue of each type, started in either order: both
+/// answer calls.
 #[track_caller]
 fn assert_shares_a_queue(language: Language) {
     for queue_type in tutorial_queue_types() {
@@ -222,7 +258,8 @@ fn rpc_server_shares_a_queue_with_node() {
     assert_shares_a_queue(Node);
 }
 
-/// A peer's client does not know error replies: it prints the sentence as the answer, and the server goes on.
+/// A peer's client does not know error replies: it prints the sentence as the answer, and the
+/// server goes on.
 #[test]
 fn a_peer_gets_a_sentence_for_a_bad_request() {
     let queue = Queue::named("peers_bad_request");
@@ -233,7 +270,12 @@ fn a_peer_gets_a_sentence_for_a_bad_request() {
     for language in LANGUAGES {
         let mut call = with_environment(language.program("client"), &[("RPC_QUEUE", &queue)]);
         call.args(["abc", "2000000", "30"]);
-        assert_output(Command::from_std(call).timeout(PEER_TIMEOUT), 0, answers, "");
+        assert_output(
+            Command::from_std(call).timeout(PEER_TIMEOUT),
+            0,
+            answers,
+            "",
+        );
     }
 }
 
@@ -243,7 +285,10 @@ fn a_sentence_from_a_peers_server_is_a_bad_reply() {
     for language in LANGUAGES {
         let queue = Queue::named(&format!("sentence_{language:?}"));
         let _server = language.start_server(&queue, default_queue_type(broker::url()));
-        let call = client(&queue, &["7", "18446744073709551615", "8"]).assert().code(1).stdout("13\n\n21\n");
+        let call = client(&queue, &["7", "18446744073709551615", "8"])
+            .assert()
+            .code(1)
+            .stdout("13\n\n21\n");
         let stderr = String::from_utf8_lossy(&call.get_output().stderr).into_owned();
         let start = "rpc-client: fib(18446744073709551615): the reply 'not a natural number";
         assert!(stderr.starts_with(start), "{language:?}: {stderr}");
@@ -262,7 +307,12 @@ fn peers_call_a_program_with_any_bytes() {
     for language in [Python, Node] {
         let call = with_environment(language.program("bytes_client"), &[("RPC_QUEUE", &queue)]);
         let mut call = Command::from_std(call);
-        call.write_stdin(all_bytes()).timeout(PEER_TIMEOUT).assert().success().stdout(all_bytes()).stderr("");
+        call.write_stdin(all_bytes())
+            .timeout(PEER_TIMEOUT)
+            .assert()
+            .success()
+            .stdout(all_bytes())
+            .stderr("");
     }
 }
 
@@ -273,26 +323,45 @@ fn rpc_client_gets_any_bytes_from_a_peers_server() {
     let server = Program::spawn_command(&server);
     assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
     let reversed: Vec<u8> = all_bytes().into_iter().rev().collect();
-    client(&queue, &["--data", "@-"]).write_stdin(all_bytes()).assert().success().stdout(reversed).stderr("");
+    client(&queue, &["--data", "@-"])
+        .write_stdin(all_bytes())
+        .assert()
+        .success()
+        .stdout(reversed)
+        .stderr("");
 }
 
-/// The client prints a second answer on standard error, and the server would log a reply without a receiver.
+/// The client prints a second answer on standard error, and the server would log a reply without a
+/// receiver.
 #[test]
 fn direct_reply_to_gets_exactly_one_answer() {
     let queue = Queue::named("direct");
     let mut server = Program::start_server(&queue, &[]);
-    let mut call = with_environment(Python.program("client"), &[("RPC_QUEUE", &queue), ("RPC_REPLY_TO", "direct")]);
+    let mut call = with_environment(
+        Python.program("client"),
+        &[("RPC_QUEUE", &queue), ("RPC_REPLY_TO", "direct")],
+    );
     call.args(std::iter::repeat_n("7", 100));
-    assert_output(Command::from_std(call).timeout(PEER_TIMEOUT), 0, &"13\n".repeat(100), "");
+    assert_output(
+        Command::from_std(call).timeout(PEER_TIMEOUT),
+        0,
+        &"13\n".repeat(100),
+        "",
+    );
     server.send_signal(Signal::TERM);
     assert_eq!(server.wait().code(), Some(0));
     let (lines, log) = server.remaining_output();
     assert!(!log.iter().any(|line| line.contains("WARN")), "{log:#?}");
     assert_eq!(lines.len(), 100);
-    assert_eq!(Peer::connect().message_count(&queue), Some(0), "all requests are acknowledged");
+    assert_eq!(
+        Peer::connect().message_count(&queue),
+        Some(0),
+        "all requests are acknowledged"
+    );
 }
 
-/// Runs the README's two programs in a language: the first calls rpc-server, the second serves rpc-client.
+/// Runs the README's two programs in a language: the first calls rpc-server, the second serves
+/// rpc-client.
 #[track_caller]
 fn assert_readme_programs_work(language: Language, block: &str, extension: &str) {
     let readme = concat!(env!("CARGO_MANIFEST_DIR"), "/README.md");
@@ -300,23 +369,41 @@ fn assert_readme_programs_work(language: Language, block: &str, extension: &str)
     let queue = Queue::named(&format!("readme_{language:?}"));
     let authority = broker::authority();
     let (host, port) = authority.rsplit_once(':').expect("it has a port");
-    let (user, password) = broker::credentials().split_once(':').expect("both are in the URL");
+    let (user, password) = broker::credentials()
+        .split_once(':')
+        .expect("both are in the URL");
     let fence = format!("```{block}\n");
-    let mut programs = readme.split(&fence).skip(1).enumerate().map(|(place, rest)| {
-        let source = rest.split("```").next().expect("a block ends");
-        assert!(source.lines().count() <= 10, "the README promises ten lines");
-        let source = source
-            .replace("rpc_queue", &queue)
-            .replace("amqp://localhost", broker::url())
-            .replace("'localhost', 5672, 'guest', 'guest'", &format!("'{host}', {port}, '{user}', '{password}'"));
-        let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}.{place}.{extension}", &*queue));
-        fs::write(&file, source).expect("the folder is writable");
-        language.run(&file)
-    });
+    let mut programs = readme
+        .split(&fence)
+        .skip(1)
+        .enumerate()
+        .map(|(place, rest)| {
+            let source = rest.split("```").next().expect("a block ends");
+            assert!(
+                source.lines().count() <= 10,
+                "the README promises ten lines"
+            );
+            let source = source
+                .replace("rpc_queue", &queue)
+                .replace("amqp://localhost", broker::url())
+                .replace(
+                    "'localhost', 5672, 'guest', 'guest'",
+                    &format!("'{host}', {port}, '{user}', '{password}'"),
+                );
+            let file = Path::new(env!("CARGO_TARGET_TMPDIR"))
+                .join(format!("{}.{place}.{extension}", &*queue));
+            fs::write(&file, source).expect("the folder is writable");
+            language.run(&file)
+        });
     {
         let _server = Program::start_server(&queue, &[]);
         let call = programs.next().expect("a block that calls");
-        assert_output(Command::from_std(call).timeout(TEST_TIMEOUT), 0, "832040\n", "");
+        assert_output(
+            Command::from_std(call).timeout(TEST_TIMEOUT),
+            0,
+            "832040\n",
+            "",
+        );
     }
     if !permits_transient_queues(broker::url()) {
         return report_not_applicable(

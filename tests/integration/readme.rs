@@ -13,8 +13,13 @@ use std::process::Command;
 
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
-const PAGES: [&str; 5] =
-    ["README.md", "rpc-client/README.md", "rpc-server/README.md", "rpc-common/README.md", "tests/README.md"];
+const PAGES: [&str; 5] = [
+    "README.md",
+    "rpc-client/README.md",
+    "rpc-server/README.md",
+    "rpc-common/README.md",
+    "tests/README.md",
+];
 
 /// Marks the block below it as one for this version of RabbitMQ and later ones.
 const SINCE: &str = "<!-- RabbitMQ ";
@@ -40,7 +45,12 @@ fn read(page: &'static str) -> (Vec<Block>, String) {
             let inside = lines.by_ref().take_while(|line| line.trim_start() != "```");
             let text = inside.map(|line| format!("{}\n", line.get(indent..).unwrap_or_default()));
             let (text, language) = (text.collect(), language.to_owned());
-            blocks.push(Block { page, language, text, marker: marker.trim().to_owned() });
+            blocks.push(Block {
+                page,
+                language,
+                text,
+                marker: marker.trim().to_owned(),
+            });
         } else {
             prose.extend([line, "\n"]);
         }
@@ -53,8 +63,9 @@ fn blocks() -> Vec<Block> {
     PAGES.into_iter().flat_map(|page| read(page).0).collect()
 }
 
-/// In a block of language `console`, a line that starts with `$ ` is a command, which lines that start with `> `
-/// continue. What follows is all that it prints. A server of fib is running; one that an example starts runs to the end.
+/// In a block of language `console`, a line that starts with `$ ` is a command, which lines that
+/// start with `> ` continue. What follows is all that it prints. A server of fib is running; one
+/// that an example starts runs to the end.
 #[test]
 fn the_examples_of_the_readme_files_print_what_they_say() {
     let node = private_node();
@@ -62,13 +73,20 @@ fn the_examples_of_the_readme_files_print_what_they_say() {
     let _server = Program::start_server_at(node.url(), &queue, &[]);
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("readme");
     install_wrappers(&folder, &queue);
-    let environment = format!("cd {0}; export PATH={0}:$PATH AMQP_URL={1}", folder.display(), node.url());
+    let environment = format!(
+        "cd {0}; export PATH={0}:$PATH AMQP_URL={1}",
+        folder.display(),
+        node.url()
+    );
     let (mut run, mut servers) = ([0; PAGES.len()], Vec::new());
     for block in blocks().iter().filter(|block| block.language == "console") {
         if !applies(block, node.url()) {
             continue;
         }
-        let page = PAGES.iter().position(|page| *page == block.page).expect("it is one of them");
+        let page = PAGES
+            .iter()
+            .position(|page| *page == block.page)
+            .expect("it is one of them");
         for example in format!("\n{}", block.text).split("\n$ ").skip(1) {
             let (command, output) = split_example(&example.replace("rpc_queue", &queue));
             let command = command.replace("@localhost", &format!("@{}", node.authority()));
@@ -84,13 +102,18 @@ fn the_examples_of_the_readme_files_print_what_they_say() {
             run[page] += 1;
         }
     }
-    assert!(run[0] >= 4 && run[1] >= 15 && run[2] >= 8, "examples that were run, by page: {run:?} of {PAGES:?}");
+    assert!(
+        run[0] >= 4 && run[1] >= 15 && run[2] >= 8,
+        "examples that were run, by page: {run:?} of {PAGES:?}"
+    );
     Peer::connect_to(node.url()).delete_queue(&queue);
 }
 
 /// Whether the block is for the broker's version of RabbitMQ.
 fn applies(block: &Block, url: &str) -> bool {
-    let Some(since) = block.marker.strip_prefix(SINCE) else { return true };
+    let Some(since) = block.marker.strip_prefix(SINCE) else {
+        return true;
+    };
     let since = since.trim_end_matches(" -->");
     let (major, minor) = since.split_once('.').expect("a version is MAJOR.MINOR");
     let number = |text: &str| text.parse::<u32>().expect("a version has two numbers");
@@ -115,15 +138,21 @@ fn split_example(example: &str) -> (String, String) {
     (command, output)
 }
 
-/// Our programs use the queue of this test, because other tests may serve `rpc_queue`. `rabbitmqctl` is that of the
-/// private node.
+/// Our programs use the queue of this test, because other tests may serve `rpc_queue`.
+/// `rabbitmqctl` is that of the private node.
 fn install_wrappers(folder: &Path, queue: &str) {
     let programs = program_folder().display();
     let node = private_node().folder().display();
     fs::create_dir_all(folder).expect("the folder can be created");
     for (name, program) in [
-        ("rpc-client", format!("{programs}/rpc-client --queue {queue}")),
-        ("rpc-server", format!("{programs}/rpc-server --queue {queue}")),
+        (
+            "rpc-client",
+            format!("{programs}/rpc-client --queue {queue}"),
+        ),
+        (
+            "rpc-server",
+            format!("{programs}/rpc-server --queue {queue}"),
+        ),
         ("rabbitmqctl", format!("{ROOT}/tests/broker.sh ctl {node}")),
     ] {
         let file = folder.join(name);
@@ -132,12 +161,19 @@ fn install_wrappers(folder: &Path, queue: &str) {
     }
 }
 
-/// `console` blocks are run above. Of `sh` blocks, which install or start things, the test below checks that what they
-/// name exists. `text` blocks are figures. `peers` runs the programs in other languages.
+/// `console` blocks are run above. Of `sh` blocks, which install or start things, the test below
+/// checks that what they name exists. `text` blocks are figures. `peers` runs the programs in other
+/// languages.
 #[test]
 fn every_block_of_the_readme_files_is_checked_by_a_test() {
     let mut programs = Vec::new();
-    for Block { page, language, text, .. } in blocks() {
+    for Block {
+        page,
+        language,
+        text,
+        ..
+    } in blocks()
+    {
         match &*language {
             "console" => assert!(text.starts_with("$ "), "{page}: no command: {text}"),
             "sh" => assert!(!text.contains("$ "), "{page}: this is a console: {text}"),
@@ -146,25 +182,35 @@ fn every_block_of_the_readme_files_is_checked_by_a_test() {
             _ => panic!("{page}: no test runs a block of language '{language}'"),
         }
     }
-    assert_eq!(programs, ["python", "python", "php", "php", "go", "go", "js", "js"]);
+    assert_eq!(
+        programs,
+        ["python", "python", "php", "php", "go", "go", "js", "js"]
+    );
 }
 
-/// The guide's certificates, in the folder of the private node, which gets a listener with the options of the guide's
-/// `rabbitmq.conf`.
+/// The guide's certificates, in the folder of the private node, which gets a listener with the
+/// options of the guide's `rabbitmq.conf`.
 #[test]
 fn the_broker_and_the_programs_accept_the_certificates_of_the_guide() {
     let (node, queue) = (private_node(), Queue::named("tls_guide"));
     let folder = node.folder().join("guide");
     let file = |name: &str| folder.join(name).display().to_string();
     fs::create_dir_all(&folder).expect("the folder of the node is writable");
-    let find =
-        |text: &str| blocks().into_iter().find(|block| block.text.contains(text)).expect("the guide has it").text;
+    let find = |text: &str| {
+        blocks()
+            .into_iter()
+            .find(|block| block.text.contains(text))
+            .expect("the guide has it")
+            .text
+    };
     for example in format!("\n{}", find("openssl req")).split("\n$ ").skip(1) {
         let (command, _) = split_example(example);
         bash(&format!("cd {}; {command}", folder.display())).success();
     }
     let config = find("ssl_options.");
-    let options = config.lines().filter_map(|line| line.strip_prefix("ssl_options.")?.split_once(" = "));
+    let options = config
+        .lines()
+        .filter_map(|line| line.strip_prefix("ssl_options.")?.split_once(" = "));
     let options = options.map(|(name, value)| match value.strip_prefix("/etc/rabbitmq/") {
         Some(name_of_file) => format!("{{{name}, {:?}}}", file(name_of_file)),
         None => format!("{{{name}, {value}}}"),
@@ -174,18 +220,33 @@ fn the_broker_and_the_programs_accept_the_certificates_of_the_guide() {
     let (ca, cert, key) = (file("ca.pem"), file("server.pem"), file("server.key"));
     let files = ["--ca-file", &ca, "--cert-file", &cert, "--key-file", &key];
     let server = Program::start_server_at(&url, &queue, &files);
-    assert_output(client(&queue, &files).arg("30").env("AMQP_URL", &url), 0, "832040\n", "");
-    client(&queue, &["--ca-file", &ca, "30"]).env("AMQP_URL", &url).assert().code(3);
+    assert_output(
+        client(&queue, &files).arg("30").env("AMQP_URL", &url),
+        0,
+        "832040\n",
+        "",
+    );
+    client(&queue, &["--ca-file", &ca, "30"])
+        .env("AMQP_URL", &url)
+        .assert()
+        .code(3);
     server.stop();
 }
 
 #[test]
 fn the_demo_shows_an_answer() {
     let node = private_node();
-    let demo = format!("AMQP_URL={} {ROOT}/tests/demo.sh {}", node.url(), program_folder().display());
+    let demo = format!(
+        "AMQP_URL={} {ROOT}/tests/demo.sh {}",
+        node.url(),
+        program_folder().display()
+    );
     let output = bash(&demo).success().get_output().clone();
     let output = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.contains("$ rpc-client 30\n [x] Requesting fib(30)\n [.] Got 832040\n"), "{output}");
+    assert!(
+        output.contains("$ rpc-client 30\n [x] Requesting fib(30)\n [.] Got 832040\n"),
+        "{output}"
+    );
 }
 
 /// Targets of `make`, options of our programs, and examples of the libraries.
@@ -193,7 +254,12 @@ fn the_demo_shows_an_answer() {
 fn the_commands_and_options_in_the_readme_files_exist() {
     let makefile = fs::read_to_string(Path::new(ROOT).join("Makefile")).expect("it can be read");
     let help = ["rpc-client", "rpc-server"].map(|program| {
-        let output = command(program).arg("--help").assert().success().get_output().clone();
+        let output = command(program)
+            .arg("--help")
+            .assert()
+            .success()
+            .get_output()
+            .clone();
         String::from_utf8_lossy(&output.stdout).into_owned()
     });
     let mut missing = Vec::new();
@@ -205,20 +271,36 @@ fn the_commands_and_options_in_the_readme_files_exist() {
         }
         for code in prose.split('`').skip(1).step_by(2) {
             missing.extend(missing_commands(code, &makefile).map(|it| format!("{page}: {it}")));
-            let option = code.split(['=', ' ', '[']).next().filter(|option| option.starts_with("--"));
+            let option = code
+                .split(['=', ' ', '['])
+                .next()
+                .filter(|option| option.starts_with("--"));
             let exists = |option: &str| help.iter().any(|help| help.contains(option));
-            missing.extend(option.filter(|option| !exists(option)).map(|it| format!("{page}: {it}")));
+            missing.extend(
+                option
+                    .filter(|option| !exists(option))
+                    .map(|it| format!("{page}: {it}")),
+            );
         }
     }
     assert!(missing.is_empty(), "these do not exist: {missing:#?}");
 }
 
-/// The targets of `make`, the scripts, and the examples of our libraries that a command names and that do not exist.
+/// The targets of `make`, the scripts, and the examples of our libraries that a command names and
+/// that do not exist.
 fn missing_commands<'a>(command: &'a str, makefile: &'a str) -> impl Iterator<Item = &'a str> {
-    let words = |text: &'a str| text.split([' ', '(', ')', '"']).filter(|word| !word.is_empty());
-    let commands = command.split('#').next().unwrap_or_default().split(['&', ';']);
+    let words = |text: &'a str| {
+        text.split([' ', '(', ')', '"'])
+            .filter(|word| !word.is_empty())
+    };
+    let commands = command
+        .split('#')
+        .next()
+        .unwrap_or_default()
+        .split(['&', ';']);
     commands.filter_map(move |command| {
-        let mut words = words(command).skip_while(|word| !["make", "cargo", "tests/broker.sh"].contains(word));
+        let mut words =
+            words(command).skip_while(|word| !["make", "cargo", "tests/broker.sh"].contains(word));
         let exists = match words.next()? {
             "make" => {
                 let is_target = |word: &&str| !word.starts_with('-') && !word.contains('=');
@@ -227,8 +309,14 @@ fn missing_commands<'a>(command: &'a str, makefile: &'a str) -> impl Iterator<It
             }
             "cargo" => {
                 let name = words.skip_while(|word| *word != "--example").nth(1)?;
-                let example = |package| Path::new(ROOT).join(package).join(format!("examples/{name}.rs"));
-                ["rpc-client", "rpc-server"].into_iter().any(|package| example(package).exists())
+                let example = |package| {
+                    Path::new(ROOT)
+                        .join(package)
+                        .join(format!("examples/{name}.rs"))
+                };
+                ["rpc-client", "rpc-server"]
+                    .into_iter()
+                    .any(|package| example(package).exists())
             }
             script => Path::new(ROOT).join(script).exists(),
         };
@@ -244,7 +332,9 @@ fn the_links_in_the_readme_files_lead_somewhere() {
             let (path, heading) = target.split_once('#').unwrap_or((&target, ""));
             let file = linked_file(page, path);
             let text = fs::read_to_string(&file).unwrap_or_default();
-            let has_heading = text.lines().any(|line| line.starts_with('#') && anchor(line) == heading);
+            let has_heading = text
+                .lines()
+                .any(|line| line.starts_with('#') && anchor(line) == heading);
             if !(file.exists() && (heading.is_empty() || has_heading)) {
                 broken.push(format!("{page}: {target}"));
             }
@@ -257,30 +347,47 @@ fn the_links_in_the_readme_files_lead_somewhere() {
 #[test]
 fn every_promise_names_a_test_that_exists() {
     let (_, page) = read("README.md");
-    let (_, promises) = page.split_once("## What is promised").expect("the front page has them");
-    let (promises, _) = promises.split_once("**Not promised:**").expect("the list ends");
+    let (_, promises) = page
+        .split_once("## What is promised")
+        .expect("the front page has them");
+    let (promises, _) = promises
+        .split_once("**Not promised:**")
+        .expect("the list ends");
     let mut unknown = Vec::new();
     for promise in promises.split("\n- **").skip(1) {
-        let tests: Vec<_> = links(promise).filter(|(label, _)| label.contains("::")).collect();
+        let tests: Vec<_> = links(promise)
+            .filter(|(label, _)| label.contains("::"))
+            .collect();
         let exists = |(label, target): &(String, String)| {
             let (file, name) = label.trim_matches('`').split_once("::").unwrap_or_default();
             let source = fs::read_to_string(linked_file("README.md", target)).unwrap_or_default();
-            target.ends_with(&format!("/{file}.rs")) && source.contains(&format!("#[test]\nfn {name}() {{"))
+            target.ends_with(&format!("/{file}.rs"))
+                && source.contains(&format!("#[test]\nfn {name}() {{"))
         };
         if tests.len() != 1 || !tests.iter().all(exists) {
-            unknown.push(format!("{tests:?}: {}", promise.lines().next().unwrap_or_default()));
+            unknown.push(format!(
+                "{tests:?}: {}",
+                promise.lines().next().unwrap_or_default()
+            ));
         }
     }
-    assert!(promises.matches("\n- **").count() >= 10, "the promises are there");
-    assert!(unknown.is_empty(), "promises without their test: {unknown:#?}");
+    assert!(
+        promises.matches("\n- **").count() >= 10,
+        "the promises are there"
+    );
+    assert!(
+        unknown.is_empty(),
+        "promises without their test: {unknown:#?}"
+    );
 }
 
 /// The tables of exit codes have the same text as `--help`.
 #[test]
 fn the_readme_files_list_the_exit_codes() {
-    for (page, codes) in
-        [("rpc-client/README.md", exit::CLIENT_EXIT_CODES), ("rpc-server/README.md", exit::SERVER_EXIT_CODES)]
-    {
+    for (page, codes) in [
+        ("rpc-client/README.md", exit::CLIENT_EXIT_CODES),
+        ("rpc-server/README.md", exit::SERVER_EXIT_CODES),
+    ] {
         let (_, text) = read(page);
         for (code, meaning) in codes {
             let row = format!("| {} | {meaning} |", *code as u8);
@@ -293,7 +400,10 @@ fn the_readme_files_list_the_exit_codes() {
 fn links(text: &str) -> impl Iterator<Item = (String, String)> + '_ {
     text.match_indices("](").filter_map(|(at, opening)| {
         let label = text[..at].rsplit('[').next().unwrap_or_default();
-        let target = text[at + opening.len()..].split(')').next().unwrap_or_default();
+        let target = text[at + opening.len()..]
+            .split(')')
+            .next()
+            .unwrap_or_default();
         let is_ours = !target.starts_with("http");
         is_ours.then(|| (label.to_owned(), target.to_owned()))
     })
@@ -310,5 +420,12 @@ fn linked_file(page: &str, path: &str) -> PathBuf {
 /// A heading as GitHub and others make an anchor of it.
 fn anchor(heading: &str) -> String {
     let kept = |char: &char| char.is_alphanumeric() || [' ', '-', '_'].contains(char);
-    heading.trim_start_matches('#').trim().to_lowercase().chars().filter(kept).collect::<String>().replace(' ', "-")
+    heading
+        .trim_start_matches('#')
+        .trim()
+        .to_lowercase()
+        .chars()
+        .filter(kept)
+        .collect::<String>()
+        .replace(' ', "-")
 }

@@ -26,13 +26,20 @@ fn an_existing_queue_of_another_type_than_asked_for_is_exit_code_3() {
     for queue_type in permitted_queue_types() {
         let queue = Queue::named(&format!("other_{queue_type}"));
         Peer::connect().declare(&queue, queue_type);
-        for asked in permitted_queue_types().into_iter().filter(|asked| *asked != queue_type) {
+        for asked in permitted_queue_types()
+            .into_iter()
+            .filter(|asked| *asked != queue_type)
+        {
             let mut server = command("rpc-server");
             server.args(["--queue", &queue, "--queue-type", asked]);
             let output = server.assert().code(3).stdout("").get_output().clone();
             let log = String::from_utf8_lossy(&output.stderr);
             let hint = "use --queue-type auto to use the queue as it is, or delete it";
-            assert!(log.contains("refused: PRECONDITION_FAILED - inequivalent arg") && log.contains(hint), "{log}");
+            assert!(
+                log.contains("refused: PRECONDITION_FAILED - inequivalent arg")
+                    && log.contains(hint),
+                "{log}"
+            );
         }
     }
 }
@@ -46,11 +53,14 @@ fn what_others_have_set_besides_the_type_of_a_queue_is_accepted() {
     server.stop();
 }
 
-/// A second declaration with the same arguments succeeds; with other arguments the broker answers 406.
+/// A second declaration with the same arguments succeeds; with other arguments the broker answers
+/// 406.
 #[test]
 fn a_server_declares_a_missing_queue_with_the_type_of_its_option() {
     let auto = ("auto", default_queue_type(broker::url()));
-    let explicit = permitted_queue_types().into_iter().map(|queue_type| (queue_type, queue_type));
+    let explicit = permitted_queue_types()
+        .into_iter()
+        .map(|queue_type| (queue_type, queue_type));
     for (asked, declared) in explicit.chain([auto]) {
         let queue = Queue::named(&format!("declare_{asked}"));
         let server = Program::start_server(&queue, &["--queue-type", asked]);
@@ -101,26 +111,43 @@ fn a_deleted_queue_is_declared_again() {
 #[test]
 fn a_queue_that_is_deleted_thirty_times_under_load_keeps_all_its_servers() {
     let queue = Queue::named("deleted_often");
-    let args = ["--queue-type", "quorum", "--delay", "20ms", "--prefetch", "2"];
+    let args = [
+        "--queue-type",
+        "quorum",
+        "--delay",
+        "20ms",
+        "--prefetch",
+        "2",
+    ];
     let servers = [(); 3].map(|()| Program::start_server(&queue, &args));
     let mut peer = Peer::connect();
     for _ in 0..30 {
-        let load = Peer::connect(); // RabbitMQ 3.10 does not end the flow control of one that publishes to a deleted queue
+        // RabbitMQ 3.10 does not end the flow control of one that publishes to a deleted queue.
+        let load = Peer::connect();
         for _ in 0..100 {
-            load.publish(&queue, b"20", AmqpProperties::default().with_reply_to("nobody".into()));
+            load.publish(
+                &queue,
+                b"20",
+                AmqpProperties::default().with_reply_to("nobody".into()),
+            );
         }
         peer.delete_queue(&queue);
         peer.wait_for_consumers(&queue, 3);
         // Longer than a second: then the servers' pauses start again with the shortest one.
-        assert_output(&mut client(&queue, &["-q", "--repeat", "200", "30"]), 0, &"832040\n".repeat(200), "");
+        assert_output(
+            &mut client(&queue, &["-q", "--repeat", "200", "30"]),
+            0,
+            &"832040\n".repeat(200),
+            "",
+        );
     }
     for server in servers {
         server.stop();
     }
 }
 
-/// It has happened that a queue was deleted under load, declared again, and did not know the consumer of a channel. The
-/// test makes a queue forget its consumer.
+/// It has happened that a queue was deleted under load, declared again, and did not know the
+/// consumer of a channel. The test makes a queue forget its consumer.
 #[test]
 fn a_server_that_its_queue_has_forgotten_consumes_again() {
     let broker = exclusive_node();
@@ -130,8 +157,14 @@ fn a_server_that_its_queue_has_forgotten_consumes_again() {
     peer.wait_for_consumers(queue, 1);
     broker.forget_consumers(queue);
     peer.wait_for_consumers(queue, 0);
-    let client = Program::spawn_at(broker.url(), "rpc-client", &["--queue", queue, "-q", "-t", "1m", "30"]);
-    server.wait_for_log("delivers no request to this consumer, though some are waiting: consuming again");
+    let client = Program::spawn_at(
+        broker.url(),
+        "rpc-client",
+        &["--queue", queue, "-q", "-t", "1m", "30"],
+    );
+    server.wait_for_log(
+        "delivers no request to this consumer, though some are waiting: consuming again",
+    );
     assert_eq!(client.next_line(), "832040");
     assert_eq!(client.wait_for_exit_code(), Some(0));
     server.stop();
@@ -143,7 +176,10 @@ fn a_queue_without_consumers_causes_a_warning_and_the_client_waits() {
     let queue = Queue::declare("no_consumers");
     let client = Program::spawn("rpc-client", &["--queue", &queue, "30"]);
     let warning = client.wait_for_log("no server is consuming");
-    let expected = format!("rpc-client: warning: no server is consuming '{}'; waiting up to 30s", &*queue);
+    let expected = format!(
+        "rpc-client: warning: no server is consuming '{}'; waiting up to 30s",
+        &*queue
+    );
     assert_eq!(warning, expected);
     let _server = Program::start_server(&queue, &[]);
     assert_eq!(client.next_line(), "832040");

@@ -1,6 +1,6 @@
-//! Promise: the function can be any program. `rpc-server -- PROGRAM` runs it once for each request: the body is its standard
-//! input, its standard output the reply, its exit code the outcome. Whatever it does, the caller gets an answer, and nothing is
-//! left behind.
+//! Promise: the function can be any program. `rpc-server -- PROGRAM` runs it once for each request:
+//! the body is its standard input, its standard output the reply, its exit code the outcome.
+//! Whatever it does, the caller gets an answer, and nothing is left behind.
 
 use crate::support::broker;
 use crate::support::eventually;
@@ -44,7 +44,11 @@ impl Served {
     #[track_caller]
     fn assert_answer(&self, body: &[u8], answer: &[u8]) {
         let reply = self.ask(body);
-        assert!(reply.as_ref().is_ok_and(|reply| reply.body == answer), "{:?}", self.server.new_log());
+        assert!(
+            reply.as_ref().is_ok_and(|reply| reply.body == answer),
+            "{:?}",
+            self.server.new_log()
+        );
     }
 }
 
@@ -52,7 +56,8 @@ impl Served {
 fn decode(reply: Delivery) -> Reply {
     let (properties, body) = (&reply.properties, reply.body);
     let bytes = |text: &Option<String>| text.clone().map(String::into_bytes);
-    let (content_type, message_type) = (bytes(properties.content_type()), bytes(properties.type_()));
+    let (content_type, message_type) =
+        (bytes(properties.content_type()), bytes(properties.type_()));
     let mut headers = TableBuilder::default();
     for (name, value) in properties.headers().clone().unwrap_or_default() {
         headers = match value {
@@ -85,7 +90,11 @@ impl Folder {
     }
 
     fn path(&self, name: &str) -> String {
-        self.0.join(name).to_str().expect("the temporary folder is UTF-8").to_owned()
+        self.0
+            .join(name)
+            .to_str()
+            .expect("the temporary folder is UTF-8")
+            .to_owned()
     }
 
     /// The process ids that programs have written to a file, once there are this many.
@@ -93,7 +102,11 @@ impl Folder {
         eventually("the process ids", || {
             let text = fs::read_to_string(self.0.join(name)).unwrap_or_default();
             let is_complete = text.lines().count() == count && text.ends_with('\n');
-            is_complete.then(|| text.lines().map(|id| Pid::from_raw(id.parse().unwrap()).unwrap()).collect())
+            is_complete.then(|| {
+                text.lines()
+                    .map(|id| Pid::from_raw(id.parse().unwrap()).unwrap())
+                    .collect()
+            })
         })
     }
 }
@@ -106,19 +119,36 @@ impl Drop for Folder {
 
 fn wait_until_ended(pids: &[Pid]) {
     let is_running = |pid: &Pid| test_kill_process(*pid).is_ok();
-    eventually("the end of the processes", || (!pids.iter().any(is_running)).then_some(()));
+    eventually("the end of the processes", || {
+        (!pids.iter().any(is_running)).then_some(())
+    });
 }
 
 #[test]
 fn every_byte_is_passed_and_comes_back_unchanged() {
     let served = Served::start("every_byte", &["--", "cat"]);
     let bytes: Vec<u8> = (0..=255).collect();
-    let answer = |body: &[u8]| Answer { body: body.into(), content_type: Some("application/octet-stream".into()) };
+    let answer = |body: &[u8]| Answer {
+        body: body.into(),
+        content_type: Some("application/octet-stream".into()),
+    };
     assert_eq!(served.ask(&bytes), Ok(answer(&bytes)));
     assert_eq!(served.ask(b""), Ok(answer(b"")));
-    assert_eq!(served.server.stop(), [" [.] cat (256 bytes)", " [.] cat (0 bytes)"]);
-    let served = Served::start("content_type", &["-q", "--content-type", "image/png", "--", "cat"]);
-    assert_eq!(served.ask(b"x"), Ok(Answer { body: b"x".into(), content_type: Some("image/png".into()) }));
+    assert_eq!(
+        served.server.stop(),
+        [" [.] cat (256 bytes)", " [.] cat (0 bytes)"]
+    );
+    let served = Served::start(
+        "content_type",
+        &["-q", "--content-type", "image/png", "--", "cat"],
+    );
+    assert_eq!(
+        served.ask(b"x"),
+        Ok(Answer {
+            body: b"x".into(),
+            content_type: Some("image/png".into())
+        })
+    );
     assert!(served.server.stop().is_empty());
 }
 
@@ -128,13 +158,29 @@ fn what_is_larger_than_the_limits_is_too_large() {
     let served = Served::start("limits", &["--", "cat"]);
     let body = vec![b'x'; LIMIT + 1];
     served.assert_answer(&body[1..], &body[1..]);
-    let message = format!("the request of {} bytes is too large: {LIMIT} are accepted here", LIMIT + 1);
-    assert_eq!(served.ask(&body), Err(failure(ErrorCode::TooLarge, &message)));
-    let served = Served::script("reply_limit", &["--max-reply", "1KiB"], "head -c $(cat) /dev/zero");
+    let message = format!(
+        "the request of {} bytes is too large: {LIMIT} are accepted here",
+        LIMIT + 1
+    );
+    assert_eq!(
+        served.ask(&body),
+        Err(failure(ErrorCode::TooLarge, &message))
+    );
+    let served = Served::script(
+        "reply_limit",
+        &["--max-reply", "1KiB"],
+        "head -c $(cat) /dev/zero",
+    );
     assert_eq!(served.ask(b"1024").unwrap().body.len(), 1024);
     let message = "the reply is too large: 1024 bytes are accepted here";
-    assert_eq!(served.ask(b"1025"), Err(failure(ErrorCode::TooLarge, message)));
-    assert_eq!(served.ask(b"100000000"), Err(failure(ErrorCode::TooLarge, message)));
+    assert_eq!(
+        served.ask(b"1025"),
+        Err(failure(ErrorCode::TooLarge, message))
+    );
+    assert_eq!(
+        served.ask(b"100000000"),
+        Err(failure(ErrorCode::TooLarge, message))
+    );
 }
 
 #[test]
@@ -165,7 +211,11 @@ fn at_the_time_limit_all_processes_of_a_run_are_stopped() {
     let pids = folder.path("pids");
     let script =
         format!("trap '' TERM; (trap '' TERM; exec sleep 1000) & echo $$ >{pids}; echo $! >>{pids}; sleep 1000");
-    let served = Served::script("time_limit", &["--time-limit", "300ms", "--kill-after", "300ms"], &script);
+    let served = Served::script(
+        "time_limit",
+        &["--time-limit", "300ms", "--kill-after", "300ms"],
+        &script,
+    );
     let message = "the program was stopped: it ran longer than 300ms";
     assert_eq!(served.ask(b""), Err(failure(ErrorCode::TimeLimit, message)));
     wait_until_ended(&folder.process_ids("pids", 2));
@@ -174,10 +224,20 @@ fn at_the_time_limit_all_processes_of_a_run_are_stopped() {
 #[test]
 fn a_program_can_end_properly_at_sigterm() {
     let folder = Folder::new("sigterm");
-    let script = format!("trap 'echo cleaned >{}; exit 0' TERM; sleep 1000 & wait", folder.path("file"));
-    let served = Served::script("sigterm", &["--time-limit", "300ms", "--kill-after", "60s"], &script);
+    let script = format!(
+        "trap 'echo cleaned >{}; exit 0' TERM; sleep 1000 & wait",
+        folder.path("file")
+    );
+    let served = Served::script(
+        "sigterm",
+        &["--time-limit", "300ms", "--kill-after", "60s"],
+        &script,
+    );
     assert_eq!(served.ask(b"").unwrap_err().code, ErrorCode::TimeLimit);
-    assert_eq!(fs::read_to_string(folder.path("file")).unwrap(), "cleaned\n");
+    assert_eq!(
+        fs::read_to_string(folder.path("file")).unwrap(),
+        "cleaned\n"
+    );
 }
 
 #[test]
@@ -186,9 +246,13 @@ fn at_the_callers_deadline_the_program_is_stopped() {
     let script = format!("echo $$ >{}; exec sleep 1000", folder.path("pid"));
     let served = Served::script("deadline", &[], &script);
     // The answer of the stopped program may come just before the deadline passes here.
-    client(&served.queue, &["-q", "-t", "2s", "30"]).assert().code(vec![1, 5]);
+    client(&served.queue, &["-q", "-t", "2s", "30"])
+        .assert()
+        .code(vec![1, 5]);
     wait_until_ended(&folder.process_ids("pid", 1));
-    served.server.wait_for_log("the program was stopped: the caller's deadline has passed");
+    served
+        .server
+        .wait_for_log("the program was stopped: the caller's deadline has passed");
 }
 
 #[test]
@@ -197,12 +261,24 @@ fn the_program_of_a_caller_that_has_gone_is_stopped() {
         let folder = Folder::new(&format!("gone_{reply_to}"));
         let script = format!("echo $$ >>{}; exec sleep 1000", folder.path("pid"));
         let served = Served::script(&format!("gone_{reply_to}"), &[], &script);
-        let caller =
-            Program::spawn("rpc-client", &["--queue", &served.queue, "-t", "10m", "--reply-to", reply_to, "30"]);
+        let caller = Program::spawn(
+            "rpc-client",
+            &[
+                "--queue",
+                &served.queue,
+                "-t",
+                "10m",
+                "--reply-to",
+                reply_to,
+                "30",
+            ],
+        );
         let pids = folder.process_ids("pid", 1);
         drop(caller);
         wait_until_ended(&pids);
-        served.server.wait_for_log("the program was stopped: its caller has gone");
+        served
+            .server
+            .wait_for_log("the program was stopped: its caller has gone");
     }
 }
 
@@ -210,30 +286,80 @@ fn the_program_of_a_caller_that_has_gone_is_stopped() {
 fn a_long_run_goes_on_while_its_caller_waits() {
     for reply_to in ["queue", "direct"] {
         let served = Served::script(&format!("long_{reply_to}"), &[], "sleep 11; printf 8");
-        assert_output(&mut client(&served.queue, &["--reply-to", reply_to, "6"]), 0, "8\n", "");
+        assert_output(
+            &mut client(&served.queue, &["--reply-to", reply_to, "6"]),
+            0,
+            "8\n",
+            "",
+        );
     }
 }
 
 #[test]
 fn the_exit_code_says_how_it_ended() {
     let failed = |message: &str| failure(ErrorCode::Failed, message);
-    let with_code = |code, exit_code, message: &str| Failure { exit_code: Some(exit_code), ..failure(code, message) };
+    let with_code = |code, exit_code, message: &str| Failure {
+        exit_code: Some(exit_code),
+        ..failure(code, message)
+    };
     let served = Served::start("exit_codes", &["--", "sh"]);
     for (script, expected) in [
-        ("exit 1", with_code(ErrorCode::Failed, 1, "the program failed with exit code 1")),
-        ("echo ' no such image '; exit 3", with_code(ErrorCode::Failed, 3, "no such image")),
-        ("echo bad >&2; exit 65", with_code(ErrorCode::InvalidArgument, 65, "the program failed with exit code 65")),
-        ("echo busy; exit 75", with_code(ErrorCode::Unavailable, 75, "busy")),
-        ("exit 77", with_code(ErrorCode::PermissionDenied, 77, "the program failed with exit code 77")),
-        ("printf '\\377'; exit 255", with_code(ErrorCode::Failed, 255, "the program failed with exit code 255")),
-        ("printf '\\033[2J'; exit 9", with_code(ErrorCode::Failed, 9, "\u{1b}[2J")),
+        (
+            "exit 1",
+            with_code(ErrorCode::Failed, 1, "the program failed with exit code 1"),
+        ),
+        (
+            "echo ' no such image '; exit 3",
+            with_code(ErrorCode::Failed, 3, "no such image"),
+        ),
+        (
+            "echo bad >&2; exit 65",
+            with_code(
+                ErrorCode::InvalidArgument,
+                65,
+                "the program failed with exit code 65",
+            ),
+        ),
+        (
+            "echo busy; exit 75",
+            with_code(ErrorCode::Unavailable, 75, "busy"),
+        ),
+        (
+            "exit 77",
+            with_code(
+                ErrorCode::PermissionDenied,
+                77,
+                "the program failed with exit code 77",
+            ),
+        ),
+        (
+            "printf '\\377'; exit 255",
+            with_code(
+                ErrorCode::Failed,
+                255,
+                "the program failed with exit code 255",
+            ),
+        ),
+        (
+            "printf '\\033[2J'; exit 9",
+            with_code(ErrorCode::Failed, 9, "\u{1b}[2J"),
+        ),
         (
             "yes ä | tr -d '\\n' | head -c 5001; exit 1",
             with_code(ErrorCode::Failed, 1, "the program failed with exit code 1"),
         ),
-        ("head -c 5000 /dev/zero | tr '\\0' x; exit 1", with_code(ErrorCode::Failed, 1, &"x".repeat(4096))),
-        ("kill -TERM $$", failed("the program was ended by signal 15 (SIGTERM)")),
-        ("ulimit -c 0; kill -SEGV $$", failed("the program was ended by signal 11 (SIGSEGV)")),
+        (
+            "head -c 5000 /dev/zero | tr '\\0' x; exit 1",
+            with_code(ErrorCode::Failed, 1, &"x".repeat(4096)),
+        ),
+        (
+            "kill -TERM $$",
+            failed("the program was ended by signal 15 (SIGTERM)"),
+        ),
+        (
+            "ulimit -c 0; kill -SEGV $$",
+            failed("the program was ended by signal 11 (SIGSEGV)"),
+        ),
     ] {
         assert_eq!(served.ask(script.as_bytes()), Err(expected), "{script}");
     }
@@ -253,9 +379,16 @@ fn standard_error_goes_to_the_log_with_the_correlation_id_and_never_to_the_calle
     let last = served.server.wait_for_log("more lines");
     assert!(last.ends_with("program[id\\n1]: 903 more lines"), "{last}");
     let lines = served.server.new_log();
-    assert!(!lines.iter().any(|line| line.contains("program[")), "{lines:?}");
+    assert!(
+        !lines.iter().any(|line| line.contains("program[")),
+        "{lines:?}"
+    );
     // A gigabyte that is one line.
-    let served = Served::script("gigabyte", &[], "head -c 1000000000 /dev/zero >&2; echo done");
+    let served = Served::script(
+        "gigabyte",
+        &[],
+        "head -c 1000000000 /dev/zero >&2; echo done",
+    );
     served.assert_answer(b"", b"done\n");
     assert!(served.server.memory_kib().unwrap() < 50 << 10);
     let line = served.server.wait_for_log("program[none]");
@@ -274,10 +407,20 @@ fn the_environment_describes_the_request_and_holds_no_secret() {
         "-c",
         "env -0 | sort -z | grep -z -e ^RPC_ -e ^AMQP -e ^KEPT | tr '\\0' '\\n'",
     ]);
-    command.env("AMQP_URL", broker::url()).env("RPC_CLIENT_TIMEOUT", "1s").env("RPC_SECRET", "x").env("KEPT", "yes");
-    let served = Served { queue, server: Program::spawn_command(&command) };
+    command
+        .env("AMQP_URL", broker::url())
+        .env("RPC_CLIENT_TIMEOUT", "1s")
+        .env("RPC_SECRET", "x")
+        .env("KEPT", "yes");
+    let served = Served {
+        queue,
+        server: Program::spawn_command(&command),
+    };
     assert_eq!(served.server.next_line(), " [x] Awaiting RPC requests");
-    let queue = format!("RPC_REQUEST_QUEUE={}\nRPC_REQUEST_REDELIVERED=0\n", &*served.queue);
+    let queue = format!(
+        "RPC_REQUEST_QUEUE={}\nRPC_REQUEST_REDELIVERED=0\n",
+        &*served.queue
+    );
     served.assert_answer(b"", format!("KEPT=yes\n{queue}").as_bytes());
 
     let text = |text: &str| AmqpValue::LongString(text.into());
@@ -296,7 +439,10 @@ fn the_environment_describes_the_request_and_holds_no_secret() {
         (String::new(), text("x")),
         ("nul".into(), text("a\0b")),
         ("long".into(), text(&"x".repeat(4097))),
-        ("x-deadline-ms".into(), AmqpValue::LongLongInt(9_999_999_999_999)),
+        (
+            "x-deadline-ms".into(),
+            AmqpValue::LongLongInt(9_999_999_999_999),
+        ),
     ]);
     let properties = AmqpProperties::default()
         .with_content_type("text/plain".into())
@@ -313,10 +459,17 @@ fn the_environment_describes_the_request_and_holds_no_secret() {
          RPC_REQUEST_HEADER_PATH=/evil\nRPC_REQUEST_HEADER_X_DEADLINE_MS=9999999999999\n\
          RPC_REQUEST_HEADER_X_TRACE_ID=a b=c\n\nRPC_REQUEST_MESSAGE_ID=message\n{queue}RPC_REQUEST_TYPE=type\n"
     );
-    assert_eq!(String::from_utf8(served.ask_with(b"", properties).unwrap().body).unwrap(), expected);
+    assert_eq!(
+        String::from_utf8(served.ask_with(b"", properties).unwrap().body).unwrap(),
+        expected
+    );
     headers.extend((0..5_000).map(|number| (format!("many{number}"), AmqpValue::Boolean(true))));
-    let answer = served.ask_with(b"", AmqpProperties::default().with_headers(headers)).unwrap();
-    assert!(String::from_utf8(answer.body).unwrap().contains("\nRPC_REQUEST_HEADER_MANY4999=true\n"));
+    let answer = served
+        .ask_with(b"", AmqpProperties::default().with_headers(headers))
+        .unwrap();
+    assert!(String::from_utf8(answer.body)
+        .unwrap()
+        .contains("\nRPC_REQUEST_HEADER_MANY4999=true\n"));
 }
 
 #[test]
@@ -324,7 +477,15 @@ fn a_program_can_be_rpc_client_itself() {
     let fib = Queue::named("inner");
     let _fib_server = Program::start_server(&fib, &[]);
     let client_path = program_folder().join("rpc-client");
-    let args = ["--", client_path.to_str().unwrap(), "--url", broker::url(), "--queue", &fib, "-"];
+    let args = [
+        "--",
+        client_path.to_str().unwrap(),
+        "--url",
+        broker::url(),
+        "--queue",
+        &fib,
+        "-",
+    ];
     let served = Served::start("outer", &args);
     served.assert_answer(b"10\n30\n", b"55\n832040\n");
 }
@@ -332,7 +493,10 @@ fn a_program_can_be_rpc_client_itself() {
 #[test]
 fn the_first_signal_lets_programs_finish_and_the_second_one_kills_them() {
     let folder = Folder::new("signals");
-    let script = format!("echo $$ >>{}; cat >/dev/null; sleep 2; printf 8", folder.path("pids"));
+    let script = format!(
+        "echo $$ >>{}; cat >/dev/null; sleep 2; printf 8",
+        folder.path("pids")
+    );
     let mut served = Served::script("signals", &[], &script);
     let caller = Program::spawn("rpc-client", &["--queue", &served.queue, "6"]);
     folder.process_ids("pids", 1);
@@ -341,7 +505,10 @@ fn the_first_signal_lets_programs_finish_and_the_second_one_kills_them() {
     assert_eq!(served.server.wait().code(), Some(0));
 
     let script = format!("echo $$ >>{}; exec sleep 1000", folder.path("killed"));
-    let mut served = Served { server: Program::start_server(&served.queue, &["--", "sh", "-c", &script]), ..served };
+    let mut served = Served {
+        server: Program::start_server(&served.queue, &["--", "sh", "-c", &script]),
+        ..served
+    };
     let caller = Program::spawn("rpc-client", &["--queue", &served.queue, "6"]);
     let pids = folder.process_ids("killed", 1);
     served.server.send_signal(Signal::INT);
@@ -356,13 +523,19 @@ fn the_first_signal_lets_programs_finish_and_the_second_one_kills_them() {
 #[test]
 fn after_a_server_is_killed_its_program_ends_by_itself_and_the_request_runs_again() {
     let folder = Folder::new("killed_server");
-    let script = format!("echo $$ >>{}; sleep 2; printf $RPC_REQUEST_REDELIVERED", folder.path("pids"));
+    let script = format!(
+        "echo $$ >>{}; sleep 2; printf $RPC_REQUEST_REDELIVERED",
+        folder.path("pids")
+    );
     let mut served = Served::script("killed_server", &[], &script);
     let caller = Program::spawn("rpc-client", &["--queue", &served.queue, "2"]);
     let pids = folder.process_ids("pids", 1);
     served.server.send_signal(Signal::KILL);
     served.server.wait();
-    let _served = Served { server: Program::start_server(&served.queue, &["--", "sh", "-c", &script]), ..served };
+    let _served = Served {
+        server: Program::start_server(&served.queue, &["--", "sh", "-c", &script]),
+        ..served
+    };
     assert_eq!(caller.next_line(), "1");
     wait_until_ended(&pids);
 }
@@ -370,20 +543,33 @@ fn after_a_server_is_killed_its_program_ends_by_itself_and_the_request_runs_agai
 #[test]
 fn a_thousand_runs_leave_no_process_and_no_descriptor_behind() {
     let served = Served::start("no_leaks", &["-q", "--workers", "16", "--", "cat"]);
-    let open = || fs::read_dir(format!("/proc/{}/fd", served.server.process_id())).unwrap().count();
+    let open = || {
+        fs::read_dir(format!("/proc/{}/fd", served.server.process_id()))
+            .unwrap()
+            .count()
+    };
     let children = || {
         let tasks = fs::read_dir(format!("/proc/{}/task", served.server.process_id())).unwrap();
-        let children = tasks.map(|task| fs::read_to_string(task.unwrap().path().join("children")).unwrap_or_default());
+        let children = tasks.map(|task| {
+            fs::read_to_string(task.unwrap().path().join("children")).unwrap_or_default()
+        });
         children.collect::<String>()
     };
     let run = |count: u32| {
-        let calls = format!("yes 12 | head -n {count} | rpc-client --queue {} -q -j 32 -", &*served.queue);
-        bash(&format!("{calls} | uniq -c")).success().stdout(format!("{count:>7} 12\n"));
+        let calls = format!(
+            "yes 12 | head -n {count} | rpc-client --queue {} -q -j 32 -",
+            &*served.queue
+        );
+        bash(&format!("{calls} | uniq -c"))
+            .success()
+            .stdout(format!("{count:>7} 12\n"));
     };
     run(100);
     let before = open();
     run(1_000);
-    eventually("as many descriptors as before", || (open() <= before).then_some(()));
+    eventually("as many descriptors as before", || {
+        (open() <= before).then_some(())
+    });
     assert_eq!(children(), "");
 }
 
@@ -393,21 +579,37 @@ fn a_program_that_cannot_run_is_exit_code_2() {
     fs::write(folder.path("script"), "#!/bin/sh\n").unwrap();
     let script = folder.path("script");
     for (args, error) in [
-        (&["--"][..], "no PROGRAM after '--': is a variable unset? see --help".into()),
+        (
+            &["--"][..],
+            "no PROGRAM after '--': is a variable unset? see --help".into(),
+        ),
         (&["--", ""], "cannot run '': its name is empty".into()),
-        (&["--", "no-such-program"], "cannot run 'no-such-program': not found on PATH".into()),
-        (&["--", "/no/such/program"], "cannot run '/no/such/program': no such file or directory".into()),
+        (
+            &["--", "no-such-program"],
+            "cannot run 'no-such-program': not found on PATH".into(),
+        ),
+        (
+            &["--", "/no/such/program"],
+            "cannot run '/no/such/program': no such file or directory".into(),
+        ),
         (&["--", "/"], "cannot run '/': it is a directory".into()),
-        (&["--", &script], format!("cannot run '{script}': it is not executable")),
+        (
+            &["--", &script],
+            format!("cannot run '{script}': it is not executable"),
+        ),
         (
             &["--max-n", "3", "--", "cat"],
             "the argument '--max-n <N>' cannot be used with '[PROGRAM]...'; see --help".into(),
         ),
         (
             &["--delay", "3", "--", "cat"],
-            "the argument '--delay <DURATION>' cannot be used with '[PROGRAM]...'; see --help".into(),
+            "the argument '--delay <DURATION>' cannot be used with '[PROGRAM]...'; see --help"
+                .into(),
         ),
-        (&["--time-limit", "3"], "the following required arguments were not provided: <PROGRAM>...; see --help".into()),
+        (
+            &["--time-limit", "3"],
+            "the following required arguments were not provided: <PROGRAM>...; see --help".into(),
+        ),
     ] {
         let error = format!("rpc-server: {error}\n");
         assert_output(command("rpc-server").args(args), 2, "", &error);
@@ -426,12 +628,19 @@ fn a_program_that_cannot_be_started_any_more_is_unavailable_until_it_can() {
     let served = Served::start("removed", &["--", &script]);
     served.assert_answer(b"6", b"8");
     fs::remove_file(&script).unwrap();
-    let unavailable = failure(ErrorCode::Unavailable, "the program cannot be started at the moment");
+    let unavailable = failure(
+        ErrorCode::Unavailable,
+        "the program cannot be started at the moment",
+    );
     for _ in 0..6 {
         assert_eq!(served.ask(b"6"), Err(unavailable.clone()));
     }
-    served.server.wait_for_log(&format!("cannot start {script}: no such file or directory"));
-    served.server.wait_for_log("the function was unavailable 5 times in a row: taking no request for ");
+    served
+        .server
+        .wait_for_log(&format!("cannot start {script}: no such file or directory"));
+    served
+        .server
+        .wait_for_log("the function was unavailable 5 times in a row: taking no request for ");
     write_script();
     served.assert_answer(b"6", b"8");
 }

@@ -1,4 +1,5 @@
-//! The log of a server: one form of line on standard error, in a terminal or a file, and another one in systemd's journal.
+//! The log of a server: one form of line on standard error, in a terminal or a file, and another
+//! one in systemd's journal.
 
 use crate::support::broker;
 use crate::support::peer::Queue;
@@ -30,10 +31,16 @@ fn with_verbose_each_request_has_a_line_with_its_id_outcome_and_time() {
     let queue = Queue::named("log_requests");
     let server = Program::start_server(&queue, &["-vv", "--max-n", "100"]);
     server.wait_for_log("connected to");
-    let output = client(&queue, &["--output", "json", "30", "101"]).assert().code(1).get_output().stdout.clone();
+    let output = client(&queue, &["--output", "json", "30", "101"])
+        .assert()
+        .code(1)
+        .get_output()
+        .stdout
+        .clone();
     let answers = String::from_utf8(output).expect("JSON is text");
     let [ok_id, failed_id] = [0, 1].map(|index| {
-        let answer: Value = serde_json::from_str(answers.lines().nth(index).expect("a line")).expect("JSON");
+        let answer: Value =
+            serde_json::from_str(answers.lines().nth(index).expect("a line")).expect("JSON");
         answer["correlation_id"].as_str().expect("an id").to_owned()
     });
     let log = stop(server);
@@ -52,7 +59,12 @@ fn with_verbose_each_request_has_a_line_with_its_id_outcome_and_time() {
     }
     assert_eq!(lines.len(), log.len(), "all lines have one form: {log:#?}");
     let summary = "stopped: 1 served, 1 failed, 0 expired, 0 rejected, up for ";
-    assert!(lines.last().is_some_and(|line| line.0 == "INFO" && line.1.starts_with(summary)), "{log:#?}");
+    assert!(
+        lines
+            .last()
+            .is_some_and(|line| line.0 == "INFO" && line.1.starts_with(summary)),
+        "{log:#?}"
+    );
     assert!(!log.iter().any(|line| line.contains("WARN")), "{log:#?}");
 }
 
@@ -61,15 +73,27 @@ fn the_same_error_is_counted_while_a_broker_does_not_work() {
     let broker = ScriptedBroker::start(START_OK, Action::CloseSocket);
     let server = Program::spawn_at(&broker.url, "rpc-server", &[]);
     for _ in 0..4 {
-        broker.received.recv_timeout(TEST_TIMEOUT).expect("the server tries again");
+        broker
+            .received
+            .recv_timeout(TEST_TIMEOUT)
+            .expect("the server tries again");
     }
     let log = stop(server);
     let lines: Vec<_> = log.iter().filter_map(|line| level_and_text(line)).collect();
-    let [(level, error), (_, counted), (_, stopping), ..] = lines[..] else { panic!("{log:#?}") };
-    assert!(level == "WARN" && error.ends_with("; retrying") && stopping.starts_with("stopping"), "{log:#?}");
-    let counted = counted.strip_prefix("suppressed ").and_then(|line| line.split_once(" similar lines; the last: "));
+    let [(level, error), (_, counted), (_, stopping), ..] = lines[..] else {
+        panic!("{log:#?}")
+    };
     assert!(
-        counted.is_some_and(|(count, last)| count.parse().is_ok_and(|count: u32| count >= 2) && last == error),
+        level == "WARN" && error.ends_with("; retrying") && stopping.starts_with("stopping"),
+        "{log:#?}"
+    );
+    let counted = counted
+        .strip_prefix("suppressed ")
+        .and_then(|line| line.split_once(" similar lines; the last: "));
+    assert!(
+        counted.is_some_and(
+            |(count, last)| count.parse().is_ok_and(|count: u32| count >= 2) && last == error
+        ),
         "{log:#?}"
     );
 }
@@ -82,7 +106,10 @@ fn in_the_journal_a_line_has_a_priority_and_no_time() {
     let start = |stream: &str, url: &str| {
         let mut command = Command::new("bash");
         command.args(["-c", &format!("JOURNAL_STREAM={stream} exec \"$0\" \"$@\"")]);
-        command.arg(program_folder().join("rpc-server")).args(["--queue", &queue]).env("AMQP_URL", url);
+        command
+            .arg(program_folder().join("rpc-server"))
+            .args(["--queue", &queue])
+            .env("AMQP_URL", url);
         Program::spawn_command(&command)
     };
     let standard_error = "$(stat -L -c %d:%i /dev/stderr)";
@@ -91,13 +118,23 @@ fn in_the_journal_a_line_has_a_priority_and_no_time() {
     assert!(connected.starts_with("<6>connected to"), "{connected}");
     proxy.close_connections();
     let lost = server.wait_for_log("retrying");
-    assert!(lost.starts_with(&format!("<4>{} was disconnected", proxy.authority())), "{lost}");
+    assert!(
+        lost.starts_with(&format!("<4>{} was disconnected", proxy.authority())),
+        "{lost}"
+    );
     stop(server);
     let (_, log) = start(standard_error, "").remaining_output();
-    assert_eq!(log, ["<3>rpc-server: bad AMQP_URL: it is empty: set it to a URL, or unset it"]);
+    assert_eq!(
+        log,
+        ["<3>rpc-server: bad AMQP_URL: it is empty: set it to a URL, or unset it"]
+    );
     // Standard error does not go to the journal, as with `2>file` in a unit.
     let server = start("8:12345", broker::url());
     let connected = server.wait_for_log("connected to");
-    assert_eq!(level_and_text(&connected).map(|(level, _)| level), Some("INFO"), "{connected}");
+    assert_eq!(
+        level_and_text(&connected).map(|(level, _)| level),
+        Some("INFO"),
+        "{connected}"
+    );
     stop(server);
 }

@@ -1,8 +1,9 @@
-//! All promises together: random faults while clients and servers run under load. Every call ends with its right answer
-//! or with exit code 5 (4 where a client finds no queue), nothing runs after its deadline, and no message is left.
+//! All promises together: random faults while clients and servers run under load. Every call ends
+//! with its right answer or with exit code 5 (4 where a client finds no queue), nothing runs after
+//! its deadline, and no message is left.
 //!
-//! `SOAK_SECONDS` is the duration (60), and `SOAK_SEED` repeats the faults of a run. With `SOAK_TLS=1` the connections that get
-//! faults use TLS. `--nocapture` shows a report.
+//! `SOAK_SECONDS` is the duration (60), and `SOAK_SEED` repeats the faults of a run. With
+//! `SOAK_TLS=1` the connections that get faults use TLS. `--nocapture` shows a report.
 
 use crate::bad_messages;
 use crate::support::broker::Node;
@@ -60,13 +61,24 @@ struct Access {
 impl Access {
     fn new(node: &Node) -> Self {
         if env::var_os("SOAK_TLS").is_none_or(|value| value.is_empty()) {
-            return Access { broker: node.authority().to_owned(), scheme: "amqp", args: Vec::new() };
+            return Access {
+                broker: node.authority().to_owned(),
+                scheme: "amqp",
+                args: Vec::new(),
+            };
         }
         let authority = Authority::new(node.folder(), "ca");
-        let (ca, (cert, key)) = (authority.certificate(), authority.sign("soak", &["localhost", "127.0.0.1"]));
+        let (ca, (cert, key)) = (
+            authority.certificate(),
+            authority.sign("soak", &["localhost", "127.0.0.1"]),
+        );
         let files = format!("{{cacertfile, {ca:?}}}, {{certfile, {cert:?}}}, {{keyfile, {key:?}}}");
         let port = listen_with(node, TLS_PORT, &files);
-        Access { broker: format!("localhost:{port}"), scheme: "amqps", args: vec!["--ca-file".into(), ca] }
+        Access {
+            broker: format!("localhost:{port}"),
+            scheme: "amqps",
+            args: vec!["--ca-file".into(), ca],
+        }
     }
 
     fn proxy(&self) -> Proxy {
@@ -79,7 +91,11 @@ impl Access {
 
     fn spawn(&self, proxy: &Proxy, program: &str, args: &[&str]) -> Program {
         let access = self.args.iter().map(String::as_str);
-        Program::spawn_at(&self.url(proxy), program, &access.chain(args.iter().copied()).collect::<Vec<_>>())
+        Program::spawn_at(
+            &self.url(proxy),
+            program,
+            &access.chain(args.iter().copied()).collect::<Vec<_>>(),
+        )
     }
 }
 
@@ -96,10 +112,22 @@ struct ProxiedServer<'a> {
 
 impl<'a> ProxiedServer<'a> {
     fn new(access: &'a Access, queue: &str, prefetch: &str) -> Self {
-        let args = ["--queue", queue, "--queue-type", "classic", "--prefetch", prefetch];
+        let args = [
+            "--queue",
+            queue,
+            "--queue-type",
+            "classic",
+            "--prefetch",
+            prefetch,
+        ];
         let args = [&args[..], &["--workers", "2", "--heartbeat", "2", "-q"]].concat();
         let args = args.into_iter().map(str::to_owned).collect();
-        let mut server = ProxiedServer { access, proxy: access.proxy(), program: None, args };
+        let mut server = ProxiedServer {
+            access,
+            proxy: access.proxy(),
+            program: None,
+            args,
+        };
         server.start();
         server
     }
@@ -109,16 +137,18 @@ impl<'a> ProxiedServer<'a> {
         self.program = Some(self.access.spawn(&self.proxy, "rpc-server", &args));
     }
 
-    /// Ends the server by SIGKILL or SIGTERM, and starts another one. Returns the name of the fault.
+    /// Ends the server by SIGKILL or SIGTERM, and starts another one. Returns the name of the
+    /// fault.
     fn replace(&mut self, signal: Signal) -> &'static str {
         let mut program = self.program.take().expect("it is running");
         program.send_signal(signal);
         let status = program.wait();
         let (_, log) = program.remaining_output();
-        // A signal ends a server that does not handle signals yet. And two connections in a row that break during the
-        // login look as if the broker refused the password.
+        // A signal ends a server that does not handle signals yet. And two connections in a row
+        // that break during the login look as if the broker refused the password.
         let is_stopped = status.code() == Some(0) || status.signal() == Some(signal.as_raw());
-        let is_refused = status.code() == Some(3) && log.iter().any(|line| line.contains("refused user"));
+        let is_refused =
+            status.code() == Some(3) && log.iter().any(|line| line.contains("refused user"));
         assert!(is_stopped || is_refused, "{status} after {log:#?}");
         self.start();
         if signal == Signal::KILL {
@@ -208,11 +238,19 @@ impl CallCounts {
                 _ => self.wrong.push(answer.clone()),
             }
         }
-        self.discarded += log.iter().filter(|line| line.contains("discarded an unexpected reply")).count() as u64;
+        self.discarded += log
+            .iter()
+            .filter(|line| line.contains("discarded an unexpected reply"))
+            .count() as u64;
     }
 
     pub(crate) fn total(&self) -> u64 {
-        self.right + self.timeouts + self.unreachable + self.no_queue + self.refused + self.wrong.len() as u64
+        self.right
+            + self.timeouts
+            + self.unreachable
+            + self.no_queue
+            + self.refused
+            + self.wrong.len() as u64
     }
 }
 
@@ -240,7 +278,18 @@ fn call_with_one_client(
     rng: &mut Rng,
     counts: &mut CallCounts,
 ) {
-    let args = ["--queue", queue, "-t", timeout, "-j", "32", "--heartbeat", "2", "-o", "json"];
+    let args = [
+        "--queue",
+        queue,
+        "-t",
+        timeout,
+        "-j",
+        "32",
+        "--heartbeat",
+        "2",
+        "-o",
+        "json",
+    ];
     let args = [&args[..], &["-v", "--unordered", "-"]].concat();
     let mut client = access.spawn(proxy, "rpc-client", &args);
     let mut report_at = Instant::now() + REPORT_INTERVAL;
@@ -260,26 +309,32 @@ fn call_with_one_client(
         if Instant::now() > report_at {
             report_at += REPORT_INTERVAL;
             let memory = client.memory_kib().unwrap_or_default();
-            println!("rpc-client -t {timeout}: {memory} KiB, {} right", counts.right);
+            println!(
+                "rpc-client -t {timeout}: {memory} KiB, {} right",
+                counts.right
+            );
         }
     }
     client.close_stdin();
     let code = client.wait().code();
     let (answers, log) = client.remaining_output();
     counts.add(&answers, &log);
-    // A client that cannot reach the broker within a call's timeout ends and leaves its input unread. This may happen with
-    // the short timeout only, and to a client whose first connection was broken.
+    // A client that cannot reach the broker within a call's timeout ends and leaves its input
+    // unread. This may happen with the short timeout only, and to a client whose first connection
+    // was broken.
     let is_complete = asked == counts.total() - before;
     let has_failed = counts.unreachable > unreachable_before && matches!(code, Some(3..=5));
     let was_unreachable = has_failed && (timeout == SHORT_TIMEOUT || counts.right == 0);
     let ended_well = is_complete && matches!(code, Some(0 | 4 | 5));
     if !(was_unreachable || ended_well) {
-        counts.wrong.push(format!("exit code {code:?} after {log:#?}"));
+        counts
+            .wrong
+            .push(format!("exit code {code:?} after {log:#?}"));
     }
 }
 
-/// Runs clients whose output nobody reads until after their timeout, and returns how many answers and how many errors they
-/// printed.
+/// Runs clients whose output nobody reads until after their timeout, and returns how many answers
+/// and how many errors they printed.
 fn read_slowly(stop: &AtomicBool, node: &Node, queue: &str) -> [usize; 2] {
     let mut totals = [0, 0];
     while !stop.load(Ordering::Relaxed) {
@@ -290,28 +345,50 @@ fn read_slowly(stop: &AtomicBool, node: &Node, queue: &str) -> [usize; 2] {
         );
         let output = bash(&script).code(0).get_output().stdout.clone();
         let output = String::from_utf8(output).expect("answers are text");
-        let (answers, failures) =
-            (output.matches(r#""result":"832040""#).count(), output.matches(r#""error""#).count());
+        let (answers, failures) = (
+            output.matches(r#""result":"832040""#).count(),
+            output.matches(r#""error""#).count(),
+        );
         let code = output.lines().last().unwrap_or_default();
         assert_eq!(answers + failures, SLOWLY_READ, "{code}");
-        assert!(["exit code 0", "exit code 4", "exit code 5"].contains(&code), "{code}");
+        assert!(
+            ["exit code 0", "exit code 4", "exit code 5"].contains(&code),
+            "{code}"
+        );
         totals = [totals[0] + answers, totals[1] + failures];
     }
     totals
 }
 
-/// Serves by the library, through a proxy, until `stop` is disconnected, and keeps how many milliseconds after its caller's
-/// deadline a run began at the latest.
-fn serve_and_watch_deadlines(stop: &Stop, (access, proxy): (&Access, &Proxy), queue: &str, latest_ms: &AtomicI64) {
+/// Serves by the library, through a proxy, until `stop` is disconnected, and keeps how many
+/// milliseconds after its caller's deadline a run began at the latest.
+fn serve_and_watch_deadlines(
+    stop: &Stop,
+    (access, proxy): (&Access, &Proxy),
+    queue: &str,
+    latest_ms: &AtomicI64,
+) {
     let url = access.url(proxy);
-    let args = ["--url", &url].into_iter().chain(access.args.iter().map(String::as_str));
+    let args = ["--url", &url]
+        .into_iter()
+        .chain(access.args.iter().map(String::as_str));
     let broker: BrokerOptions = from_args(&args.collect::<Vec<_>>());
     let (queue, queue_type) = (queue.to_owned(), QueueType::Classic);
-    let config = Config { queue, queue_type, workers: 2, prefetch: 64, broker, ..Config::default() };
+    let config = Config {
+        queue,
+        queue_type,
+        workers: 2,
+        prefetch: 64,
+        broker,
+        ..Config::default()
+    };
     let fib = fib_handler(MAX_N, Duration::ZERO, |_| {});
     let handler = |request: &Request, caller: &Caller| {
         if let Some(deadline) = request.deadline_ms {
-            latest_ms.fetch_max(unix_time_ms(SystemTime::now()) - deadline, Ordering::Relaxed);
+            latest_ms.fetch_max(
+                unix_time_ms(SystemTime::now()) - deadline,
+                Ordering::Relaxed,
+            );
         }
         fib(request, caller)
     };
@@ -330,13 +407,24 @@ fn inject_faults(stop: &AtomicBool, proxy: &Proxy, mut rng: Rng, count_fault: &C
 }
 
 /// Publishes a bad message each second, and now and then deletes the queue, until `stop` is set.
-fn attack_queue(stop: &AtomicBool, node: &Node, queue: &str, replies: &str, count_fault: &CountFault) {
+fn attack_queue(
+    stop: &AtomicBool,
+    node: &Node,
+    queue: &str,
+    replies: &str,
+    count_fault: &CountFault,
+) {
     let (mut peer, mut attacker) = (Peer::connect_to(node.url()), RawPeer::connect(node.url()));
     let mut exchange = peer.declare_fanout_exchange(queue);
-    // RabbitMQ 4 needs about 4 s of CPU time for each delivery of 130,000 bytes of nested headers, and the square of the size for
-    // other sizes: its encoder measures what is inside each table again for each level. Two such messages every 7 s, delivered
-    // again after each broken connection, take all of its time, and a channel ends only when it has sent what it has begun.
-    let nested = if broker_version_at(node.url()) < (4, 0) { 130_000 } else { 40_000 };
+    // RabbitMQ 4 needs about 4 s of CPU time for each delivery of 130,000 bytes of nested headers,
+    // and the square of the size for other sizes: its encoder measures what is inside each table
+    // again for each level. Two such messages every 7 s, delivered again after each broken
+    // connection, take all of its time, and a channel ends only when it has sent what it has begun.
+    let nested = if broker_version_at(node.url()) < (4, 0) {
+        130_000
+    } else {
+        40_000
+    };
     let mut deleted_at = Instant::now();
     for kind in (0..bad_messages::KINDS).cycle() {
         if stop.load(Ordering::Relaxed) {
@@ -349,7 +437,8 @@ fn attack_queue(stop: &AtomicBool, node: &Node, queue: &str, replies: &str, coun
             deleted_at = Instant::now();
             peer.delete_queue(queue);
             eventually("the queue", || peer.consumer_count(queue)); // a server has declared it
-                                                                    // The broker has deleted it with the queue.
+
+            // The broker has deleted it with the queue.
             exchange = peer.declare_fanout_exchange(queue);
             count_fault("queue deleted");
         }
@@ -391,7 +480,11 @@ fn disturb_server(
 
 #[test]
 fn every_call_ends_right_or_with_exit_code_5_under_random_faults() {
-    let number = |name| env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
+    let number = |name| {
+        env::var(name)
+            .ok()
+            .and_then(|value| value.parse::<u64>().ok())
+    };
     let seed = number("SOAK_SEED").unwrap_or_else(|| fastrand::u64(..));
     let duration = Duration::from_secs(number("SOAK_SECONDS").unwrap_or(60));
     println!("SOAK_SEED={seed} repeats the faults");
@@ -400,7 +493,8 @@ fn every_call_ends_right_or_with_exit_code_5_under_random_faults() {
     let queue = Queue::named("soak");
     // The third one is never killed.
     let access = Access::new(&node);
-    let servers = ["1", "64", "8"].map(|prefetch| Mutex::new(ProxiedServer::new(&access, &queue, prefetch)));
+    let servers =
+        ["1", "64", "8"].map(|prefetch| Mutex::new(ProxiedServer::new(&access, &queue, prefetch)));
     let mut peer = Peer::connect_to(node.url());
     let replies = "soak.replies";
     peer.declare(replies, "classic");
@@ -408,13 +502,24 @@ fn every_call_ends_right_or_with_exit_code_5_under_random_faults() {
     let library_proxy = access.proxy();
     let (running, library_stop) = bounded(0);
     let latest_ms = AtomicI64::new(i64::MIN);
-    let (stop, faults) = (AtomicBool::new(false), Mutex::new(BTreeMap::<_, u64>::new()));
-    let count_fault = |name| *faults.lock().expect("no thread panics").entry(name).or_default() += 1;
+    let (stop, faults) = (
+        AtomicBool::new(false),
+        Mutex::new(BTreeMap::<_, u64>::new()),
+    );
+    let count_fault = |name| {
+        *faults
+            .lock()
+            .expect("no thread panics")
+            .entry(name)
+            .or_default() += 1;
+    };
     let start = Instant::now();
     let (all_counts, slowly_read) = thread::scope(|scope| {
         let (stop, queue, node, count_fault) = (&stop, &*queue, &node, &count_fault);
         let (latest_ms, library_proxy, access) = (&latest_ms, &library_proxy, &access);
-        scope.spawn(move || serve_and_watch_deadlines(&library_stop, (access, library_proxy), queue, latest_ms));
+        scope.spawn(move || {
+            serve_and_watch_deadlines(&library_stop, (access, library_proxy), queue, latest_ms);
+        });
         peer.wait_for_consumers(queue, CONSUMERS);
         for proxy in client_proxies.iter().chain([library_proxy]) {
             let rng = rng.fork();
@@ -427,7 +532,10 @@ fn every_call_ends_right_or_with_exit_code_5_under_random_faults() {
         scope.spawn(move || attack_queue(stop, node, queue, replies, count_fault));
         scope.spawn(move || raise_alarms(stop, node, count_fault));
         let slow_reader = scope.spawn(move || read_slowly(stop, node, queue));
-        let clients = [(&client_proxies[0], "10s"), (&client_proxies[1], SHORT_TIMEOUT)];
+        let clients = [
+            (&client_proxies[0], "10s"),
+            (&client_proxies[1], SHORT_TIMEOUT),
+        ];
         let callers = clients.map(|(proxy, timeout)| {
             let mut rng = rng.fork();
             scope.spawn(move || call_until(stop, (access, proxy), queue, timeout, &mut rng))
@@ -448,7 +556,10 @@ fn every_call_ends_right_or_with_exit_code_5_under_random_faults() {
     });
     println!("faults: {faults:?}");
     println!("read slowly: {slowly_read:?} answers and failures");
-    println!("the latest run began {} ms after its deadline", latest_ms.load(Ordering::Relaxed));
+    println!(
+        "the latest run began {} ms after its deadline",
+        latest_ms.load(Ordering::Relaxed)
+    );
     for counts in &all_counts {
         println!("{counts:?}");
         assert!(counts.wrong.is_empty() && counts.refused == 0 && counts.right > 0);
@@ -458,6 +569,11 @@ fn every_call_ends_right_or_with_exit_code_5_under_random_faults() {
     peer.wait_for_consumers(&queue, CONSUMERS - 2); // all servers have connected again
     node.wait_until_empty(&queue);
     for server in servers {
-        server.into_inner().expect("no thread panics").program.expect("it is running").stop();
+        server
+            .into_inner()
+            .expect("no thread panics")
+            .program
+            .expect("it is running")
+            .stop();
     }
 }

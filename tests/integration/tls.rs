@@ -1,4 +1,5 @@
-//! TLS: the private node listens with certificates that the tests make. `messages.txt` has the errors.
+//! TLS: the private node listens with certificates that the tests make. `messages.txt` has the
+//! errors.
 
 use crate::support::broker::{private_node, Node};
 use crate::support::certificates::Authority;
@@ -38,19 +39,38 @@ pub(crate) fn listeners() -> &'static Listeners {
         let good = authority.sign("good", &here);
         let user = "rpc-test-client";
         node.add_user(user, "never used");
-        node.rabbitmqctl(&["eval", "application:set_env(rabbit, ssl_cert_login_from, common_name)."]);
-        let external = "application:set_env(rabbit, auth_mechanisms, ['PLAIN', 'AMQPLAIN', 'EXTERNAL']).";
+        node.rabbitmqctl(&[
+            "eval",
+            "application:set_env(rabbit, ssl_cert_login_from, common_name).",
+        ]);
+        let external =
+            "application:set_env(rabbit, auth_mechanisms, ['PLAIN', 'AMQPLAIN', 'EXTERNAL']).";
         node.rabbitmqctl(&["eval", external]);
         // The EXTERNAL mechanism checks these options, too, not only those of the listener.
         let options = "[{verify, verify_peer}, {fail_if_no_peer_cert, true}]";
-        node.rabbitmqctl(&["eval", &format!("application:set_env(rabbit, ssl_options, {options}).")]);
+        node.rabbitmqctl(&[
+            "eval",
+            &format!("application:set_env(rabbit, ssl_options, {options})."),
+        ]);
         let mutual = ", {verify, verify_peer}, {fail_if_no_peer_cert, true}";
         Listeners {
             good: listen(node, &ca, &good, 3, ""),
             expired: listen(node, &ca, &authority.sign_expired("expired", &here), 4, ""),
-            wrong_host: listen(node, &ca, &authority.sign("host", &["rabbit.example"]), 5, ""),
+            wrong_host: listen(
+                node,
+                &ca,
+                &authority.sign("host", &["rabbit.example"]),
+                5,
+                "",
+            ),
             mutual: listen(node, &ca, &good, 6, mutual),
-            mutual_12: listen(node, &ca, &good, 7, &format!("{mutual}, {{versions, ['tlsv1.2']}}")),
+            mutual_12: listen(
+                node,
+                &ca,
+                &good,
+                7,
+                &format!("{mutual}, {{versions, ['tlsv1.2']}}"),
+            ),
             client: authority.sign(user, &[]),
             unknown_user: authority.sign("unknown-user", &[]),
             other_ca_client: other.sign("stranger", &[]),
@@ -87,8 +107,17 @@ fn a_call_over_tls_is_answered_over_tls() {
         let url = format!("amqps://{host}:{good}");
         let server = Program::start_server_at(&url, &queue, &["--ca-file", ca]);
         // More than one TLS record, and more than one frame, in both directions.
-        let mut call = client(&queue, &["--ca-file", ca, "--repeat", "20", "30", "1000000"]);
-        let output = call.env("AMQP_URL", &url).assert().code(0).stderr("").get_output().clone();
+        let mut call = client(
+            &queue,
+            &["--ca-file", ca, "--repeat", "20", "30", "1000000"],
+        );
+        let output = call
+            .env("AMQP_URL", &url)
+            .assert()
+            .code(0)
+            .stderr("")
+            .get_output()
+            .clone();
         assert_eq!(output.stdout.len(), 20 * (7 + 208_989));
         server.stop();
     }
@@ -102,12 +131,22 @@ fn the_systems_ca_certificates_are_trusted_by_default() {
     let url = format!("amqps://localhost:{good}");
     let _server = Program::start_server_at(&url, &queue, &["--ca-file", ca]);
     let mut call = client(&queue, &["30"]);
-    assert_output(call.env("AMQP_URL", &url).env("SSL_CERT_FILE", ca), 0, "832040\n", "");
+    assert_output(
+        call.env("AMQP_URL", &url).env("SSL_CERT_FILE", ca),
+        0,
+        "832040\n",
+        "",
+    );
 }
 
 #[test]
 fn a_broker_that_requires_a_client_certificate_gets_it() {
-    let Listeners { ca, client: (cert, key), mutual, .. } = listeners();
+    let Listeners {
+        ca,
+        client: (cert, key),
+        mutual,
+        ..
+    } = listeners();
     let queue = Queue::named("tls_mutual");
     let files = ["--ca-file", ca, "--cert-file", cert, "--key-file", key];
     for parameter in ["", "?auth_mechanism=external"] {
@@ -122,7 +161,9 @@ fn a_broker_that_requires_a_client_certificate_gets_it() {
 /// A server that runs for months uses certificates that are renewed meanwhile.
 #[test]
 fn the_files_are_read_again_for_every_connection() {
-    let Listeners { ca, other_ca, good, .. } = listeners();
+    let Listeners {
+        ca, other_ca, good, ..
+    } = listeners();
     let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("renewed.pem");
     let name = file.to_str().expect("the target folder is UTF-8");
     fs::copy(other_ca, &file).expect("the folder is writable");

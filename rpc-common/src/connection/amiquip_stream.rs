@@ -1,4 +1,5 @@
-//! amiquip's side of a connection: its end of the socketpair, and what it sends during the login, completed.
+//! amiquip's side of a connection: its end of the socketpair, and what it sends during the login,
+//! completed.
 
 use super::frames::{FrameBuffer, FrameError, FRAME_MAX, METHOD};
 use crate::encoding::{Malformed, Reader};
@@ -58,7 +59,8 @@ pub(crate) struct Negotiated {
     pub(crate) heartbeat: u16,
 }
 
-/// Takes what amiquip sends, and gives out whole frames for the broker: publishers write between them.
+/// Takes what amiquip sends, and gives out whole frames for the broker: publishers write between
+/// them.
 pub(crate) struct FromAmiquip {
     pub(crate) buffer: FrameBuffer,
     login: Login,
@@ -80,18 +82,23 @@ const PROTOCOL_HEADER_LEN: usize = 8;
 impl FromAmiquip {
     /// `connection_name` is what RabbitMQ shows in its list of connections.
     pub(crate) fn new(connection_name: String) -> Self {
-        FromAmiquip { buffer: FrameBuffer::new(), login: Login::Begin { connection_name } }
+        FromAmiquip {
+            buffer: FrameBuffer::new(),
+            login: Login::Begin { connection_name },
+        }
     }
 
-    /// Appends the frames that are complete to what is written to the broker. `heartbeat` is the interval for tune-ok. Returns
-    /// what was negotiated, when tune-ok is among the frames.
+    /// Appends the frames that are complete to what is written to the broker. `heartbeat` is the
+    /// interval for tune-ok. Returns what was negotiated, when tune-ok is among the frames.
     pub(crate) fn take_frames(
         &mut self,
         to_broker: &mut Vec<u8>,
         heartbeat: u16,
     ) -> Result<Option<Negotiated>, FrameError> {
         if let Login::Begin { connection_name } = &mut self.login {
-            let Some(header) = self.buffer.take(PROTOCOL_HEADER_LEN) else { return Ok(None) };
+            let Some(header) = self.buffer.take(PROTOCOL_HEADER_LEN) else {
+                return Ok(None);
+            };
             to_broker.extend_from_slice(header);
             let connection_name = std::mem::take(connection_name);
             self.login = Login::Handshake { connection_name };
@@ -100,7 +107,9 @@ impl FromAmiquip {
         while let Some(frame) = self.buffer.next_frame()? {
             let start = to_broker.len();
             to_broker.extend_from_slice(frame.bytes);
-            let (Login::Handshake { connection_name }, METHOD) = (&self.login, frame.kind) else { continue };
+            let (Login::Handshake { connection_name }, METHOD) = (&self.login, frame.kind) else {
+                continue;
+            };
             let mut payload = Reader(frame.payload);
             let method = (payload.short()?, payload.short()?);
             if method == START_OK {
@@ -120,33 +129,48 @@ impl FromAmiquip {
 const START_OK: (u16, u16) = (10, 11);
 const TUNE_OK: (u16, u16) = (10, 31);
 
-/// Encodes start-ok with more client properties. Without this capability, RabbitMQ refuses a login by closing the socket
-/// after 3 s, as a broker that shuts down does.
+/// Encodes start-ok with more client properties. Without this capability, RabbitMQ refuses a login
+/// by closing the socket after 3 s, as a broker that shuts down does.
 fn complete_start_ok(frame: &[u8], connection_name: &str) -> Result<Vec<u8>, FrameError> {
-    let Ok((_, AMQPFrame::Method(0, AMQPClass::Connection(AMQPMethod::StartOk(mut start_ok))))) = parse_frame(frame)
+    let Ok((_, AMQPFrame::Method(0, AMQPClass::Connection(AMQPMethod::StartOk(mut start_ok))))) =
+        parse_frame(frame)
     else {
         return Err(FrameError::Malformed);
     };
-    let StartOk { client_properties: properties, .. } = &mut start_ok;
-    properties.insert("connection_name".into(), AMQPValue::LongString(connection_name.into()));
+    let StartOk {
+        client_properties: properties,
+        ..
+    } = &mut start_ok;
+    properties.insert(
+        "connection_name".into(),
+        AMQPValue::LongString(connection_name.into()),
+    );
     if let Some(AMQPValue::FieldTable(capabilities)) = properties.get_mut("capabilities") {
-        capabilities.insert("authentication_failure_close".into(), AMQPValue::Boolean(true));
+        capabilities.insert(
+            "authentication_failure_close".into(),
+            AMQPValue::Boolean(true),
+        );
     }
     let mut completed = vec![0; FRAME_MAX as usize];
     let method = AMQPClass::Connection(AMQPMethod::StartOk(start_ok));
-    let (_, end) = gen_method_frame((&mut completed, 0), 0, &method).map_err(|_| FrameError::Malformed)?;
+    let (_, end) =
+        gen_method_frame((&mut completed, 0), 0, &method).map_err(|_| FrameError::Malformed)?;
     completed.truncate(end);
     Ok(completed)
 }
 
 /// Sets the interval of the heartbeats, which amiquip believes to be off.
 fn complete_tune_ok(frame: &mut [u8], heartbeat: u16) -> Result<Negotiated, Malformed> {
-    const HEARTBEAT_OFFSET: usize = 7 + 4 + 2 + 4; // the frame header, class and method, channel-max, frame-max
+    // The frame header, class and method, channel-max, frame-max.
+    const HEARTBEAT_OFFSET: usize = 7 + 4 + 2 + 4;
     let mut reader = Reader(&frame[7 + 4 + 2..]);
     let frame_max = reader.long()?;
     reader.short()?;
     frame[HEARTBEAT_OFFSET..HEARTBEAT_OFFSET + 2].copy_from_slice(&heartbeat.to_be_bytes());
-    Ok(Negotiated { frame_max, heartbeat })
+    Ok(Negotiated {
+        frame_max,
+        heartbeat,
+    })
 }
 
 #[cfg(test)]
@@ -164,15 +188,27 @@ mod tests {
     fn start_ok_gets_a_connection_name_and_a_capability_and_keeps_the_rest() {
         let entry = |name: &str| (name.to_owned(), AMQPValue::Boolean(true));
         let start_ok = |client_properties| {
-            let (mechanism, response, locale) = ("PLAIN".into(), "\0me\0sesame".into(), "en_US".into());
-            AMQPClass::Connection(AMQPMethod::StartOk(StartOk { client_properties, mechanism, response, locale }))
+            let (mechanism, response, locale) =
+                ("PLAIN".into(), "\0me\0sesame".into(), "en_US".into());
+            AMQPClass::Connection(AMQPMethod::StartOk(StartOk {
+                client_properties,
+                mechanism,
+                response,
+                locale,
+            }))
         };
         let capabilities = AMQPValue::FieldTable(FieldTable::from([entry("connection.blocked")]));
         let original = start_ok(FieldTable::from([("capabilities".into(), capabilities)]));
-        let capabilities = FieldTable::from([entry("authentication_failure_close"), entry("connection.blocked")]);
+        let capabilities = FieldTable::from([
+            entry("authentication_failure_close"),
+            entry("connection.blocked"),
+        ]);
         let expected = start_ok(FieldTable::from([
             ("capabilities".into(), AMQPValue::FieldTable(capabilities)),
-            ("connection_name".into(), AMQPValue::LongString("rpc-server".into())),
+            (
+                "connection_name".into(),
+                AMQPValue::LongString("rpc-server".into()),
+            ),
         ]));
         let mut frame = vec![0; 1000];
         let (_, len) = gen_method_frame((&mut frame, 0), 0, &original).unwrap();
@@ -183,25 +219,37 @@ mod tests {
         put(&mut from, b"\x09\x01");
         put(&mut from, &frame[..len]);
         assert_eq!(from.take_frames(&mut to_broker, 10), Ok(None));
-        assert_eq!(parse_frame(&to_broker[8..]), Ok((&[][..], AMQPFrame::Method(0, expected))));
+        assert_eq!(
+            parse_frame(&to_broker[8..]),
+            Ok((&[][..], AMQPFrame::Method(0, expected)))
+        );
     }
 
     #[test]
     fn tune_ok_gets_the_heartbeats_and_tells_the_size_of_frames() {
         let tune_ok = |heartbeat: u8| {
             let mut bytes = Vec::new();
-            put_method(&mut bytes, 0, (10, 31), |to| to.extend_from_slice(&[0, 9, 0, 0, 0x20, 0, 0, heartbeat]));
+            put_method(&mut bytes, 0, (10, 31), |to| {
+                to.extend_from_slice(&[0, 9, 0, 0, 0x20, 0, 0, heartbeat]);
+            });
             bytes
         };
         let mut from = FromAmiquip::new(String::new());
         let mut to_broker = Vec::new();
         put(&mut from, &[b"AMQP\0\0\x09\x01", &tune_ok(0)[..]].concat());
-        let negotiated = Negotiated { frame_max: 8192, heartbeat: 7 };
+        let negotiated = Negotiated {
+            frame_max: 8192,
+            heartbeat: 7,
+        };
         assert_eq!(from.take_frames(&mut to_broker, 7), Ok(Some(negotiated)));
         assert_eq!(to_broker[8..], tune_ok(7));
         put(&mut from, &tune_ok(0));
         to_broker.clear();
-        assert_eq!(from.take_frames(&mut to_broker, 7), Ok(None), "after the login nothing is changed");
+        assert_eq!(
+            from.take_frames(&mut to_broker, 7),
+            Ok(None),
+            "after the login nothing is changed"
+        );
         assert_eq!(to_broker, tune_ok(0));
     }
 }

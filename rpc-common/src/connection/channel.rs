@@ -1,11 +1,13 @@
 //! Open channels, and the one way to publish.
 //!
-//! Messages and acknowledgements do not pass through amiquip: a publisher writes their frames, on the caller's thread, and the
-//! thread that drives the link puts those of the broker into the channel's inbox.
+//! Messages and acknowledgements do not pass through amiquip: a publisher writes their frames, on
+//! the caller's thread, and the thread that drives the link puts those of the broker into the
+//! channel's inbox.
 //!
-//! Three rules keep this apart from amiquip's writes. Whole frames are written, one caller at a time. On a channel that has a
-//! publisher nothing else publishes, so that the frames of two messages are never mixed. Nothing is written on a channel that
-//! the broker has closed: the broker would close the connection.
+//! Three rules keep this apart from amiquip's writes. Whole frames are written, one caller at a
+//! time. On a channel that has a publisher nothing else publishes, so that the frames of two
+//! messages are never mixed. Nothing is written on a channel that the broker has closed: the broker
+//! would close the connection.
 
 use super::deadline::Deadline;
 use super::error::{Error, ErrorKind};
@@ -58,19 +60,40 @@ pub enum Driving {
 }
 
 impl OpenChannel {
-    pub(crate) fn new(link: Arc<Link>, broker: &str, amqp: amiquip::Channel, max_unread: usize) -> (Self, Publisher) {
+    pub(crate) fn new(
+        link: Arc<Link>,
+        broker: &str,
+        amqp: amiquip::Channel,
+        max_unread: usize,
+    ) -> (Self, Publisher) {
         let channel = amqp.channel_id();
         let inbox = link.open_inbox(channel, max_unread);
-        let publisher =
-            Publisher { link: link.clone(), inbox: inbox.clone(), channel, frames: RefCell::new(Vec::new()) };
-        let inbox = ChannelInbox { inbox, link: link.clone() };
-        (OpenChannel { amqp, inbox, link, broker: broker.to_owned() }, publisher)
+        let publisher = Publisher {
+            link: link.clone(),
+            inbox: inbox.clone(),
+            channel,
+            frames: RefCell::new(Vec::new()),
+        };
+        let inbox = ChannelInbox {
+            inbox,
+            link: link.clone(),
+        };
+        (
+            OpenChannel {
+                amqp,
+                inbox,
+                link,
+                broker: broker.to_owned(),
+            },
+            publisher,
+        )
     }
 
     /// Runs a blocking call of amiquip. `step` says what it does, for the error that it timed out.
     ///
     /// # Errors
-    /// [`ErrorKind::TimedOut`] when the deadline passes; then the connection has ended. Else the call's error.
+    /// [`ErrorKind::TimedOut`] when the deadline passes; then the connection has ended. Else the
+    /// call's error.
     pub fn run_blocking<'a, T>(
         &'a self,
         deadline: &Deadline,
@@ -86,17 +109,22 @@ impl OpenChannel {
     /// # Errors
     /// As [`run_blocking`](Self::run_blocking).
     pub fn close(self, deadline: &Deadline) -> Result<(), Error> {
-        let OpenChannel { amqp, link, broker, .. } = self;
-        link.run_blocking(deadline, "closing a channel", || amqp.close()).map_err(|kind| Error::new(&broker, kind))
+        let OpenChannel {
+            amqp, link, broker, ..
+        } = self;
+        link.run_blocking(deadline, "closing a channel", || amqp.close())
+            .map_err(|kind| Error::new(&broker, kind))
     }
 }
 
 impl ChannelInbox {
-    /// Waits until something arrives, until this instant, or until `is_ready`. To ask again whether it is, use
-    /// [`Link::wake_all`].
+    /// Waits until something arrives, until this instant, or until `is_ready`. To ask again whether
+    /// it is, use [`Link::wake_all`].
     pub fn wait(&self, driving: Driving, until: Instant, is_ready: &dyn Fn() -> bool) {
         match driving {
-            Driving::Caller => self.link.drive_until(until, &|| self.inbox.has_arrived() || is_ready()),
+            Driving::Caller => self
+                .link
+                .drive_until(until, &|| self.inbox.has_arrived() || is_ready()),
             Driving::Standby => self.inbox.wait(until, is_ready),
         }
     }
@@ -122,8 +150,8 @@ impl ChannelInbox {
     }
 }
 
-/// A **publisher** publishes and acknowledges on one channel, without waiting for the broker. It buffers what it is given
-/// until [`flush`](Self::flush).
+/// A **publisher** publishes and acknowledges on one channel, without waiting for the broker. It
+/// buffers what it is given until [`flush`](Self::flush).
 pub struct Publisher {
     link: Arc<Link>,
     inbox: Arc<Inbox>,
@@ -143,16 +171,16 @@ pub struct HeaderTooLarge {
 }
 
 impl Publisher {
-    /// Puts the channel into confirm mode, without waiting for an answer: the broker then numbers the messages that are published
-    /// on it, from 1, and confirms or refuses each of them.
+    /// Puts the channel into confirm mode, without waiting for an answer: the broker then numbers
+    /// the messages that are published on it, from 1, and confirms or refuses each of them.
     pub fn select_confirms(&self) {
         let no_wait = 1;
         self.inbox.has_confirms.store(true, Ordering::Relaxed); // before the broker can send any
         self.put_method(CONFIRM_SELECT, |to| to.push(no_wait));
     }
 
-    /// Adds the declaration of an exclusive queue, without waiting for an answer: if it fails, the broker closes the
-    /// channel. The name has at most 255 bytes.
+    /// Adds the declaration of an exclusive queue, without waiting for an answer: if it fails, the
+    /// broker closes the channel. The name has at most 255 bytes.
     pub fn declare_exclusive_queue(&self, name: &str) {
         let (exclusive, no_wait) = (1 << 2, 1 << 4);
         self.put_method(QUEUE_DECLARE, |to| {
@@ -170,7 +198,8 @@ impl Publisher {
     pub fn publish(&self, message: &Publish) -> Result<(), HeaderTooLarge> {
         let max = self.link.frame_max();
         let mut frames = self.frames.borrow_mut();
-        put_message(&mut frames, self.channel, message, max).map_err(|size| HeaderTooLarge { size, max })
+        put_message(&mut frames, self.channel, message, max)
+            .map_err(|size| HeaderTooLarge { size, max })
     }
 
     /// Adds the acknowledgement of a delivery.
@@ -178,7 +207,8 @@ impl Publisher {
         self.put_method(BASIC_ACK, |to| put_tag(to, delivery_tag, 0));
     }
 
-    /// Adds the rejection of a delivery: it leaves the queue, for a dead-letter exchange if there is one.
+    /// Adds the rejection of a delivery: it leaves the queue, for a dead-letter exchange if there
+    /// is one.
     pub fn reject(&self, delivery_tag: u64) {
         self.put_method(BASIC_REJECT, |to| put_tag(to, delivery_tag, 0));
     }
@@ -213,14 +243,22 @@ impl Publisher {
             return Ok(());
         }
         let is_open = lock(&self.inbox.is_open);
-        let written = if *is_open { self.link.write(&frames) } else { Err(self.end()) };
+        let written = if *is_open {
+            self.link.write(&frames)
+        } else {
+            Err(self.end())
+        };
         frames.clear();
         frames.shrink_to(MAX_KEPT);
         written
     }
 
     fn end(&self) -> ErrorKind {
-        let cause = self.inbox.ended().filter(|end| *end != ErrorKind::ConsumerCancelled).or_else(|| self.link.cause());
+        let cause = self
+            .inbox
+            .ended()
+            .filter(|end| *end != ErrorKind::ConsumerCancelled)
+            .or_else(|| self.link.cause());
         cause.unwrap_or_else(|| ErrorKind::ConnectionLost("it has ended".into()))
     }
 }

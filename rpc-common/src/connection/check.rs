@@ -14,16 +14,23 @@ use std::sync::atomic::Ordering;
 /// How many messages may wait on the channel that is open.
 const MAX_UNREAD: usize = 8;
 
-/// Panics unless these bytes end the connection, or amiquip's parser accepts what it gets of them, and the messages in them can
-/// be read. The first byte is the size of the pieces in which the others arrive.
+/// Panics unless these bytes end the connection, or amiquip's parser accepts what it gets of them,
+/// and the messages in them can be read. The first byte is the size of the pieces in which the
+/// others arrive.
 pub fn check(bytes: &[u8]) {
-    let Some((piece, mut rest)) = bytes.split_first() else { return };
-    let (inboxes, mut buffer, mut demultiplexer) = (Inboxes::default(), FrameBuffer::new(), Demultiplexer::new());
+    let Some((piece, mut rest)) = bytes.split_first() else {
+        return;
+    };
+    let (inboxes, mut buffer, mut demultiplexer) =
+        (Inboxes::default(), FrameBuffer::new(), Demultiplexer::new());
     let inbox = inboxes.open(1, MAX_UNREAD);
     inbox.has_confirms.store(true, Ordering::Relaxed);
     'connection: while !rest.is_empty() {
         let space = buffer.space();
-        let count = space.len().min(rest.len()).min(1 + usize::from(*piece) * 16);
+        let count = space
+            .len()
+            .min(rest.len())
+            .min(1 + usize::from(*piece) * 16);
         space[..count].copy_from_slice(&rest[..count]);
         rest = &rest[count..];
         buffer.advance(count);
@@ -72,7 +79,8 @@ fn depth(table: &FieldTable) -> usize {
     1 + table.values().map(inner).max().unwrap_or(0)
 }
 
-/// The properties are what they are after they were written again, and requests and replies are decoded from them.
+/// The properties are what they are after they were written again, and requests and replies are
+/// decoded from them.
 fn check_properties(properties: &Properties, body: &[u8]) {
     let encoded = properties.encode();
     assert_eq!(Properties::parse(&encoded).as_ref(), Ok(properties));
@@ -80,7 +88,11 @@ fn check_properties(properties: &Properties, body: &[u8]) {
     assert_eq!(request.correlation_id, properties.correlation_id);
     let texts = request.text_headers().count();
     assert!(texts <= request.headers.entries().count());
-    let _ = (request.log_id(), request.text().is_ok(), decode_reply(properties, body.to_vec()).is_ok());
+    let _ = (
+        request.log_id(),
+        request.text().is_ok(),
+        decode_reply(properties, body.to_vec()).is_ok(),
+    );
 }
 
 #[cfg(test)]
@@ -94,16 +106,24 @@ mod tests {
     fn corpus() -> Vec<Vec<u8>> {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fuzz/corpus/frames");
         let files = fs::read_dir(folder).expect("the corpus is there");
-        files.map(|file| fs::read(file.expect("it is listed").path()).expect("it can be read")).collect()
+        files
+            .map(|file| fs::read(file.expect("it is listed").path()).expect("it can be read"))
+            .collect()
     }
 
     #[test]
     fn the_fuzzers_corpus_keeps_the_promise() {
         let corpus = corpus();
-        assert!(corpus.len() > 100, "the corpus has only {} files", corpus.len());
+        assert!(
+            corpus.len() > 100,
+            "the corpus has only {} files",
+            corpus.len()
+        );
         for bytes in corpus {
             check(&bytes);
-            (0..bytes.len()).step_by(7).for_each(|len| check(&bytes[..len]));
+            (0..bytes.len())
+                .step_by(7)
+                .for_each(|len| check(&bytes[..len]));
         }
     }
 

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 /// The deadline of a limit that is too long for an [`Instant`].
 const MAX_DEADLINE: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
 
-/// A **deadline** is the instant by which something must have ended, and the limit that it was made from.
+/// A **deadline** is the instant by which something must have ended, and the limit that it was made
+/// from.
 #[derive(Clone, Copy, Debug)]
 pub struct Deadline {
     instant: Instant,
@@ -19,10 +20,14 @@ impl Deadline {
     /// The deadline `limit` from now.
     pub fn after(limit: Duration) -> Self {
         let now = Instant::now();
-        Deadline { instant: now.checked_add(limit).unwrap_or(now + MAX_DEADLINE), limit }
+        Deadline {
+            instant: now.checked_add(limit).unwrap_or(now + MAX_DEADLINE),
+            limit,
+        }
     }
 
-    /// The deadline of the next of `parts` attempts: an equal share of the time that is left, but at most `max`.
+    /// The deadline of the next of `parts` attempts: an equal share of the time that is left, but
+    /// at most `max`.
     #[must_use]
     pub fn split(&self, parts: usize, max: Duration) -> Self {
         let parts = u32::try_from(parts).unwrap_or(u32::MAX).max(1);
@@ -31,7 +36,8 @@ impl Deadline {
 
     /// The limit that it was made from, for messages.
     pub fn limit(&self) -> String {
-        let millis = self.limit.as_millis().try_into().unwrap_or(u64::MAX); // a share of a limit is no round number
+        // A share of a limit is no round number.
+        let millis = self.limit.as_millis().try_into().unwrap_or(u64::MAX);
         format_duration(Duration::from_millis(millis)).to_string()
     }
 
@@ -47,7 +53,9 @@ impl Deadline {
 }
 
 /// Runs `work` on a thread of its own. The receiver gets the result; it may be dropped before that.
-pub fn run_in_background<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Receiver<T> {
+pub fn run_in_background<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Receiver<T> {
     let (sender, result) = bounded(1);
     thread::spawn(move || sender.send(work())); // fails if nobody waits for the result any more
     result

@@ -1,7 +1,10 @@
-//! Where the frames of the broker go: messages and confirmations to the inboxes of their channels, other methods to amiquip.
+//! Where the frames of the broker go: messages and confirmations to the inboxes of their channels,
+//! other methods to amiquip.
 
 use super::error::ErrorKind;
-use super::frames::{parse_content_header, Frame, FrameError, BODY, HEADER, MAX_NOTIFICATIONS, METHOD};
+use super::frames::{
+    parse_content_header, Frame, FrameError, BODY, HEADER, MAX_NOTIFICATIONS, METHOD,
+};
 use super::inbox::Inbox;
 use super::methods::{put_for_amiquip, take_heartbeat, Method};
 use crate::sync::lock;
@@ -53,7 +56,9 @@ impl From<&End> for ErrorKind {
         match end {
             End::Closed { code, text } => ErrorKind::connection_closed(*code, text),
             End::Eof => ErrorKind::ConnectionLost("the broker closed the socket".into()),
-            End::Io(error) => ErrorKind::ConnectionLost(escape(describe_io_error(error).as_bytes()).to_string()),
+            End::Io(error) => {
+                ErrorKind::ConnectionLost(escape(describe_io_error(error).as_bytes()).to_string())
+            }
             End::Frame(error) => ErrorKind::ConnectionLost(error.to_string()),
             End::Silent => ErrorKind::Silent,
             End::Amiquip => ErrorKind::ConnectionLost("amiquip has ended the connection".into()),
@@ -97,7 +102,9 @@ impl Inboxes {
 
     /// Makes all threads that wait for an inbox ask again whether something is ready.
     pub(crate) fn ask_all_again(&self) {
-        lock(&self.by_channel).values().for_each(|inbox| inbox.ask_again());
+        lock(&self.by_channel)
+            .values()
+            .for_each(|inbox| inbox.ask_again());
     }
 }
 
@@ -114,14 +121,23 @@ pub(crate) struct Demultiplexer {
 
 impl Demultiplexer {
     pub(crate) fn new() -> Self {
-        Demultiplexer { to_amiquip: Vec::new(), brokers_heartbeat: 0, notifications: 0, period_start: Instant::now() }
+        Demultiplexer {
+            to_amiquip: Vec::new(),
+            brokers_heartbeat: 0,
+            notifications: 0,
+            period_start: Instant::now(),
+        }
     }
 
     /// Takes a frame. Returns what it says of the connection.
     ///
     /// # Errors
     /// How the connection ends with this frame.
-    pub(crate) fn take(&mut self, inboxes: &Inboxes, frame: Frame) -> Result<Option<Notification>, End> {
+    pub(crate) fn take(
+        &mut self,
+        inboxes: &Inboxes,
+        frame: Frame,
+    ) -> Result<Option<Notification>, End> {
         match frame.kind {
             METHOD => return self.take_method(inboxes, frame),
             HEADER => match inboxes.get(frame.channel) {
@@ -138,12 +154,22 @@ impl Demultiplexer {
         Ok(None)
     }
 
-    fn take_method(&mut self, inboxes: &Inboxes, frame: Frame) -> Result<Option<Notification>, End> {
+    fn take_method(
+        &mut self,
+        inboxes: &Inboxes,
+        frame: Frame,
+    ) -> Result<Option<Notification>, End> {
         let method = Method::parse(frame.payload).map_err(FrameError::from)?;
         match method {
-            Method::Deliver { .. } | Method::Return { .. } | Method::Ack { .. } | Method::Nack { .. } => {
-                // A channel without an inbox has no consumer and no publisher: what comes on it is dropped.
-                inboxes.get(frame.channel).map_or(Ok(()), |inbox| inbox.on_method(method))?;
+            Method::Deliver { .. }
+            | Method::Return { .. }
+            | Method::Ack { .. }
+            | Method::Nack { .. } => {
+                // A channel without an inbox has no consumer and no publisher: what comes on it is
+                // dropped.
+                inboxes
+                    .get(frame.channel)
+                    .map_or(Ok(()), |inbox| inbox.on_method(method))?;
                 return Ok(None);
             }
             Method::Blocked { reason } => {
@@ -155,14 +181,21 @@ impl Demultiplexer {
                 return Ok(Some(Notification::Unblocked));
             }
             // amiquip learns that the connection has ended from the end of its stream.
-            Method::ConnectionClose { code, text } => return Err(End::Closed { code, text: text.to_vec() }),
+            Method::ConnectionClose { code, text } => {
+                return Err(End::Closed {
+                    code,
+                    text: text.to_vec(),
+                })
+            }
             // Before amiquip confirms it: from then on nothing may be written on the channel.
             Method::ChannelClose { code, text } => {
                 inboxes.close(frame.channel, ErrorKind::channel_closed(code, text));
             }
             Method::ChannelCloseOk => inboxes.close(frame.channel, (&End::Local).into()),
             Method::Cancel => {
-                inboxes.get(frame.channel).inspect(|inbox| inbox.end(ErrorKind::ConsumerCancelled));
+                inboxes
+                    .get(frame.channel)
+                    .inspect(|inbox| inbox.end(ErrorKind::ConsumerCancelled));
             }
             Method::Tune | Method::Other => {}
         }
@@ -208,7 +241,9 @@ mod tests {
 
     fn method(channel: u16, method: (u16, u16), arguments: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::new();
-        put_method(&mut bytes, channel, method, |to| to.extend_from_slice(arguments));
+        put_method(&mut bytes, channel, method, |to| {
+            to.extend_from_slice(arguments);
+        });
         bytes
     }
 
@@ -216,7 +251,12 @@ mod tests {
     fn delivery() -> Vec<u8> {
         let mut body = Vec::new();
         put_frame(&mut body, BODY, 1, |to| to.extend_from_slice(b"30"));
-        [method(1, (60, 60), b"\x01t\0\0\0\0\0\0\0\x07\0\0\0"), content_header(2), body].concat()
+        [
+            method(1, (60, 60), b"\x01t\0\0\0\0\0\0\0\x07\0\0\0"),
+            content_header(2),
+            body,
+        ]
+        .concat()
     }
 
     const CHANNEL_CLOSE: &[u8] = b"\x01\x94\x02no\0\0\0\0";
@@ -226,27 +266,46 @@ mod tests {
         let inboxes = Inboxes::default();
         let ack = method(1, (60, 80), &[0, 0, 0, 0, 0, 0, 0, 1, 0]);
         let bytes = [delivery(), ack].concat();
-        assert!(take(&inboxes, &bytes).unwrap().is_empty(), "without an inbox they are dropped");
+        assert!(
+            take(&inboxes, &bytes).unwrap().is_empty(),
+            "without an inbox they are dropped"
+        );
         let inbox = inboxes.open(1, 9);
         inbox.has_confirms.store(true, Ordering::Relaxed);
         assert!(take(&inboxes, &bytes).unwrap().is_empty());
         let arrived = inbox.take();
-        assert!(matches!(&arrived.messages.as_slices().0, [Message::Delivery(delivery)] if delivery.body == b"30"));
+        assert!(
+            matches!(&arrived.messages.as_slices().0, [Message::Delivery(delivery)] if delivery.body == b"30")
+        );
         assert_eq!(arrived.confirmed.len(), 1);
     }
 
     #[test]
     fn the_end_of_a_consumer_and_of_a_channel_reach_amiquip_and_the_inbox() {
-        let (inboxes, cancel, close) =
-            (Inboxes::default(), method(1, (60, 30), b"\x01t\x01"), method(1, (20, 40), CHANNEL_CLOSE));
+        let (inboxes, cancel, close) = (
+            Inboxes::default(),
+            method(1, (60, 30), b"\x01t\x01"),
+            method(1, (20, 40), CHANNEL_CLOSE),
+        );
         let inbox = inboxes.open(1, 9);
-        assert_eq!(take(&inboxes, &[delivery(), cancel.clone()].concat()).unwrap(), cancel);
-        assert!(matches!(inbox.take().end, Some(ErrorKind::ConsumerCancelled)));
+        assert_eq!(
+            take(&inboxes, &[delivery(), cancel.clone()].concat()).unwrap(),
+            cancel
+        );
+        assert!(matches!(
+            inbox.take().end,
+            Some(ErrorKind::ConsumerCancelled)
+        ));
         let other = inboxes.open(1, 9);
         assert_eq!(take(&inboxes, &close).unwrap(), close);
-        assert!(matches!(other.ended(), Some(ErrorKind::ChannelClosed(reason)) if reason.code == 404));
+        assert!(
+            matches!(other.ended(), Some(ErrorKind::ChannelClosed(reason)) if reason.code == 404)
+        );
         assert!(!*lock(&other.is_open) && *lock(&inbox.is_open));
-        assert!(take(&inboxes, &delivery()).unwrap().is_empty(), "the number is free again");
+        assert!(
+            take(&inboxes, &delivery()).unwrap().is_empty(),
+            "the number is free again"
+        );
     }
 
     #[test]
@@ -257,6 +316,9 @@ mod tests {
         let blocked = method(0, (10, 60), b"\x03low").repeat(100);
         assert!(take(&inboxes, &blocked).is_ok());
         let more = [blocked, method(0, (10, 61), b"")].concat();
-        assert!(matches!(take(&inboxes, &more), Err(End::Frame(FrameError::TooManyNotifications))));
+        assert!(matches!(
+            take(&inboxes, &more),
+            Err(End::Frame(FrameError::TooManyNotifications))
+        ));
     }
 }

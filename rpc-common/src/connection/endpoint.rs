@@ -43,9 +43,10 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Reads a URL by the rules of the [RabbitMQ URI specification](https://www.rabbitmq.com/docs/uri-spec); an empty
-    /// vhost means `/`, as in most clients, and unknown parameters are errors. `source_name` says where the URL comes
-    /// from, for messages.
+    /// Reads a URL by the rules of the [RabbitMQ URI
+    /// specification](https://www.rabbitmq.com/docs/uri-spec); an empty vhost means `/`, as in most
+    /// clients, and unknown parameters are errors. `source_name` says where the URL comes from, for
+    /// messages.
     ///
     /// # Errors
     /// [`ErrorKind::Configuration`]
@@ -68,16 +69,21 @@ impl Endpoint {
     /// # Errors
     /// [`ErrorKind::Configuration`]
     pub(crate) fn options(&self) -> Result<ConnectionOptions<Auth>, ErrorKind> {
-        Ok(ConnectionOptions::default().auth(self.auth()?).virtual_host(&self.vhost).heartbeat(self.heartbeat))
+        Ok(ConnectionOptions::default()
+            .auth(self.auth()?)
+            .virtual_host(&self.vhost)
+            .heartbeat(self.heartbeat))
     }
 
-    /// Checks the password file against the URL, and reads it, so that an error is known before anything is tried. A pipe
-    /// is left to the connection: it can be read only once.
+    /// Checks the password file against the URL, and reads it, so that an error is known before
+    /// anything is tried. A pipe is left to the connection: it can be read only once.
     ///
     /// # Errors
     /// [`ErrorKind::Configuration`]
     pub(crate) fn check_password_file(&self) -> Result<(), ErrorKind> {
-        let Some(file) = &self.password_file else { return Ok(()) };
+        let Some(file) = &self.password_file else {
+            return Ok(());
+        };
         let bad = |reason| Err(ErrorKind::bad_file("--password-file", file, reason));
         if self.has_password() {
             return bad("the URL has a password, too: remove one of them");
@@ -95,14 +101,22 @@ impl Endpoint {
     fn auth(&self) -> Result<Auth, ErrorKind> {
         let password = match &self.password_file {
             Some(file) => {
-                let text = fs::read_to_string(file)
-                    .map_err(|error| ErrorKind::bad_file("--password-file", file, &describe_io_error(&error)))?;
+                let text = fs::read_to_string(file).map_err(|error| {
+                    ErrorKind::bad_file("--password-file", file, &describe_io_error(&error))
+                })?;
                 text.strip_suffix('\n').unwrap_or(&text).to_owned()
             }
             None if self.uses_certificate_login => return Ok(Auth::External),
-            None => self.password.as_ref().map_or("guest", |secret| &secret.0).to_owned(),
+            None => self
+                .password
+                .as_ref()
+                .map_or("guest", |secret| &secret.0)
+                .to_owned(),
         };
-        Ok(Auth::Plain { username: self.user.clone(), password })
+        Ok(Auth::Plain {
+            username: self.user.clone(),
+            password,
+        })
     }
 
     /// As whom we log in, and a question, for the error that the broker refused us.
@@ -110,7 +124,10 @@ impl Endpoint {
         if self.uses_certificate_login {
             "auth_mechanism=external: does the broker know the certificate's user?".into()
         } else {
-            format!("user '{}': is the password right?", escape(self.user.as_bytes()))
+            format!(
+                "user '{}': is the password right?",
+                escape(self.user.as_bytes())
+            )
         }
     }
 }
@@ -154,7 +171,11 @@ fn parse(url: &str, source_name: &'static str) -> Result<Endpoint, String> {
     };
     let port = url.port().unwrap_or(default_port);
     Ok(Endpoint {
-        broker: if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") },
+        broker: if host.contains(':') {
+            format!("[{host}]:{port}")
+        } else {
+            format!("{host}:{port}")
+        },
         host,
         port,
         vhost,
@@ -187,20 +208,25 @@ fn parse_parameters(url: &Url) -> Result<bool, String> {
             "keyfile" => "--key-file",
             _ => return Err(format!("unknown parameter '{}'", escape(name.as_bytes()))),
         };
-        return Err(format!("use the option {option} in place of the parameter {name}"));
+        return Err(format!(
+            "use the option {option} in place of the parameter {name}"
+        ));
     }
     Ok(uses_certificate_login)
 }
 
 fn decode(part: &str) -> Result<String, String> {
     match percent_decode_str(part).decode_utf8() {
-        Ok(text) if text.contains(char::is_control) => Err("must not contain control characters".into()),
+        Ok(text) if text.contains(char::is_control) => {
+            Err("must not contain control characters".into())
+        }
         Ok(text) => Ok(text.into_owned()),
         Err(_) => Err("the percent-encoded text is not valid UTF-8".into()),
     }
 }
 
-/// Rotates the endpoints, the nodes of a cluster, to start at a random one, so that many servers spread over the nodes.
+/// Rotates the endpoints, the nodes of a cluster, to start at a random one, so that many servers
+/// spread over the nodes.
 pub fn start_at_random(endpoints: &mut [Endpoint]) {
     // The standard library seeds its hashers at random.
     let random = RandomState::new().build_hasher().finish() % endpoints.len() as u64;
@@ -209,7 +235,9 @@ pub fn start_at_random(endpoints: &mut [Endpoint]) {
 
 /// Rotates the endpoints to start at this broker (host and port), if it is one of them.
 pub fn start_at(endpoints: &mut [Endpoint], broker: &str) {
-    let index = endpoints.iter().position(|endpoint| endpoint.broker == broker);
+    let index = endpoints
+        .iter()
+        .position(|endpoint| endpoint.broker == broker);
     endpoints.rotate_left(index.unwrap_or_default());
 }
 
@@ -248,12 +276,36 @@ mod tests {
             ("amqp://", "localhost:5672", "guest", "guest", "/"),
             ("amqp://localhost", "localhost:5672", "guest", "guest", "/"),
             ("amqp://me@host/", "host:5672", "me", "guest", "/"),
-            ("amqp://me:secret@host:1234/calls", "host:1234", "me", "secret", "calls"),
-            ("amqp://m%40e:%3a%2f@host/%2f", "host:5672", "m@e", ":/", "/"),
+            (
+                "amqp://me:secret@host:1234/calls",
+                "host:1234",
+                "me",
+                "secret",
+                "calls",
+            ),
+            (
+                "amqp://m%40e:%3a%2f@host/%2f",
+                "host:5672",
+                "m@e",
+                ":/",
+                "/",
+            ),
             ("amqp://127.0.0.1", "127.0.0.1:5672", "guest", "guest", "/"),
-            ("amqp://[2001:db8::1]:99/a%2fb", "[2001:db8::1]:99", "guest", "guest", "a/b"),
+            (
+                "amqp://[2001:db8::1]:99/a%2fb",
+                "[2001:db8::1]:99",
+                "guest",
+                "guest",
+                "a/b",
+            ),
             ("amqp:///v", "localhost:5672", "guest", "guest", "v"),
-            ("amqps://h?auth_mechanism=external", "h:5671", "(external)", "", "/"),
+            (
+                "amqps://h?auth_mechanism=external",
+                "h:5671",
+                "(external)",
+                "",
+                "/",
+            ),
         ] {
             let expected = (host.into(), user.into(), password.into(), vhost.into());
             assert_eq!(parts(url), expected, "{url}");
@@ -262,17 +314,32 @@ mod tests {
 
     #[test]
     fn endpoints_start_at_random_or_at_a_given_one() {
-        let endpoints = ["a:1", "b:2", "c:3"].map(|name| Endpoint::parse(&format!("amqp://{name}"), "--url").unwrap());
-        let order = |endpoints: &[Endpoint]| endpoints.iter().map(|endpoint| &*endpoint.broker).collect::<String>();
+        let endpoints = ["a:1", "b:2", "c:3"]
+            .map(|name| Endpoint::parse(&format!("amqp://{name}"), "--url").unwrap());
+        let order = |endpoints: &[Endpoint]| {
+            endpoints
+                .iter()
+                .map(|endpoint| &*endpoint.broker)
+                .collect::<String>()
+        };
         let random_order = || {
             let mut endpoints = endpoints.clone();
             start_at_random(&mut endpoints);
             order(&endpoints)
         };
-        let seen = (0..200).map(|_| random_order()).collect::<std::collections::BTreeSet<_>>();
-        assert_eq!(seen.into_iter().collect::<Vec<_>>(), ["a:1b:2c:3", "b:2c:3a:1", "c:3a:1b:2"]);
+        let seen = (0..200)
+            .map(|_| random_order())
+            .collect::<std::collections::BTreeSet<_>>();
+        assert_eq!(
+            seen.into_iter().collect::<Vec<_>>(),
+            ["a:1b:2c:3", "b:2c:3a:1", "c:3a:1b:2"]
+        );
         let mut endpoints = endpoints;
-        for (broker, expected) in [("c:3", "c:3a:1b:2"), ("d:4", "c:3a:1b:2"), ("a:1", "a:1b:2c:3")] {
+        for (broker, expected) in [
+            ("c:3", "c:3a:1b:2"),
+            ("d:4", "c:3a:1b:2"),
+            ("a:1", "a:1b:2c:3"),
+        ] {
             start_at(&mut endpoints, broker);
             assert_eq!(order(&endpoints), expected);
         }

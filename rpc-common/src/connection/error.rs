@@ -13,7 +13,8 @@ pub const ACCESS_REFUSED: u16 = 403;
 pub const NOT_FOUND: u16 = 404;
 /// Reply code of AMQP 0-9-1: the queue is exclusive to another connection.
 pub(crate) const RESOURCE_LOCKED: u16 = 405;
-/// Reply code of AMQP 0-9-1: a declaration does not match the queue; or an acknowledgement came too late.
+/// Reply code of AMQP 0-9-1: a declaration does not match the queue; or an acknowledgement came too
+/// late.
 pub const PRECONDITION_FAILED: u16 = 406;
 /// Reply code of AMQP 0-9-1: there is no such vhost, or the user may not access it.
 pub(crate) const NOT_ALLOWED: u16 = 530;
@@ -27,11 +28,12 @@ pub struct Error {
     pub kind: ErrorKind,
 }
 
-/// What went wrong. As text it is the second half of a sentence about the broker. What the broker said is escaped.
+/// What went wrong. As text it is the second half of a sentence about the broker. What the broker
+/// said is escaped.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ErrorKind {
-    /// The command line, the environment, or a file that they name is wrong. The text has no part of a URL that can hold
-    /// a password.
+    /// The command line, the environment, or a file that they name is wrong. The text has no part
+    /// of a URL that can hold a password.
     #[error("{0}")]
     Configuration(String),
     /// The system has no CA certificate that a broker's certificate could be signed with.
@@ -83,13 +85,18 @@ pub struct Reason {
 
 impl Reason {
     fn new(code: u16, text: &[u8]) -> Self {
-        Reason { code, text: escape(text).to_string() }
+        Reason {
+            code,
+            text: escape(text).to_string(),
+        }
     }
 
     fn hint(&self) -> &'static str {
         match self.code {
             ACCESS_REFUSED => ": the user lacks this permission",
-            PRECONDITION_FAILED => ": use --queue-type auto to use the queue as it is, or delete it",
+            PRECONDITION_FAILED => {
+                ": use --queue-type auto to use the queue as it is, or delete it"
+            }
             NOT_ALLOWED => ": is the vhost in the URL right, and may this user access it?",
             _ => "",
         }
@@ -99,7 +106,10 @@ impl Reason {
 impl Error {
     /// An error of this broker.
     pub fn new(broker: &str, kind: ErrorKind) -> Self {
-        Error { broker: broker.into(), kind }
+        Error {
+            broker: broker.into(),
+            kind,
+        }
     }
 
     /// Whether retrying cannot help.
@@ -110,7 +120,10 @@ impl Error {
     /// Whether the connection has ended with this error.
     pub fn ends_connection(&self) -> bool {
         use ErrorKind::{ConnectionClosed, ConnectionLost, Silent, TimedOut};
-        matches!(self.kind, ConnectionClosed(_) | ConnectionLost(_) | Silent | TimedOut(..))
+        matches!(
+            self.kind,
+            ConnectionClosed(_) | ConnectionLost(_) | Silent | TimedOut(..)
+        )
     }
 
     /// Whether there is no such queue.
@@ -123,8 +136,8 @@ impl Error {
         matches!(self.kind, ErrorKind::Silent | ErrorKind::TimedOut(..))
     }
 
-    /// Whether the broker closed the channel or the connection because of a message that was sent on it, and not
-    /// because of a missing permission, an operator, or its own shutdown.
+    /// Whether the broker closed the channel or the connection because of a message that was sent
+    /// on it, and not because of a missing permission, an operator, or its own shutdown.
     pub fn is_caused_by_message(&self) -> bool {
         match &self.kind {
             ErrorKind::ChannelClosed(_) => true,
@@ -165,7 +178,9 @@ impl ErrorKind {
         let reason = Reason::new(code, text);
         match code {
             // It may be right later.
-            NOT_ALLOWED if reason.text.contains("connection limit") => ErrorKind::ConnectionClosed(reason),
+            NOT_ALLOWED if reason.text.contains("connection limit") => {
+                ErrorKind::ConnectionClosed(reason)
+            }
             ACCESS_REFUSED | RESOURCE_LOCKED | NOT_ALLOWED => ErrorKind::Refused(reason),
             _ => ErrorKind::ConnectionClosed(reason),
         }
@@ -187,7 +202,9 @@ impl From<amiquip::Error> for ErrorKind {
         use amiquip::Error as Amiquip;
         match error {
             Amiquip::ExhaustedChannelIds => ErrorKind::TooManyChannels,
-            Amiquip::ServerClosedChannel { code, message, .. } => ErrorKind::channel_closed(code, message.as_bytes()),
+            Amiquip::ServerClosedChannel { code, message, .. } => {
+                ErrorKind::channel_closed(code, message.as_bytes())
+            }
             other => ErrorKind::ConnectionLost(escape(other.to_string().as_bytes()).to_string()),
         }
     }

@@ -1,7 +1,8 @@
-//! Frames of AMQP 0-9-1 (4.2.3): takes whole ones off a stream of bytes, and appends our own to a buffer.
+//! Frames of AMQP 0-9-1 (4.2.3): takes whole ones off a stream of bytes, and appends our own to a
+//! buffer.
 //!
-//! A frame is a type (1 byte), a channel (2), the size of the payload (4), the payload and an end byte. Sizes are checked
-//! before memory is taken.
+//! A frame is a type (1 byte), a channel (2), the size of the payload (4), the payload and an end
+//! byte. Sizes are checked before memory is taken.
 
 use crate::encoding::{put_short_string, Malformed, Reader};
 use crate::message::Publish;
@@ -11,8 +12,8 @@ use thiserror::Error;
 /// The largest frame that we negotiate, in bytes; RabbitMQ's default.
 pub(crate) const FRAME_MAX: u32 = 131_072;
 
-/// The largest content header, in bytes. RabbitMQ does not split a header that outgrows the negotiated frame size
-/// because of what it adds (`x-death`, `x-delivery-count`).
+/// The largest content header, in bytes. RabbitMQ does not split a header that outgrows the
+/// negotiated frame size because of what it adds (`x-death`, `x-delivery-count`).
 const CONTENT_HEADER_MAX: u32 = 1 << 20;
 
 /// The largest body that RabbitMQ can be configured to carry, in bytes.
@@ -84,7 +85,10 @@ pub(crate) struct FrameBuffer {
 
 impl FrameBuffer {
     pub(crate) fn new() -> Self {
-        FrameBuffer { buffer: vec![0; FIRST_SIZE], unread: 0..0 }
+        FrameBuffer {
+            buffer: vec![0; FIRST_SIZE],
+            unread: 0..0,
+        }
     }
 
     /// The space for the next bytes.
@@ -92,12 +96,18 @@ impl FrameBuffer {
         let is_full = self.unread.end == self.buffer.len();
         self.buffer.copy_within(self.unread.clone(), 0);
         self.unread = 0..self.unread.len();
-        let wanted = if is_full { (2 * self.buffer.len()).min(LARGEST_KEPT) } else { self.buffer.len() };
+        let wanted = if is_full {
+            (2 * self.buffer.len()).min(LARGEST_KEPT)
+        } else {
+            self.buffer.len()
+        };
         let frame_len = self.next_frame_len().ok().flatten().unwrap_or_default();
         let len = wanted.max(frame_len);
         if len > self.buffer.len() {
             self.buffer.resize(len, 0);
-        } else if self.buffer.len() > LARGEST_KEPT && self.unread.len().max(frame_len) <= LARGEST_KEPT {
+        } else if self.buffer.len() > LARGEST_KEPT
+            && self.unread.len().max(frame_len) <= LARGEST_KEPT
+        {
             self.buffer.truncate(LARGEST_KEPT); // after a large frame
             self.buffer.shrink_to_fit();
         }
@@ -111,13 +121,25 @@ impl FrameBuffer {
 
     /// Gives out the next frame, if it is complete.
     pub(crate) fn next_frame(&mut self) -> Result<Option<Frame<'_>>, FrameError> {
-        let Some(len) = self.next_frame_len()?.filter(|len| *len <= self.unread.len()) else { return Ok(None) };
+        let Some(len) = self
+            .next_frame_len()?
+            .filter(|len| *len <= self.unread.len())
+        else {
+            return Ok(None);
+        };
         let bytes = &self.buffer[self.unread.start..self.unread.start + len];
         self.unread.start += len;
         let (header, payload) = bytes.split_at(FRAME_HEADER_LEN);
-        let Some((&FRAME_END, payload)) = payload.split_last() else { return Err(FrameError::Malformed) };
+        let Some((&FRAME_END, payload)) = payload.split_last() else {
+            return Err(FrameError::Malformed);
+        };
         let channel = u16::from_be_bytes([header[1], header[2]]);
-        Ok(Some(Frame { kind: header[0], channel, payload, bytes }))
+        Ok(Some(Frame {
+            kind: header[0],
+            channel,
+            payload,
+            bytes,
+        }))
     }
 
     /// Gives out the next `len` bytes, if they are there: what comes before the first frame.
@@ -131,7 +153,9 @@ impl FrameBuffer {
     /// The length of the first frame, if its header is complete.
     fn next_frame_len(&self) -> Result<Option<usize>, FrameError> {
         let bytes = &self.buffer[self.unread.clone()];
-        let Some(&[frame_type, second, _, a, b, c, d]) = bytes.first_chunk() else { return Ok(None) };
+        let Some(&[frame_type, second, _, a, b, c, d]) = bytes.first_chunk() else {
+            return Ok(None);
+        };
         let max = match frame_type {
             HEADER => CONTENT_HEADER_MAX,
             METHOD | BODY | HEARTBEAT => FRAME_MAX,
@@ -145,7 +169,8 @@ impl FrameBuffer {
     }
 }
 
-/// The payload of a content header: the size of the body, and the bytes of the properties with their flags.
+/// The payload of a content header: the size of the body, and the bytes of the properties with
+/// their flags.
 pub(crate) fn parse_content_header(payload: &[u8]) -> Result<(usize, &[u8]), FrameError> {
     let mut reader = Reader(payload);
     let (_class, _weight) = (reader.short()?, reader.short()?);
@@ -156,24 +181,38 @@ pub(crate) fn parse_content_header(payload: &[u8]) -> Result<(usize, &[u8]), Fra
     if reader.0.len() < 2 {
         return Err(FrameError::Malformed); // no flags
     }
-    Ok((usize::try_from(body_size).map_err(|_| FrameError::BodySize(body_size))?, reader.0))
+    Ok((
+        usize::try_from(body_size).map_err(|_| FrameError::BodySize(body_size))?,
+        reader.0,
+    ))
 }
 
 /// Appends a frame whose payload `put` appends. Returns the size of the frame.
-pub(crate) fn put_frame(to: &mut Vec<u8>, frame_type: u8, channel: u16, put: impl FnOnce(&mut Vec<u8>)) -> usize {
+pub(crate) fn put_frame(
+    to: &mut Vec<u8>,
+    frame_type: u8,
+    channel: u16,
+    put: impl FnOnce(&mut Vec<u8>),
+) -> usize {
     let start = to.len();
     to.push(frame_type);
     to.extend_from_slice(&channel.to_be_bytes());
     to.extend_from_slice(&[0; 4]);
     put(to);
-    let size = u32::try_from(to.len() - start - FRAME_HEADER_LEN).expect("a frame is shorter than 4 GiB");
+    let size =
+        u32::try_from(to.len() - start - FRAME_HEADER_LEN).expect("a frame is shorter than 4 GiB");
     to[start + 3..start + FRAME_HEADER_LEN].copy_from_slice(&size.to_be_bytes());
     to.push(FRAME_END);
     to.len() - start
 }
 
 /// Appends a method frame: a class and a method, then the arguments.
-pub(crate) fn put_method(to: &mut Vec<u8>, channel: u16, method: (u16, u16), put: impl FnOnce(&mut Vec<u8>)) {
+pub(crate) fn put_method(
+    to: &mut Vec<u8>,
+    channel: u16,
+    method: (u16, u16),
+    put: impl FnOnce(&mut Vec<u8>),
+) {
     put_frame(to, METHOD, channel, |to| {
         to.extend_from_slice(&method.0.to_be_bytes());
         to.extend_from_slice(&method.1.to_be_bytes());
@@ -184,9 +223,14 @@ pub(crate) fn put_method(to: &mut Vec<u8>, channel: u16, method: (u16, u16), put
 /// Appends the frames of a message to the default exchange.
 ///
 /// # Errors
-/// The size of the content header, if it is larger than a frame may be. A header is one frame (AMQP 0-9-1, 4.2.6.1). Then
-/// nothing is appended.
-pub(crate) fn put_message(to: &mut Vec<u8>, channel: u16, message: &Publish, frame_max: usize) -> Result<(), usize> {
+/// The size of the content header, if it is larger than a frame may be. A header is one frame (AMQP
+/// 0-9-1, 4.2.6.1). Then nothing is appended.
+pub(crate) fn put_message(
+    to: &mut Vec<u8>,
+    channel: u16,
+    message: &Publish,
+    frame_max: usize,
+) -> Result<(), usize> {
     const PUBLISH: (u16, u16) = (60, 40);
     const CLASS_BASIC_WEIGHT_0: [u8; 4] = [0, 60, 0, 0];
     let start = to.len();
@@ -224,16 +268,23 @@ pub(crate) mod tests {
 
     pub(crate) fn frame(frame_type: u8, payload: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::new();
-        put_frame(&mut bytes, frame_type, 1, |to| to.extend_from_slice(payload));
+        put_frame(&mut bytes, frame_type, 1, |to| {
+            to.extend_from_slice(payload);
+        });
         bytes
     }
 
     pub(crate) fn content_header(body_size: u64) -> Vec<u8> {
-        frame(HEADER, &[&[0, 60, 0, 0], &body_size.to_be_bytes()[..], &[0, 0]].concat())
+        frame(
+            HEADER,
+            &[&[0, 60, 0, 0], &body_size.to_be_bytes()[..], &[0, 0]].concat(),
+        )
     }
 
     /// The payloads of the frames in these pieces.
-    fn payloads<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Result<Vec<Vec<u8>>, FrameError> {
+    fn payloads<'a>(
+        pieces: impl IntoIterator<Item = &'a [u8]>,
+    ) -> Result<Vec<Vec<u8>>, FrameError> {
         let (mut buffer, mut payloads) = (FrameBuffer::new(), Vec::new());
         for mut piece in pieces {
             while !piece.is_empty() {
@@ -258,14 +309,23 @@ pub(crate) mod tests {
             (b"HTTP/1.1 400".to_vec(), FrameError::NotAmqp),
             (b"AMQP\0\0\x09\x01".to_vec(), FrameError::NotAmqp),
             (vec![21, 3, 3, 0, 2, 2, 70], FrameError::Tls),
-            (vec![1, 0, 0, 0xff, 0xff, 0xff, 0xff], FrameError::FrameSize(4_294_967_295)),
-            (frame(BODY, &vec![0; 200_000]), FrameError::FrameSize(200_000)),
+            (
+                vec![1, 0, 0, 0xff, 0xff, 0xff, 0xff],
+                FrameError::FrameSize(4_294_967_295),
+            ),
+            (
+                frame(BODY, &vec![0; 200_000]),
+                FrameError::FrameSize(200_000),
+            ),
             (no_end, FrameError::Malformed),
         ] {
             assert_eq!(payloads([&bytes[..]]), Err(error), "{bytes:?}");
         }
         for (payload, error) in [
-            (&content_header(1 << 40)[7..21], FrameError::BodySize(1 << 40)),
+            (
+                &content_header(1 << 40)[7..21],
+                FrameError::BodySize(1 << 40),
+            ),
             (&[0; 12], FrameError::Malformed),
             (&[0; 3], FrameError::Malformed),
         ] {
@@ -302,15 +362,28 @@ pub(crate) mod tests {
     fn a_message_is_a_method_a_header_and_body_frames_of_the_negotiated_size() {
         let body: Vec<u8> = (0..=255).cycle().take(10_000).collect();
         let id = [b'x'; 255];
-        let properties = Properties { correlation_id: Some(&id), ..Properties::default() }.encode();
-        let message = Publish { routing_key: &[b'q'; 255], mandatory: true, properties, body: &body };
+        let properties = Properties {
+            correlation_id: Some(&id),
+            ..Properties::default()
+        }
+        .encode();
+        let message = Publish {
+            routing_key: &[b'q'; 255],
+            mandatory: true,
+            properties,
+            body: &body,
+        };
         let mut bytes = Vec::new();
         put_message(&mut bytes, 7, &message, 4096).unwrap();
         let mut frames = Vec::new();
         let mut rest = &bytes[..];
         while !rest.is_empty() {
             let (after, frame) = parse_frame(rest).unwrap();
-            assert!(rest.len() - after.len() <= 4096, "a frame of {}", rest.len() - after.len());
+            assert!(
+                rest.len() - after.len() <= 4096,
+                "a frame of {}",
+                rest.len() - after.len()
+            );
             rest = after;
             frames.push(frame);
         }
@@ -319,16 +392,30 @@ pub(crate) mod tests {
         else {
             panic!("{frames:?}");
         };
-        assert_eq!((&*publish.routing_key, publish.mandatory, publish.immediate), (&*"q".repeat(255), true, false));
-        assert_eq!((header.body_size, header.properties.correlation_id()), (10_000, &Some("x".repeat(255))));
+        assert_eq!(
+            (&*publish.routing_key, publish.mandatory, publish.immediate),
+            (&*"q".repeat(255), true, false)
+        );
+        assert_eq!(
+            (header.body_size, header.properties.correlation_id()),
+            (10_000, &Some("x".repeat(255)))
+        );
         assert_eq!([&one[..], two, three].concat(), body);
     }
 
     #[test]
     fn a_message_whose_header_does_not_fit_into_a_frame_is_an_error() {
-        let message = |len| Publish { routing_key: b"q", mandatory: true, properties: vec![0; len], body: b"30" };
+        let message = |len| Publish {
+            routing_key: b"q",
+            mandatory: true,
+            properties: vec![0; len],
+            body: b"30",
+        };
         let mut bytes = vec![1];
-        assert_eq!(put_message(&mut bytes, 1, &message(4_077), 4096), Err(4_097));
+        assert_eq!(
+            put_message(&mut bytes, 1, &message(4_077), 4096),
+            Err(4_097)
+        );
         assert_eq!(bytes, [1]);
         assert_eq!(put_message(&mut bytes, 1, &message(4_076), 4096), Ok(()));
     }

@@ -60,7 +60,8 @@ pub enum Message {
     Returned(Returned),
 }
 
-/// What the broker did with published messages, by their numbers on the channel, from 1. Neighbours are merged.
+/// What the broker did with published messages, by their numbers on the channel, from 1. Neighbours
+/// are merged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Confirmed {
     /// The number of the first message; 1 also if some of them were confirmed before.
@@ -91,7 +92,8 @@ pub(crate) struct Inbox {
     max_unread: usize,
     /// Whether the channel is in confirm mode. Else confirmations are dropped.
     pub(crate) has_confirms: AtomicBool,
-    /// False once the broker has closed the channel, or the connection has ended. Locked while something is written on it.
+    /// False once the broker has closed the channel, or the connection has ended. Locked while
+    /// something is written on it.
     pub(crate) is_open: Mutex<bool>,
 }
 
@@ -130,18 +132,42 @@ impl Inbox {
         let (properties, body) = (Vec::new(), Vec::new());
         let mut state = lock(&self.state);
         match method {
-            Method::Ack { .. } | Method::Nack { .. } if !self.has_confirms.load(Ordering::Relaxed) => {}
-            Method::Deliver { delivery_tag, is_redelivered } => {
-                state.begin(Message::Delivery(Delivery { delivery_tag, is_redelivered, properties, body }))?;
+            Method::Ack { .. } | Method::Nack { .. }
+                if !self.has_confirms.load(Ordering::Relaxed) => {}
+            Method::Deliver {
+                delivery_tag,
+                is_redelivered,
+            } => {
+                state.begin(Message::Delivery(Delivery {
+                    delivery_tag,
+                    is_redelivered,
+                    properties,
+                    body,
+                }))?;
             }
             Method::Return { routing_key } => {
-                state.begin(Message::Returned(Returned { routing_key: routing_key.to_vec(), properties }))?;
+                state.begin(Message::Returned(Returned {
+                    routing_key: routing_key.to_vec(),
+                    properties,
+                }))?;
             }
-            Method::Ack { delivery_tag, is_multiple } => state.arrived.confirm(delivery_tag, is_multiple, true),
-            Method::Nack { delivery_tag, is_multiple } => state.arrived.confirm(delivery_tag, is_multiple, false),
+            Method::Ack {
+                delivery_tag,
+                is_multiple,
+            } => state.arrived.confirm(delivery_tag, is_multiple, true),
+            Method::Nack {
+                delivery_tag,
+                is_multiple,
+            } => state.arrived.confirm(delivery_tag, is_multiple, false),
             _ => {}
         }
-        if state.arrived.messages.len().max(state.arrived.confirmed.len()) > self.max_unread {
+        if state
+            .arrived
+            .messages
+            .len()
+            .max(state.arrived.confirmed.len())
+            > self.max_unread
+        {
             return Err(FrameError::TooManyMessages);
         }
         Ok(())
@@ -151,7 +177,9 @@ impl Inbox {
     pub(crate) fn on_header(&self, payload: &[u8]) -> Result<(), FrameError> {
         let (body_size, properties) = parse_content_header(payload)?;
         let mut state = lock(&self.state);
-        let Incoming::Begun(mut message) = mem::take(&mut state.incoming) else { return Err(FrameError::Malformed) };
+        let Incoming::Begun(mut message) = mem::take(&mut state.incoming) else {
+            return Err(FrameError::Malformed);
+        };
         match &mut message {
             Message::Delivery(delivery) => {
                 delivery.properties = properties.to_vec();
@@ -169,7 +197,9 @@ impl Inbox {
         let Incoming::Body(mut message, missing) = mem::take(&mut state.incoming) else {
             return Err(FrameError::Malformed);
         };
-        let missing = missing.checked_sub(payload.len()).ok_or(FrameError::Malformed)?;
+        let missing = missing
+            .checked_sub(payload.len())
+            .ok_or(FrameError::Malformed)?;
         if let Message::Delivery(delivery) = &mut message {
             delivery.body.extend_from_slice(payload);
         }
@@ -220,19 +250,32 @@ impl Inbox {
     pub(crate) fn take(&self) -> Arrived {
         let arrived = &mut lock(&self.state).arrived;
         let end = arrived.end.clone();
-        mem::replace(arrived, Arrived { end, ..Arrived::default() })
+        mem::replace(
+            arrived,
+            Arrived {
+                end,
+                ..Arrived::default()
+            },
+        )
     }
 
-    /// Waits until something has arrived, until this instant, or until `is_ready` after [`ask_again`](Self::ask_again).
+    /// Waits until something has arrived, until this instant, or until `is_ready` after
+    /// [`ask_again`](Self::ask_again).
     pub(crate) fn wait(&self, until: Instant, is_ready: &dyn Fn() -> bool) {
         let mut state = lock(&self.state);
         while state.arrived.messages.is_empty() && state.arrived.end.is_none() && !is_ready() {
-            let Some(timeout) = until.checked_duration_since(Instant::now()).filter(|timeout| !timeout.is_zero())
+            let Some(timeout) = until
+                .checked_duration_since(Instant::now())
+                .filter(|timeout| !timeout.is_zero())
             else {
                 return;
             };
             state.is_awaited = true;
-            state = self.changed.wait_timeout(state, timeout).unwrap_or_else(PoisonError::into_inner).0;
+            state = self
+                .changed
+                .wait_timeout(state, timeout)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
             state.is_awaited = false;
         }
     }
@@ -265,12 +308,18 @@ impl Arrived {
         let first = if is_multiple { 1 } else { last };
         match self.confirmed.last_mut() {
             Some(before)
-                if before.is_ack == is_ack && first <= before.last.saturating_add(1) && last >= before.last =>
+                if before.is_ack == is_ack
+                    && first <= before.last.saturating_add(1)
+                    && last >= before.last =>
             {
                 before.first = before.first.min(first);
                 before.last = last;
             }
-            _ => self.confirmed.push(Confirmed { first, last, is_ack }),
+            _ => self.confirmed.push(Confirmed {
+                first,
+                last,
+                is_ack,
+            }),
         }
     }
 }
@@ -292,7 +341,10 @@ mod tests {
         inbox
     }
 
-    const DELIVER: Method = Method::Deliver { delivery_tag: 7, is_redelivered: true };
+    const DELIVER: Method = Method::Deliver {
+        delivery_tag: 7,
+        is_redelivered: true,
+    };
     const RETURN: Method = Method::Return { routing_key: b"q" };
 
     #[test]
@@ -304,11 +356,19 @@ mod tests {
         assert!(!inbox.has_arrived());
         inbox.on_body(b"be").unwrap();
         let properties = vec![0, 0];
-        let delivery = Delivery { delivery_tag: 7, is_redelivered: true, properties, body: b"to be".to_vec() };
+        let delivery = Delivery {
+            delivery_tag: 7,
+            is_redelivered: true,
+            properties,
+            body: b"to be".to_vec(),
+        };
         assert_eq!(inbox.take_message(), Some(Message::Delivery(delivery)));
         inbox.on_method(RETURN).unwrap();
         inbox.on_header(payload(&content_header(0))).unwrap();
-        let returned = Returned { routing_key: b"q".to_vec(), properties: vec![0, 0] };
+        let returned = Returned {
+            routing_key: b"q".to_vec(),
+            properties: vec![0, 0],
+        };
         assert_eq!(inbox.take_message(), Some(Message::Returned(returned)));
     }
 
@@ -346,25 +406,50 @@ mod tests {
             inbox.on_header(payload(&content_header(0))).unwrap();
         }
         let inbox = inbox_with_confirms(1);
-        let ack = |delivery_tag| inbox.on_method(Method::Ack { delivery_tag, is_multiple: false });
+        let ack = |delivery_tag| {
+            inbox.on_method(Method::Ack {
+                delivery_tag,
+                is_multiple: false,
+            })
+        };
         assert_eq!(
             [ack(1), ack(3), ack(1)],
-            [Ok(()), Err(FrameError::TooManyMessages), Err(FrameError::TooManyMessages)]
+            [
+                Ok(()),
+                Err(FrameError::TooManyMessages),
+                Err(FrameError::TooManyMessages)
+            ]
         );
     }
 
     #[test]
     fn neighbouring_confirmations_are_merged_and_keep_their_order() {
         let inbox = inbox_with_confirms(9);
-        let ack = |delivery_tag, is_multiple| inbox.on_method(Method::Ack { delivery_tag, is_multiple }).unwrap();
+        let ack = |delivery_tag, is_multiple| {
+            inbox
+                .on_method(Method::Ack {
+                    delivery_tag,
+                    is_multiple,
+                })
+                .unwrap();
+        };
         ack(1, false);
         ack(2, false);
         ack(5, true);
-        inbox.on_method(Method::Nack { delivery_tag: 6, is_multiple: false }).unwrap();
+        inbox
+            .on_method(Method::Nack {
+                delivery_tag: 6,
+                is_multiple: false,
+            })
+            .unwrap();
         ack(7, false);
         ack(9, false);
         ack(8, false);
-        let confirmed = |first, last, is_ack| Confirmed { first, last, is_ack };
+        let confirmed = |first, last, is_ack| Confirmed {
+            first,
+            last,
+            is_ack,
+        };
         let expected = [
             confirmed(1, 5, true),
             confirmed(6, 6, false),
@@ -380,8 +465,18 @@ mod tests {
     #[test]
     fn without_confirm_mode_confirmations_are_dropped() {
         let inbox = Inbox::new(9);
-        inbox.on_method(Method::Ack { delivery_tag: 1, is_multiple: false }).unwrap();
-        inbox.on_method(Method::Nack { delivery_tag: 1, is_multiple: true }).unwrap();
+        inbox
+            .on_method(Method::Ack {
+                delivery_tag: 1,
+                is_multiple: false,
+            })
+            .unwrap();
+        inbox
+            .on_method(Method::Nack {
+                delivery_tag: 1,
+                is_multiple: true,
+            })
+            .unwrap();
         assert!(!inbox.has_arrived());
     }
 
@@ -389,7 +484,10 @@ mod tests {
     fn the_first_end_counts_and_stays() {
         let inbox = Inbox::new(9);
         inbox.end(ErrorKind::ConsumerCancelled);
-        assert!(*lock(&inbox.is_open), "what was delivered before may be answered");
+        assert!(
+            *lock(&inbox.is_open),
+            "what was delivered before may be answered"
+        );
         inbox.close(ErrorKind::Silent);
         for _ in 0..2 {
             assert_eq!(inbox.take().end, Some(ErrorKind::ConsumerCancelled));

@@ -1,9 +1,11 @@
-//! The link of a connection: its socket, which one thread at a time reads, with amiquip behind a socketpair.
+//! The link of a connection: its socket, which one thread at a time reads, with amiquip behind a
+//! socketpair.
 //!
-//! To **drive** a link is to poll the socket, our end of the socketpair, the waker and the timers, and to move what is ready:
-//! messages and confirmations go to the inboxes of their channels, other methods to amiquip, and what amiquip sends to the
-//! socket. The owner of the connection drives it while it waits: the client's event loop, or a server's only worker. Where
-//! nobody does, a standby thread drives it.
+//! To **drive** a link is to poll the socket, our end of the socketpair, the waker and the timers,
+//! and to move what is ready: messages and confirmations go to the inboxes of their channels, other
+//! methods to amiquip, and what amiquip sends to the socket. The owner of the connection drives it
+//! while it waits: the client's event loop, or a server's only worker. Where nobody does, a standby
+//! thread drives it.
 
 use super::amiquip_stream::{AmiquipStream, FromAmiquip};
 use super::deadline::Deadline;
@@ -27,7 +29,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
-/// How often a standby thread looks whether nobody drives the link. A worker does not wake it for each request.
+/// How often a standby thread looks whether nobody drives the link. A worker does not wake it for
+/// each request.
 const STANDBY_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The maximum number of bytes that wait for amiquip to read them. It reads at once.
@@ -69,8 +72,8 @@ struct BlockingCalls {
 }
 
 impl Link {
-    /// The link of a connected transport, and amiquip's end of the socketpair. `heartbeat` is the wanted interval in seconds;
-    /// `waker` ends a wait of [`drive`](Self::drive).
+    /// The link of a connected transport, and amiquip's end of the socketpair. `heartbeat` is the
+    /// wanted interval in seconds; `waker` ends a wait of [`drive`](Self::drive).
     pub(crate) fn new(
         transport: Transport,
         connection_name: String,
@@ -91,7 +94,12 @@ impl Link {
             wants_to_drive: AtomicUsize::new(0),
             standby: OnceLock::new(),
             inboxes: Inboxes::default(),
-            calls: Mutex::new(BlockingCalls { deadlines: HashMap::new(), begun: 0, wakes_at: None, is_changed: false }),
+            calls: Mutex::new(BlockingCalls {
+                deadlines: HashMap::new(),
+                begun: 0,
+                wakes_at: None,
+                is_changed: false,
+            }),
             frame_max: AtomicU32::new(0),
             saw_frame: AtomicBool::new(false),
             end: OnceLock::new(),
@@ -104,7 +112,9 @@ impl Link {
     /// Starts a standby thread. It ends with the connection.
     pub(crate) fn start_standby(self: &Arc<Self>) -> io::Result<()> {
         let link = self.clone();
-        let thread = thread::Builder::new().name("standby".into()).spawn(move || link.stand_by())?;
+        let thread = thread::Builder::new()
+            .name("standby".into())
+            .spawn(move || link.stand_by())?;
         let _ = self.standby.set(thread.thread().clone()); // it is empty
         Ok(())
     }
@@ -122,8 +132,8 @@ impl Link {
         }
     }
 
-    /// Drives the link once: until something arrives, the waker is woken, this instant, or at once if something `is_ready`.
-    /// Returns whether the socket has had input.
+    /// Drives the link once: until something arrives, the waker is woken, this instant, or at once
+    /// if something `is_ready`. Returns whether the socket has had input.
     pub fn drive(&self, until: Option<Instant>, is_ready: &dyn Fn() -> bool) -> bool {
         if self.has_ended() {
             self.waker.wait(until, is_ready);
@@ -132,7 +142,8 @@ impl Link {
         lock(&self.driver).turn(self, until, is_ready)
     }
 
-    /// Drives the link in place of the standby thread, until something `is_ready`, until this instant, or until it ends.
+    /// Drives the link in place of the standby thread, until something `is_ready`, until this
+    /// instant, or until it ends.
     pub(crate) fn drive_until(&self, until: Instant, is_ready: &dyn Fn() -> bool) {
         if is_ready() {
             return;
@@ -164,8 +175,9 @@ impl Link {
         self.inboxes.ask_all_again();
     }
 
-    /// Runs a blocking call of amiquip, and ends the connection if the call is still running at the deadline: then it returns
-    /// within milliseconds, and the result is `None`, whatever the call returned.
+    /// Runs a blocking call of amiquip, and ends the connection if the call is still running at the
+    /// deadline: then it returns within milliseconds, and the result is `None`, whatever the call
+    /// returned.
     pub(crate) fn run_until<T>(&self, deadline: &Deadline, call: impl FnOnce() -> T) -> Option<T> {
         let number = self.add_call(deadline.instant());
         self.wake_standby();
@@ -202,7 +214,9 @@ impl Link {
     fn explain(&self, error: amiquip::Error) -> ErrorKind {
         use amiquip::Error::{ExhaustedChannelIds, ServerClosedChannel};
         match (error, self.cause()) {
-            (error @ (ServerClosedChannel { .. } | ExhaustedChannelIds), _) | (error, None) => error.into(),
+            (error @ (ServerClosedChannel { .. } | ExhaustedChannelIds), _) | (error, None) => {
+                error.into()
+            }
             (_, Some(cause)) => cause,
         }
     }
@@ -210,7 +224,10 @@ impl Link {
     /// Gives the blocking calls that are running no longer than this deadline.
     pub fn limit_calls(&self, deadline: &Deadline) {
         let mut calls = lock(&self.calls);
-        calls.deadlines.values_mut().for_each(|running| *running = deadline.instant().min(*running));
+        calls
+            .deadlines
+            .values_mut()
+            .for_each(|running| *running = deadline.instant().min(*running));
         calls.is_changed = true;
         self.waker.wake();
     }
@@ -237,7 +254,9 @@ impl Link {
             self.waker.wake(); // the driver writes the backlog, or learns why writing has failed
             self.wake_standby();
         }
-        written.map(drop).map_err(|error| ErrorKind::ConnectionLost(describe_io_error(&error)))
+        written
+            .map(drop)
+            .map_err(|error| ErrorKind::ConnectionLost(describe_io_error(&error)))
     }
 
     /// Whether the broker does not take what we send at once.
@@ -333,7 +352,10 @@ enum Interval {
     /// Before the login: what we want, in seconds.
     Wanted(u16),
     /// When one is sent if nothing else was sent since the last time.
-    Running { interval: Duration, send_at: Instant },
+    Running {
+        interval: Duration,
+        send_at: Instant,
+    },
 }
 
 impl Heartbeat {
@@ -348,13 +370,18 @@ impl Heartbeat {
 
     fn start(&mut self, seconds: u16, now: Instant) {
         let interval = Duration::from_secs(seconds.into());
-        self.interval = Interval::Running { interval, send_at: now + interval / 2 };
+        self.interval = Interval::Running {
+            interval,
+            send_at: now + interval / 2,
+        };
     }
 
     fn next_timer(&self) -> Option<Instant> {
         match self.interval {
             Interval::Wanted(_) => None, // the login has a deadline
-            Interval::Running { interval, send_at } => Some(send_at.min(self.last_heard + 2 * interval)),
+            Interval::Running { interval, send_at } => {
+                Some(send_at.min(self.last_heard + 2 * interval))
+            }
         }
     }
 }
@@ -373,11 +400,15 @@ impl Driver {
             from_broker: FrameBuffer::new(),
             from_amiquip: FromAmiquip::new(connection_name),
             demultiplexer: Demultiplexer::new(),
-            heartbeat: Heartbeat { last_heard: now, interval: Interval::Wanted(heartbeat) },
+            heartbeat: Heartbeat {
+                last_heard: now,
+                interval: Interval::Wanted(heartbeat),
+            },
         }
     }
 
-    /// Waits once, and moves what is ready. Returns whether the socket has had input. If the connection ends, `link` knows.
+    /// Waits once, and moves what is ready. Returns whether the socket has had input. If the
+    /// connection ends, `link` knows.
     fn turn(&mut self, link: &Link, until: Option<Instant>, is_ready: &dyn Fn() -> bool) -> bool {
         let until = until.into_iter().chain(self.heartbeat.next_timer()).min();
         let until = {
@@ -387,23 +418,40 @@ impl Driver {
             calls.wakes_at
         };
         let events = self.poll(link, until, is_ready);
-        if let Err(end) = self.exchange(link, events).and_then(|()| self.check_timers(link)) {
+        if let Err(end) = self
+            .exchange(link, events)
+            .and_then(|()| self.check_timers(link))
+        {
             link.end(end);
         }
         events.socket.contains(PollFlags::IN)
     }
 
     fn poll(&self, link: &Link, until: Option<Instant>, is_ready: &dyn Fn() -> bool) -> Events {
-        let interest = |writes| if writes { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+        let interest = |writes| {
+            if writes {
+                PollFlags::IN | PollFlags::OUT
+            } else {
+                PollFlags::IN
+            }
+        };
         let has_backlog = link.writer.has_backlog();
         let mut files = [
             PollFd::new(&link.socket, interest(has_backlog)),
-            PollFd::new(&link.pair, interest(!self.demultiplexer.to_amiquip.is_empty())),
+            PollFd::new(
+                &link.pair,
+                interest(!self.demultiplexer.to_amiquip.is_empty()),
+            ),
         ];
         // A backlog, or an earlier deadline, that has just begun is polled for in the next turn.
-        let is_changed = || has_backlog != link.writer.has_backlog() || lock(&link.calls).is_changed;
-        link.waker.poll(&mut files, until, &|| is_changed() || is_ready());
-        Events { socket: files[0].revents(), pair: files[1].revents() }
+        let is_changed =
+            || has_backlog != link.writer.has_backlog() || lock(&link.calls).is_changed;
+        link.waker
+            .poll(&mut files, until, &|| is_changed() || is_ready());
+        Events {
+            socket: files[0].revents(),
+            pair: files[1].revents(),
+        }
     }
 
     fn exchange(&mut self, link: &Link, events: Events) -> Result<(), End> {
@@ -430,9 +478,12 @@ impl Driver {
         };
         self.from_amiquip.buffer.advance(count);
         let mut frames = Vec::new();
-        let heartbeat = self.heartbeat.negotiated(self.demultiplexer.brokers_heartbeat);
+        let heartbeat = self
+            .heartbeat
+            .negotiated(self.demultiplexer.brokers_heartbeat);
         if let Some(negotiated) = self.from_amiquip.take_frames(&mut frames, heartbeat)? {
-            link.frame_max.store(negotiated.frame_max, Ordering::Relaxed);
+            link.frame_max
+                .store(negotiated.frame_max, Ordering::Relaxed);
             self.heartbeat.start(negotiated.heartbeat, Instant::now());
         }
         let _ = link.writer.write(&frames); // if it fails, reading tells how the connection ended
@@ -443,7 +494,11 @@ impl Driver {
         loop {
             let space = self.from_broker.space();
             // Without TLS, reading does not wait for those who write.
-            let read = if link.has_tls { link.writer.read(space) } else { (&link.socket).read(space) };
+            let read = if link.has_tls {
+                link.writer.read(space)
+            } else {
+                (&link.socket).read(space)
+            };
             let count = match read {
                 Ok(0) => return Err(link.writer.take_error().map_or(End::Eof, End::Io)),
                 Ok(count) => count,
@@ -486,14 +541,20 @@ impl Driver {
         Ok(())
     }
 
-    /// Ends a connection that is silent, or on which a blocking call is late; and sends a heartbeat when it is time.
+    /// Ends a connection that is silent, or on which a blocking call is late; and sends a heartbeat
+    /// when it is time.
     fn check_timers(&mut self, link: &Link) -> Result<(), End> {
         let now = Instant::now();
         let mut calls = lock(&link.calls);
         if calls.wakes_at.is_none_or(|wakes_at| now < wakes_at) {
             return Ok(());
         }
-        if calls.deadlines.extract_if(|_, deadline| *deadline <= now).count() > 0 {
+        if calls
+            .deadlines
+            .extract_if(|_, deadline| *deadline <= now)
+            .count()
+            > 0
+        {
             return Err(End::Silent);
         }
         drop(calls);
@@ -506,7 +567,8 @@ impl Driver {
                 if !link.writer.take_has_written() {
                     let mut frame = Vec::new();
                     put_frame(&mut frame, HEARTBEAT, 0, |_| ());
-                    let _ = link.writer.write(&frame); // if it fails, reading tells how the connection ended
+                    // If it fails, reading tells how the connection ended.
+                    let _ = link.writer.write(&frame);
                     link.writer.take_has_written(); // this one does not replace the next
                 }
             }
@@ -517,7 +579,10 @@ impl Driver {
 
 /// Whether reading or writing can go on later.
 fn is_temporary(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+    )
 }
 
 #[cfg(test)]
@@ -526,17 +591,21 @@ mod tests {
     use crate::connection::frames::HEARTBEAT;
     use std::net::TcpListener;
 
-    /// A driven link, amiquip's end of the socketpair, which blocks, and the broker's end of the socket.
+    /// A driven link, amiquip's end of the socketpair, which blocks, and the broker's end of the
+    /// socket.
     fn link() -> (Arc<Link>, UnixStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         socket.set_nonblocking(true).unwrap();
         let waker = Waker::new().unwrap();
-        let (link, AmiquipStream(amiquip)) = Link::new(Transport::Plain(socket), "test".into(), 1, waker).unwrap();
+        let (link, AmiquipStream(amiquip)) =
+            Link::new(Transport::Plain(socket), "test".into(), 1, waker).unwrap();
         amiquip.set_nonblocking(false).unwrap();
         link.start_standby().unwrap();
         let broker = listener.accept().unwrap().0;
-        broker.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        broker
+            .set_read_timeout(Some(Duration::from_secs(60)))
+            .unwrap();
         (link, amiquip, broker)
     }
 
@@ -554,7 +623,10 @@ mod tests {
     fn wait_for_end(link: &Link) -> ErrorKind {
         let start = Instant::now();
         while !link.has_ended() {
-            assert!(start.elapsed() < Duration::from_secs(60), "the link does not end");
+            assert!(
+                start.elapsed() < Duration::from_secs(60),
+                "the link does not end"
+            );
             thread::sleep(Duration::from_millis(1));
         }
         link.cause().unwrap()
@@ -563,10 +635,16 @@ mod tests {
     /// amiquip sends the protocol header, and tune-ok without heartbeats.
     fn log_in(mut amiquip: &UnixStream, broker: &mut TcpStream) {
         let mut bytes = b"AMQP\0\0\x09\x01".to_vec();
-        put_method(&mut bytes, 0, (10, 31), |to| to.extend_from_slice(&[0, 9, 0, 2, 0, 0, 0, 0]));
+        put_method(&mut bytes, 0, (10, 31), |to| {
+            to.extend_from_slice(&[0, 9, 0, 2, 0, 0, 0, 0]);
+        });
         amiquip.write_all(&bytes).unwrap();
         broker.read_exact(&mut bytes).unwrap();
-        assert_eq!(bytes[bytes.len() - 3..], [0, 1, 0xce], "with heartbeats each second");
+        assert_eq!(
+            bytes[bytes.len() - 3..],
+            [0, 1, 0xce],
+            "with heartbeats each second"
+        );
     }
 
     #[test]
@@ -641,7 +719,11 @@ mod tests {
             assert_eq!(frame, [HEARTBEAT, 0, 0, 0, 0, 0, 0, 0xce]);
         }
         assert_eq!(wait_for_end(&link), ErrorKind::Silent);
-        assert!(start.elapsed() >= Duration::from_secs(2), "two intervals: {:?}", start.elapsed());
+        assert!(
+            start.elapsed() >= Duration::from_secs(2),
+            "two intervals: {:?}",
+            start.elapsed()
+        );
     }
 
     #[test]
@@ -652,9 +734,16 @@ mod tests {
         let lost = ErrorKind::ConnectionLost("the broker closed the socket".into());
         assert_eq!(wait_for_end(&link), lost);
         assert!(block(&amiquip), "amiquip's stream has ended");
-        assert_eq!((link.write(b"x"), inbox.ended()), (Err(lost.clone()), Some(lost.clone())));
+        assert_eq!(
+            (link.write(b"x"), inbox.ended()),
+            (Err(lost.clone()), Some(lost.clone()))
+        );
         assert!(notifications.recv().is_err() && !*lock(&inbox.is_open));
-        assert_eq!(link.open_inbox(2, 9).ended(), Some(lost), "also of a channel that is opened meanwhile");
+        assert_eq!(
+            link.open_inbox(2, 9).ended(),
+            Some(lost),
+            "also of a channel that is opened meanwhile"
+        );
     }
 
     #[test]
@@ -665,13 +754,19 @@ mod tests {
         inbox.has_confirms.store(true, Ordering::Relaxed);
         for _ in 0..3 {
             let mut ack = Vec::new();
-            put_method(&mut ack, 1, (60, 80), |to| to.extend_from_slice(&[0, 0, 0, 0, 0, 0, 0, 1, 0]));
+            put_method(&mut ack, 1, (60, 80), |to| {
+                to.extend_from_slice(&[0, 0, 0, 0, 0, 0, 0, 1, 0]);
+            });
             broker.write_all(&ack).unwrap();
-            link.drive_until(Instant::now() + Duration::from_secs(60), &|| inbox.has_arrived());
+            link.drive_until(Instant::now() + Duration::from_secs(60), &|| {
+                inbox.has_arrived()
+            });
             assert_eq!(inbox.take().confirmed.len(), 1);
         }
         // Nobody waits: the standby thread drives.
-        broker.write_all(&[1, 0, 1, 0, 0, 0, 4, 0, 60, 0, 1, 0xce]).unwrap();
+        broker
+            .write_all(&[1, 0, 1, 0, 0, 0, 4, 0, 60, 0, 1, 0xce])
+            .unwrap();
         let malformed = ErrorKind::ConnectionLost(FrameError::Malformed.to_string());
         assert_eq!(wait_for_end(&link), malformed);
     }
@@ -681,11 +776,16 @@ mod tests {
         let (link, amiquip, mut broker) = link();
         log_in(&amiquip, &mut broker);
         let mut close = Vec::new();
-        put_method(&mut close, 0, (10, 50), |to| to.extend_from_slice(b"\x01\x40\x02by\0\0\0\0"));
+        put_method(&mut close, 0, (10, 50), |to| {
+            to.extend_from_slice(b"\x01\x40\x02by\0\0\0\0");
+        });
         broker.write_all(&close).unwrap();
         let mut answer = [0; 12];
         broker.read_exact(&mut answer).unwrap();
         assert_eq!(answer[7..11], [0, 10, 0, 51]);
-        assert_eq!(wait_for_end(&link), ErrorKind::connection_closed(320, b"by"));
+        assert_eq!(
+            wait_for_end(&link),
+            ErrorKind::connection_closed(320, b"by")
+        );
     }
 }

@@ -1,7 +1,9 @@
-//! What the broker sends as methods (AMQP 0-9-1, 1.2 to 1.9): those that we take, and those that amiquip gets.
+//! What the broker sends as methods (AMQP 0-9-1, 1.2 to 1.9): those that we take, and those that
+//! amiquip gets.
 //!
-//! amiquip parses methods with amq-protocol, which assumes that strings are UTF-8, and parses nested tables by recursion. So it
-//! gets only methods that a broker may send to it, whose arguments fit, and whose strings are made UTF-8. Pure.
+//! amiquip parses methods with amq-protocol, which assumes that strings are UTF-8, and parses
+//! nested tables by recursion. So it gets only methods that a broker may send to it, whose
+//! arguments fit, and whose strings are made UTF-8. Pure.
 
 use super::frames::{Frame, FrameError};
 use crate::encoding::{Malformed, Reader};
@@ -26,18 +28,28 @@ pub(crate) enum Method<'a> {
     /// `basic.cancel`
     Cancel,
     /// `basic.deliver`
-    Deliver { delivery_tag: u64, is_redelivered: bool },
+    Deliver {
+        delivery_tag: u64,
+        is_redelivered: bool,
+    },
     /// `basic.return`
     Return { routing_key: &'a [u8] },
     /// `basic.ack`: the broker has taken published messages.
-    Ack { delivery_tag: u64, is_multiple: bool },
+    Ack {
+        delivery_tag: u64,
+        is_multiple: bool,
+    },
     /// `basic.nack`: the broker has not taken published messages.
-    Nack { delivery_tag: u64, is_multiple: bool },
+    Nack {
+        delivery_tag: u64,
+        is_multiple: bool,
+    },
     /// Any other method that a broker may send.
     Other,
 }
 
-/// The offset of a method's arguments in its frame: after the frame header, the class and the method.
+/// The offset of a method's arguments in its frame: after the frame header, the class and the
+/// method.
 const ARGUMENTS: usize = 7 + 4;
 
 impl<'a> Method<'a> {
@@ -47,25 +59,45 @@ impl<'a> Method<'a> {
         let (class, method) = (arguments.short()?, arguments.short()?);
         Ok(match (class, method) {
             (10, 30) => Method::Tune,
-            (10, 50) => Method::ConnectionClose { code: arguments.short()?, text: arguments.short_string()? },
-            (10, 60) => Method::Blocked { reason: arguments.short_string()? },
+            (10, 50) => Method::ConnectionClose {
+                code: arguments.short()?,
+                text: arguments.short_string()?,
+            },
+            (10, 60) => Method::Blocked {
+                reason: arguments.short_string()?,
+            },
             (10, 61) => Method::Unblocked,
-            (20, 40) => Method::ChannelClose { code: arguments.short()?, text: arguments.short_string()? },
+            (20, 40) => Method::ChannelClose {
+                code: arguments.short()?,
+                text: arguments.short_string()?,
+            },
             (20, 41) => Method::ChannelCloseOk,
             (60, 30) => Method::Cancel,
             (60, 50) => {
-                let (_code, _text, _exchange) =
-                    (arguments.short()?, arguments.short_string()?, arguments.short_string()?);
-                Method::Return { routing_key: arguments.short_string()? }
+                let (_code, _text, _exchange) = (
+                    arguments.short()?,
+                    arguments.short_string()?,
+                    arguments.short_string()?,
+                );
+                Method::Return {
+                    routing_key: arguments.short_string()?,
+                }
             }
             (60, 60) => {
                 arguments.short_string()?; // the consumer tag: a channel has one consumer
-                Method::Deliver { delivery_tag: arguments.long_long()?, is_redelivered: arguments.octet()? != 0 }
+                Method::Deliver {
+                    delivery_tag: arguments.long_long()?,
+                    is_redelivered: arguments.octet()? != 0,
+                }
             }
-            (60, 80) => Method::Ack { delivery_tag: arguments.long_long()?, is_multiple: arguments.octet()? & 1 != 0 },
-            (60, 120) => {
-                Method::Nack { delivery_tag: arguments.long_long()?, is_multiple: arguments.octet()? & 1 != 0 }
-            }
+            (60, 80) => Method::Ack {
+                delivery_tag: arguments.long_long()?,
+                is_multiple: arguments.octet()? & 1 != 0,
+            },
+            (60, 120) => Method::Nack {
+                delivery_tag: arguments.long_long()?,
+                is_multiple: arguments.octet()? & 1 != 0,
+            },
             _ => Method::Other,
         })
     }
@@ -86,9 +118,10 @@ use Argument::{Fixed, LongString, ShortString};
 fn arguments(class: u16, method: u16) -> Result<&'static [Argument], Malformed> {
     Ok(match (class, method) {
         (10, 10) => &[Fixed(2), Argument::Table, LongString, LongString], // connection.start
-        (10, 20) | (20, 11) => &[LongString],                             // connection.secure, channel.open-ok
-        (10, 30) => &[Fixed(8)],                                          // connection.tune
-        (10, 41) | (60, 21 | 31) => &[ShortString], // connection.open-ok, basic.consume-ok, cancel-ok
+        (10, 20) | (20, 11) => &[LongString], // connection.secure, channel.open-ok
+        (10, 30) => &[Fixed(8)],              // connection.tune
+        // connection.open-ok, basic.consume-ok, cancel-ok.
+        (10, 41) | (60, 21 | 31) => &[ShortString],
         // connection.close-ok, channel.close-ok, queue.bind-ok, unbind-ok, basic.qos-ok
         (10, 51) | (20, 41) | (50, 21 | 51) | (60, 11) => &[],
         (20, 40) => &[Fixed(2), ShortString, Fixed(4)], // channel.close
@@ -98,15 +131,15 @@ fn arguments(class: u16, method: u16) -> Result<&'static [Argument], Malformed> 
     })
 }
 
-/// How deep tables are nested in `connection.start`, the only method with a table: RabbitMQ's capabilities are a table in the
-/// server's properties.
+/// How deep tables are nested in `connection.start`, the only method with a table: RabbitMQ's
+/// capabilities are a table in the server's properties.
 const MAX_DEPTH: u32 = 2;
 
 /// Appends a method frame to what amiquip gets, with `?` in place of bytes that are not UTF-8.
 ///
 /// # Errors
-/// [`FrameError::Malformed`] if a broker does not send such a method to a client, or its arguments cannot be read. Then nothing
-/// is appended.
+/// [`FrameError::Malformed`] if a broker does not send such a method to a client, or its arguments
+/// cannot be read. Then nothing is appended.
 pub(crate) fn put_for_amiquip(to: &mut Vec<u8>, frame: Frame) -> Result<(), FrameError> {
     let mut reader = Reader(frame.payload);
     let layouts = arguments(reader.short()?, reader.short()?)?;
@@ -161,7 +194,8 @@ fn replace_invalid_utf8(mut bytes: &mut [u8]) {
     }
 }
 
-/// `connection.tune` as amiquip gets it: without heartbeats, which are ours. Returns the broker's interval in seconds.
+/// `connection.tune` as amiquip gets it: without heartbeats, which are ours. Returns the broker's
+/// interval in seconds.
 pub(crate) fn take_heartbeat(tune: &mut [u8]) -> u16 {
     const HEARTBEAT: usize = ARGUMENTS + 2 + 4; // after channel-max and frame-max
     let interval = u16::from_be_bytes([tune[HEARTBEAT], tune[HEARTBEAT + 1]]);
@@ -180,14 +214,24 @@ mod tests {
 
     fn method(class: u16, method: u16, arguments: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::new();
-        put_method(&mut bytes, 0, (class, method), |to| to.extend_from_slice(arguments));
+        put_method(&mut bytes, 0, (class, method), |to| {
+            to.extend_from_slice(arguments);
+        });
         bytes
     }
 
     fn for_amiquip(bytes: &[u8]) -> Result<Vec<u8>, FrameError> {
         let mut to = b"before".to_vec();
         let payload = &bytes[7..bytes.len() - 1];
-        put_for_amiquip(&mut to, Frame { kind: METHOD, channel: 0, payload, bytes })?;
+        put_for_amiquip(
+            &mut to,
+            Frame {
+                kind: METHOD,
+                channel: 0,
+                payload,
+                bytes,
+            },
+        )?;
         Ok(to.split_off(6))
     }
 
@@ -195,16 +239,63 @@ mod tests {
     fn messages_confirmations_and_ends_are_told_from_other_methods() {
         for (class, number, arguments, expected) in [
             (10, 30, &[0, 0, 0, 2, 0, 0, 0, 60][..], Method::Tune),
-            (10, 50, b"\x01\x40\x02by\0\0\0\0", Method::ConnectionClose { code: 320, text: b"by" }),
+            (
+                10,
+                50,
+                b"\x01\x40\x02by\0\0\0\0",
+                Method::ConnectionClose {
+                    code: 320,
+                    text: b"by",
+                },
+            ),
             (10, 60, b"\x03mem", Method::Blocked { reason: b"mem" }),
             (10, 61, b"", Method::Unblocked),
-            (20, 40, b"\x01\x94\x02no\0\0\0\0", Method::ChannelClose { code: 404, text: b"no" }),
+            (
+                20,
+                40,
+                b"\x01\x94\x02no\0\0\0\0",
+                Method::ChannelClose {
+                    code: 404,
+                    text: b"no",
+                },
+            ),
             (20, 41, b"", Method::ChannelCloseOk),
             (60, 30, b"\x01t\x01", Method::Cancel),
-            (60, 50, b"\x01\x38\x01t\0\x03q\xffx", Method::Return { routing_key: b"q\xffx" }),
-            (60, 60, b"\x01t\0\0\0\0\0\0\0\x07\x01\0\0", Method::Deliver { delivery_tag: 7, is_redelivered: true }),
-            (60, 80, b"\0\0\0\0\0\0\0\x07\x01", Method::Ack { delivery_tag: 7, is_multiple: true }),
-            (60, 120, b"\0\0\0\0\0\0\0\x07\x02", Method::Nack { delivery_tag: 7, is_multiple: false }),
+            (
+                60,
+                50,
+                b"\x01\x38\x01t\0\x03q\xffx",
+                Method::Return {
+                    routing_key: b"q\xffx",
+                },
+            ),
+            (
+                60,
+                60,
+                b"\x01t\0\0\0\0\0\0\0\x07\x01\0\0",
+                Method::Deliver {
+                    delivery_tag: 7,
+                    is_redelivered: true,
+                },
+            ),
+            (
+                60,
+                80,
+                b"\0\0\0\0\0\0\0\x07\x01",
+                Method::Ack {
+                    delivery_tag: 7,
+                    is_multiple: true,
+                },
+            ),
+            (
+                60,
+                120,
+                b"\0\0\0\0\0\0\0\x07\x02",
+                Method::Nack {
+                    delivery_tag: 7,
+                    is_multiple: false,
+                },
+            ),
             (60, 21, b"\x01t", Method::Other),
         ] {
             let bytes = method(class, number, arguments);
@@ -231,7 +322,8 @@ mod tests {
 
     #[test]
     fn connection_start_has_tables_as_rabbitmq_sends_them_only() {
-        let rabbitmq = start(b"\x0ccapabilitiesF\0\0\0\x0d\x0abasic.nackt\x01\x07productS\0\0\0\x08RabbitMQ");
+        let rabbitmq =
+            start(b"\x0ccapabilitiesF\0\0\0\x0d\x0abasic.nackt\x01\x07productS\0\0\0\x08RabbitMQ");
         assert_eq!(for_amiquip(&rabbitmq), Ok(rabbitmq));
         for table in [
             &b"\x01aF\0\0\0\x0e\x01bF\0\0\0\x07\x01cF\0\0\0\0"[..], // three deep
@@ -241,7 +333,11 @@ mod tests {
             b"\x01az",
             b"\x01aI\0\0",
         ] {
-            assert_eq!(for_amiquip(&start(table)), Err(FrameError::Malformed), "{table:?}");
+            assert_eq!(
+                for_amiquip(&start(table)),
+                Err(FrameError::Malformed),
+                "{table:?}"
+            );
         }
     }
 
@@ -251,7 +347,11 @@ mod tests {
             for number in 0..=130 {
                 let is_forwarded = for_amiquip(&method(class, number, &[0; 40])).is_ok();
                 assert_eq!(is_forwarded, arguments(class, number).is_ok());
-                assert!(!is_forwarded || ![40, 50, 60, 71, 72, 80, 90, 120].contains(&number) || class != 60);
+                assert!(
+                    !is_forwarded
+                        || ![40, 50, 60, 71, 72, 80, 90, 120].contains(&number)
+                        || class != 60
+                );
             }
         }
     }

@@ -1,7 +1,8 @@
 //! A connection to the broker, on which every wait has a deadline.
 //!
-//! Read in this order: [`Endpoint`] is where the broker is; `socket` the way there; `link` owns the socket, and `inbox` has what
-//! arrives; `channel` publishes. amiquip does what is synchronous and rare, behind a socketpair.
+//! Read in this order: [`Endpoint`] is where the broker is; `socket` the way there; `link` owns the
+//! socket, and `inbox` has what arrives; `channel` publishes. amiquip does what is synchronous and
+//! rare, behind a socketpair.
 
 mod amiquip_stream;
 mod channel;
@@ -44,14 +45,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{fs, io, process};
 
-/// The maximum and the minimum time that closing waits for the broker before it shuts the socket down.
+/// The maximum and the minimum time that closing waits for the broker before it shuts the socket
+/// down.
 const MAX_CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 const MIN_CLOSE_TIMEOUT: Duration = Duration::from_millis(10);
 
 /// Timeout of each of several brokers, or of several addresses of one, but the last.
 const MAX_ATTEMPT: Duration = Duration::from_secs(5);
 
-/// A **connection** is an open AMQP connection whose calls have deadlines. It is closed when it is dropped.
+/// A **connection** is an open AMQP connection whose calls have deadlines. It is closed when it is
+/// dropped.
 pub struct Connection {
     /// `None` once it is closed.
     amqp: Option<amiquip::Connection>,
@@ -64,7 +67,8 @@ pub struct Connection {
 pub enum Owner<'a> {
     /// A standby thread, while nobody else does.
     Standby,
-    /// The receiver of the link, from when the socket is connected; there may be several attempts. The waker ends its wait.
+    /// The receiver of the link, from when the socket is connected; there may be several attempts.
+    /// The waker ends its wait.
     Caller(Waker, &'a dyn Fn(&Arc<Link>)),
 }
 
@@ -78,17 +82,23 @@ pub struct QueueStats {
 }
 
 impl Connection {
-    /// Connects to an endpoint. `program` is the name that RabbitMQ shows in its list of connections.
+    /// Connects to an endpoint. `program` is the name that RabbitMQ shows in its list of
+    /// connections.
     ///
     /// # Errors
     /// Those of connecting and logging in, and [`ErrorKind::TimedOut`].
-    pub fn open(endpoint: &Endpoint, program: &str, deadline: &Deadline, owner: &Owner) -> Result<Self, Error> {
+    pub fn open(
+        endpoint: &Endpoint,
+        program: &str,
+        deadline: &Deadline,
+        owner: &Owner,
+    ) -> Result<Self, Error> {
         let opened = Self::open_any_address(endpoint, program, deadline, owner);
         opened.map_err(|kind| Error::new(&endpoint.broker, kind))
     }
 
-    /// Connects to the first address of the endpoint's host that accepts us. The addresses divide the remaining time. One
-    /// that refuses us speaks for all.
+    /// Connects to the first address of the endpoint's host that accepts us. The addresses divide
+    /// the remaining time. One that refuses us speaks for all.
     fn open_any_address(
         endpoint: &Endpoint,
         program: &str,
@@ -101,7 +111,9 @@ impl Connection {
         for (index, address) in others.iter().enumerate() {
             let share = deadline.split(addresses.len() - index, MAX_ATTEMPT);
             match Self::open_address(endpoint, *address, options.clone(), program, &share, owner) {
-                Err(kind) if !kind.is_permanent() => log::debug!("{address} {kind}; trying the next address"),
+                Err(kind) if !kind.is_permanent() => {
+                    log::debug!("{address} {kind}; trying the next address");
+                }
                 result => return result,
             }
         }
@@ -123,7 +135,8 @@ impl Connection {
             Owner::Caller(waker, _) => waker.clone(),
         };
         let name = connection_name(program);
-        let (link, stream) = Link::new(transport, name, endpoint.heartbeat, waker).map_err(no_resources)?;
+        let (link, stream) =
+            Link::new(transport, name, endpoint.heartbeat, waker).map_err(no_resources)?;
         match owner {
             Owner::Standby => link.start_standby().map_err(no_resources)?,
             Owner::Caller(_, take_link) => take_link(&link),
@@ -134,8 +147,13 @@ impl Connection {
             amiquip::Connection::insecure_open_stream(stream, options, ConnectionTuning::default())
         });
         let Some(amqp) = handshake else {
-            let is_login = link.saw_frame.load(Ordering::Relaxed); // RabbitMQ sends a frame before we log in
-            let step = if is_login { "logging in" } else { "waiting for the AMQP handshake" };
+            // RabbitMQ sends a frame before we log in.
+            let is_login = link.saw_frame.load(Ordering::Relaxed);
+            let step = if is_login {
+                "logging in"
+            } else {
+                "waiting for the AMQP handshake"
+            };
             return Err(ErrorKind::TimedOut(deadline.limit(), step));
         };
         let amqp = amqp.map_err(|error| {
@@ -143,20 +161,33 @@ impl Connection {
             link.shut_down();
             kind
         })?;
-        let connection = Connection { amqp: Some(amqp), endpoint: endpoint.clone(), link };
+        let connection = Connection {
+            amqp: Some(amqp),
+            endpoint: endpoint.clone(),
+            link,
+        };
         let (broker, version) = (connection.broker(), connection.broker_version());
-        log::debug!("logged in to {broker}, {version}, after {:.1?}", begun.elapsed());
+        log::debug!(
+            "logged in to {broker}, {version}, after {:.1?}",
+            begun.elapsed()
+        );
         Ok(connection)
     }
 
     /// Connects to the first endpoint that accepts us. The endpoints divide the remaining time.
     ///
     /// # Errors
-    /// A permanent error if there was one, else that of the last endpoint, with those of the others.
+    /// A permanent error if there was one, else that of the last endpoint, with those of the
+    /// others.
     ///
     /// # Panics
     /// When there is no endpoint.
-    pub fn open_any(endpoints: &[Endpoint], program: &str, deadline: &Deadline, owner: &Owner) -> Result<Self, Error> {
+    pub fn open_any(
+        endpoints: &[Endpoint],
+        program: &str,
+        deadline: &Deadline,
+        owner: &Owner,
+    ) -> Result<Self, Error> {
         let (last, others) = endpoints.split_last().expect("there is an endpoint");
         let (mut permanent, mut errors) = (None, Vec::new());
         for (index, endpoint) in others.iter().enumerate() {
@@ -172,9 +203,18 @@ impl Connection {
         }
         Connection::open(last, program, deadline, owner).map_err(|error| match (permanent, error) {
             (Some(permanent), _) => permanent,
-            (None, Error { broker, kind: ErrorKind::NotConnected(reason) }) if !errors.is_empty() => {
+            (
+                None,
+                Error {
+                    broker,
+                    kind: ErrorKind::NotConnected(reason),
+                },
+            ) if !errors.is_empty() => {
                 let reason = format!("{reason} (before that: {})", errors.join("; "));
-                Error { broker, kind: ErrorKind::NotConnected(reason) }
+                Error {
+                    broker,
+                    kind: ErrorKind::NotConnected(reason),
+                }
             }
             (None, error) => error,
         })
@@ -191,7 +231,11 @@ impl Connection {
             Some(AmqpValue::LongString(text)) => Some(escape(text.as_bytes()).to_string()),
             _ => None,
         };
-        [property("product"), property("version")].into_iter().flatten().collect::<Vec<_>>().join(" ")
+        [property("product"), property("version")]
+            .into_iter()
+            .flatten()
+            .collect::<Vec<_>>()
+            .join(" ")
     }
 
     /// The link, to learn how the connection ended, and to end it.
@@ -199,36 +243,52 @@ impl Connection {
         &self.link
     }
 
-    /// Runs a blocking call of amiquip on this connection. `step` says what it does, for the error that it timed out.
+    /// Runs a blocking call of amiquip on this connection. `step` says what it does, for the error
+    /// that it timed out.
     ///
     /// # Errors
-    /// [`ErrorKind::TimedOut`] when the deadline passes; then the connection has ended. Else the call's error.
+    /// [`ErrorKind::TimedOut`] when the deadline passes; then the connection has ended. Else the
+    /// call's error.
     pub fn run_blocking<T>(
         &mut self,
         deadline: &Deadline,
         step: &'static str,
         call: impl FnOnce(&mut amiquip::Connection) -> amiquip::Result<T>,
     ) -> Result<T, Error> {
-        let Some(amqp) = &mut self.amqp else { return Err(self.cause()) };
+        let Some(amqp) = &mut self.amqp else {
+            return Err(self.cause());
+        };
         let result = self.link.run_blocking(deadline, step, || call(amqp));
         result.map_err(|kind| Error::new(self.broker(), kind))
     }
 
-    /// Opens a channel. If more messages or confirmations than `max_unread` wait on it to be taken, the broker has sent more
-    /// than was asked for, and the connection ends.
+    /// Opens a channel. If more messages or confirmations than `max_unread` wait on it to be taken,
+    /// the broker has sent more than was asked for, and the connection ends.
     ///
     /// # Errors
     /// As [`run_blocking`](Self::run_blocking).
-    pub fn open_channel(&mut self, max_unread: usize, deadline: &Deadline) -> Result<(OpenChannel, Publisher), Error> {
-        let amqp = self.run_blocking(deadline, "opening a channel", |connection| connection.open_channel(None))?;
-        Ok(OpenChannel::new(self.link.clone(), self.broker(), amqp, max_unread))
+    pub fn open_channel(
+        &mut self,
+        max_unread: usize,
+        deadline: &Deadline,
+    ) -> Result<(OpenChannel, Publisher), Error> {
+        let amqp = self.run_blocking(deadline, "opening a channel", |connection| {
+            connection.open_channel(None)
+        })?;
+        Ok(OpenChannel::new(
+            self.link.clone(),
+            self.broker(),
+            amqp,
+            max_unread,
+        ))
     }
 
-    /// The numbers of a queue, by a passive declaration on a channel of its own: if there is no such queue, the broker
-    /// closes that channel.
+    /// The numbers of a queue, by a passive declaration on a channel of its own: if there is no
+    /// such queue, the broker closes that channel.
     ///
     /// # Errors
-    /// [`ErrorKind::ChannelClosed`] with code 404 if there is no such queue; else as [`run_blocking`](Self::run_blocking).
+    /// [`ErrorKind::ChannelClosed`] with code 404 if there is no such queue; else as
+    /// [`run_blocking`](Self::run_blocking).
     pub fn queue_stats(&mut self, queue: &str, deadline: &Deadline) -> Result<QueueStats, Error> {
         self.run_blocking(deadline, "looking at the queue", |amqp| {
             let channel = amqp.open_channel(None)?;
@@ -242,7 +302,10 @@ impl Connection {
 
     /// How the connection ended.
     pub fn cause(&self) -> Error {
-        let cause = self.link.cause().unwrap_or_else(|| ErrorKind::ConnectionLost("it is closed".into()));
+        let cause = self
+            .link
+            .cause()
+            .unwrap_or_else(|| ErrorKind::ConnectionLost("it is closed".into()));
         Error::new(self.broker(), cause)
     }
 
@@ -254,15 +317,20 @@ impl Connection {
         self.close_by(&Deadline::after(MAX_CLOSE_TIMEOUT))
     }
 
-    /// Closes the connection as [`close`](Self::close) does, but waits for the broker until the deadline: 10 ms at
-    /// least, and a second at most. What was sent before is delivered all the same.
+    /// Closes the connection as [`close`](Self::close) does, but waits for the broker until the
+    /// deadline: 10 ms at least, and a second at most. What was sent before is delivered all the
+    /// same.
     ///
     /// # Errors
     /// As [`close`](Self::close).
     pub fn close_by(&mut self, deadline: &Deadline) -> Result<(), Error> {
-        let Some(amqp) = self.amqp.take() else { return Ok(()) };
+        let Some(amqp) = self.amqp.take() else {
+            return Ok(());
+        };
         let timeout = Deadline::after(close_timeout(deadline));
-        let closed = self.link.run_blocking(&timeout, "closing the connection", || amqp.close());
+        let closed = self
+            .link
+            .run_blocking(&timeout, "closing the connection", || amqp.close());
         self.link.shut_down();
         match closed {
             Ok(()) | Err(ErrorKind::TimedOut(..)) => Ok(()),
@@ -277,15 +345,23 @@ impl Drop for Connection {
     }
 }
 
-/// How long closing a connection waits for the broker: until this deadline, but 10 ms at least and 1 s at most.
+/// How long closing a connection waits for the broker: until this deadline, but 10 ms at least and
+/// 1 s at most.
 pub fn close_timeout(deadline: &Deadline) -> Duration {
-    deadline.remaining().clamp(MIN_CLOSE_TIMEOUT, MAX_CLOSE_TIMEOUT)
+    deadline
+        .remaining()
+        .clamp(MIN_CLOSE_TIMEOUT, MAX_CLOSE_TIMEOUT)
 }
 
 /// What RabbitMQ shows in its list of connections: program, version, host and process id.
 fn connection_name(program: &str) -> String {
     let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_else(|_| "-".into());
-    format!("{program} {} {} {}", env!("CARGO_PKG_VERSION"), host.trim(), process::id())
+    format!(
+        "{program} {} {} {}",
+        env!("CARGO_PKG_VERSION"),
+        host.trim(),
+        process::id()
+    )
 }
 
 fn handshake_error(endpoint: &Endpoint, error: amiquip::Error, link: &Link) -> ErrorKind {
@@ -296,11 +372,19 @@ fn handshake_error(endpoint: &Endpoint, error: amiquip::Error, link: &Link) -> E
         (Some(End::Frame(FrameError::Tls)), _) => {
             return ErrorKind::NotConnected("answered with TLS: use amqps://".into());
         }
-        (Some(End::Closed { code: ACCESS_REFUSED, .. }), _) if !link.is_logged_in() => {
+        (
+            Some(End::Closed {
+                code: ACCESS_REFUSED,
+                ..
+            }),
+            _,
+        ) if !link.is_logged_in() => {
             return ErrorKind::Credentials(endpoint.describe_login());
         }
         (Some(End::Eof | End::Io(_)), amiquip::Error::InvalidCredentials) => {
-            return ErrorKind::NotConnected("closed the connection during the login: see the broker's log".into());
+            return ErrorKind::NotConnected(
+                "closed the connection during the login: see the broker's log".into(),
+            );
         }
         (None | Some(End::Amiquip | End::Local), error) => error.into(),
         (Some(end), _) => end.into(),

@@ -22,7 +22,10 @@ type Pauses = <ExponentialBuilder as BackoffBuilder>::Backoff;
 impl Backoff {
     /// Starts with the shortest pause.
     pub fn new(now: Instant) -> Self {
-        Backoff { pauses: pauses(), paused_until: now }
+        Backoff {
+            pauses: pauses(),
+            paused_until: now,
+        }
     }
 
     /// How long to wait before the next attempt.
@@ -59,7 +62,10 @@ mod tests {
             pause
         });
         assert!(pauses[0] >= FIRST_PAUSE && pauses[0] <= 2 * FIRST_PAUSE);
-        assert!(pauses[7] >= LONGEST_PAUSE && pauses[7] <= 2 * LONGEST_PAUSE, "{pauses:?}");
+        assert!(
+            pauses[7] >= LONGEST_PAUSE && pauses[7] <= 2 * LONGEST_PAUSE,
+            "{pauses:?}"
+        );
         assert!(backoff.next_pause(now + STABLE_AFTER) <= 2 * FIRST_PAUSE);
     }
 }

@@ -1,4 +1,5 @@
-//! The socket of a connection, with or without TLS, and the steps to it from a host name: DNS, TCP, TLS.
+//! The socket of a connection, with or without TLS, and the steps to it from a host name: DNS, TCP,
+//! TLS.
 
 use super::deadline::{run_in_background, Deadline};
 use super::endpoint::Endpoint;
@@ -40,7 +41,8 @@ impl Transport {
         }
     }
 
-    /// Writes until everything is written or the socket would block. Returns how many bytes were written.
+    /// Writes until everything is written or the socket would block. Returns how many bytes were
+    /// written.
     pub(crate) fn write_available(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let mut written = 0;
         while written < bytes.len() {
@@ -60,34 +62,55 @@ impl Transport {
 }
 
 /// Connects to an address of an endpoint, with TLS if its URL says so.
-pub(crate) fn connect(endpoint: &Endpoint, address: SocketAddr, deadline: &Deadline) -> Result<Transport, ErrorKind> {
+pub(crate) fn connect(
+    endpoint: &Endpoint,
+    address: SocketAddr,
+    deadline: &Deadline,
+) -> Result<Transport, ErrorKind> {
     let begun = Instant::now();
     let timeout = deadline.remaining().max(Duration::from_millis(1)); // zero is an error
-    let socket = TcpStream::connect_timeout(&address, timeout).map_err(|error| match deadline.remaining() {
-        Duration::ZERO => ErrorKind::TimedOut(deadline.limit(), "opening the TCP connection"),
-        _ => unreachable(endpoint, &error),
+    let socket = TcpStream::connect_timeout(&address, timeout).map_err(|error| {
+        match deadline.remaining() {
+            Duration::ZERO => ErrorKind::TimedOut(deadline.limit(), "opening the TCP connection"),
+            _ => unreachable(endpoint, &error),
+        }
     })?;
     // Without TCP_NODELAY a call takes 44 ms.
-    let configured = socket.set_nodelay(true).and_then(|()| socket.set_nonblocking(true));
+    let configured = socket
+        .set_nodelay(true)
+        .and_then(|()| socket.set_nonblocking(true));
     configured.map_err(|error| unreachable(endpoint, &error))?;
-    log::debug!("{address} accepted the connection, after {:.1?}", begun.elapsed());
-    let Some(files) = &endpoint.tls else { return Ok(Transport::Plain(socket)) };
+    log::debug!(
+        "{address} accepted the connection, after {:.1?}",
+        begun.elapsed()
+    );
+    let Some(files) = &endpoint.tls else {
+        return Ok(Transport::Plain(socket));
+    };
     let (config, host, begun) = (files.client_config()?, &endpoint.host, Instant::now());
     match TlsStream::handshake(config, host, socket, deadline) {
         Ok(stream) => {
-            log::debug!("{host} proved its name by a certificate, {}, after {:.1?}", stream.version(), begun.elapsed());
+            log::debug!(
+                "{host} proved its name by a certificate, {}, after {:.1?}",
+                stream.version(),
+                begun.elapsed()
+            );
             Ok(Transport::Tls(Box::new(stream)))
         }
-        Err(error) if error.kind() == io::ErrorKind::TimedOut => {
-            Err(ErrorKind::TimedOut(deadline.limit(), "waiting for the TLS handshake"))
-        }
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => Err(ErrorKind::TimedOut(
+            deadline.limit(),
+            "waiting for the TLS handshake",
+        )),
         Err(error) => Err(tls_error(&error, host)),
     }
 }
 
-/// The addresses of an endpoint, at least one. Looks the host up on a thread of its own: nothing can interrupt
-/// `getaddrinfo`. At worst the thread stays behind.
-pub(crate) fn resolve(endpoint: &Endpoint, deadline: &Deadline) -> Result<Vec<SocketAddr>, ErrorKind> {
+/// The addresses of an endpoint, at least one. Looks the host up on a thread of its own: nothing
+/// can interrupt `getaddrinfo`. At worst the thread stays behind.
+pub(crate) fn resolve(
+    endpoint: &Endpoint,
+    deadline: &Deadline,
+) -> Result<Vec<SocketAddr>, ErrorKind> {
     if let Ok(address) = endpoint.host.parse::<IpAddr>() {
         return Ok(vec![(address, endpoint.port).into()]);
     }
@@ -96,29 +119,45 @@ pub(crate) fn resolve(endpoint: &Endpoint, deadline: &Deadline) -> Result<Vec<So
     let reason = match lookup.recv_deadline(deadline.instant()) {
         Ok(Ok(addresses)) if addresses.is_empty() => "no address".into(),
         Ok(Ok(addresses)) => {
-            log::debug!("{} is {addresses:?}, found after {:.1?}", endpoint.host, begun.elapsed());
+            log::debug!(
+                "{} is {addresses:?}, found after {:.1?}",
+                endpoint.host,
+                begun.elapsed()
+            );
             return Ok(addresses);
         }
         Ok(Err(error)) => describe_io_error(&error),
         Err(RecvTimeoutError::Timeout) => {
-            return Err(ErrorKind::TimedOut(deadline.limit(), "resolving the host name"));
+            return Err(ErrorKind::TimedOut(
+                deadline.limit(),
+                "resolving the host name",
+            ));
         }
         Err(RecvTimeoutError::Disconnected) => "the lookup failed".into(),
     };
-    Err(ErrorKind::NotConnected(format!("cannot be resolved: {reason}: is the host name right?")))
+    Err(ErrorKind::NotConnected(format!(
+        "cannot be resolved: {reason}: is the host name right?"
+    )))
 }
 
 fn unreachable(endpoint: &Endpoint, error: &io::Error) -> ErrorKind {
     let (source_name, reason) = (endpoint.source_name, describe_io_error(error));
-    ErrorKind::NotConnected(format!("cannot be reached (from {source_name}): {reason}: is RabbitMQ running there?"))
+    ErrorKind::NotConnected(format!(
+        "cannot be reached (from {source_name}): {reason}: is RabbitMQ running there?"
+    ))
 }
 
 fn tls_error(error: &io::Error, host: &str) -> ErrorKind {
     let tls_error = error.get_ref().and_then(|inner| inner.downcast_ref());
     let is_other_protocol = matches!(tls_error, Some(rustls::Error::InvalidMessage(_)));
     if is_other_protocol || error.kind() == io::ErrorKind::UnexpectedEof {
-        return ErrorKind::NotConnected("did not answer with TLS (TLS is usually on port 5671)".into());
+        return ErrorKind::NotConnected(
+            "did not answer with TLS (TLS is usually on port 5671)".into(),
+        );
     }
-    let reason = tls_error.map_or_else(|| describe_io_error(error), |error| describe_tls_error(error, host));
+    let reason = tls_error.map_or_else(
+        || describe_io_error(error),
+        |error| describe_tls_error(error, host),
+    );
     ErrorKind::NotConnected(format!("failed the TLS handshake: {reason}"))
 }

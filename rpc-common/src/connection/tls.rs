@@ -1,4 +1,5 @@
-//! TLS: the CA certificates to trust, the client certificate, the stream, and the errors in plain words.
+//! TLS: the CA certificates to trust, the client certificate, the stream, and the errors in plain
+//! words.
 
 use super::deadline::Deadline;
 use super::error::ErrorKind;
@@ -15,7 +16,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::{fs, mem};
 
-/// The files for TLS. By default the system's CA certificates are trusted, and there is no client certificate.
+/// The files for TLS. By default the system's CA certificates are trusted, and there is no client
+/// certificate.
 #[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args)]
 pub struct TlsFiles {
     /// Trust these CA certificates, not the system's
@@ -32,7 +34,8 @@ pub struct TlsFiles {
 }
 
 impl TlsFiles {
-    /// Reads the files. Done for every connection, so that a server uses renewed certificates without a restart.
+    /// Reads the files. Done for every connection, so that a server uses renewed certificates
+    /// without a restart.
     ///
     /// # Errors
     /// [`ErrorKind::Configuration`] or [`ErrorKind::NoCaCertificates`].
@@ -46,20 +49,24 @@ impl TlsFiles {
         let chain = read_certificates("--cert-file", cert_file)?;
         let key = PrivateKeyDer::from_pem_slice(&read("--key-file", key_file)?)
             .map_err(|_| bad_key("contains no unencrypted PEM private key"))?;
-        builder.with_client_auth_cert(chain, key).map_err(|error| match error {
-            rustls::Error::InconsistentKeys(_) => bad_key("is not the key of --cert-file"),
-            error @ rustls::Error::InvalidCertificate(_) => bad_cert(&describe_tls_error(&error, "")),
-            error => bad_key(&format!("cannot be used: {error}")),
-        })
+        builder
+            .with_client_auth_cert(chain, key)
+            .map_err(|error| match error {
+                rustls::Error::InconsistentKeys(_) => bad_key("is not the key of --cert-file"),
+                error @ rustls::Error::InvalidCertificate(_) => {
+                    bad_cert(&describe_tls_error(&error, ""))
+                }
+                error => bad_key(&format!("cannot be used: {error}")),
+            })
     }
 
     fn roots(&self) -> Result<RootCertStore, ErrorKind> {
         let mut roots = RootCertStore::empty();
         if let Some(file) = &self.ca {
             for certificate in read_certificates("--ca-file", file)? {
-                roots
-                    .add(certificate)
-                    .map_err(|_| ErrorKind::bad_file("--ca-file", file, "contains a damaged certificate"))?;
+                roots.add(certificate).map_err(|_| {
+                    ErrorKind::bad_file("--ca-file", file, "contains a damaged certificate")
+                })?;
             }
         } else {
             // A system's store may contain some that cannot be parsed; the others are enough.
@@ -72,11 +79,18 @@ impl TlsFiles {
     }
 }
 
-fn read_certificates(option: &'static str, file: &Path) -> Result<Vec<CertificateDer<'static>>, ErrorKind> {
+fn read_certificates(
+    option: &'static str,
+    file: &Path,
+) -> Result<Vec<CertificateDer<'static>>, ErrorKind> {
     let pem = read(option, file)?;
     match CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>() {
         Ok(certificates) if !certificates.is_empty() => Ok(certificates),
-        _ => Err(ErrorKind::bad_file(option, file, "contains no PEM certificate")),
+        _ => Err(ErrorKind::bad_file(
+            option,
+            file,
+            "contains no PEM certificate",
+        )),
     }
 }
 
@@ -88,16 +102,18 @@ fn read(option: &'static str, file: &Path) -> Result<Vec<u8>, ErrorKind> {
 pub(crate) struct TlsStream {
     connection: ClientConnection,
     pub(crate) socket: TcpStream,
-    /// Plaintext that is encrypted but not yet reported as written; the caller passes the same bytes again.
+    /// Plaintext that is encrypted but not yet reported as written; the caller passes the same
+    /// bytes again.
     unreported: usize,
 }
 
 impl TlsStream {
-    /// Does the TLS handshake on a socket that does not block. The peer's certificate must be signed by a trusted CA, be valid
-    /// now, and match `host`, a host name or an IP address.
+    /// Does the TLS handshake on a socket that does not block. The peer's certificate must be
+    /// signed by a trusted CA, be valid now, and match `host`, a host name or an IP address.
     ///
     /// # Errors
-    /// With a [`rustls::Error`] inside, where TLS itself failed; `TimedOut` when the deadline passes.
+    /// With a [`rustls::Error`] inside, where TLS itself failed; `TimedOut` when the deadline
+    /// passes.
     pub(crate) fn handshake(
         config: ClientConfig,
         host: &str,
@@ -105,29 +121,43 @@ impl TlsStream {
         deadline: &Deadline,
     ) -> io::Result<Self> {
         let host = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
-        let mut connection = ClientConnection::new(Arc::new(config), host).map_err(io::Error::other)?;
+        let mut connection =
+            ClientConnection::new(Arc::new(config), host).map_err(io::Error::other)?;
         while connection.is_handshaking() || connection.wants_write() {
             match connection.complete_io(&mut socket) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let events = if connection.wants_write() { PollFlags::OUT } else { PollFlags::IN };
+                    let events = if connection.wants_write() {
+                        PollFlags::OUT
+                    } else {
+                        PollFlags::IN
+                    };
                     wait_for(&socket, events, deadline)?;
                 }
                 result => drop(result?),
             }
         }
-        Ok(TlsStream { connection, socket, unreported: 0 })
+        Ok(TlsStream {
+            connection,
+            socket,
+            unreported: 0,
+        })
     }
 
     /// The version of TLS that both sides agreed on, for the log.
     pub(crate) fn version(&self) -> String {
-        self.connection.protocol_version().map_or_else(String::new, |version| format!("{version:?}"))
+        self.connection
+            .protocol_version()
+            .map_or_else(String::new, |version| format!("{version:?}"))
     }
 
     fn receive(&mut self) -> io::Result<()> {
         self.connection.read_tls(&mut self.socket)?;
         match self.connection.process_new_packets() {
             Ok(_) => Ok(()),
-            Err(error) => Err(io::Error::new(io::ErrorKind::InvalidData, describe_tls_error(&error, ""))),
+            Err(error) => Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                describe_tls_error(&error, ""),
+            )),
         }
     }
 
@@ -159,10 +189,13 @@ impl TlsStream {
         Ok(mem::take(&mut self.unreported))
     }
 
-    /// A broker that refuses our certificate sends an alert and closes the socket. The alert can still be read when
-    /// writing fails.
+    /// A broker that refuses our certificate sends an alert and closes the socket. The alert can
+    /// still be read when writing fails.
     fn explain_write_error(&mut self, error: io::Error) -> io::Error {
-        let is_closed = matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe);
+        let is_closed = matches!(
+            error.kind(),
+            io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+        );
         match is_closed.then(|| self.receive()) {
             Some(Err(cause)) if cause.kind() == io::ErrorKind::InvalidData => cause,
             _ => error,
@@ -176,7 +209,10 @@ fn wait_for(socket: &TcpStream, events: PollFlags, deadline: &Deadline) -> io::R
     if timeout.is_zero() {
         return Err(io::ErrorKind::TimedOut.into());
     }
-    match poll(&mut [PollFd::new(socket, events)], Timespec::try_from(timeout).ok().as_ref()) {
+    match poll(
+        &mut [PollFd::new(socket, events)],
+        Timespec::try_from(timeout).ok().as_ref(),
+    ) {
         Ok(_) | Err(Errno::INTR) => Ok(()),
         Err(error) => Err(error.into()),
     }
@@ -186,7 +222,10 @@ fn wait_for(socket: &TcpStream, events: PollFlags, deadline: &Deadline) -> io::R
 pub(crate) fn describe_tls_error(error: &rustls::Error, host: &str) -> String {
     match error {
         rustls::Error::InvalidCertificate(error) => {
-            format!("the certificate {}", describe_certificate_error(error, host))
+            format!(
+                "the certificate {}",
+                describe_certificate_error(error, host)
+            )
         }
         rustls::Error::AlertReceived(alert) => describe_alert(*alert).into(),
         error => error.to_string(),
@@ -198,7 +237,9 @@ fn describe_certificate_error(error: &CertificateError, host: &str) -> String {
     let text = match error {
         Kind::UnknownIssuer => "is signed by an unknown CA: is that CA in --ca-file?",
         Kind::Expired | Kind::ExpiredContext { .. } => "has expired: renew it on the broker",
-        Kind::NotValidYet | Kind::NotValidYetContext { .. } => "is not valid yet: is this machine's clock right?",
+        Kind::NotValidYet | Kind::NotValidYetContext { .. } => {
+            "is not valid yet: is this machine's clock right?"
+        }
         Kind::NotValidForName | Kind::NotValidForNameContext { .. } => {
             return format!("does not match host '{host}': is the host in the URL right?")
         }
@@ -208,7 +249,9 @@ fn describe_certificate_error(error: &CertificateError, host: &str) -> String {
             text if text.contains("CaUsedAsEndEntity") => {
                 "is a CA certificate: the broker needs one that is signed by a CA"
             }
-            text if text.contains("UnsupportedCertVersion") => "is X.509 version 1: version 3 is required",
+            text if text.contains("UnsupportedCertVersion") => {
+                "is X.509 version 1: version 3 is required"
+            }
             _ => "cannot be used for TLS",
         },
     };
@@ -219,8 +262,12 @@ fn describe_certificate_error(error: &CertificateError, host: &str) -> String {
 fn describe_alert(alert: AlertDescription) -> &'static str {
     use AlertDescription as Alert;
     match alert {
-        Alert::CertificateRequired => "the broker requires a client certificate: use --cert-file and --key-file",
-        Alert::HandshakeFailure => "the broker refused: does it require a client certificate, --cert-file?",
+        Alert::CertificateRequired => {
+            "the broker requires a client certificate: use --cert-file and --key-file"
+        }
+        Alert::HandshakeFailure => {
+            "the broker refused: does it require a client certificate, --cert-file?"
+        }
         Alert::UnknownCA => "the broker does not trust the CA of --cert-file",
         Alert::CertificateExpired => "the certificate in --cert-file has expired",
         Alert::BadCertificate

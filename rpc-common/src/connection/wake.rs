@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// A **waker** ends the wait of the one thread that waits on it. While that thread does not wait, a wake is a swap of a boolean.
+/// A **waker** ends the wait of the one thread that waits on it. While that thread does not wait, a
+/// wake is a swap of a boolean.
 #[derive(Clone, Debug)]
 pub struct Waker(Arc<State>);
 
@@ -25,10 +26,14 @@ impl Waker {
     /// When the system refuses a file descriptor.
     pub fn new() -> io::Result<Self> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Waker(Arc::new(State { event, is_waiting: AtomicBool::new(false) })))
+        Ok(Waker(Arc::new(State {
+            event,
+            is_waiting: AtomicBool::new(false),
+        })))
     }
 
-    /// Ends the wait. What this is about must have been stored before, where the waiting thread's `is_ready` looks.
+    /// Ends the wait. What this is about must have been stored before, where the waiting thread's
+    /// `is_ready` looks.
     pub fn wake(&self) {
         if self.0.is_waiting.swap(false, Ordering::SeqCst) {
             let _ = write(&self.0.event, &1u64.to_ne_bytes()); // fails if it is readable already
@@ -40,7 +45,8 @@ impl Waker {
         self.poll(&mut [], until, is_ready);
     }
 
-    /// As [`wait`](Self::wait), and ends when one of `files` is ready as well. A signal may end it, too.
+    /// As [`wait`](Self::wait), and ends when one of `files` is ready as well. A signal may end it,
+    /// too.
     pub(crate) fn poll<'a, const COUNT: usize>(
         &'a self,
         files: &mut [PollFd<'a>; COUNT],
@@ -49,14 +55,19 @@ impl Waker {
     ) {
         const MAX_FILES: usize = 3;
         self.0.is_waiting.store(true, Ordering::SeqCst);
-        let until = if is_ready() { Some(Instant::now()) } else { until };
+        let until = if is_ready() {
+            Some(Instant::now())
+        } else {
+            until
+        };
         let timeout = until.map(|until| until.saturating_duration_since(Instant::now()));
         let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         let mut all: [PollFd; MAX_FILES] = std::array::from_fn(|index| match files.get(index) {
             Some(file) => file.clone(),
             None => PollFd::new(&self.0.event, PollFlags::IN),
         });
-        let _ = poll(&mut all[..=COUNT], timeout.as_ref()); // fails if a signal interrupts it: then nothing is ready
+        // Fails if a signal interrupts it: then nothing is ready.
+        let _ = poll(&mut all[..=COUNT], timeout.as_ref());
         self.0.is_waiting.store(false, Ordering::SeqCst);
         if !all[COUNT].revents().is_empty() {
             let _ = read(&self.0.event, &mut [0; 8]); // cannot fail: it is readable

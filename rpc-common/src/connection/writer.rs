@@ -1,4 +1,5 @@
-//! The one way to write to the socket of a connection: whole frames, from any thread, one caller at a time.
+//! The one way to write to the socket of a connection: whole frames, from any thread, one caller at
+//! a time.
 
 use super::socket::Transport;
 use crate::sync::lock;
@@ -27,8 +28,16 @@ struct State {
 impl SocketWriter {
     /// Takes a non-blocking transport.
     pub(crate) fn new(transport: Transport) -> Self {
-        let state = Mutex::new(State { transport, backlog: VecDeque::new(), has_written: false, error: None });
-        SocketWriter { state, has_backlog: AtomicBool::new(false) }
+        let state = Mutex::new(State {
+            transport,
+            backlog: VecDeque::new(),
+            has_written: false,
+            error: None,
+        });
+        SocketWriter {
+            state,
+            has_backlog: AtomicBool::new(false),
+        }
     }
 
     /// Reads from the transport. With TLS reading and writing share their state.
@@ -46,14 +55,20 @@ impl SocketWriter {
         self.has_backlog.load(Ordering::SeqCst)
     }
 
-    /// Takes all of these frames, and writes what the socket takes now. Returns whether a backlog has begun.
+    /// Takes all of these frames, and writes what the socket takes now. Returns whether a backlog
+    /// has begun.
     ///
     /// # Errors
-    /// When the connection has ended. The socket is shut down for writing; what the peer has sent can still be read.
+    /// When the connection has ended. The socket is shut down for writing; what the peer has sent
+    /// can still be read.
     pub(crate) fn write(&self, frames: &[u8]) -> io::Result<bool> {
         let mut state = lock(&self.state);
         let had_backlog = !state.backlog.is_empty();
-        let written = if had_backlog { 0 } else { state.write_available(frames)? };
+        let written = if had_backlog {
+            0
+        } else {
+            state.write_available(frames)?
+        };
         if written < frames.len() {
             state.backlog.extend(&frames[written..]);
             self.has_backlog.store(true, Ordering::SeqCst);
@@ -61,12 +76,14 @@ impl SocketWriter {
         Ok(!had_backlog && written < frames.len())
     }
 
-    /// Writes what the socket takes now of the backlog. If writing fails the backlog is dropped; reading tells how the connection
-    /// ended.
+    /// Writes what the socket takes now of the backlog. If writing fails the backlog is dropped;
+    /// reading tells how the connection ended.
     pub(crate) fn write_backlog(&self) {
         let mut state = lock(&self.state);
         let mut backlog = std::mem::take(&mut state.backlog);
-        let written = state.write_available(backlog.make_contiguous()).unwrap_or(backlog.len());
+        let written = state
+            .write_available(backlog.make_contiguous())
+            .unwrap_or(backlog.len());
         backlog.drain(..written);
         if backlog.is_empty() {
             self.has_backlog.store(false, Ordering::SeqCst); // and its memory is freed
@@ -88,7 +105,8 @@ impl SocketWriter {
     /// Ends the connection.
     pub(crate) fn shut_down(&self) {
         let mut state = lock(&self.state);
-        let _ = state.transport.socket().shutdown(Shutdown::Both); // fails only if it is shut down already
+        // Fails only if it is shut down already.
+        let _ = state.transport.socket().shutdown(Shutdown::Both);
         state.backlog = VecDeque::new();
         self.has_backlog.store(false, Ordering::SeqCst);
     }
@@ -98,7 +116,8 @@ impl State {
     fn write_available(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.has_written = true;
         self.transport.write_available(bytes).inspect_err(|error| {
-            let _ = self.transport.socket().shutdown(Shutdown::Write); // poll(2) then reports its end
+            // poll(2) then reports its end.
+            let _ = self.transport.socket().shutdown(Shutdown::Write);
             let copy = io::Error::new(error.kind(), error.to_string());
             self.error.get_or_insert(copy);
         })
@@ -117,13 +136,17 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         socket.set_nonblocking(true).unwrap();
-        (SocketWriter::new(Transport::Plain(socket)), listener.accept().unwrap().0)
+        (
+            SocketWriter::new(Transport::Plain(socket)),
+            listener.accept().unwrap().0,
+        )
     }
 
     #[test]
     fn what_the_socket_does_not_take_is_written_later_and_in_order() {
         let (writer, mut peer) = writer();
-        let sent: Vec<u8> = (0..=255).cycle().take(64 << 20).collect(); // more than a socket buffers
+        // More than a socket buffers.
+        let sent: Vec<u8> = (0..=255).cycle().take(64 << 20).collect();
         for piece in sent.chunks(1 << 20) {
             writer.write(piece).unwrap();
         }
@@ -135,7 +158,10 @@ mod tests {
         });
         let start = Instant::now();
         while writer.has_backlog() {
-            assert!(start.elapsed() < Duration::from_secs(60), "the socket takes no more");
+            assert!(
+                start.elapsed() < Duration::from_secs(60),
+                "the socket takes no more"
+            );
             writer.write_backlog();
             thread::yield_now();
         }

@@ -11,7 +11,8 @@ const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../broker.sh");
 /// A private node. It is stopped when this is dropped or this process ends.
 pub(crate) struct Broker {
     url: String,
-    /// It stops the node when its standard input ends, so at the latest when this process ends, for whatever reason.
+    /// It stops the node when its standard input ends, so at the latest when this process ends, for
+    /// whatever reason.
     script: Child,
 }
 
@@ -28,8 +29,14 @@ impl Broker {
             .context("broker.sh")?;
         let mut url = String::new();
         BufReader::new(script.stdout.take().context("piped")?).read_line(&mut url)?;
-        ensure!(url.ends_with('\n'), "no private RabbitMQ: see the error of broker.sh above");
-        Ok(Broker { url: url.trim().into(), script })
+        ensure!(
+            url.ends_with('\n'),
+            "no private RabbitMQ: see the error of broker.sh above"
+        );
+        Ok(Broker {
+            url: url.trim().into(),
+            script,
+        })
     }
 
     pub(crate) fn url(&self) -> &str {

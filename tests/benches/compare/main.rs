@@ -1,8 +1,9 @@
 //! Compares `rpc-server` and `rpc-client` with the RPC tutorial on other libraries.
 //!
-//! In each round all of them are measured in turn, on one private broker: whatever slows the machine down for a while slows
-//! all of them. [`peers`] are the programs, [`metrics`] what is measured of each, [`own_metrics`] what is measured of ours
-//! only; [`report`] and [`plot`] show the results.
+//! In each round all of them are measured in turn, on one private broker: whatever slows the
+//! machine down for a while slows all of them. [`peers`] are the programs, [`metrics`] what is
+//! measured of each, [`own_metrics`] what is measured of ours only; [`report`] and [`plot`] show
+//! the results.
 
 mod broker;
 mod machine;
@@ -57,9 +58,17 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<()> {
-    let (rounds, seconds, batch_calls) = if cli.quick { (2, 0.5, 100_000.0) } else { (7, 1.5, 1_000_000.0) };
+    let (rounds, seconds, batch_calls) = if cli.quick {
+        (2, 0.5, 100_000.0)
+    } else {
+        (7, 1.5, 1_000_000.0)
+    };
     let rounds = cli.rounds.map_or(rounds, NonZeroU8::get);
-    let batch_calls = if cli.seconds.is_some() { 10_000.0 } else { batch_calls };
+    let batch_calls = if cli.seconds.is_some() {
+        10_000.0
+    } else {
+        batch_calls
+    };
     let seconds = cli.seconds.unwrap_or(seconds);
 
     let broker = Broker::start()?;
@@ -76,7 +85,13 @@ fn run(cli: &Cli) -> Result<()> {
     eprintln!("metrics that are measured once ...");
     own_metrics.measure_once(&bench, batch_calls, &results)?;
 
-    let report = Report { machine, rounds, seconds, results: &results, own_metrics: &own_metrics };
+    let report = Report {
+        machine,
+        rounds,
+        seconds,
+        results: &results,
+        own_metrics: &own_metrics,
+    };
     println!("{}", report.tables());
     if !cli.quick && Peer::ALL.iter().all(|peer| cli.peers.contains(peer)) {
         write_files(&report)?;
@@ -85,7 +100,8 @@ fn run(cli: &Cli) -> Result<()> {
 }
 
 fn measure_round(bench: &Bench, peers: &[Peer], round: u8, results: &mut Results) -> Result<()> {
-    // The order differs between rounds, so that no peer always follows the same one; it is the same in every run.
+    // The order differs between rounds, so that no peer always follows the same one; it is the same
+    // in every run.
     let mut peers = peers.to_vec();
     fastrand::Rng::with_seed(round.into()).shuffle(&mut peers);
     for metric in Metric::ALL {

@@ -32,7 +32,14 @@ pub(crate) enum Metric {
 use Metric::{Client, Cold, Latency, Memory, ServerPrefetch1, ServerPrefetch64};
 
 impl Metric {
-    pub(crate) const ALL: [Metric; 6] = [ServerPrefetch1, ServerPrefetch64, Client, Latency, Cold, Memory];
+    pub(crate) const ALL: [Metric; 6] = [
+        ServerPrefetch1,
+        ServerPrefetch64,
+        Client,
+        Latency,
+        Cold,
+        Memory,
+    ];
 
     pub(crate) fn title(self) -> &'static str {
         match self {
@@ -74,23 +81,43 @@ impl Load {
 
     /// Parses the output of that client.
     pub(crate) fn parse(output: &Output, peer: Peer) -> Result<Self> {
-        let load = if peer == Peer::Ours { Load::parse_summary(output) } else { Load::parse_peer(output) };
+        let load = if peer == Peer::Ours {
+            Load::parse_summary(output)
+        } else {
+            Load::parse_peer(output)
+        };
         load.with_context(|| format!("no numbers, or errors: {}{}", output.stdout, output.stderr))
     }
 
     fn parse_peer(output: &Output) -> Option<Self> {
-        let fields = output.stdout.split_whitespace().map(|field| field.parse().ok());
+        let fields = output
+            .stdout
+            .split_whitespace()
+            .map(|field| field.parse().ok());
         let [calls, seconds, p50_us] = fields.collect::<Option<Vec<f64>>>()?.try_into().ok()?;
-        Some(Load { calls, seconds, p50_us })
+        Some(Load {
+            calls,
+            seconds,
+            p50_us,
+        })
     }
 
     /// None if the summary has errors.
     fn parse_summary(output: &Output) -> Option<Self> {
-        let summary: serde_json::Value = serde_json::from_str(output.stderr.lines().next()?).ok()?;
+        let summary: serde_json::Value =
+            serde_json::from_str(output.stderr.lines().next()?).ok()?;
         let number = |pointer| summary.pointer(pointer)?.as_f64();
-        summary.get("errors")?.as_object()?.is_empty().then_some(())?;
+        summary
+            .get("errors")?
+            .as_object()?
+            .is_empty()
+            .then_some(())?;
         let p50_us = number("/latency_ms/p50")? * 1e3;
-        Some(Load { calls: number("/calls")?, seconds: number("/seconds")?, p50_us })
+        Some(Load {
+            calls: number("/calls")?,
+            seconds: number("/seconds")?,
+            p50_us,
+        })
     }
 
     pub(crate) fn rate(&self) -> f64 {
@@ -110,7 +137,11 @@ pub(crate) struct Bench<'a> {
 impl<'a> Bench<'a> {
     pub(crate) fn new(programs: &'a Programs, seconds: f64) -> Result<Self> {
         let server = Server::start(&programs.server(Peer::C, QUEUE, IN_FLIGHT))?;
-        Ok(Bench { programs, seconds, _server: server })
+        Ok(Bench {
+            programs,
+            seconds,
+            _server: server,
+        })
     }
 
     pub(crate) fn measure(&self, metric: Metric, peer: Peer) -> Result<f64> {
@@ -131,8 +162,8 @@ impl<'a> Bench<'a> {
         self.timed_load(Peer::C, &queue, IN_FLIGHT)
     }
 
-    /// The load for the duration of a measurement. Two shorter ones before it determine the number of calls, and are the
-    /// warm-up.
+    /// The load for the duration of a measurement. Two shorter ones before it determine the number
+    /// of calls, and are the warm-up.
     pub(crate) fn timed_load(&self, peer: Peer, queue: &str, in_flight: u16) -> Result<Load> {
         let mut calls = 200;
         for share in [0.15, 1.0] {
@@ -146,7 +177,14 @@ impl<'a> Bench<'a> {
         let client = self.calls(peer, queue, in_flight, calls);
         // The peers print no answers here, so ours go to /dev/null.
         let to_null = ["sh", "-c", "exec \"$@\" >/dev/null", "sh"];
-        Load::run(if peer == Peer::Ours { wrap(&to_null, &client) } else { client }, peer)
+        Load::run(
+            if peer == Peer::Ours {
+                wrap(&to_null, &client)
+            } else {
+                client
+            },
+            peer,
+        )
     }
 
     pub(crate) fn calls(&self, peer: Peer, queue: &str, in_flight: u16, calls: u64) -> Command {
@@ -171,7 +209,11 @@ impl<'a> Bench<'a> {
             let start = Instant::now();
             let output = run(command, b"")?;
             samples.push(start.elapsed().as_secs_f64() * 1e3);
-            ensure!(output.stdout.trim() == FIB_OF_N, "a wrong answer: {}", output.stdout);
+            ensure!(
+                output.stdout.trim() == FIB_OF_N,
+                "a wrong answer: {}",
+                output.stdout
+            );
         }
         Ok(Spread::of(&samples).context("at least five")?.median)
     }
@@ -179,11 +221,15 @@ impl<'a> Bench<'a> {
 
 /// Runs a client to its end, and returns its output and its peak memory in MiB.
 ///
-/// `time` starts the client, because a process inherits the peak memory of the process that spawns it: `time` uses less
-/// memory than any client, this process uses more.
+/// `time` starts the client, because a process inherits the peak memory of the process that spawns
+/// it: `time` uses less memory than any client, this process uses more.
 pub(crate) fn peak_memory(client: &Command, stdin: &[u8]) -> Result<(Output, f64)> {
     let output = run(wrap(&["/usr/bin/time", "-f", "%M"], client), stdin)?;
-    let kib: Option<f64> = output.stderr.lines().last().and_then(|line| line.parse().ok());
+    let kib: Option<f64> = output
+        .stderr
+        .lines()
+        .last()
+        .and_then(|line| line.parse().ok());
     let mib = kib.context("time prints KiB")? / 1024.0;
     Ok((output, mib))
 }
@@ -209,13 +255,16 @@ impl Results {
     /// How many times better ours is than C in the same round.
     pub(crate) fn ratio(&self, metric: Metric) -> Option<Spread> {
         let ours = self.samples(metric, Peer::Ours);
-        let ratios = ours.iter().zip(self.samples(metric, Peer::C)).map(|(ours, c)| {
-            if metric.higher_is_better() {
-                ours / c
-            } else {
-                c / ours
-            }
-        });
+        let ratios = ours
+            .iter()
+            .zip(self.samples(metric, Peer::C))
+            .map(|(ours, c)| {
+                if metric.higher_is_better() {
+                    ours / c
+                } else {
+                    c / ours
+                }
+            });
         Spread::of(&ratios.collect::<Vec<f64>>())
     }
 }

@@ -1,5 +1,5 @@
-//! Metrics that the peers do not have: slow functions, large answers, long batches. And the instructions per call, which
-//! other programs on the machine do not influence.
+//! Metrics that the peers do not have: slow functions, large answers, long batches. And the
+//! instructions per call, which other programs on the machine do not influence.
 
 use crate::metrics::{peak_memory, Bench, Load, Metric, Results, IN_FLIGHT, QUEUE};
 use crate::peers::Peer;
@@ -19,7 +19,8 @@ const IDEAL_RATE: f64 = 100.0;
 const LARGEST_N: &str = "1000000";
 const REPEAT: u64 = 20;
 
-/// Instructions are counted of this many calls, and of twice as many; the difference is what further calls cost.
+/// Instructions are counted of this many calls, and of twice as many; the difference is what
+/// further calls cost.
 const COUNTED_CALLS: u32 = 1_000;
 
 /// The table of our own metrics.
@@ -38,12 +39,22 @@ struct Row {
 impl OwnMetrics {
     /// Adds a sample with its unit, and a value that compares it with something else.
     fn record(&mut self, what: &str, sample: (f64, &'static str), compared: (f64, &'static str)) {
-        let row = self.0.iter().position(|row| row.what == what).unwrap_or_else(|| {
-            let (what, unit, comparison) = (what.into(), sample.1, compared.1);
-            let (samples, compared) = (Vec::new(), Vec::new());
-            self.0.push(Row { what, unit, samples, compared, comparison });
-            self.0.len() - 1
-        });
+        let row = self
+            .0
+            .iter()
+            .position(|row| row.what == what)
+            .unwrap_or_else(|| {
+                let (what, unit, comparison) = (what.into(), sample.1, compared.1);
+                let (samples, compared) = (Vec::new(), Vec::new());
+                self.0.push(Row {
+                    what,
+                    unit,
+                    samples,
+                    compared,
+                    comparison,
+                });
+                self.0.len() - 1
+            });
         self.0[row].samples.push(sample.0);
         self.0[row].compared.push(compared.0);
     }
@@ -61,7 +72,11 @@ impl OwnMetrics {
     pub(crate) fn measure_round(&mut self, bench: &Bench) -> Result<()> {
         let one = bench.slow_calls(1, 1)?;
         for workers in [1, 4, 16, 64] {
-            let rate = if workers == 1 { one } else { bench.slow_calls(1, workers)? };
+            let rate = if workers == 1 {
+                one
+            } else {
+                bench.slow_calls(1, workers)?
+            };
             let share = rate / (f64::from(workers) * IDEAL_RATE);
             let what = format!("each call takes {DELAY}, --workers {workers}");
             self.record(&what, (rate, "calls/s"), (share, "of the ideal"));
@@ -73,45 +88,90 @@ impl OwnMetrics {
         let (batch, _) = bench.batch_from_stdin(client.calls)?;
         let what = "numbers from standard input to a pipe, 64 in flight";
         let share = batch.rate() / client.rate();
-        self.record(what, (batch.rate(), "calls/s"), (share, "times --repeat just before"));
+        self.record(
+            what,
+            (batch.rate(), "calls/s"),
+            (share, "times --repeat just before"),
+        );
         let c = bench.load_with_our_properties(IN_FLIGHT, client.calls)?;
         let what = "C client with the request properties and confirms of rpc-client, 64 in flight";
         let ratio = client.rate() / c.rate();
-        self.record(what, (c.rate(), "calls/s"), (ratio, "ours vs C, measured just before"));
+        self.record(
+            what,
+            (c.rate(), "calls/s"),
+            (ratio, "ours vs C, measured just before"),
+        );
         let client = bench.timed_load(Peer::Ours, QUEUE, 1)?;
         let c = bench.load_with_our_properties(1, client.calls)?;
         let what = "the same, one call at a time, p50";
         let ratio = c.p50_us / client.p50_us;
-        self.record(what, (c.p50_us, "µs"), (ratio, "ours vs C, measured just before"));
+        self.record(
+            what,
+            (c.p50_us, "µs"),
+            (ratio, "ours vs C, measured just before"),
+        );
         for in_flight in [1, IN_FLIGHT] {
             let what = format!("context switches of the client per call, {in_flight} in flight");
-            let [ours, c] = [Peer::Ours, Peer::C].map(|peer| bench.switches_of_client(peer, in_flight));
+            let [ours, c] =
+                [Peer::Ours, Peer::C].map(|peer| bench.switches_of_client(peer, in_flight));
             self.record(&what, (ours?, "switches"), (c?, "in C"));
         }
         for prefetch in [1, IN_FLIGHT] {
             let what = format!("context switches of the server per call, prefetch {prefetch}");
-            let [ours, c] = [Peer::Ours, Peer::C].map(|peer| bench.switches_of_server(peer, prefetch));
+            let [ours, c] =
+                [Peer::Ours, Peer::C].map(|peer| bench.switches_of_server(peer, prefetch));
             self.record(&what, (ours?, "switches"), (c?, "in C"));
         }
         let (ours, gmp) = bench.largest_n()?;
         let what = format!("a call of fib({LARGEST_N}), p50");
-        self.record(&what, (ours, "ms"), (ours / gmp, "times GMP without a call"));
+        self.record(
+            &what,
+            (ours, "ms"),
+            (ours / gmp, "times GMP without a call"),
+        );
         Ok(())
     }
 
-    pub(crate) fn measure_once(&mut self, bench: &Bench, calls: f64, results: &Results) -> Result<()> {
+    pub(crate) fn measure_once(
+        &mut self,
+        bench: &Bench,
+        calls: f64,
+        results: &Results,
+    ) -> Result<()> {
         let (load, memory) = bench.batch_from_stdin(calls)?;
-        let one = results.spread(Metric::Memory, Peer::Ours).map_or(f64::NAN, |one| one.median);
-        let what = format!("peak memory of {} calls from standard input, {:.0} s", number(load.calls), load.seconds);
-        self.record(&what, (memory, "MiB"), (memory / one, "times the memory of one call"));
+        let one = results
+            .spread(Metric::Memory, Peer::Ours)
+            .map_or(f64::NAN, |one| one.median);
+        let what = format!(
+            "peak memory of {} calls from standard input, {:.0} s",
+            number(load.calls),
+            load.seconds
+        );
+        self.record(
+            &what,
+            (memory, "MiB"),
+            (memory / one, "times the memory of one call"),
+        );
 
         let cold = |peer| instructions(&bench.call_once(peer));
         let in_client = |peer| bench.instructions_of_client(peer);
         let in_server = |peer| bench.instructions_of_server(peer);
         let mut record = |what, ours, c| self.record(what, (ours, "instructions"), (c, "in C"));
-        record("client, one call from start to exit", cold(Peer::Ours)?, cold(Peer::C)?);
-        record("client, each further call", in_client(Peer::Ours)?, in_client(Peer::C)?);
-        record("server, each further call", in_server(Peer::Ours)?, in_server(Peer::C)?);
+        record(
+            "client, one call from start to exit",
+            cold(Peer::Ours)?,
+            cold(Peer::C)?,
+        );
+        record(
+            "client, each further call",
+            in_client(Peer::Ours)?,
+            in_client(Peer::C)?,
+        );
+        record(
+            "server, each further call",
+            in_server(Peer::Ours)?,
+            in_server(Peer::C)?,
+        );
         Ok(())
     }
 }
@@ -124,8 +184,9 @@ impl Bench<'_> {
         command.args(["--workers", &workers.to_string(), "--delay", DELAY]);
         let started = (0..servers).map(|_| Server::start(&command));
         let _servers = started.collect::<Result<Vec<Server>>>()?;
-        // In each round every worker serves one call. Whole rounds, so that no worker is idle at the end; and two rounds in
-        // flight, so that the next request is there when a worker is free.
+        // In each round every worker serves one call. Whole rounds, so that no worker is idle at
+        // the end; and two rounds in flight, so that the next request is there when a worker is
+        // free.
         let round = u64::from(servers) * u64::from(workers);
         let rounds = whole_calls(self.seconds * IDEAL_RATE);
         let load = |calls| self.load(Peer::C, &queue, 2 * servers * workers, calls);
@@ -145,8 +206,8 @@ impl Bench<'_> {
         Ok((ours, run(gmp, b"")?.stdout.trim().parse()?))
     }
 
-    /// The load of the C client with requests that are mandatory, persistent, expire and are confirmed, like those of rpc-client.
-    /// That costs time in the broker.
+    /// The load of the C client with requests that are mandatory, persistent, expire and are
+    /// confirmed, like those of rpc-client. That costs time in the broker.
     fn load_with_our_properties(&self, in_flight: u16, calls: f64) -> Result<Load> {
         let mut client = self.calls(Peer::C, QUEUE, in_flight, whole_calls(calls));
         client.env("RPC_CLIENT_PROPERTIES", "1");
@@ -159,20 +220,30 @@ impl Bench<'_> {
         let mut client = self.programs.client(Peer::Ours, QUEUE, IN_FLIGHT, 1);
         client.arg("-");
         let (output, memory) = peak_memory(&client, &b"30\n".repeat(calls))?;
-        ensure!(output.stdout.lines().count() == calls, "the number of lines is not the number of calls");
+        ensure!(
+            output.stdout.lines().count() == calls,
+            "the number of lines is not the number of calls"
+        );
         Ok((Load::parse(&output, Peer::Ours)?, memory))
     }
 
-    /// The voluntary context switches of a client per call, which other programs on the machine do not influence.
+    /// The voluntary context switches of a client per call, which other programs on the machine do
+    /// not influence.
     fn switches_of_client(&self, peer: Peer, in_flight: u16) -> Result<f64> {
         let factor = u64::from(in_flight); // many calls share a switch
         let switches = per_call(|calls| {
             let calls = calls * factor;
             let to_null = ["sh", "-c", "exec \"$@\" >/dev/null", "sh"];
-            let counted =
-                wrap(&["/usr/bin/time", "-f", "%w"], &wrap(&to_null, &self.calls(peer, QUEUE, in_flight, calls)));
+            let counted = wrap(
+                &["/usr/bin/time", "-f", "%w"],
+                &wrap(&to_null, &self.calls(peer, QUEUE, in_flight, calls)),
+            );
             let output = run(counted, b"")?;
-            let count = output.stderr.lines().last().and_then(|line| line.parse().ok());
+            let count = output
+                .stderr
+                .lines()
+                .last()
+                .and_then(|line| line.parse().ok());
             count.context("time prints the context switches")
         })?;
         Ok(switches / f64::from(in_flight))
@@ -197,7 +268,8 @@ impl Bench<'_> {
         let queue = format!("bench.counted.{peer}");
         per_call(|calls| {
             let log = CallgrindLog::new();
-            let server = Server::start(&log.count_instructions(&self.programs.server(peer, &queue, 1)))?;
+            let server =
+                Server::start(&log.count_instructions(&self.programs.server(peer, &queue, 1)))?;
             self.load(Peer::C, &queue, 1, calls)?;
             server.stop()?;
             log.read()
@@ -205,10 +277,13 @@ impl Bench<'_> {
     }
 }
 
-/// The instructions of a further call, without those of start and exit. The calls run one at a time, because otherwise it
-/// varies how many calls share a read or a write.
+/// The instructions of a further call, without those of start and exit. The calls run one at a
+/// time, because otherwise it varies how many calls share a read or a write.
 fn per_call(count: impl Fn(u64) -> Result<f64>) -> Result<f64> {
-    Ok((count(u64::from(COUNTED_CALLS) * 2)? - count(COUNTED_CALLS.into())?) / f64::from(COUNTED_CALLS))
+    Ok(
+        (count(u64::from(COUNTED_CALLS) * 2)? - count(COUNTED_CALLS.into())?)
+            / f64::from(COUNTED_CALLS),
+    )
 }
 
 /// The instructions of a program from its start to its exit.
@@ -230,13 +305,24 @@ impl CallgrindLog {
     /// The command that runs `command` and counts its instructions.
     fn count_instructions(&self, command: &Command) -> Command {
         let log = format!("--log-file={}", self.0);
-        wrap(&["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", &log], command)
+        wrap(
+            &[
+                "valgrind",
+                "--tool=callgrind",
+                "--callgrind-out-file=/dev/null",
+                &log,
+            ],
+            command,
+        )
     }
 
     fn read(&self) -> Result<f64> {
         let text = fs::read_to_string(&self.0)?;
-        let count = text.lines().find_map(|line| line.split_once("Collected : "));
-        let (_, count) = count.with_context(|| format!("no count in the log of valgrind: {text}"))?;
+        let count = text
+            .lines()
+            .find_map(|line| line.split_once("Collected : "));
+        let (_, count) =
+            count.with_context(|| format!("no count in the log of valgrind: {text}"))?;
         Ok(count.trim().parse()?)
     }
 }

@@ -58,11 +58,17 @@ impl<'a> Programs<'a> {
     /// Fails at once if one of the programs is missing.
     pub(crate) fn find(url: &'a str) -> Result<Self> {
         let this = env::current_exe()?;
-        let ours = this.parent().context("a program is in a folder")?.to_owned();
+        let ours = this
+            .parent()
+            .context("a program is in a folder")?
+            .to_owned();
         let built = ours.with_file_name("peers"); // profiles are below the target folder
         let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../peers");
         for program in ["rpc-server", "rpc-client"] {
-            ensure!(ours.join(program).exists(), "{program} is not built: run 'make build'");
+            ensure!(
+                ours.join(program).exists(),
+                "{program} is not built: run 'make build'"
+            );
         }
         let needed = "c-server c-client c-fib go-server go-client lapin-server lapin-client \
                       node/node_modules/amqplib python/bin/python \
@@ -73,7 +79,12 @@ impl<'a> Programs<'a> {
                 "{needed} is missing: run 'tests/setup.sh peers bench', or 'make bench' which does"
             );
         }
-        Ok(Programs { ours, built, sources, url })
+        Ok(Programs {
+            ours,
+            built,
+            sources,
+            url,
+        })
     }
 
     /// The command of a server that prints no line per request.
@@ -81,15 +92,17 @@ impl<'a> Programs<'a> {
         let mut server = self.program(peer, "server", queue);
         let prefetch = prefetch.to_string();
         if peer == Ours {
-            server.env("RUST_LOG", "warn").args(["--quiet", "--prefetch", &prefetch]);
+            server
+                .env("RUST_LOG", "warn")
+                .args(["--quiet", "--prefetch", &prefetch]);
         } else {
             server.env("RPC_PREFETCH", prefetch).env("RPC_QUIET", "1");
         }
         server
     }
 
-    /// The command of a client that makes a call `repeat` times for each number among its arguments, and prints the time it
-    /// took.
+    /// The command of a client that makes a call `repeat` times for each number among its
+    /// arguments, and prints the time it took.
     pub(crate) fn client(&self, peer: Peer, queue: &str, in_flight: u16, repeat: u64) -> Command {
         let (in_flight, repeat) = (in_flight.to_string(), repeat.to_string());
         let mut client = self.program(peer, "client", queue);
@@ -97,7 +110,9 @@ impl<'a> Programs<'a> {
             client.args(["--quiet", "--summary=json", "-o", "raw", "-j", &in_flight]);
             client.args(["--repeat", &repeat]);
         } else {
-            client.env("RPC_IN_FLIGHT", in_flight).env("RPC_REPEAT", repeat);
+            client
+                .env("RPC_IN_FLIGHT", in_flight)
+                .env("RPC_REPEAT", repeat);
         }
         client
     }
@@ -110,10 +125,16 @@ impl<'a> Programs<'a> {
             C | Go | Lapin => (self.built.join(format!("{peer}-{half}")), None),
             Node => ("node".into(), Some(source(&format!("{half}.js")))),
             Php => ("php".into(), Some(source(&format!("{half}.php")))),
-            Python => (self.built.join("python/bin/python"), Some(source(&format!("{half}.py")))),
+            Python => (
+                self.built.join("python/bin/python"),
+                Some(source(&format!("{half}.py"))),
+            ),
         };
         let mut command = Command::new(program);
-        command.args(argument).env("AMQP_URL", self.url).env_remove("RUST_LOG");
+        command
+            .args(argument)
+            .env("AMQP_URL", self.url)
+            .env_remove("RUST_LOG");
         match peer {
             Ours => command.args(["--queue", queue]),
             _ => command.env("RPC_QUEUE", queue),

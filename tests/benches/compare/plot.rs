@@ -37,13 +37,27 @@ pub(crate) fn draw(results: &Results, path: &Path) -> Result<()> {
 }
 
 fn draw_panel(panel: &Area, metric: Metric, results: &Results) -> Result<()> {
-    let better = if metric.higher_is_better() { "higher" } else { "lower" };
+    let better = if metric.higher_is_better() {
+        "higher"
+    } else {
+        "lower"
+    };
     let what = format!("{}, {better} is better", metric.unit());
-    panel.draw(&Text::new(metric.title(), (12, 10), text(17.0, FontStyle::Bold, HPos::Left)))?;
-    panel.draw(&Text::new(what, (12, 28), text(14.0, FontStyle::Normal, HPos::Left)))?;
+    panel.draw(&Text::new(
+        metric.title(),
+        (12, 10),
+        text(17.0, FontStyle::Bold, HPos::Left),
+    ))?;
+    panel.draw(&Text::new(
+        what,
+        (12, 28),
+        text(14.0, FontStyle::Normal, HPos::Left),
+    ))?;
 
     let spreads = Peer::ALL.map(|peer| (peer, results.spread(metric, peer)));
-    let max = spreads.iter().filter_map(|(_, spread)| Some(spread.as_ref()?.max));
+    let max = spreads
+        .iter()
+        .filter_map(|(_, spread)| Some(spread.as_ref()?.max));
     let max = max.fold(f64::MIN_POSITIVE, f64::max);
     let mut y = FIRST_BAR + HALF_BAR;
     for (peer, spread) in spreads {
@@ -59,7 +73,11 @@ fn draw_panel(panel: &Area, metric: Metric, results: &Results) -> Result<()> {
 fn draw_bar(panel: &Area, y: i32, peer: Peer, spread: Spread, max: f64) -> Result<()> {
     #[allow(clippy::cast_possible_truncation)] // to pixels
     let x = |value: f64| BARS_BEGIN + (value / max * BARS_LENGTH).round() as i32;
-    let (color, style) = if peer == Peer::Ours { (OURS, FontStyle::Bold) } else { (THEIRS, FontStyle::Normal) };
+    let (color, style) = if peer == Peer::Ours {
+        (OURS, FontStyle::Bold)
+    } else {
+        (THEIRS, FontStyle::Normal)
+    };
     let name = text(15.0, style, HPos::Right).pos(Pos::new(HPos::Right, VPos::Center));
     panel.draw(&Text::new(peer.name(), (BARS_BEGIN - 8, y), name))?;
 

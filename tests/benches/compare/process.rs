@@ -19,8 +19,8 @@ pub(crate) struct Output {
 
 /// Runs a program to its end, and fails unless its exit code is 0.
 ///
-/// No other program is wrapped around it, because that would be measured, too. Ctrl-C also ends the program, and it ends at
-/// the latest with the broker, because it is a client.
+/// No other program is wrapped around it, because that would be measured, too. Ctrl-C also ends the
+/// program, and it ends at the latest with the broker, because it is a client.
 pub(crate) fn run(command: Command, stdin: &[u8]) -> Result<Output> {
     let what = format!("{command:?}");
     let output = assert_cmd::Command::from_std(command)
@@ -30,14 +30,24 @@ pub(crate) fn run(command: Command, stdin: &[u8]) -> Result<Output> {
         .with_context(|| what.clone())?;
     let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
     let stderr = text(&output.stderr);
-    ensure!(output.status.success(), "{what}: {}: {stderr}", output.status);
-    Ok(Output { stdout: text(&output.stdout), stderr })
+    ensure!(
+        output.status.success(),
+        "{what}: {}: {stderr}",
+        output.status
+    );
+    Ok(Output {
+        stdout: text(&output.stdout),
+        stderr,
+    })
 }
 
 /// The command as arguments of another one, such as `time` or `valgrind`.
 pub(crate) fn wrap(prefix: &[&str], command: &Command) -> Command {
     let mut outer = Command::new(prefix[0]);
-    outer.args(&prefix[1..]).arg(command.get_program()).args(command.get_args());
+    outer
+        .args(&prefix[1..])
+        .arg(command.get_program())
+        .args(command.get_args());
     for (name, value) in command.get_envs() {
         match value {
             Some(value) => outer.env(name, value),
@@ -53,8 +63,8 @@ pub(crate) struct Server(Child);
 impl Server {
     /// Starts it, and waits until it serves.
     ///
-    /// The caller must be the main thread: for Linux the parent of a process is a thread, and `--pdeathsig` kills the child
-    /// when that thread ends.
+    /// The caller must be the main thread: for Linux the parent of a process is a thread, and
+    /// `--pdeathsig` kills the child when that thread ends.
     pub(crate) fn start(command: &Command) -> Result<Self> {
         let child = wrap(&["setpriv", "--pdeathsig", "KILL"], command)
             .stdin(Stdio::null())
@@ -66,7 +76,10 @@ impl Server {
         let (sender, lines) = mpsc::channel();
         thread::spawn(move || {
             // Reads to the end, so that the server never waits for a reader.
-            stdout.lines().map_while(Result::ok).for_each(|line| drop(sender.send(line)));
+            stdout
+                .lines()
+                .map_while(Result::ok)
+                .for_each(|line| drop(sender.send(line)));
         });
         match lines.recv_timeout(PROCESS_TIMEOUT) {
             Ok(line) if line == " [x] Awaiting RPC requests" => Ok(server),
@@ -80,7 +93,9 @@ impl Server {
         let mut all = 0.0;
         for thread in fs::read_dir(format!("/proc/{}/task", self.0.id()))? {
             let status = fs::read_to_string(thread?.path().join("status"))?;
-            let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+            let count = status
+                .lines()
+                .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
             all += count.context("Linux counts them")?.trim().parse::<f64>()?;
         }
         Ok(all)

@@ -48,7 +48,8 @@ impl Report<'_> {
         )
     }
 
-    /// The README with the part between the markers replaced. That part has the medians only; the plot has the ranges.
+    /// The README with the part between the markers replaced. That part has the medians only; the
+    /// plot has the ranges.
     pub(crate) fn fill_in(&self, readme: &str) -> Result<String> {
         let missing = "README.md has no benchmark markers";
         let (before, rest) = readme.split_once(BEGIN).context(missing)?;
@@ -76,13 +77,18 @@ impl Report<'_> {
             let mut row = vec![Some(format!("{} ({})", metric.title(), metric.unit()))];
             row.extend(Peer::ALL.map(of_peer));
             row.push(self.results.ratio(metric).map(range));
-            row.into_iter().map(|cell| cell.unwrap_or("–".into())).collect()
+            row.into_iter()
+                .map(|cell| cell.unwrap_or("–".into()))
+                .collect()
         });
         table(&header, &rows)
     }
 
     fn own_table(&self) -> String {
-        table(&["", "ours", ""].map(String::from), &self.own_metrics.rows())
+        table(
+            &["", "ours", ""].map(String::from),
+            &self.own_metrics.rows(),
+        )
     }
 }
 
@@ -91,15 +97,25 @@ fn table(header: &[String], rows: &[Vec<String>]) -> String {
     let length = |text: &String| text.chars().count();
     let widths: Vec<usize> = (0..header.len())
         .map(|column| {
-            let longest = rows.iter().map(|row| length(&row[column])).max().unwrap_or_default();
+            let longest = rows
+                .iter()
+                .map(|row| length(&row[column]))
+                .max()
+                .unwrap_or_default();
             longest.max(length(&header[column])).max(3)
         })
         .collect();
     let line = |cells: &[String]| -> String {
-        let cells = cells.iter().zip(&widths).map(|(cell, width)| format!(" {cell:width$} |"));
+        let cells = cells
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| format!(" {cell:width$} |"));
         format!("|{}\n", cells.collect::<String>())
     };
-    let rule: String = widths.iter().map(|width| format!(" {} |", "-".repeat(*width))).collect();
+    let rule: String = widths
+        .iter()
+        .map(|width| format!(" {} |", "-".repeat(*width)))
+        .collect();
     let rows: String = rows.iter().map(|row| line(row)).collect();
     format!("{}|{rule}\n{rows}", line(header))
 }

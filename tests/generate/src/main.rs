@@ -1,5 +1,6 @@
-//! Generates the man pages and the completions for bash, zsh and fish, below a folder that is laid out like `/usr/share`. A
-//! program of its own, so that it costs the others nothing; it compiles their command lines from their source.
+//! Generates the man pages and the completions for bash, zsh and fish, below a folder that is laid
+//! out like `/usr/share`. A program of its own, so that it costs the others nothing; it compiles
+//! their command lines from their source.
 
 #![allow(dead_code)] // of the programs' sources it uses the command lines only
 

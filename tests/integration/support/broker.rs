@@ -1,4 +1,5 @@
-//! The broker of the tests: the one of `AMQP_URL`, or a private node; and nodes whose state a test changes.
+//! The broker of the tests: the one of `AMQP_URL`, or a private node; and nodes whose state a test
+//! changes.
 
 use super::broker_features::broker_version_at;
 use super::eventually;
@@ -19,15 +20,26 @@ pub(crate) fn url() -> &'static str {
             return private_node().url().to_owned();
         };
         let endpoint = Endpoint::parse(&url, "AMQP_URL").expect("AMQP_URL is well formed");
-        let opened = Connection::open(&endpoint, "test", &Deadline::after(Duration::from_secs(10)), &Owner::Standby);
-        assert!(opened.is_ok(), "cannot use the broker of AMQP_URL: {:?}", opened.err());
+        let opened = Connection::open(
+            &endpoint,
+            "test",
+            &Deadline::after(Duration::from_secs(10)),
+            &Owner::Standby,
+        );
+        assert!(
+            opened.is_ok(),
+            "cannot use the broker of AMQP_URL: {:?}",
+            opened.err()
+        );
         url
     })
 }
 
 /// Host and port of the broker, as messages show them.
 pub(crate) fn authority() -> String {
-    Endpoint::parse(url(), "the test").expect("the broker's URL is well formed").broker
+    Endpoint::parse(url(), "the test")
+        .expect("the broker's URL is well formed")
+        .broker
 }
 
 /// The credentials (`user:password`) and the path of the broker's URL, still percent-encoded.
@@ -60,8 +72,8 @@ pub(crate) fn url_with_vhost(vhost: &str) -> String {
 
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/broker.sh");
 
-/// A running `broker.sh` with its nodes. They stop when the standard input of the script ends, so at the latest when
-/// this process ends, for whatever reason.
+/// A running `broker.sh` with its nodes. They stop when the standard input of the script ends, so
+/// at the latest when this process ends, for whatever reason.
 struct RunningScript {
     folder: PathBuf,
     urls: Vec<String>,
@@ -69,8 +81,8 @@ struct RunningScript {
 }
 
 impl RunningScript {
-    /// Starts nodes with `config` added to `rabbitmq.conf`, and waits until they are ready. `mode` is `cluster` or
-    /// nothing, and `nodes` is how many nodes the script starts in that mode.
+    /// Starts nodes with `config` added to `rabbitmq.conf`, and waits until they are ready. `mode`
+    /// is `cluster` or nothing, and `nodes` is how many nodes the script starts in that mode.
     fn start(mode: &[&str], nodes: usize, name: &str, config: &str) -> Self {
         let common_config = env::var("NODE_CONFIG").unwrap_or_default();
         let folder = env::temp_dir().join(format!("rpc-tests-{name}-{}", process::id()));
@@ -87,8 +99,16 @@ impl RunningScript {
             .expect("bash runs broker.sh");
         let urls = BufReader::new(process.stdout.take().expect("piped")).lines();
         let urls: Vec<String> = urls.take(nodes).map_while(Result::ok).collect();
-        assert_eq!(urls.len(), nodes, "no private RabbitMQ: see the error of broker.sh above");
-        RunningScript { folder, urls, _process: process }
+        assert_eq!(
+            urls.len(),
+            nodes,
+            "no private RabbitMQ: see the error of broker.sh above"
+        );
+        RunningScript {
+            folder,
+            urls,
+            _process: process,
+        }
     }
 }
 
@@ -96,28 +116,37 @@ impl RunningScript {
 #[track_caller]
 fn run_script(folder: &Path, mode: &[&str], command: &str, args: &[&str]) -> String {
     let mut script = Command::new(SCRIPT);
-    let output = script.args(mode).arg(command).arg(folder).args(args).output();
+    let output = script
+        .args(mode)
+        .arg(command)
+        .arg(folder)
+        .args(args)
+        .output();
     let output = output.expect("bash runs broker.sh");
     let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-    assert!(output.status.success(), "broker.sh {command} {args:?}: {text}");
+    assert!(
+        output.status.success(),
+        "broker.sh {command} {args:?}: {text}"
+    );
     text
 }
 
 /// A RabbitMQ node that the tests started.
 pub(crate) struct Node(RunningScript);
 
-/// The node that all tests share, to which they may add users, policies and listeners. It is also the tests' broker,
-/// unless `AMQP_URL` names another one.
+/// The node that all tests share, to which they may add users, policies and listeners. It is also
+/// the tests' broker, unless `AMQP_URL` names another one.
 pub(crate) fn private_node() -> &'static Node {
     static NODE: OnceLock<Node> = OnceLock::new();
     NODE.get_or_init(|| Node::start("shared", ""))
 }
 
-/// A node that only one test at a time uses, for what would disturb other tests. Its largest message is 100,000
-/// bytes.
+/// A node that only one test at a time uses, for what would disturb other tests. Its largest
+/// message is 100,000 bytes.
 pub(crate) fn exclusive_node() -> MutexGuard<'static, Node> {
     static NODE: OnceLock<Mutex<Node>> = OnceLock::new();
-    let node = NODE.get_or_init(|| Mutex::new(Node::start("exclusive", "max_message_size = 100000")));
+    let node =
+        NODE.get_or_init(|| Mutex::new(Node::start("exclusive", "max_message_size = 100000")));
     // The state of the node is sound after a failed test: guards restore it when they are dropped.
     node.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -138,7 +167,11 @@ impl Node {
     }
 
     pub(crate) fn port(&self) -> u16 {
-        self.url().rsplit(':').next().and_then(|port| port.parse().ok()).expect("the URL has a port")
+        self.url()
+            .rsplit(':')
+            .next()
+            .and_then(|port| port.parse().ok())
+            .expect("the URL has a port")
     }
 
     /// The node's folder. The node can read it, and removes it when it stops.
@@ -159,14 +192,16 @@ impl Node {
         String::from_utf8_lossy(&files.filter_map(text).collect::<Vec<_>>().concat()).into_owned()
     }
 
-    /// Waits until all connections are closed, and returns how many, since the node started, were closed without the
-    /// AMQP close handshake.
+    /// Waits until all connections are closed, and returns how many, since the node started, were
+    /// closed without the AMQP close handshake.
     pub(crate) fn unclean_closes(&self) -> usize {
         eventually("the end of all connections", || {
             let connections = self.rabbitmqctl(&["list_connections", "--no-table-headers", "name"]);
             connections.trim().is_empty().then_some(())
         });
-        self.log().matches("client unexpectedly closed TCP connection").count()
+        self.log()
+            .matches("client unexpectedly closed TCP connection")
+            .count()
     }
 
     /// Adds a user who may do everything.
@@ -197,7 +232,10 @@ impl Node {
         let name = format!("rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>)");
         let cancel_all =
             format!("[gen_server2:call(amqqueue:get_pid(Q), {cancel}) || C <- rabbit_amqqueue:consumers(Q)]");
-        self.rabbitmqctl(&["eval", &format!("{{ok, Q}} = rabbit_amqqueue:lookup({name}), {cancel_all}.")]);
+        self.rabbitmqctl(&[
+            "eval",
+            &format!("{{ok, Q}} = rabbit_amqqueue:lookup({name}), {cancel_all}."),
+        ]);
     }
 
     /// Blocks publishers by a memory alarm, until the guard is dropped.
@@ -215,7 +253,11 @@ impl Node {
     /// Sets a variable of the application `rabbit`, until the guard is dropped.
     pub(crate) fn set_variable(&self, variable: &str, value: &str) -> impl Drop + '_ {
         let old = self.rabbitmqctl(&["eval", &format!("application:get_env(rabbit, {variable}).")]);
-        let old = old.trim().trim_start_matches("{ok,").trim_end_matches('}').to_owned();
+        let old = old
+            .trim()
+            .trim_start_matches("{ok,")
+            .trim_end_matches('}')
+            .to_owned();
         let set = move |variable: &str, value: &str| {
             let expression = format!("application:set_env(rabbit, {variable}, {value}).");
             self.rabbitmqctl(&["eval", &expression]);
@@ -225,7 +267,8 @@ impl Node {
         RunOnDrop(move || set(&variable, &old))
     }
 
-    /// A function that stops the node's processes by SIGSTOP, and a guard that continues them when it is dropped.
+    /// A function that stops the node's processes by SIGSTOP, and a guard that continues them when
+    /// it is dropped.
     pub(crate) fn freezer(&self) -> (impl FnOnce() + Send + 'static, impl Drop) {
         let [freeze, thaw] = ["freeze", "thaw"].map(|name| {
             let folder = self.folder().to_owned();

@@ -1,6 +1,9 @@
 //! Certificates for the tests: a CA of their own, and the certificates that it signs.
 
-use rcgen::{date_time_ymd, BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
+use rcgen::{
+    date_time_ymd, BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose,
+};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -21,7 +24,10 @@ impl Authority {
         let key = KeyPair::generate().expect("the system has random numbers");
         let root = params.self_signed(&key).expect("the key signs");
         fs::write(folder.join("ca.pem"), root.pem()).expect("the folder is writable");
-        Authority { folder, issuer: Issuer::new(params, key) }
+        Authority {
+            folder,
+            issuer: Issuer::new(params, key),
+        }
     }
 
     /// The file with the certificate of the authority.
@@ -29,7 +35,8 @@ impl Authority {
         self.file("ca.pem")
     }
 
-    /// Signs a certificate for `name` that is valid for these hosts. Returns the files of the certificate and of its key.
+    /// Signs a certificate for `name` that is valid for these hosts. Returns the files of the
+    /// certificate and of its key.
     pub(crate) fn sign(&self, name: &str, hosts: &[&str]) -> (String, String) {
         self.sign_with(&params(name, hosts), name)
     }
@@ -43,7 +50,9 @@ impl Authority {
 
     fn sign_with(&self, params: &CertificateParams, name: &str) -> (String, String) {
         let key = KeyPair::generate().expect("the system has random numbers");
-        let certificate = params.signed_by(&key, &self.issuer).expect("the authority signs");
+        let certificate = params
+            .signed_by(&key, &self.issuer)
+            .expect("the authority signs");
         let files = (format!("{name}.pem"), format!("{name}.key"));
         fs::write(self.folder.join(&files.0), certificate.pem()).expect("the folder is writable");
         fs::write(self.folder.join(&files.1), key.serialize_pem()).expect("the folder is writable");
@@ -51,12 +60,19 @@ impl Authority {
     }
 
     fn file(&self, name: &str) -> String {
-        self.folder.join(name).to_str().expect("the temporary folder is UTF-8").into()
+        self.folder
+            .join(name)
+            .to_str()
+            .expect("the temporary folder is UTF-8")
+            .into()
     }
 }
 
 fn params(name: &str, hosts: &[&str]) -> CertificateParams {
-    let hosts = hosts.iter().map(|&host| host.to_owned()).collect::<Vec<_>>();
+    let hosts = hosts
+        .iter()
+        .map(|&host| host.to_owned())
+        .collect::<Vec<_>>();
     let mut params = CertificateParams::new(hosts).expect("they are host names");
     params.distinguished_name.push(DnType::CommonName, name);
     params

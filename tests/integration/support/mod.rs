@@ -12,7 +12,8 @@ pub(crate) mod scripted_broker;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// The limit of every wait for something that is expected to happen. Only a failing test reaches it.
+/// The limit of every wait for something that is expected to happen. Only a failing test reaches
+/// it.
 pub(crate) const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Calls `poll` until it returns a value, and fails after [`TEST_TIMEOUT`].
@@ -23,7 +24,10 @@ pub(crate) fn eventually<T>(what: &str, mut poll: impl FnMut() -> Option<T>) -> 
         if let Some(value) = poll() {
             return value;
         }
-        assert!(start.elapsed() < TEST_TIMEOUT, "timed out after {TEST_TIMEOUT:?}: {what}");
+        assert!(
+            start.elapsed() < TEST_TIMEOUT,
+            "timed out after {TEST_TIMEOUT:?}: {what}"
+        );
         thread::sleep(Duration::from_millis(5));
     }
 }

@@ -2,9 +2,9 @@
 
 use super::{broker, eventually};
 use amiquip::{
-    AmqpProperties, AmqpValue, Auth, Channel, Connection, ConnectionOptions, ConnectionTuning, Consumer,
-    ConsumerMessage, ConsumerOptions, Delivery, ExchangeDeclareOptions, ExchangeType, FieldTable, Publish,
-    QueueDeclareOptions, QueueDeleteOptions,
+    AmqpProperties, AmqpValue, Auth, Channel, Connection, ConnectionOptions, ConnectionTuning,
+    Consumer, ConsumerMessage, ConsumerOptions, Delivery, ExchangeDeclareOptions, ExchangeType,
+    FieldTable, Publish, QueueDeclareOptions, QueueDeleteOptions,
 };
 use mio::net::TcpStream;
 use percent_encoding::percent_decode_str;
@@ -29,8 +29,14 @@ impl Peer {
 
     pub(crate) fn connect_to(url: &str) -> Self {
         let mut connection = open(url);
-        let channel = connection.open_channel(None).expect("the broker opens a channel");
-        Peer { url: url.into(), connection, channel }
+        let channel = connection
+            .open_channel(None)
+            .expect("the broker opens a channel");
+        Peer {
+            url: url.into(),
+            connection,
+            channel,
+        }
     }
 
     /// The RabbitMQ version of the broker.
@@ -52,15 +58,31 @@ impl Peer {
     }
 
     /// Declares a queue whose rejected and expired messages go to the queue `dead_letters`.
-    pub(crate) fn declare_with_dead_letters(&self, queue: &str, queue_type: &str, dead_letters: &str) {
-        let arguments = [("x-dead-letter-exchange", ""), ("x-dead-letter-routing-key", dead_letters)];
-        self.declare_with(queue, queue_type, &arguments.map(|(name, value)| (name, long_string(value))));
+    pub(crate) fn declare_with_dead_letters(
+        &self,
+        queue: &str,
+        queue_type: &str,
+        dead_letters: &str,
+    ) {
+        let arguments = [
+            ("x-dead-letter-exchange", ""),
+            ("x-dead-letter-routing-key", dead_letters),
+        ];
+        self.declare_with(
+            queue,
+            queue_type,
+            &arguments.map(|(name, value)| (name, long_string(value))),
+        );
     }
 
     /// Declares a queue that refuses further messages while this many are ready.
     pub(crate) fn declare_with_max_length(&self, queue: &str, queue_type: &str, max_length: i64) {
         let max_length = ("x-max-length", AmqpValue::LongLongInt(max_length));
-        self.declare_with(queue, queue_type, &[max_length, ("x-overflow", long_string("reject-publish"))]);
+        self.declare_with(
+            queue,
+            queue_type,
+            &[max_length, ("x-overflow", long_string("reject-publish"))],
+        );
     }
 
     fn declare_with(&self, queue: &str, queue_type: &str, arguments: &[(&str, AmqpValue)]) {
@@ -70,24 +92,39 @@ impl Peer {
             table.insert((*name).into(), value.clone());
         }
         let durable = queue_type != "transient";
-        let options = QueueDeclareOptions { durable, arguments: table, ..QueueDeclareOptions::default() };
-        self.channel.queue_declare(queue, options).expect("the queue can be declared");
+        let options = QueueDeclareOptions {
+            durable,
+            arguments: table,
+            ..QueueDeclareOptions::default()
+        };
+        self.channel
+            .queue_declare(queue, options)
+            .expect("the queue can be declared");
     }
 
-    /// Declares a fanout exchange that is bound to the queue, and returns its name. The broker deletes it with the
-    /// queue.
+    /// Declares a fanout exchange that is bound to the queue, and returns its name. The broker
+    /// deletes it with the queue.
     pub(crate) fn declare_fanout_exchange(&self, queue: &str) -> String {
         let exchange = format!("{queue}.exchange");
-        let options = ExchangeDeclareOptions { auto_delete: true, ..Default::default() };
-        let declared = self.channel.exchange_declare(ExchangeType::Fanout, &*exchange, options);
+        let options = ExchangeDeclareOptions {
+            auto_delete: true,
+            ..Default::default()
+        };
+        let declared = self
+            .channel
+            .exchange_declare(ExchangeType::Fanout, &*exchange, options);
         declared.expect("the exchange can be declared");
-        let bound = self.channel.queue_bind(queue, &*exchange, "", FieldTable::new());
+        let bound = self
+            .channel
+            .queue_bind(queue, &*exchange, "", FieldTable::new());
         bound.expect("the queue can be bound");
         exchange
     }
 
     pub(crate) fn delete_queue(&self, queue: &str) {
-        let _ = self.channel.queue_delete(queue, QueueDeleteOptions::default());
+        let _ = self
+            .channel
+            .queue_delete(queue, QueueDeleteOptions::default());
     }
 
     pub(crate) fn publish(&self, queue: &str, body: &[u8], properties: AmqpProperties) {
@@ -98,19 +135,39 @@ impl Peer {
 
     /// Publishes a mandatory message, and returns whether the broker returned it.
     pub(crate) fn publish_mandatory(&self, queue: &str, body: &[u8]) -> bool {
-        let returns = self.channel.listen_for_returns().expect("the channel is open");
-        let message = Publish { mandatory: true, ..Publish::new(body, queue) };
-        self.channel.basic_publish("", message).expect("the connection is open");
-        self.channel.qos(0, 0, false).expect("the broker answers in order, so after a return");
+        let returns = self
+            .channel
+            .listen_for_returns()
+            .expect("the channel is open");
+        let message = Publish {
+            mandatory: true,
+            ..Publish::new(body, queue)
+        };
+        self.channel
+            .basic_publish("", message)
+            .expect("the connection is open");
+        self.channel
+            .qos(0, 0, false)
+            .expect("the broker answers in order, so after a return");
         returns.try_recv().is_ok()
     }
 
     /// Sends a request whose reply comes by direct reply-to, and returns the consumer of the reply.
     pub(crate) fn call_with_direct_reply_to(&self, queue: &str) -> Consumer<'_> {
         const DIRECT: &str = "amq.rabbitmq.reply-to";
-        let options = ConsumerOptions { no_ack: true, ..ConsumerOptions::default() };
-        let replies = self.channel.basic_consume(DIRECT, options).expect("it always exists");
-        self.publish(queue, b"30", AmqpProperties::default().with_reply_to(DIRECT.into()));
+        let options = ConsumerOptions {
+            no_ack: true,
+            ..ConsumerOptions::default()
+        };
+        let replies = self
+            .channel
+            .basic_consume(DIRECT, options)
+            .expect("it always exists");
+        self.publish(
+            queue,
+            b"30",
+            AmqpProperties::default().with_reply_to(DIRECT.into()),
+        );
         replies
     }
 
@@ -121,26 +178,38 @@ impl Peer {
 
     /// How many consumers the queue has; None if the queue does not exist.
     pub(crate) fn consumer_count(&mut self, queue: &str) -> Option<u32> {
-        self.declare_passively(queue).map(|(_, consumers)| consumers)
+        self.declare_passively(queue)
+            .map(|(_, consumers)| consumers)
     }
 
     /// Waits until exactly `messages` messages are ready in the queue.
     #[track_caller]
     pub(crate) fn wait_for_messages(&mut self, queue: &str, messages: u32) {
-        eventually(&format!("{messages} messages"), || (self.message_count(queue) == Some(messages)).then_some(()));
+        eventually(&format!("{messages} messages"), || {
+            (self.message_count(queue) == Some(messages)).then_some(())
+        });
     }
 
     /// Waits until the queue has exactly `consumers` consumers.
     #[track_caller]
     pub(crate) fn wait_for_consumers(&mut self, queue: &str, consumers: u32) {
-        eventually(&format!("{consumers} consumers"), || (self.consumer_count(queue) == Some(consumers)).then_some(()));
+        eventually(&format!("{consumers} consumers"), || {
+            (self.consumer_count(queue) == Some(consumers)).then_some(())
+        });
     }
 
-    /// The numbers of messages and consumers, on a channel of its own, which the broker closes if there is no such queue.
+    /// The numbers of messages and consumers, on a channel of its own, which the broker closes if
+    /// there is no such queue.
     fn declare_passively(&mut self, queue: &str) -> Option<(u32, u32)> {
-        let channel = self.connection.open_channel(None).expect("the broker opens a channel");
+        let channel = self
+            .connection
+            .open_channel(None)
+            .expect("the broker opens a channel");
         let queue = channel.queue_declare_passive(queue).ok()?;
-        Some((queue.declared_message_count()?, queue.declared_consumer_count()?))
+        Some((
+            queue.declared_message_count()?,
+            queue.declared_consumer_count()?,
+        ))
     }
 
     /// Waits for a message in the queue, and acknowledges it.
@@ -151,23 +220,46 @@ impl Peer {
 
     /// Takes a message from the queue and acknowledges it; None if no message is ready.
     pub(crate) fn try_take(&self, queue: &str) -> Option<Delivery> {
-        let message = self.channel.basic_get(queue, true).expect("the queue exists");
+        let message = self
+            .channel
+            .basic_get(queue, true)
+            .expect("the queue exists");
         message.map(|message| message.delivery)
     }
 
     /// Publishes the reply to a request of rpc-client.
     pub(crate) fn reply(&self, request: &Delivery, body: &[u8]) {
-        let reply_to = request.properties.reply_to().as_deref().expect("rpc-client sets it");
-        let id = request.properties.correlation_id().clone().expect("rpc-client sets it");
-        self.publish(reply_to, body, AmqpProperties::default().with_correlation_id(id));
+        let reply_to = request
+            .properties
+            .reply_to()
+            .as_deref()
+            .expect("rpc-client sets it");
+        let id = request
+            .properties
+            .correlation_id()
+            .clone()
+            .expect("rpc-client sets it");
+        self.publish(
+            reply_to,
+            body,
+            AmqpProperties::default().with_correlation_id(id),
+        );
     }
 
     /// Replies to every request in the queue, until the connection ends.
     pub(crate) fn serve(&self, queue: &str, answer: impl Fn(&[u8]) -> &'static str) {
-        let options = ConsumerOptions { no_ack: true, ..ConsumerOptions::default() };
-        let consumer = self.channel.basic_consume(queue, options).expect("the queue exists");
+        let options = ConsumerOptions {
+            no_ack: true,
+            ..ConsumerOptions::default()
+        };
+        let consumer = self
+            .channel
+            .basic_consume(queue, options)
+            .expect("the queue exists");
         for message in consumer.receiver() {
-            let ConsumerMessage::Delivery(request) = message else { return };
+            let ConsumerMessage::Delivery(request) = message else {
+                return;
+            };
             self.reply(&request, answer(&request.body).as_bytes());
         }
     }
@@ -180,12 +272,20 @@ fn open(url: &str) -> Connection {
         "" => default.to_owned(),
         text => text.to_owned(),
     };
-    let address = (url.host_str().unwrap_or("localhost"), url.port().unwrap_or(5672));
+    let address = (
+        url.host_str().unwrap_or("localhost"),
+        url.port().unwrap_or(5672),
+    );
     let socket = std::net::TcpStream::connect(address).expect("the broker is running");
     socket.set_nodelay(true).expect("it is connected");
-    let (username, password) = (decode(url.username(), "guest"), decode(url.password().unwrap_or_default(), "guest"));
+    let (username, password) = (
+        decode(url.username(), "guest"),
+        decode(url.password().unwrap_or_default(), "guest"),
+    );
     let vhost = decode(url.path().trim_start_matches('/'), "/");
-    let options = ConnectionOptions::default().auth(Auth::Plain { username, password }).virtual_host(vhost);
+    let options = ConnectionOptions::default()
+        .auth(Auth::Plain { username, password })
+        .virtual_host(vhost);
     let stream = TcpStream::from_stream(socket).expect("it is connected");
     let opened = Connection::insecure_open_stream(stream, options, ConnectionTuning::default());
     opened.expect("the broker accepts the test")
@@ -212,14 +312,19 @@ pub(crate) fn default_queue_type(url: &str) -> &'static str {
     }
 }
 
-/// Whether a broker permits transient queues. RabbitMQ 4.3 can be configured not to; it then closes the connection
-/// that declares one.
+/// Whether a broker permits transient queues. RabbitMQ 4.3 can be configured not to; it then closes
+/// the connection that declares one.
 pub(crate) fn permits_transient_queues(url: &str) -> bool {
     static BY_URL: Mutex<BTreeMap<String, bool>> = Mutex::new(BTreeMap::new());
     let mut by_url = BY_URL.lock().unwrap_or_else(PoisonError::into_inner);
     *by_url.entry(url.into()).or_insert_with(|| {
-        let (peer, queue) = (Peer::connect_to(url), format!("test.permitted.{}", Uuid::new_v4()));
-        let declared = peer.channel.queue_declare(&*queue, QueueDeclareOptions::default());
+        let (peer, queue) = (
+            Peer::connect_to(url),
+            format!("test.permitted.{}", Uuid::new_v4()),
+        );
+        let declared = peer
+            .channel
+            .queue_declare(&*queue, QueueDeclareOptions::default());
         let permitted = declared.is_ok();
         peer.delete_queue(&queue);
         permitted

@@ -14,26 +14,33 @@ use std::sync::OnceLock;
 use std::thread::JoinHandle;
 use std::{env, io, process, thread};
 
-/// The folder of the programs. The first call builds them from this source, because cargo does not build the binaries
-/// of other packages for a test.
+/// The folder of the programs. The first call builds them from this source, because cargo does not
+/// build the binaries of other packages for a test.
 pub(crate) fn program_folder() -> &'static PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
         let test = env::current_exe().expect("a test has a path");
-        let folder = test.ancestors().nth(2).expect("tests are in target/<profile>/deps").to_owned();
+        let folder = test
+            .ancestors()
+            .nth(2)
+            .expect("tests are in target/<profile>/deps")
+            .to_owned();
         let mut build = process::Command::new(env!("CARGO"));
         build.args(["build", "--quiet", "--locked", "--bins", "--examples"]);
         build.args(["-p", "rpc-server", "-p", "rpc-client"]);
         if folder.ends_with("release") {
             build.arg("--release");
         }
-        assert!(build.status().expect("cargo runs").success(), "the programs do not build");
+        assert!(
+            build.status().expect("cargo runs").success(),
+            "the programs do not build"
+        );
         folder
     })
 }
 
-/// Resets SIGINT, and then executes the command behind it. A shell starts its background jobs with SIGINT ignored, and
-/// all their children inherit that: `make test &` in a script, for example.
+/// Resets SIGINT, and then executes the command behind it. A shell starts its background jobs with
+/// SIGINT ignored, and all their children inherit that: `make test &` in a script, for example.
 const WITH_DEFAULT_SIGINT: [&str; 2] = ["env", "--default-signal=INT"];
 
 /// A command that runs to its end: in the tests' environment, with [`TEST_TIMEOUT`].
@@ -41,7 +48,10 @@ fn command_of(program: impl AsRef<OsStr>) -> Command {
     let [env, default_sigint] = WITH_DEFAULT_SIGINT;
     let mut command = Command::new(env);
     command.arg(default_sigint).arg(program);
-    command.env("AMQP_URL", broker::url()).env_remove("RUST_LOG").timeout(TEST_TIMEOUT);
+    command
+        .env("AMQP_URL", broker::url())
+        .env_remove("RUST_LOG")
+        .timeout(TEST_TIMEOUT);
     command
 }
 
@@ -65,7 +75,11 @@ pub(crate) fn assert_output(command: &mut Command, code: i32, stdout: &str, stde
 }
 
 /// Runs `rpc-client` on a queue in a thread, which panics if the answers are not as expected.
-pub(crate) fn call_in_background(queue: &str, args: &[&str], answers: &'static str) -> JoinHandle<()> {
+pub(crate) fn call_in_background(
+    queue: &str,
+    args: &[&str],
+    answers: &'static str,
+) -> JoinHandle<()> {
     // Quiet: a queue without consumers, as some tests have for a while, would cause a warning.
     let mut command = client(queue, &[&["-q"], args].concat());
     thread::spawn(move || assert_output(&mut command, 0, answers, ""))
@@ -75,11 +89,14 @@ pub(crate) fn call_in_background(queue: &str, args: &[&str], answers: &'static s
 pub(crate) fn bash(script: &str) -> Assert {
     let path = env::var("PATH").unwrap_or_default();
     let path = format!("{}:{path}", program_folder().display());
-    command_of("bash").args(["-c", script]).env("PATH", path).assert()
+    command_of("bash")
+        .args(["-c", script])
+        .env("PATH", path)
+        .assert()
 }
 
-/// A program that runs in the background. It is killed when it is dropped, or when this process ends. A test that fails shows
-/// its log.
+/// A program that runs in the background. It is killed when it is dropped, or when this process
+/// ends. A test that fails shows its log.
 pub(crate) struct Program {
     child: Child,
     stdin: Option<ChildStdin>,
@@ -122,7 +139,11 @@ impl Program {
             .args(WITH_DEFAULT_SIGINT)
             .arg(command.get_program())
             .args(command.get_args())
-            .envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))))
+            .envs(
+                command
+                    .get_envs()
+                    .filter_map(|(name, value)| Some((name, value?))),
+            )
             .env_remove("RUST_LOG")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -131,12 +152,19 @@ impl Program {
         let stdin = child.stdin.take();
         let stdout = read_lines(child.stdout.take().expect("piped"));
         let stderr = read_lines(child.stderr.take().expect("piped"));
-        Program { child, stdin, stdout, stderr }
+        Program {
+            child,
+            stdin,
+            stdout,
+            stderr,
+        }
     }
 
     /// Writes a line to its standard input; false if the program does not read it any more.
     pub(crate) fn write_line(&mut self, line: &str) -> bool {
-        self.stdin.as_mut().is_some_and(|stdin| writeln!(stdin, "{line}").is_ok())
+        self.stdin
+            .as_mut()
+            .is_some_and(|stdin| writeln!(stdin, "{line}").is_ok())
     }
 
     pub(crate) fn close_stdin(&mut self) {
@@ -160,13 +188,14 @@ impl Program {
         self.stderr.try_iter().collect()
     }
 
-    /// Waits until the program has closed its standard output and its log, and returns what was not returned before
-    /// of both.
+    /// Waits until the program has closed its standard output and its log, and returns what was not
+    /// returned before of both.
     pub(crate) fn remaining_output(&self) -> (Vec<String>, Vec<String>) {
         (self.stdout.iter().collect(), self.stderr.iter().collect())
     }
 
-    /// Waits for a line of its log that contains `text`, and returns it. Lines before it are dropped.
+    /// Waits for a line of its log that contains `text`, and returns it. Lines before it are
+    /// dropped.
     #[track_caller]
     pub(crate) fn wait_for_log(&self, text: &str) -> String {
         let mut others = Vec::new();
@@ -191,19 +220,29 @@ impl Program {
     /// Its resident memory in KiB; None if it has ended.
     pub(crate) fn memory_kib(&self) -> Option<u64> {
         let pid = Pid::from_child(&self.child).as_raw_pid();
-        Process::new(pid).and_then(|process| process.status()).ok()?.vmrss
+        Process::new(pid)
+            .and_then(|process| process.status())
+            .ok()?
+            .vmrss
     }
 
     /// The most resident memory that it has used, in KiB; None if it has ended.
     pub(crate) fn peak_memory_kib(&self) -> Option<u64> {
         let pid = Pid::from_child(&self.child).as_raw_pid();
-        Process::new(pid).and_then(|process| process.status()).ok()?.vmhwm
+        Process::new(pid)
+            .and_then(|process| process.status())
+            .ok()?
+            .vmhwm
     }
 
     /// Waits until it ends.
     #[track_caller]
     pub(crate) fn wait(&mut self) -> ExitStatus {
-        super::eventually("the end of the program", || self.child.try_wait().expect("it is a child of this process"))
+        super::eventually("the end of the program", || {
+            self.child
+                .try_wait()
+                .expect("it is a child of this process")
+        })
     }
 
     /// Waits until it ends, and returns its exit code; None if a signal ended it.
@@ -212,12 +251,17 @@ impl Program {
         self.wait().code()
     }
 
-    /// Stops it by SIGTERM, checks that its exit code is 0, and returns the lines of its standard output that were not
-    /// returned before.
+    /// Stops it by SIGTERM, checks that its exit code is 0, and returns the lines of its standard
+    /// output that were not returned before.
     #[track_caller]
     pub(crate) fn stop(mut self) -> Vec<String> {
         self.send_signal(Signal::TERM);
-        assert_eq!(self.wait().code(), Some(0), "its log: {:#?}", self.new_log());
+        assert_eq!(
+            self.wait().code(),
+            Some(0),
+            "its log: {:#?}",
+            self.new_log()
+        );
         self.stdout.iter().collect()
     }
 }
@@ -227,13 +271,17 @@ impl Drop for Program {
         let _ = self.child.kill(); // fails if it has ended already
         let _ = self.child.wait();
         if thread::panicking() {
-            eprintln!("the log of process {}: {:#?}", self.process_id(), self.new_log());
+            eprintln!(
+                "the log of process {}: {:#?}",
+                self.process_id(),
+                self.new_log()
+            );
         }
     }
 }
 
-/// Spawns from a thread that lives as long as this process: for Linux the parent of a process is a thread, and
-/// `--pdeathsig` kills the child when that thread ends.
+/// Spawns from a thread that lives as long as this process: for Linux the parent of a process is a
+/// thread, and `--pdeathsig` kills the child when that thread ends.
 fn spawn(command: process::Command) -> io::Result<Child> {
     type SpawnRequest = (process::Command, Sender<io::Result<Child>>);
     static SPAWNER: OnceLock<Sender<SpawnRequest>> = OnceLock::new();
@@ -247,7 +295,9 @@ fn spawn(command: process::Command) -> io::Result<Child> {
         spawner
     });
     let (reply, child) = unbounded();
-    spawner.send((command, reply)).expect("the thread never ends");
+    spawner
+        .send((command, reply))
+        .expect("the thread never ends");
     child.recv().expect("the thread never ends")
 }
 

@@ -1,4 +1,5 @@
-//! A TCP proxy between the programs and a broker. It breaks, delays and freezes connections as networks do.
+//! A TCP proxy between the programs and a broker. It breaks, delays and freezes connections as
+//! networks do.
 
 use super::broker;
 use rustix::net::connect_unspec;
@@ -94,7 +95,11 @@ impl Proxy {
         let listener = TcpListener::bind(address).expect("the port is free");
         let address = listener.local_addr().expect("the socket is bound");
         let (state, traffic_changed) = (Mutex::default(), Condvar::new());
-        let forwarder = Arc::new(Forwarder { broker: broker.into(), state, traffic_changed });
+        let forwarder = Arc::new(Forwarder {
+            broker: broker.into(),
+            state,
+            traffic_changed,
+        });
         let acceptor = forwarder.clone();
         thread::spawn(move || {
             for client in listener.incoming().flatten() {
@@ -123,7 +128,8 @@ impl Proxy {
         }
     }
 
-    /// Closes all connections to the clients. The broker does not see it until [`Proxy::close_connections`].
+    /// Closes all connections to the clients. The broker does not see it until
+    /// [`Proxy::close_connections`].
     pub(crate) fn close_client_side(&self) {
         let mut state = self.forwarder.state();
         state.hides_client_close = true;
@@ -137,11 +143,20 @@ impl Proxy {
         self.forwarder.state().reset_after = Some(bytes);
     }
 
-    /// Runs `action` before a client's `method` is forwarded for the `times`-th time. All bytes before that method are
-    /// forwarded first.
-    pub(crate) fn before_forwarding(&self, method: [u8; 4], times: usize, action: impl FnOnce() + Send + 'static) {
+    /// Runs `action` before a client's `method` is forwarded for the `times`-th time. All bytes
+    /// before that method are forwarded first.
+    pub(crate) fn before_forwarding(
+        &self,
+        method: [u8; 4],
+        times: usize,
+        action: impl FnOnce() + Send + 'static,
+    ) {
         let action = Box::new(|_: &mut Traffic| action());
-        self.forwarder.state().trigger = Some(Trigger { method, times, action });
+        self.forwarder.state().trigger = Some(Trigger {
+            method,
+            times,
+            action,
+        });
     }
 
     /// Freezes the traffic before a client's `method` is forwarded.
@@ -152,7 +167,11 @@ impl Proxy {
     /// Changes the traffic before a client's `method` is forwarded.
     pub(crate) fn set_traffic_before(&self, method: [u8; 4], new: Traffic) {
         let action = Box::new(move |traffic: &mut Traffic| *traffic = new);
-        self.forwarder.state().trigger = Some(Trigger { method, times: 1, action });
+        self.forwarder.state().trigger = Some(Trigger {
+            method,
+            times: 1,
+            action,
+        });
     }
 
     /// How often the broker sent something after a client did.
@@ -168,16 +187,21 @@ impl Proxy {
     /// Waits until at least `count` connections were refused.
     #[track_caller]
     pub(crate) fn wait_for_refusals(&self, count: usize) {
-        super::eventually("refused connections", || (self.forwarder.state().refused >= count).then_some(()));
+        super::eventually("refused connections", || {
+            (self.forwarder.state().refused >= count).then_some(())
+        });
     }
 
     /// Waits until a client has connected.
     #[track_caller]
     pub(crate) fn wait_for_connection(&self) {
-        super::eventually("a connection", || (!self.forwarder.state().connections.is_empty()).then_some(()));
+        super::eventually("a connection", || {
+            (!self.forwarder.state().connections.is_empty()).then_some(())
+        });
     }
 
-    /// Sets how bytes are forwarded. Bytes that [`Traffic::Frozen`] held back are forwarded when it ends.
+    /// Sets how bytes are forwarded. Bytes that [`Traffic::Frozen`] held back are forwarded when it
+    /// ends.
     pub(crate) fn set_traffic(&self, traffic: Traffic) {
         self.forwarder.state().traffic = traffic;
         self.forwarder.traffic_changed.notify_all();
@@ -208,12 +232,16 @@ impl Connection {
 
 impl Forwarder {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("no thread panics while it holds the lock")
+        self.state
+            .lock()
+            .expect("no thread panics while it holds the lock")
     }
 
     fn connect(self: &Arc<Self>, client: TcpStream) {
         let mut state = self.state();
-        let Ok(broker) = TcpStream::connect(&self.broker) else { return };
+        let Ok(broker) = TcpStream::connect(&self.broker) else {
+            return;
+        };
         if state.refuses {
             state.refused += 1;
             return;
@@ -230,7 +258,11 @@ impl Forwarder {
         while let Ok(count @ 1..) = from.read(&mut buffer) {
             let bytes = &buffer[..count];
             self.state().count_round_trips(is_client);
-            let trigger = if is_client { self.state().take_trigger(bytes) } else { None };
+            let trigger = if is_client {
+                self.state().take_trigger(bytes)
+            } else {
+                None
+            };
             let (before, rest) = bytes.split_at(trigger.as_ref().map_or(0, |(at, _)| *at));
             let mut is_open = self.forward(before, &mut to);
             if let Some((_, trigger)) = trigger {
@@ -260,7 +292,10 @@ impl Forwarder {
             if *left == 0 {
                 state.reset_after = None;
                 let _ = to.write_all(&bytes[..last]); // the connection ends anyway
-                state.connections.drain(..).for_each(|connection| connection.reset());
+                state
+                    .connections
+                    .drain(..)
+                    .for_each(|connection| connection.reset());
                 return false;
             }
         }
@@ -274,7 +309,8 @@ impl Forwarder {
             }
             Traffic::ByteByByte => {
                 let mut left = bytes;
-                // When this traffic ends the rest is forwarded at once: a large piece would take minutes.
+                // When this traffic ends the rest is forwarded at once: a large piece would take
+                // minutes.
                 while self.state().traffic == Traffic::ByteByByte && left.len() > 1 {
                     thread::sleep(Duration::from_millis(1));
                     if to.write_all(&left[..1]).is_err() {
@@ -294,15 +330,18 @@ impl State {
         self.client_sent_last = is_client;
     }
 
-    /// Takes the trigger if these bytes contain its method for the last of its `times`, with the position of that
-    /// method's frame.
+    /// Takes the trigger if these bytes contain its method for the last of its `times`, with the
+    /// position of that method's frame.
     fn take_trigger(&mut self, bytes: &[u8]) -> Option<(usize, Trigger)> {
         let trigger = self.trigger.as_mut()?;
         let is_method = |window: &[u8]| window == trigger.method;
         for at in (0..bytes.len()).filter(|&at| bytes[at..].get(..4).is_some_and(is_method)) {
             trigger.times -= 1;
             if trigger.times == 0 {
-                return self.trigger.take().map(|it| (at.saturating_sub(FRAME_HEADER), it));
+                return self
+                    .trigger
+                    .take()
+                    .map(|it| (at.saturating_sub(FRAME_HEADER), it));
             }
         }
         None

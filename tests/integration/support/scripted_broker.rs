@@ -1,4 +1,5 @@
-//! A scripted broker: it accepts everything like a real one, and misbehaves at one method, as a test says.
+//! A scripted broker: it accepts everything like a real one, and misbehaves at one method, as a
+//! test says.
 
 use super::raw_peer::{long_str, short_str};
 use socket2::{SockFilter, SockRef};
@@ -67,12 +68,22 @@ impl ScriptedBroker {
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 let (times, flood_ends) = (times.clone(), flood_ends.clone());
-                let connection = Connection { stream, method, action, times, flood_ends };
+                let connection = Connection {
+                    stream,
+                    method,
+                    action,
+                    times,
+                    flood_ends,
+                };
                 // The result is ignored: the test sees at the other end how a connection ends.
                 thread::spawn(move || connection.serve());
             }
         });
-        ScriptedBroker { url: format!("amqp://{address}"), received, flood_ended }
+        ScriptedBroker {
+            url: format!("amqp://{address}"),
+            received,
+            flood_ended,
+        }
     }
 }
 
@@ -87,7 +98,12 @@ struct Connection {
 impl Connection {
     fn serve(mut self) -> io::Result<()> {
         self.stream.read_exact(&mut [0; 8])?; // the protocol header
-        let start = [&[0, 9, 0, 0, 0, 0][..], &long_str(b"PLAIN"), &long_str(b"en_US")].concat();
+        let start = [
+            &[0, 9, 0, 0, 0, 0][..],
+            &long_str(b"PLAIN"),
+            &long_str(b"en_US"),
+        ]
+        .concat();
         self.send(0, (10, 10), &start)?;
         loop {
             let (channel, kind, payload) = self.read_frame()?;
@@ -96,7 +112,8 @@ impl Connection {
             }
             let method = (payload[1], payload[3]);
             if method == self.method {
-                let _ = self.times.send(Instant::now()); // fails if the test has dropped the receiver
+                // Fails if the test has dropped the receiver.
+                let _ = self.times.send(Instant::now());
                 self.misbehave(channel, method)?;
             } else {
                 self.answer(channel, method)?;

@@ -1,8 +1,9 @@
-//! The RPC tutorial's client, on lapin: lapin-client N... prints fib(N) for each N, one per line, in order.
+//! The RPC tutorial's client, on lapin: lapin-client N... prints fib(N) for each N, one per line,
+//! in order.
 //!
-//! Up to RPC_IN_FLIGHT calls are outstanding at once, 16 unless it is set. With RPC_REPEAT=K it asks for each
-//! N K times, and prints the number of calls, the seconds they took, and the median of their latencies in
-//! microseconds, instead of the answers.
+//! Up to RPC_IN_FLIGHT calls are outstanding at once, 16 unless it is set. With RPC_REPEAT=K it
+//! asks for each N K times, and prints the number of calls, the seconds they took, and the median
+//! of their latencies in microseconds, instead of the answers.
 
 use anyhow::Context;
 use futures_util::{future, stream, StreamExt, TryStreamExt};
@@ -34,7 +35,10 @@ impl Client {
             .with_reply_to(self.replies.clone())
             .with_correlation_id(id.as_str().into());
         let (sender, answer) = oneshot::channel();
-        self.pending.lock().expect("nobody panics").insert(id, sender);
+        self.pending
+            .lock()
+            .expect("nobody panics")
+            .insert(id, sender);
         let began = Instant::now();
         self.channel
             .basic_publish(
@@ -52,7 +56,11 @@ impl Client {
     /// Passes each reply to the call that waits for it, and discards other replies.
     async fn dispatch(&self, mut replies: Consumer) -> anyhow::Result<()> {
         while let Some(reply) = replies.try_next().await? {
-            let id = reply.properties.correlation_id().as_ref().map_or("", |id| id.as_str());
+            let id = reply
+                .properties
+                .correlation_id()
+                .as_ref()
+                .map_or("", |id| id.as_str());
             if let Some(waiting) = self.pending.lock().expect("nobody panics").remove(id) {
                 let _ = waiting.send((reply.data, Instant::now()));
             }
@@ -69,13 +77,27 @@ async fn main() -> anyhow::Result<()> {
     let count = numbers.len() * number("RPC_REPEAT", 1)?;
 
     let (connection, channel) = connect().await?;
-    let options = QueueDeclareOptions { exclusive: true, ..Default::default() };
-    let declared = channel.queue_declare("".into(), options, FieldTable::default()).await?;
+    let options = QueueDeclareOptions {
+        exclusive: true,
+        ..Default::default()
+    };
+    let declared = channel
+        .queue_declare("".into(), options, FieldTable::default())
+        .await?;
     let replies = declared.name().clone();
-    let options = BasicConsumeOptions { no_ack: true, ..Default::default() };
-    let consumer =
-        channel.basic_consume(replies.clone(), "".into(), options, FieldTable::default()).await?;
-    let client = Client { channel, server: queue().into(), replies, pending: Pending::default() };
+    let options = BasicConsumeOptions {
+        no_ack: true,
+        ..Default::default()
+    };
+    let consumer = channel
+        .basic_consume(replies.clone(), "".into(), options, FieldTable::default())
+        .await?;
+    let client = Client {
+        channel,
+        server: queue().into(),
+        replies,
+        pending: Pending::default(),
+    };
 
     let mut answers = vec![Vec::new(); count];
     let mut latencies = Vec::with_capacity(count);
@@ -96,7 +118,10 @@ async fn main() -> anyhow::Result<()> {
 
     if variable("RPC_REPEAT").is_some() {
         latencies.sort_unstable();
-        println!("{count} {seconds:.6} {:.1}", latencies[count / 2].as_secs_f64() * 1e6);
+        println!(
+            "{count} {seconds:.6} {:.1}",
+            latencies[count / 2].as_secs_f64() * 1e6
+        );
     } else {
         for answer in answers {
             println!("{}", String::from_utf8_lossy(&answer));

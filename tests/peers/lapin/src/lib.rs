@@ -14,7 +14,9 @@ pub fn number<T: FromStr>(name: &str, otherwise: T) -> anyhow::Result<T>
 where
     T::Err: std::error::Error + Send + Sync + 'static,
 {
-    variable(name).map_or(Ok(otherwise), |value| value.parse().context(name.to_owned()))
+    variable(name).map_or(Ok(otherwise), |value| {
+        value.parse().context(name.to_owned())
+    })
 }
 
 pub fn queue() -> String {

@@ -195,7 +195,8 @@ impl Error {
     pub(crate) fn failed(mut failure: Failure, time_left: Duration) -> Self {
         let time_left = Duration::from_secs(time_left.as_secs());
         if failure.code == ErrorCode::Expired && !time_left.is_zero() {
-            let (message, ahead) = (&failure.message, format_duration(time_left));
+            let message = &failure.message;
+            let ahead = format_duration(time_left);
             failure.message = format!(
                 "{message}: the server's clock is at least {ahead} ahead of this machine's"
             );

@@ -29,7 +29,8 @@ pub(crate) fn check_queue(cli: &Cli) -> Result<ExitCode, Error> {
     let endpoints = config.broker.endpoints().map_err(CallError::from)?;
     let mut connection = Connection::open_any(&endpoints, "rpc-client", &deadline, &Owner::Standby)
         .map_err(CallError::from)?;
-    let (queue, broker) = (config.queue.clone(), connection.broker().to_owned());
+    let queue = config.queue.clone();
+    let broker = connection.broker().to_owned();
     let stats = connection
         .queue_stats(&queue, &deadline)
         .map_err(|error| match error {
@@ -53,7 +54,8 @@ fn print_stats(cli: &Cli, broker: &str, version: &str, stats: QueueStats) -> io:
         messages,
         consumers,
     } = stats;
-    let (queue, mut output) = (&*cli.config.queue, io::stdout());
+    let queue = &*cli.config.queue;
+    let mut output = io::stdout();
     if cli.output.format == Format::Json {
         serde_json::to_writer(
             &output,

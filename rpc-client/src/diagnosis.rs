@@ -25,7 +25,8 @@ pub(crate) struct Diagnosis {
 
 impl Diagnosis {
     pub(crate) fn new(now: Instant) -> Self {
-        let (blocked, cause) = (None, NoAnswerCause::Unknown);
+        let blocked = None;
+        let cause = NoAnswerCause::Unknown;
         Diagnosis {
             next_check: now + FIRST_CHECK,
             blocked,

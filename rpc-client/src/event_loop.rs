@@ -184,7 +184,8 @@ impl<T> EventLoop<'_, '_, T> {
                 self.pending.send_all_again();
             }
             SessionEvent::Consuming => {
-                (session.is_consuming, session.consumer_deadline) = (true, None);
+                session.is_consuming = true;
+                session.consumer_deadline = None;
                 self.max_consumer_start = MAX_CONSUMER_START;
                 self.diagnosis.on_reply(Instant::now());
             }
@@ -346,7 +347,8 @@ impl<T> EventLoop<'_, '_, T> {
 
     fn on_queue_checked(&mut self, stats: &Result<QueueStats, ErrorKind>) {
         if self.diagnosis.on_queue_checked(stats) {
-            let (queue, limit) = (&self.config.queue, format_duration(self.config.timeout));
+            let queue = &self.config.queue;
+            let limit = format_duration(self.config.timeout);
             log::warn!("no server is consuming '{queue}'; waiting up to {limit}");
         }
         let now = Instant::now();
@@ -416,10 +418,13 @@ impl<T> EventLoop<'_, '_, T> {
 
     /// Ends the calls whose deadline has passed. Returns whether there were any.
     fn expire(&mut self) -> bool {
-        let (now, before) = (Instant::now(), self.pending.len());
+        let now = Instant::now();
+        let before = self.pending.len();
         while let Some(call) = self.pending.expire(now) {
-            let (queue, broker) = (self.config.queue.clone(), self.broker.clone());
-            let (limit, cause) = (call.deadline.limit(), self.diagnosis.cause());
+            let queue = self.config.queue.clone();
+            let broker = self.broker.clone();
+            let limit = call.deadline.limit();
+            let cause = self.diagnosis.cause();
             let ahead = self.pending.calls_ahead(&call);
             let error = if self.config.wait && call.was_never_accepted() {
                 Error::NoQueue { queue, broker }

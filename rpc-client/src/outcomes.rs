@@ -66,7 +66,8 @@ impl<'a, 'f, T> Outcomes<'a, 'f, T> {
         broker: &str,
     ) {
         while let Some(call) = pending.pop_refused(now) {
-            let (queue, broker) = (queue.to_owned(), broker.to_owned());
+            let queue = queue.to_owned();
+            let broker = broker.to_owned();
             self.add(call, Err(Error::QueueFull { queue, broker }));
         }
     }
@@ -100,11 +101,9 @@ impl<'a, 'f, T> Outcomes<'a, 'f, T> {
     }
 
     fn add_too_large(&mut self, call: Call<T>, broker: &str, reason: &str) {
-        let (size, broker, reason) = (
-            call.request.body.len(),
-            broker.to_owned(),
-            reason.to_owned(),
-        );
+        let size = call.request.body.len();
+        let broker = broker.to_owned();
+        let reason = reason.to_owned();
         self.add(
             call,
             Err(Error::TooLarge {

@@ -326,7 +326,8 @@ mod tests {
 
     #[test]
     fn of_several_calls_text_names_each_and_raw_has_an_empty_line_for_one_that_failed() {
-        let (answered, failed) = (line(7, None, "13"), line(7, None, "NaN"));
+        let answered = line(7, None, "13");
+        let failed = line(7, None, "NaN");
         assert_eq!(written(&answered, Format::Raw), "13\n");
         assert_eq!(written(&failed, Format::Raw), "\n");
         assert_eq!(written(&answered, Format::Text), " [.] fib(7) = 13\n");
@@ -335,7 +336,8 @@ mod tests {
 
     #[test]
     fn of_the_only_call_text_is_that_of_the_tutorial_and_nothing_is_printed_if_it_failed() {
-        let (answered, failed) = (line(7, None, "13"), line(7, None, "NaN"));
+        let answered = line(7, None, "13");
+        let failed = line(7, None, "NaN");
         assert_eq!(written_as(true, &answered, Format::Raw), "13\n");
         assert_eq!(written_as(true, &failed, Format::Raw), "");
         assert_eq!(written_as(true, &answered, Format::Text), " [.] Got 13\n");

@@ -123,7 +123,9 @@ impl<T> PendingCalls<T> {
 
     /// Begins a call, whose request is to be sent.
     pub(crate) fn begin(&mut self, id: Uuid, request: Request<T>, deadline: Deadline) {
-        let (index, ahead, answered_before) = (self.begun, self.calls.len(), self.answered);
+        let index = self.begun;
+        let ahead = self.calls.len();
+        let answered_before = self.answered;
         self.begun += 1;
         self.index_of.insert(id, index);
         self.to_send.push_back(index);
@@ -162,12 +164,10 @@ impl<T> PendingCalls<T> {
         for call in self.calls.values_mut() {
             call.may_have_run |= call.sends > 0;
         }
-        (
-            self.numbered,
-            self.resend_at,
-            self.was_queue_missing,
-            self.is_accepted,
-        ) = (0, None, false, true);
+        self.numbered = 0;
+        self.resend_at = None;
+        self.was_queue_missing = false;
+        self.is_accepted = true;
         self.unconfirmed.clear();
         self.to_send = self.calls.keys().copied().collect();
     }
@@ -225,7 +225,9 @@ impl<T> PendingCalls<T> {
     pub(crate) fn on_reply(&mut self, correlation_id: Option<&[u8]>) -> Option<Call<T>> {
         let id = Uuid::try_parse_ascii(correlation_id?).ok()?;
         let call = self.remove(id)?;
-        (self.answered, self.is_accepted, self.waits_for_queue) = (self.answered + 1, true, true);
+        self.answered += 1;
+        self.is_accepted = true;
+        self.waits_for_queue = true;
         Some(call)
     }
 
@@ -262,7 +264,9 @@ impl<T> PendingCalls<T> {
                 .get_mut(&index)
                 .filter(|call| call.fate == Fate::Unknown)
             {
-                (call.fate, call.may_have_run, self.is_accepted) = (Fate::Accepted, true, true);
+                call.fate = Fate::Accepted;
+                call.may_have_run = true;
+                self.is_accepted = true;
             }
         }
     }
@@ -356,7 +360,8 @@ impl<T> PendingCalls<T> {
     /// # Panics
     /// When no call is pending.
     pub(crate) fn connect_deadline(&self) -> Deadline {
-        let (first, last) = (self.calls.values().next(), self.calls.values().next_back());
+        let first = self.calls.values().next();
+        let last = self.calls.values().next_back();
         let call = if self.was_any_sent() { last } else { first };
         call.expect("a call is pending").deadline
     }
@@ -547,7 +552,7 @@ mod tests {
         assert!(calls.pop_refused(now).is_none());
         assert!(calls.on_nack(one(2), now));
         assert!(!calls.accepts_calls());
-        let (_, slow_look) = (resend(&mut calls, now), now + 2 * RESEND_DELAY);
+        let slow_look = now + 2 * RESEND_DELAY;
         assert_eq!(
             resend(&mut calls, slow_look),
             Some(OTHER),

@@ -192,7 +192,8 @@ const MAX_AT_ONCE: usize = 4096;
 
 impl<W: Write> SharedPrinter<W> {
     pub(crate) fn new(printer: Printer<W>, permits: Permits) -> Self {
-        let (format, sink) = (printer.options.format, Sink::of_stdout());
+        let format = printer.options.format;
+        let sink = Sink::of_stdout();
         SharedPrinter {
             shared: Mutex::new((printer, permits)),
             format,
@@ -340,14 +341,12 @@ mod tests {
             index,
             origin: Origin::Number { n: 90, line: None },
         };
-        let (request, correlation_id, latency) = (
-            Request {
-                context,
-                body: Vec::new(),
-            },
-            Uuid::nil(),
-            None,
-        );
+        let request = Request {
+            context,
+            body: Vec::new(),
+        };
+        let correlation_id = Uuid::nil();
+        let latency = None;
         Event::Lines(lines(
             vec![Outcome {
                 request,

@@ -52,7 +52,9 @@ impl Progress {
         if cli.output.quiet || !is_interactive() {
             return None;
         }
-        let (begun, is_shown, is_finished) = (Instant::now(), false, false);
+        let begun = Instant::now();
+        let is_shown = false;
+        let is_finished = false;
         let state = State {
             begun,
             done: 0,

@@ -32,7 +32,8 @@ pub(crate) fn start(
     requests_per_permit: u64,
 ) {
     let announces = cli.output.announces();
-    let (input, repeat) = (cli.input.clone(), cli.repeat);
+    let input = cli.input.clone();
+    let repeat = cli.repeat;
     let reader = Reader {
         requests,
         events,
@@ -207,7 +208,9 @@ mod tests {
             (0..permits).for_each(|_| sender.send(()).unwrap());
             receiver // without its sender, the reader does not wait for further permits
         };
-        let (requests_per_permit, announces, index) = (2, false, 0);
+        let requests_per_permit = 2;
+        let announces = false;
+        let index = 0;
         let reader = Reader {
             requests,
             events,

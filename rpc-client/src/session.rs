@@ -340,7 +340,8 @@ fn run_session(
         content_type: config.content_type.clone(),
         headers: headers(config),
     };
-    let (inbox, notifications) = (channel.inbox.clone(), connection.link().notifications());
+    let inbox = channel.inbox.clone();
+    let notifications = connection.link().notifications();
     let connected = SessionEvent::Connected(Box::new(Connected {
         publisher,
         inbox,
@@ -414,7 +415,8 @@ fn check_consumers(
     queue: &str,
     deadline: &Deadline,
 ) -> Result<(), Error> {
-    let (queue, broker) = (queue.to_owned(), connection.broker().to_owned());
+    let queue = queue.to_owned();
+    let broker = connection.broker().to_owned();
     match connection.queue_stats(&queue, deadline) {
         Ok(QueueStats { consumers: 0, .. }) => Err(Error::NoConsumers { queue, broker }),
         Ok(_) => Ok(()),

@@ -112,7 +112,8 @@ impl Summary {
         clippy::cast_sign_loss
     )] // up to a year
     fn bounds(&self) -> Vec<u64> {
-        let (min, max) = (self.latencies.min().max(1), self.latencies.max());
+        let min = self.latencies.min().max(1);
+        let max = self.latencies.max();
         let factor = root_of_rows(max as f64 / min as f64);
         (0..ROWS)
             .map(|row| (min as f64 * factor.powi(row)) as u64)
@@ -145,7 +146,8 @@ impl Summary {
 /// The number that is `number`, 1 or more, when it is multiplied by itself for each row. Found by
 /// halving: `powf` would load libm, 0.5 MB in every call.
 fn root_of_rows(number: f64) -> f64 {
-    let (mut low, mut high) = (1.0, number);
+    let mut low = 1.0;
+    let mut high = number;
     for _ in 0..64 {
         let middle = f64::midpoint(low, high);
         if middle.powi(ROWS) < number {

@@ -31,10 +31,12 @@ pub fn fib(n: u64) -> BigUint {
     }
     let bits = u64::BITS - n.leading_zeros();
     // fib(k), fib(k-1).
-    let (mut current, mut previous) = (BigUint::from(1u32), BigUint::from(0u32));
+    let mut current = BigUint::from(1u32);
+    let mut previous = BigUint::from(0u32);
     let mut k_is_odd = true; // k = 1
     for bit in (1..bits - 1).rev() {
-        let (square, previous_square) = (&current * &current, &previous * &previous);
+        let square = &current * &current;
+        let previous_square = &previous * &previous;
         let lower = &square + &previous_square; // fib(2k-1)
         let upper = add_alternating_2((square << 2u32) - previous_square, k_is_odd); // fib(2k+1)
         let middle = &upper - &lower; // fib(2k)
@@ -64,7 +66,8 @@ fn add_alternating_2(number: BigUint, k_is_odd: bool) -> BigUint {
 }
 
 fn fib_u64(n: u64) -> u64 {
-    let (mut current, mut next) = (0u64, 1u64);
+    let mut current = 0u64;
+    let mut next = 1u64;
     for _ in 0..n {
         (current, next) = (next, current.wrapping_add(next)); // only the last `next` overflows
     }
@@ -78,7 +81,8 @@ mod tests {
 
     #[test]
     fn small_numbers_match_the_definition() {
-        let (mut current, mut next) = (BigUint::from(0u32), BigUint::from(1u32));
+        let mut current = BigUint::from(0u32);
+        let mut next = BigUint::from(1u32);
         for n in 0..2_000 {
             assert_eq!(fib(n), current, "fib({n})");
             (current, next) = (next.clone(), current + next);

@@ -172,7 +172,8 @@ impl<L: Log> RateLimitedLog<L> {
         if record.level() > Level::Info {
             return self.log.log(record);
         }
-        let (text, now) = (record.args().to_string(), Instant::now());
+        let text = record.args().to_string();
+        let now = Instant::now();
         // Until the lines are logged, in the order in which they were counted.
         let mut limiter = self.limiter();
         self.log_suppressed(limiter.end_windows(Some(&text), now));
@@ -268,7 +269,8 @@ impl RateLimiter {
     /// Counts a line, and returns whether it may be logged. Called after `end_windows`: a
     /// repetition is one of this line.
     fn allow(&mut self, record: &Record, text: String, now: Instant) -> bool {
-        let (level, target) = (record.level(), record.target());
+        let level = record.level();
+        let target = record.target();
         let call_site = (record.module_path_static(), record.line(), level);
         let new = |lines, last| Window {
             level,
@@ -455,7 +457,8 @@ mod tests {
 
     #[test]
     fn a_call_site_logs_five_lines_a_minute_and_the_others_are_counted() {
-        let (mut limiter, start) = (RateLimiter::default(), Instant::now());
+        let mut limiter = RateLimiter::default();
+        let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let logged = (0..100)
             .filter(|n| count(&mut limiter, 1, &format!("lost {n}"), at(0)).0)

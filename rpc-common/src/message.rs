@@ -291,7 +291,8 @@ pub fn encode_reply<'a>(
             if let Some(exit_code) = failure.exit_code {
                 headers = headers.with_long(EXIT_CODE_HEADER, exit_code);
             }
-            let (content_type, message_type) = (Some(TEXT.as_bytes()), Some(ERROR_TYPE.as_bytes()));
+            let content_type = Some(TEXT.as_bytes());
+            let message_type = Some(ERROR_TYPE.as_bytes());
             let headers = Some(headers.table());
             (
                 failure.message.as_bytes(),

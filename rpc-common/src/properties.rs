@@ -83,7 +83,8 @@ impl<'a> Properties<'a> {
         let mut bytes =
             Vec::with_capacity(TYPICAL_LEN + self.headers.map_or(0, |headers| headers.0.len()));
         bytes.extend_from_slice(&[0; FLAGS_LEN]);
-        let (mut flags, mut flag) = (0, FIRST_FLAG);
+        let mut flags = 0;
+        let mut flag = FIRST_FLAG;
         let mut put = |is_set: bool| {
             flags |= if is_set { flag } else { 0 };
             flag >>= 1;

@@ -43,7 +43,8 @@ impl KeptReplies {
         request: &Request,
         is_redelivered: bool,
     ) -> (InHand<'_>, Option<Reply>) {
-        let (key, mut state) = (key(request), self.lock());
+        let key = key(request);
+        let mut state = self.lock();
         let mut kept = None;
         if is_redelivered {
             while state.in_hand.contains(&key) {
@@ -191,7 +192,8 @@ mod tests {
     fn a_reply_is_kept_for_the_same_headers_but_those_of_the_broker() {
         let kept = KeptReplies::default();
         let headers = |name: &str| TableBuilder::default().with_long(name, 1);
-        let (german, counted) = (headers("x-lang"), headers("x-delivery-count"));
+        let german = headers("x-lang");
+        let counted = headers("x-delivery-count");
         let with = |headers| Request {
             headers,
             ..request(b"30")

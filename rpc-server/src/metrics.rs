@@ -62,7 +62,9 @@ fn answer(mut scraper: TcpStream, registry: &Registry) -> io::Result<()> {
 
 /// Reads a request without a body, and returns its path.
 fn read_path(scraper: &mut TcpStream) -> io::Result<String> {
-    let (begun, mut received, mut buffer) = (Instant::now(), Vec::new(), [0; 1024]);
+    let begun = Instant::now();
+    let mut received = Vec::new();
+    let mut buffer = [0; 1024];
     loop {
         // Fails if no time is left.
         scraper.set_read_timeout(Some(TIMEOUT.saturating_sub(begun.elapsed())))?;

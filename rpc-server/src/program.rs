@@ -126,7 +126,8 @@ impl Program {
     /// # Errors
     /// The failure that the caller gets.
     pub fn run(&self, request: &Request, caller: &Caller) -> Reply {
-        let (size, limit) = (request.body.len(), self.options.max_request);
+        let size = request.body.len();
+        let limit = self.options.max_request;
         if size > limit {
             let message =
                 format!("the request of {size} bytes is too large: {limit} are accepted here");
@@ -153,10 +154,8 @@ impl Program {
             stopped,
             output,
         } = ended.map_err(|error| self.not_started(&error))?;
-        let (millis, shown) = (
-            begun.elapsed().as_millis(),
-            status.map_or("running".into(), |status| status.to_string()),
-        );
+        let millis = begun.elapsed().as_millis();
+        let shown = status.map_or("running".into(), |status| status.to_string());
         log::debug!("program[{id}]: {shown} after {millis} ms");
         if stopped.is_some() {
             (self.on_stopped)();

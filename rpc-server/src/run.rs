@@ -351,7 +351,8 @@ impl<'a> Run<'a> {
         }
         if self.kill_at.is_some_and(|kill_at| kill_at <= now) {
             kill(self.process.group, Signal::KILL);
-            (self.kill_at, self.give_up_at) = (None, now.checked_add(GIVE_UP_AFTER));
+            self.kill_at = None;
+            self.give_up_at = now.checked_add(GIVE_UP_AFTER);
         }
     }
 

@@ -31,7 +31,8 @@ impl RunLog {
     pub(crate) fn add(&mut self, bytes: &[u8]) {
         for part in bytes.split_inclusive(|byte| *byte == b'\n') {
             if !self.is_in_line {
-                (self.lines, self.is_in_line) = (self.lines + 1, true);
+                self.lines += 1;
+                self.is_in_line = true;
             }
             let text = part.strip_suffix(b"\n").unwrap_or(part);
             // One more than is shown, to show that there is more.
@@ -51,14 +52,16 @@ impl RunLog {
             self.end_line();
         }
         if self.lines > MAX_LINES {
-            let (id, more) = (&self.id, self.lines - MAX_LINES);
+            let id = &self.id;
+            let more = self.lines - MAX_LINES;
             log::info!(target: PROGRAM_TARGET, "program[{id}]: {more} more lines");
         }
     }
 
     fn end_line(&mut self) {
         if self.lines <= MAX_LINES {
-            let (id, line) = (&self.id, escape_up_to(MAX_LINE, &self.line));
+            let id = &self.id;
+            let line = escape_up_to(MAX_LINE, &self.line);
             log::info!(target: PROGRAM_TARGET, "program[{id}]: {line}");
         }
         self.line.clear();

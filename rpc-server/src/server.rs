@@ -81,9 +81,11 @@ pub fn serve(
     let (channel_sender, channels) = unbounded();
     thread::scope(|scope| {
         for index in 0..workers {
-            let (events, channels) = (event_sender.clone(), channels.clone());
+            let events = event_sender.clone();
+            let channels = channels.clone();
             let look_interval = Cell::new(LOOK_INTERVAL);
-            let (unavailable, pauses) = (Cell::new(0), RefCell::new(Backoff::new(Instant::now())));
+            let unavailable = Cell::new(0);
+            let pauses = RefCell::new(Backoff::new(Instant::now()));
             let worker = Worker {
                 service: &service,
                 events,
@@ -224,7 +226,8 @@ impl Server<'_> {
     /// Connects, and finds or declares the queue, in the background: the stop signal may come
     /// meanwhile. `None` when it is time to stop.
     fn connect(&self) -> Result<Option<Connected>, Error> {
-        let (endpoints, queue_type) = (self.endpoints.clone(), self.queue_type);
+        let endpoints = self.endpoints.clone();
+        let queue_type = self.queue_type;
         let queue = self.service.config.queue.clone();
         let connecting = run_in_background(move || {
             let timeout = endpoints.iter().map(|_| ATTEMPT_TIMEOUT).sum(); // for all of them

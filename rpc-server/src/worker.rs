@@ -166,7 +166,8 @@ impl Worker<'_> {
 
     /// Consumes until it is time to stop or the channel ends.
     fn use_channel(&self, channel: &WorkerChannel) -> Result<(), Error> {
-        let (service, open) = (self.service, &channel.open);
+        let service = self.service;
+        let open = &channel.open;
         let consumer = open.run_blocking(
             &Deadline::after(DELIVERY_TIMEOUT),
             "starting a consumer",
@@ -261,10 +262,8 @@ impl Worker<'_> {
         if self.service.is_blocked.load(Ordering::Relaxed) {
             return Ok(false); // the broker would not answer
         }
-        let (queue, deadline) = (
-            &self.service.config.queue,
-            Deadline::after(DELIVERY_TIMEOUT),
-        );
+        let queue = &self.service.config.queue;
+        let deadline = Deadline::after(DELIVERY_TIMEOUT);
         let look = |amqp: &amiquip::Channel| {
             amqp.queue_declare_passive(queue)
                 .map(|queue| queue.declared_message_count())
@@ -277,11 +276,9 @@ impl Worker<'_> {
 
     /// Handles one request, and tells the observer how it ended.
     fn handle_delivery(&self, channel: &WorkerChannel, delivery: &Delivery) -> Result<(), Error> {
-        let (begun, observer, redelivered) = (
-            Instant::now(),
-            self.service.observer,
-            delivery.is_redelivered,
-        );
+        let begun = Instant::now();
+        let observer = self.service.observer;
+        let redelivered = delivery.is_redelivered;
         // Without readable properties there is no reply_to: it is rejected.
         let properties = delivery.properties().unwrap_or_default();
         let request = Request::decode(&properties, &delivery.body, redelivered);
@@ -292,7 +289,8 @@ impl Worker<'_> {
             request.body.len()
         );
         let result = self.answer(channel, delivery, &request);
-        let (outcome, time) = (result.as_deref().unwrap_or("requeued"), begun.elapsed());
+        let outcome = result.as_deref().unwrap_or("requeued");
+        let time = begun.elapsed();
         log::debug!("request[{}]: {outcome} after {time:.1?}", request.log_id());
         observer.on_outcome(outcome, time);
         result.map(drop)
@@ -382,7 +380,8 @@ impl Worker<'_> {
         };
         self.unavailable.set(count);
         if let Err(failure) = &reply {
-            let (code, message) = (failure.code.as_str(), escape(failure.message.as_bytes()));
+            let code = failure.code.as_str();
+            let message = escape(failure.message.as_bytes());
             log::log!(
                 level(&failure.code),
                 "request[{}]: answered with the error {code}: {message}",

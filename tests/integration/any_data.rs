@@ -36,7 +36,8 @@ impl Server {
             workers: 2,
             ..Config::default()
         };
-        let ((running, stop), (ready_sender, ready)) = (bounded(0), bounded(1));
+        let (running, stop) = bounded(0);
+        let (ready_sender, ready) = bounded(1);
         let thread = thread::spawn(move || {
             let on_ready = || ready_sender.send(()).expect("the test waits for it");
             serve(&config, &echo, &stop, &on_ready).expect("it serves until it is stopped");
@@ -510,7 +511,8 @@ fn a_request_that_is_too_large_for_the_broker_ends_alone() {
     let [large, larger] =
         [200_000, 300_000].map(|size| (size, at(&file(&size.to_string(), &vec![b'x'; size]))));
     let error = |size| {
-        let (broker, refused) = (broker.authority(), "PRECONDITION_FAILED - message size");
+        let broker = broker.authority();
+        let refused = "PRECONDITION_FAILED - message size";
         format!("the request of {size} bytes is too large for {broker}: {refused} {size} is larger than configured max size 100000")
     };
     let at_node = |args: &[&str]| {
@@ -575,7 +577,8 @@ fn a_request_whose_headers_do_not_fit_into_a_frame_is_not_sent() {
         &body,
         "",
     );
-    let (header, address) = (format!("a={}", "x".repeat(9_000)), broker.authority());
+    let header = format!("a={}", "x".repeat(9_000));
+    let address = broker.authority();
     let stderr = format!(
         "rpc-client: the request of 1 bytes is too large for {address}: its properties and headers take 9158 bytes, and a frame holds 8192\n"
     );
@@ -607,7 +610,8 @@ fn requests_at_a_broker_that_does_not_read_take_little_memory() {
         "-",
     ];
     let mut client = Program::spawn_at(&proxy.url(), "rpc-client", &args);
-    let (line, mut peak) = ("x".repeat(200_000), 0);
+    let line = "x".repeat(200_000);
+    let mut peak = 0;
     for _ in 0..1_000 {
         client.write_line(&line);
         peak = client.peak_memory_kib().unwrap_or(peak);

@@ -187,7 +187,8 @@ pub(crate) fn publish(
     nested: usize,
     (queue, exchange, replies): (&str, &str, &str),
 ) {
-    let (queue, reply_to) = (("", queue.as_bytes()), &short_str(replies.as_bytes())[..]);
+    let queue = ("", queue.as_bytes());
+    let reply_to = &short_str(replies.as_bytes())[..];
     match kind {
         0 => attacker.publish(
             queue,

@@ -60,7 +60,8 @@ fn every_call_ends_right_or_with_exit_code_5_when_nodes_fail() {
         "| fault | calls in flight | answered | code 5 | code 4 | wrong | computed twice | s until calls flowed |"
     );
     println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
-    let (mut failures, mut left_out) = (Vec::new(), Vec::new());
+    let mut failures = Vec::new();
+    let mut left_out = Vec::new();
     for (index, case) in CASES.iter().enumerate() {
         if is_wanted(case) {
             failures.extend(Trial::new(&cluster, case, index).run());
@@ -100,10 +101,8 @@ struct Trial<'a> {
 
 impl<'a> Trial<'a> {
     fn new(cluster: &'a Cluster, case: &'a Case, index: usize) -> Self {
-        let (queue, version) = (
-            format!("fault-{index}"),
-            broker_version_at(&cluster.urls()[1]),
-        );
+        let queue = format!("fault-{index}");
+        let version = broker_version_at(&cluster.urls()[1]);
         Trial {
             cluster,
             case,
@@ -118,7 +117,8 @@ impl<'a> Trial<'a> {
     fn run(&self) -> Vec<String> {
         let servers = [1, 2, 3].map(|node| self.start_server(node));
         self.check_leader();
-        let (mut in_flight, mut fault_time) = (0, Duration::ZERO);
+        let mut in_flight = 0;
+        let mut fault_time = Duration::ZERO;
         let (running, stop) = bounded(0);
         let results = thread::scope(|scope| {
             let running = running; // dropped when a wait fails, too
@@ -216,16 +216,20 @@ impl<'a> Trial<'a> {
         .concat();
         let mut client = Program::spawn_at("", "rpc-client", &args);
         let progress = &self.clients[index];
-        let (mut counts, mut log) = (CallCounts::default(), Vec::new());
-        let (mut asked, mut asked_at) = (0, Instant::now());
-        let (mut answered_at, mut silence) = (None::<Instant>, Duration::ZERO);
+        let mut counts = CallCounts::default();
+        let mut log = Vec::new();
+        let mut asked = 0;
+        let mut asked_at = Instant::now();
+        let mut answered_at = None::<Instant>;
+        let mut silence = Duration::ZERO;
         while stop
             .recv_timeout(Duration::from_millis(1))
             .is_err_and(|end| end.is_timeout())
         {
             // Calls that were lost keep their places until their deadline.
             while asked < counts.total() + IN_FLIGHT || asked_at.elapsed() > MAX_PAUSE {
-                (asked, asked_at) = (asked + 1, Instant::now());
+                asked += 1;
+                asked_at = Instant::now();
                 client.write_line(&self.next_number.fetch_add(1, Ordering::Relaxed).to_string());
             }
             progress.asked.store(asked, Ordering::Relaxed);
@@ -394,11 +398,9 @@ impl<'a> Trial<'a> {
         let sum = |count: fn(&CallCounts) -> u64| {
             results.iter().map(|(counts, _)| count(counts)).sum::<u64>()
         };
-        let (right, timeouts, no_queue) = (
-            sum(|it| it.right),
-            sum(|it| it.timeouts),
-            sum(|it| it.no_queue + it.refused),
-        );
+        let right = sum(|it| it.right);
+        let timeouts = sum(|it| it.timeouts);
+        let no_queue = sum(|it| it.no_queue + it.refused);
         let wrong = sum(|it| it.unreachable + it.wrong.len() as u64);
         let mut by_number = BTreeMap::<_, u64>::new();
         for line in computed {

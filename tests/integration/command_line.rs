@@ -30,7 +30,8 @@ fn help(program: &str, option: &str) -> String {
 #[test]
 fn the_short_help_is_one_screen_and_the_long_one_has_all_options() {
     for program in ["rpc-client", "rpc-server"] {
-        let (short, long) = (help(program, "-h"), help(program, "--help"));
+        let short = help(program, "-h");
+        let long = help(program, "--help");
         assert!(short.lines().count() <= 23, "{short}");
         let words = short
             .split([' ', '\n', ','])

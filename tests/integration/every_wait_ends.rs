@@ -36,7 +36,8 @@ fn assert_call_ends(
     code: i32,
     message: &str,
 ) {
-    let (limit, message) = (format!("{seconds}s"), format!("rpc-client: {message}"));
+    let limit = format!("{seconds}s");
+    let message = format!("rpc-client: {message}");
     let start = Instant::now();
     assert_output(
         call.args(["-q", "-t", &limit, "30"]),
@@ -122,7 +123,8 @@ fn a_frozen_address_leaves_time_for_the_next_address_of_its_host_name() {
     let library = library("two_addresses.c", TWO_ADDRESSES);
     let queue = Queue::named("two_addresses");
     let _server = Program::start_server_at(private_node().url(), &queue, &[]);
-    let (plain, tls) = (private_node().port(), listeners().good);
+    let plain = private_node().port();
+    let tls = listeners().good;
     for (url, port) in [
         (format!("amqp://two.example:{plain}"), plain),
         (format!("amqps://localhost:{tls}"), tls),

@@ -54,7 +54,8 @@ fn a_reply_that_is_not_a_number_is_exit_code_1() {
 #[test]
 fn check_says_whether_a_queue_is_served() {
     let queue = Queue::named("check");
-    let (name, broker) = (&*queue, broker::authority());
+    let name = &*queue;
+    let broker = broker::authority();
     let missing = format!("rpc-client: no queue '{name}' on {broker}: is rpc-server running?\n");
     assert_output(&mut client(&queue, &["--check"]), 4, "", &missing);
     let server = Program::start_server(&queue, &["--delay", "365d", "--workers", "2"]);
@@ -196,7 +197,8 @@ fn no_queue_is_exit_code_4() {
 fn a_request_that_a_server_drops_is_exit_code_5() {
     let queue = Queue::declare("drops");
     let server = thread::spawn({
-        let (peer, queue) = (Peer::connect(), queue.to_owned());
+        let peer = Peer::connect();
+        let queue = queue.to_owned();
         move || peer.take(&queue)
     });
     let error = format!(

@@ -145,7 +145,8 @@ fn file_of(files: &Files, root: &str, module: &[&str], path: &[&str]) -> String 
         let Some(found) = candidates.into_iter().find(|it| files.contains_key(it)) else {
             break;
         };
-        (file, folder) = (found, folder + "/");
+        file = found;
+        folder += "/";
     }
     file
 }

@@ -19,7 +19,8 @@ const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/integration/messages.tx
 fn the_programs_print_what_the_page_of_messages_shows() {
     let page = fs::read_to_string(PAGE).expect("the file exists");
     let setup = Setup::new(private_node());
-    let (mut actual, mut follows_comment) = (String::new(), false);
+    let mut actual = String::new();
+    let mut follows_comment = false;
     for line in page.lines() {
         let is_comment = line.starts_with("# ");
         if !(is_comment || line.starts_with("## ") || line.starts_with("$ ")) {
@@ -81,20 +82,21 @@ impl Setup {
         let broker = node.authority().to_owned();
         let unused = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
         let unused = unused.expect("a port is free").to_string();
-        let (silent, web) = (
-            listen_and_send(b""),
-            listen_and_send(b"HTTP/1.1 400 Bad Request\r\n\r\n"),
-        );
-        let (silent, web) = (silent.to_string(), web.to_string());
+        let silent = listen_and_send(b"");
+        let web = listen_and_send(b"HTTP/1.1 400 Bad Request\r\n\r\n");
+        let silent = silent.to_string();
+        let web = web.to_string();
         let folder = node
             .folder()
             .to_str()
             .expect("the temporary folder is UTF-8")
             .to_owned();
         let at = |port| format!("localhost:{port}");
-        let (good, expired) = (at(tls.good), at(tls.expired));
-        let (wrong_host, mutual, mutual_12) =
-            (at(tls.wrong_host), at(tls.mutual), at(tls.mutual_12));
+        let good = at(tls.good);
+        let expired = at(tls.expired);
+        let wrong_host = at(tls.wrong_host);
+        let mutual = at(tls.mutual);
+        let mutual_12 = at(tls.mutual_12);
         let variables = [
             ("BROKER", &*broker),
             ("NOBODY", &unused),

@@ -46,7 +46,8 @@ fn wait_for_lines(address: &str, lines: &[&str]) {
 #[test]
 fn the_page_shows_what_the_server_does() {
     let queue = Queue::named("metrics");
-    let (proxy, address) = (Proxy::start(), address(1));
+    let proxy = Proxy::start();
+    let address = address(1);
     let file = format!("{}/metrics.{}", env!("CARGO_TARGET_TMPDIR"), process::id());
     let script =
         format!("read -r word; case $word in fail) exit 1;; wait) until [ -e {file} ]; do sleep 0.1; done;; esac");
@@ -115,7 +116,8 @@ fn the_page_shows_what_the_server_does() {
 
 #[test]
 fn promtool_accepts_the_page() {
-    let (queue, address) = (Queue::named("metrics_check"), address(2));
+    let queue = Queue::named("metrics_check");
+    let address = address(2);
     let server = Program::start_server(&queue, &["--metrics", &address]);
     assert_output(&mut client(&queue, &["30"]), 0, "832040\n", "");
     let (status, page) = get(&address, "/metrics");
@@ -138,7 +140,8 @@ fn promtool_accepts_the_page() {
 /// It serves one after the other, each for two seconds at most.
 #[test]
 fn silent_scrapers_block_no_call_and_others_for_seconds() {
-    let (queue, address) = (Queue::named("metrics_silent"), address(3));
+    let queue = Queue::named("metrics_silent");
+    let address = address(3);
     let server = Program::start_server(&queue, &["--metrics", &address]);
     let connect = |_| {
         let mut connection = TcpStream::connect(&address).expect("the server listens");

@@ -77,7 +77,8 @@ fn a_client_needs_the_permissions_of_the_guide_and_no_others() {
 
 #[test]
 fn a_server_needs_the_permissions_of_the_guide_and_no_others() {
-    let (node, queue) = (private_node(), Queue::named("permissions_of_server"));
+    let node = private_node();
+    let queue = Queue::named("permissions_of_server");
     let call = |code, answer| {
         let mut call = client(&queue, &["-q", "-t", "3s", "30"]);
         call.env("AMQP_URL", node.url())
@@ -124,7 +125,8 @@ const DELIVERY_LIMIT: usize = 5;
 
 #[test]
 fn a_request_that_kills_its_servers_is_dead_lettered_after_the_limit_of_the_policy() {
-    let (node, queue) = (private_node(), Queue::named("deadly"));
+    let node = private_node();
+    let queue = Queue::named("deadly");
     let dead_letters = Queue::named("deadly.dead");
     let policy = documented_command(
         &queue,

@@ -42,7 +42,8 @@ fn the_millionth_number_is_exact() {
 fn text_output_is_what_the_tutorials_client_prints() {
     let queue = Queue::named("text");
     let _server = Program::start_server(&queue, &[]);
-    let (got, asked) = (" [.] Got 832040\n", " [x] Requesting fib(30)\n");
+    let got = " [.] Got 832040\n";
+    let asked = " [x] Requesting fib(30)\n";
     assert_output(&mut client(&queue, &["-o", "text", "30"]), 0, got, asked);
     assert_output(&mut client(&queue, &["-o", "text", "-q", "30"]), 0, got, "");
     let several = " [.] fib(30) = 832040\n [.] fib(7) = 13\n";
@@ -250,10 +251,8 @@ fn answers_that_go_to_a_file_do_not_take_the_progress_off_the_terminal() {
     let queue = Queue::named("progress_of_file");
     let _server = Program::start_server(&queue, &["--delay", "100ms"]);
     let shown = on_terminal(80, &queue, "-j 1 --repeat 20 30 >/dev/null");
-    let (cleared, drawn) = (
-        shown.matches("\r\x1b[K").count(),
-        shown.matches("/20 calls").count(),
-    );
+    let cleared = shown.matches("\r\x1b[K").count();
+    let drawn = shown.matches("/20 calls").count();
     assert!(
         drawn > 0 && cleared == drawn + 1,
         "drawn {drawn} times, cleared also at the end only: {shown:?}"

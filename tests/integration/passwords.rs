@@ -51,7 +51,9 @@ fn a_password_file_supplies_the_password_of_the_url() {
 /// The file is read for every connection.
 #[test]
 fn a_rotated_password_is_used_for_the_next_connection() {
-    let (node, user, queue) = (private_node(), "rotated", Queue::named("rotated_password"));
+    let node = private_node();
+    let user = "rotated";
+    let queue = Queue::named("rotated_password");
     let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("rotated-password");
     let name = file.to_str().expect("the target folder is UTF-8");
     fs::write(&file, "first").expect("the folder is writable");

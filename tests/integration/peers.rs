@@ -225,7 +225,8 @@ fn assert_shares_a_queue(language: Language) {
                 let theirs = language.start_server(&queue, queue_type);
                 (start_ours(), theirs)
             };
-            let (mut our_calls, mut their_calls) = (0, 0);
+            let mut our_calls = 0;
+            let mut their_calls = 0;
             eventually("both servers have answered ten calls", || {
                 let mut call = client(&queue, &["-j", "16", "--repeat", "100", "10"]);
                 assert_output(&mut call, 0, &"55\n".repeat(100), "");

@@ -37,14 +37,17 @@ struct Block {
 /// Reads a page: its blocks, and its text without them.
 fn read(page: &'static str) -> (Vec<Block>, String) {
     let text = fs::read_to_string(Path::new(ROOT).join(page)).expect("the page can be read");
-    let (mut blocks, mut prose) = (Vec::new(), String::new());
-    let (mut lines, mut marker) = (text.lines(), "");
+    let mut blocks = Vec::new();
+    let mut prose = String::new();
+    let mut lines = text.lines();
+    let mut marker = "";
     while let Some(line) = lines.next() {
         let indent = line.len() - line.trim_start().len();
         if let Some(language) = line.trim_start().strip_prefix("```") {
             let inside = lines.by_ref().take_while(|line| line.trim_start() != "```");
             let text = inside.map(|line| format!("{}\n", line.get(indent..).unwrap_or_default()));
-            let (text, language) = (text.collect(), language.to_owned());
+            let text = text.collect();
+            let language = language.to_owned();
             blocks.push(Block {
                 page,
                 language,
@@ -78,7 +81,8 @@ fn the_examples_of_the_readme_files_print_what_they_say() {
         folder.display(),
         node.url()
     );
-    let (mut run, mut servers) = ([0; PAGES.len()], Vec::new());
+    let mut run = [0; PAGES.len()];
+    let mut servers = Vec::new();
     for block in blocks().iter().filter(|block| block.language == "console") {
         if !applies(block, node.url()) {
             continue;
@@ -127,7 +131,8 @@ fn applies(block: &Block, url: &str) -> bool {
 
 /// The command of an example, and what it prints.
 fn split_example(example: &str) -> (String, String) {
-    let (mut command, mut output) = (String::new(), String::new());
+    let mut command = String::new();
+    let mut output = String::new();
     for (index, line) in example.lines().enumerate() {
         match line.strip_prefix("> ") {
             _ if index == 0 => command.push_str(line),
@@ -192,7 +197,8 @@ fn every_block_of_the_readme_files_is_checked_by_a_test() {
 /// options of the guide's `rabbitmq.conf`.
 #[test]
 fn the_broker_and_the_programs_accept_the_certificates_of_the_guide() {
-    let (node, queue) = (private_node(), Queue::named("tls_guide"));
+    let node = private_node();
+    let queue = Queue::named("tls_guide");
     let folder = node.folder().join("guide");
     let file = |name: &str| folder.join(name).display().to_string();
     fs::create_dir_all(&folder).expect("the folder of the node is writable");
@@ -217,7 +223,9 @@ fn the_broker_and_the_programs_accept_the_certificates_of_the_guide() {
     });
     let port = listen_with(node, 11, &options.collect::<Vec<_>>().join(", "));
     let url = format!("amqps://localhost:{port}");
-    let (ca, cert, key) = (file("ca.pem"), file("server.pem"), file("server.key"));
+    let ca = file("ca.pem");
+    let cert = file("server.pem");
+    let key = file("server.key");
     let files = ["--ca-file", &ca, "--cert-file", &cert, "--key-file", &key];
     let server = Program::start_server_at(&url, &queue, &files);
     assert_output(

@@ -76,7 +76,8 @@ impl Drop for NotifySocket {
 fn systemd_learns_what_a_server_does() {
     let queue = Queue::named("notified");
     let proxy = Proxy::start();
-    let (systemd, broker) = (NotifySocket::new("states"), proxy.authority());
+    let systemd = NotifySocket::new("states");
+    let broker = proxy.authority();
     proxy.refuse(true);
     let mut server =
         Program::spawn_command(&systemd.server(&proxy.url(), &queue, &["--delay", "1s"]));

@@ -54,10 +54,11 @@ impl Served {
 
 /// The reply in a message that amiquip has received.
 fn decode(reply: Delivery) -> Reply {
-    let (properties, body) = (&reply.properties, reply.body);
+    let properties = &reply.properties;
+    let body = reply.body;
     let bytes = |text: &Option<String>| text.clone().map(String::into_bytes);
-    let (content_type, message_type) =
-        (bytes(properties.content_type()), bytes(properties.type_()));
+    let content_type = bytes(properties.content_type());
+    let message_type = bytes(properties.type_());
     let mut headers = TableBuilder::default();
     for (name, value) in properties.headers().clone().unwrap_or_default() {
         headers = match value {

@@ -68,10 +68,8 @@ impl Access {
             };
         }
         let authority = Authority::new(node.folder(), "ca");
-        let (ca, (cert, key)) = (
-            authority.certificate(),
-            authority.sign("soak", &["localhost", "127.0.0.1"]),
-        );
+        let ca = authority.certificate();
+        let (cert, key) = authority.sign("soak", &["localhost", "127.0.0.1"]);
         let files = format!("{{cacertfile, {ca:?}}}, {{certfile, {cert:?}}}, {{keyfile, {key:?}}}");
         let port = listen_with(node, TLS_PORT, &files);
         Access {
@@ -293,7 +291,9 @@ fn call_with_one_client(
     let args = [&args[..], &["-v", "--unordered", "-"]].concat();
     let mut client = access.spawn(proxy, "rpc-client", &args);
     let mut report_at = Instant::now() + REPORT_INTERVAL;
-    let (mut asked, before, unreachable_before) = (0, counts.total(), counts.unreachable);
+    let mut asked = 0;
+    let before = counts.total();
+    let unreachable_before = counts.unreachable;
     while !stop.load(Ordering::Relaxed) {
         if asked - (counts.total() - before) < 500 {
             asked += 1;
@@ -345,10 +345,8 @@ fn read_slowly(stop: &AtomicBool, node: &Node, queue: &str) -> [usize; 2] {
         );
         let output = bash(&script).code(0).get_output().stdout.clone();
         let output = String::from_utf8(output).expect("answers are text");
-        let (answers, failures) = (
-            output.matches(r#""result":"832040""#).count(),
-            output.matches(r#""error""#).count(),
-        );
+        let answers = output.matches(r#""result":"832040""#).count();
+        let failures = output.matches(r#""error""#).count();
         let code = output.lines().last().unwrap_or_default();
         assert_eq!(answers + failures, SLOWLY_READ, "{code}");
         assert!(
@@ -373,7 +371,8 @@ fn serve_and_watch_deadlines(
         .into_iter()
         .chain(access.args.iter().map(String::as_str));
     let broker: BrokerOptions = from_args(&args.collect::<Vec<_>>());
-    let (queue, queue_type) = (queue.to_owned(), QueueType::Classic);
+    let queue = queue.to_owned();
+    let queue_type = QueueType::Classic;
     let config = Config {
         queue,
         queue_type,
@@ -414,7 +413,8 @@ fn attack_queue(
     replies: &str,
     count_fault: &CountFault,
 ) {
-    let (mut peer, mut attacker) = (Peer::connect_to(node.url()), RawPeer::connect(node.url()));
+    let mut peer = Peer::connect_to(node.url());
+    let mut attacker = RawPeer::connect(node.url());
     let mut exchange = peer.declare_fanout_exchange(queue);
     // RabbitMQ 4 needs about 4 s of CPU time for each delivery of 130,000 bytes of nested headers,
     // and the square of the size for other sizes: its encoder measures what is inside each table
@@ -502,10 +502,8 @@ fn every_call_ends_right_or_with_exit_code_5_under_random_faults() {
     let library_proxy = access.proxy();
     let (running, library_stop) = bounded(0);
     let latest_ms = AtomicI64::new(i64::MIN);
-    let (stop, faults) = (
-        AtomicBool::new(false),
-        Mutex::new(BTreeMap::<_, u64>::new()),
-    );
+    let stop = AtomicBool::new(false);
+    let faults = Mutex::new(BTreeMap::<_, u64>::new());
     let count_fault = |name| {
         *faults
             .lock()
@@ -515,8 +513,13 @@ fn every_call_ends_right_or_with_exit_code_5_under_random_faults() {
     };
     let start = Instant::now();
     let (all_counts, slowly_read) = thread::scope(|scope| {
-        let (stop, queue, node, count_fault) = (&stop, &*queue, &node, &count_fault);
-        let (latest_ms, library_proxy, access) = (&latest_ms, &library_proxy, &access);
+        let stop = &stop;
+        let queue = &*queue;
+        let node = &node;
+        let count_fault = &count_fault;
+        let latest_ms = &latest_ms;
+        let library_proxy = &library_proxy;
+        let access = &access;
         scope.spawn(move || {
             serve_and_watch_deadlines(&library_stop, (access, library_proxy), queue, latest_ms);
         });

@@ -76,10 +76,8 @@ fn a_request_matches_the_wire_table() {
 fn the_broker_lists_connections_by_program_host_and_process() {
     let queue = Queue::named("connection_name");
     let server = Program::start_server_at(private_node().url(), &queue, &[]);
-    let (host, version) = (
-        fs::read_to_string("/proc/sys/kernel/hostname"),
-        env!("CARGO_PKG_VERSION"),
-    );
+    let host = fs::read_to_string("/proc/sys/kernel/hostname");
+    let version = env!("CARGO_PKG_VERSION");
     let name = format!(
         "rpc-server {version} {} {}",
         host.expect("Linux has it").trim(),
@@ -151,7 +149,8 @@ fn direct_reply_to_declares_no_queue() {
 #[test]
 fn a_mandatory_reply_to_a_direct_reply_to_arrives_and_is_returned_before_rabbitmq_4_2() {
     let queue = Queue::declare("mandatory_direct");
-    let (caller, server) = (Peer::connect(), Peer::connect());
+    let caller = Peer::connect();
+    let server = Peer::connect();
     let replies = caller.call_with_direct_reply_to(&queue);
     let request = server.take(&queue);
     let reply_to = request.properties.reply_to().as_deref().expect("it is set");

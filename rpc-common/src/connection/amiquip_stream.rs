@@ -188,8 +188,9 @@ mod tests {
     fn start_ok_gets_a_connection_name_and_a_capability_and_keeps_the_rest() {
         let entry = |name: &str| (name.to_owned(), AMQPValue::Boolean(true));
         let start_ok = |client_properties| {
-            let (mechanism, response, locale) =
-                ("PLAIN".into(), "\0me\0sesame".into(), "en_US".into());
+            let mechanism = "PLAIN".into();
+            let response = "\0me\0sesame".into();
+            let locale = "en_US".into();
             AMQPClass::Connection(AMQPMethod::StartOk(StartOk {
                 client_properties,
                 mechanism,

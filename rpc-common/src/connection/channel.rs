@@ -182,7 +182,8 @@ impl Publisher {
     /// Adds the declaration of an exclusive queue, without waiting for an answer: if it fails, the
     /// broker closes the channel. The name has at most 255 bytes.
     pub fn declare_exclusive_queue(&self, name: &str) {
-        let (exclusive, no_wait) = (1 << 2, 1 << 4);
+        let exclusive = 1 << 2;
+        let no_wait = 1 << 4;
         self.put_method(QUEUE_DECLARE, |to| {
             to.extend_from_slice(&[0; 2]); // reserved
             put_short_string(to, name.as_bytes());
@@ -215,7 +216,9 @@ impl Publisher {
 
     /// Adds that all unacknowledged deliveries go back to the queue.
     pub fn requeue_all(&self) {
-        let (all, multiple, requeue) = (0, 1, 1 << 1);
+        let all = 0;
+        let multiple = 1;
+        let requeue = 1 << 1;
         self.put_method(BASIC_NACK, |to| put_tag(to, all, multiple | requeue));
     }
 

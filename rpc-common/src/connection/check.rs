@@ -21,8 +21,9 @@ pub fn check(bytes: &[u8]) {
     let Some((piece, mut rest)) = bytes.split_first() else {
         return;
     };
-    let (inboxes, mut buffer, mut demultiplexer) =
-        (Inboxes::default(), FrameBuffer::new(), Demultiplexer::new());
+    let inboxes = Inboxes::default();
+    let mut buffer = FrameBuffer::new();
+    let mut demultiplexer = Demultiplexer::new();
     let inbox = inboxes.open(1, MAX_UNREAD);
     inbox.has_confirms.store(true, Ordering::Relaxed);
     'connection: while !rest.is_empty() {

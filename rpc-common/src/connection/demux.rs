@@ -230,7 +230,8 @@ mod tests {
 
     /// Takes these bytes of the broker. Returns what amiquip gets.
     fn take(inboxes: &Inboxes, bytes: &[u8]) -> Result<Vec<u8>, End> {
-        let (mut buffer, mut demultiplexer) = (FrameBuffer::new(), Demultiplexer::new());
+        let mut buffer = FrameBuffer::new();
+        let mut demultiplexer = Demultiplexer::new();
         buffer.space()[..bytes.len()].copy_from_slice(bytes);
         buffer.advance(bytes.len());
         while let Some(frame) = buffer.next_frame()? {
@@ -282,11 +283,9 @@ mod tests {
 
     #[test]
     fn the_end_of_a_consumer_and_of_a_channel_reach_amiquip_and_the_inbox() {
-        let (inboxes, cancel, close) = (
-            Inboxes::default(),
-            method(1, (60, 30), b"\x01t\x01"),
-            method(1, (20, 40), CHANNEL_CLOSE),
-        );
+        let inboxes = Inboxes::default();
+        let cancel = method(1, (60, 30), b"\x01t\x01");
+        let close = method(1, (20, 40), CHANNEL_CLOSE);
         let inbox = inboxes.open(1, 9);
         assert_eq!(
             take(&inboxes, &[delivery(), cancel.clone()].concat()).unwrap(),

@@ -173,7 +173,8 @@ impl FrameBuffer {
 /// their flags.
 pub(crate) fn parse_content_header(payload: &[u8]) -> Result<(usize, &[u8]), FrameError> {
     let mut reader = Reader(payload);
-    let (_class, _weight) = (reader.short()?, reader.short()?);
+    let _class = reader.short()?;
+    let _weight = reader.short()?;
     let body_size = reader.long_long()?;
     if body_size > BODY_MAX {
         return Err(FrameError::BodySize(body_size));
@@ -285,7 +286,8 @@ pub(crate) mod tests {
     fn payloads<'a>(
         pieces: impl IntoIterator<Item = &'a [u8]>,
     ) -> Result<Vec<Vec<u8>>, FrameError> {
-        let (mut buffer, mut payloads) = (FrameBuffer::new(), Vec::new());
+        let mut buffer = FrameBuffer::new();
+        let mut payloads = Vec::new();
         for mut piece in pieces {
             while !piece.is_empty() {
                 let space = buffer.space();
@@ -343,7 +345,8 @@ pub(crate) mod tests {
     #[test]
     fn after_a_large_frame_the_buffer_is_small_again() {
         let mut buffer = FrameBuffer::new();
-        let (large, small) = (frame(HEADER, &vec![0; 900_000]), frame(BODY, b"x"));
+        let large = frame(HEADER, &vec![0; 900_000]);
+        let small = frame(BODY, b"x");
         for bytes in [&large, &small] {
             let mut rest = &bytes[..];
             while !rest.is_empty() {

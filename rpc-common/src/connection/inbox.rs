@@ -129,7 +129,8 @@ impl Inbox {
 
     /// A method has arrived that concerns messages.
     pub(crate) fn on_method(&self, method: Method) -> Result<(), FrameError> {
-        let (properties, body) = (Vec::new(), Vec::new());
+        let properties = Vec::new();
+        let body = Vec::new();
         let mut state = lock(&self.state);
         match method {
             Method::Ack { .. } | Method::Nack { .. }

@@ -687,7 +687,8 @@ mod tests {
         let results = thread::scope(|scope| {
             let blocked = [LONG, 20].map(|millis| {
                 scope.spawn({
-                    let (link, amiquip) = (&link, &amiquip);
+                    let link = &link;
+                    let amiquip = &amiquip;
                     move || link.run_until(&after(millis), || block(amiquip))
                 })
             });
@@ -729,7 +730,8 @@ mod tests {
     #[test]
     fn the_end_of_the_socket_is_known_at_once_and_a_write_is_an_error() {
         let (link, amiquip, broker) = link();
-        let (inbox, notifications) = (link.open_inbox(1, 9), link.notifications());
+        let inbox = link.open_inbox(1, 9);
+        let notifications = link.notifications();
         drop(broker);
         let lost = ErrorKind::ConnectionLost("the broker closed the socket".into());
         assert_eq!(wait_for_end(&link), lost);

@@ -56,7 +56,8 @@ impl<'a> Method<'a> {
     /// Reads the payload of a method frame.
     pub(crate) fn parse(payload: &'a [u8]) -> Result<Self, Malformed> {
         let mut arguments = Reader(payload);
-        let (class, method) = (arguments.short()?, arguments.short()?);
+        let class = arguments.short()?;
+        let method = arguments.short()?;
         Ok(match (class, method) {
             (10, 30) => Method::Tune,
             (10, 50) => Method::ConnectionClose {
@@ -74,11 +75,9 @@ impl<'a> Method<'a> {
             (20, 41) => Method::ChannelCloseOk,
             (60, 30) => Method::Cancel,
             (60, 50) => {
-                let (_code, _text, _exchange) = (
-                    arguments.short()?,
-                    arguments.short_string()?,
-                    arguments.short_string()?,
-                );
+                let _code = arguments.short()?;
+                let _text = arguments.short_string()?;
+                let _exchange = arguments.short_string()?;
                 Method::Return {
                     routing_key: arguments.short_string()?,
                 }

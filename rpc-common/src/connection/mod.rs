@@ -166,7 +166,8 @@ impl Connection {
             endpoint: endpoint.clone(),
             link,
         };
-        let (broker, version) = (connection.broker(), connection.broker_version());
+        let broker = connection.broker();
+        let version = connection.broker_version();
         log::debug!(
             "logged in to {broker}, {version}, after {:.1?}",
             begun.elapsed()
@@ -189,7 +190,8 @@ impl Connection {
         owner: &Owner,
     ) -> Result<Self, Error> {
         let (last, others) = endpoints.split_last().expect("there is an endpoint");
-        let (mut permanent, mut errors) = (None, Vec::new());
+        let mut permanent = None;
+        let mut errors = Vec::new();
         for (index, endpoint) in others.iter().enumerate() {
             let share = deadline.split(endpoints.len() - index, MAX_ATTEMPT);
             match Connection::open(endpoint, program, &share, owner) {

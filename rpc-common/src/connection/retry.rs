@@ -55,7 +55,8 @@ mod tests {
     #[test]
     fn pauses_grow_while_nothing_works_and_start_again_when_something_did() {
         let start = Instant::now();
-        let (mut backoff, mut now) = (Backoff::new(start), start);
+        let mut backoff = Backoff::new(start);
+        let mut now = start;
         let pauses = [(); 8].map(|()| {
             let pause = backoff.next_pause(now);
             now += pause; // and the attempt fails at once

@@ -87,7 +87,9 @@ pub(crate) fn connect(
     let Some(files) = &endpoint.tls else {
         return Ok(Transport::Plain(socket));
     };
-    let (config, host, begun) = (files.client_config()?, &endpoint.host, Instant::now());
+    let config = files.client_config()?;
+    let host = &endpoint.host;
+    let begun = Instant::now();
     match TlsStream::handshake(config, host, socket, deadline) {
         Ok(stream) => {
             log::debug!(
@@ -114,7 +116,8 @@ pub(crate) fn resolve(
     if let Ok(address) = endpoint.host.parse::<IpAddr>() {
         return Ok(vec![(address, endpoint.port).into()]);
     }
-    let (name, begun) = ((endpoint.host.clone(), endpoint.port), Instant::now());
+    let name = (endpoint.host.clone(), endpoint.port);
+    let begun = Instant::now();
     let lookup = run_in_background(move || name.to_socket_addrs().map(Vec::from_iter));
     let reason = match lookup.recv_deadline(deadline.instant()) {
         Ok(Ok(addresses)) if addresses.is_empty() => "no address".into(),
@@ -141,7 +144,8 @@ pub(crate) fn resolve(
 }
 
 fn unreachable(endpoint: &Endpoint, error: &io::Error) -> ErrorKind {
-    let (source_name, reason) = (endpoint.source_name, describe_io_error(error));
+    let source_name = endpoint.source_name;
+    let reason = describe_io_error(error);
     ErrorKind::NotConnected(format!(
         "cannot be reached (from {source_name}): {reason}: is RabbitMQ running there?"
     ))

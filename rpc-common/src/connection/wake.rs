@@ -86,7 +86,8 @@ mod tests {
     fn a_wait_ends_when_it_is_woken_from_another_thread() {
         let waker = Waker::new().unwrap();
         let is_ready = Arc::new(AtomicBool::new(false));
-        let (other, stored) = (waker.clone(), is_ready.clone());
+        let other = waker.clone();
+        let stored = is_ready.clone();
         let thread = thread::spawn(move || {
             stored.store(true, Ordering::SeqCst);
             other.wake();

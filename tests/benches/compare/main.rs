@@ -76,7 +76,8 @@ fn run(cli: &Cli) -> Result<()> {
     let machine = &machine::describe(&programs);
     let bench = Bench::new(&programs, seconds)?;
 
-    let (mut results, mut own_metrics) = (Results::default(), OwnMetrics::default());
+    let mut results = Results::default();
+    let mut own_metrics = OwnMetrics::default();
     for round in 1..=rounds {
         eprintln!("round {round} of {rounds} ...");
         measure_round(&bench, &cli.peers, round, &mut results)?;

@@ -44,8 +44,11 @@ impl OwnMetrics {
             .iter()
             .position(|row| row.what == what)
             .unwrap_or_else(|| {
-                let (what, unit, comparison) = (what.into(), sample.1, compared.1);
-                let (samples, compared) = (Vec::new(), Vec::new());
+                let what = what.into();
+                let unit = sample.1;
+                let comparison = compared.1;
+                let samples = Vec::new();
+                let compared = Vec::new();
                 self.0.push(Row {
                     what,
                     unit,

@@ -104,7 +104,8 @@ impl<'a> Programs<'a> {
     /// The command of a client that makes a call `repeat` times for each number among its
     /// arguments, and prints the time it took.
     pub(crate) fn client(&self, peer: Peer, queue: &str, in_flight: u16, repeat: u64) -> Command {
-        let (in_flight, repeat) = (in_flight.to_string(), repeat.to_string());
+        let in_flight = in_flight.to_string();
+        let repeat = repeat.to_string();
         let mut client = self.program(peer, "client", queue);
         if peer == Ours {
             client.args(["--quiet", "--summary=json", "-o", "raw", "-j", &in_flight]);

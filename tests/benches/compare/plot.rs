@@ -83,7 +83,8 @@ fn draw_bar(panel: &Area, y: i32, peer: Peer, spread: Spread, max: f64) -> Resul
 
     let bar = [(BARS_BEGIN, y - HALF_BAR), (x(spread.median), y + HALF_BAR)];
     panel.draw(&Rectangle::new(bar, color.filled()))?;
-    let (min_x, max_x) = (x(spread.min), x(spread.max));
+    let min_x = x(spread.min);
+    let max_x = x(spread.max);
     for line in [
         [(min_x, y), (max_x, y)],
         [(min_x, y - HALF_WHISKER), (min_x, y + HALF_WHISKER)],

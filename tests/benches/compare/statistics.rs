@@ -19,7 +19,8 @@ impl Spread {
     pub(crate) fn of(samples: &[f64]) -> Option<Self> {
         let mut sorted = samples.to_vec();
         sorted.sort_by(f64::total_cmp);
-        let (min, max) = (*sorted.first()?, *sorted.last()?);
+        let min = *sorted.first()?;
+        let max = *sorted.last()?;
         let middle = sorted.len() / 2;
         let median = if sorted.len() % 2 == 1 {
             sorted[middle]

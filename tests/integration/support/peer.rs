@@ -278,10 +278,8 @@ fn open(url: &str) -> Connection {
     );
     let socket = std::net::TcpStream::connect(address).expect("the broker is running");
     socket.set_nodelay(true).expect("it is connected");
-    let (username, password) = (
-        decode(url.username(), "guest"),
-        decode(url.password().unwrap_or_default(), "guest"),
-    );
+    let username = decode(url.username(), "guest");
+    let password = decode(url.password().unwrap_or_default(), "guest");
     let vhost = decode(url.path().trim_start_matches('/'), "/");
     let options = ConnectionOptions::default()
         .auth(Auth::Plain { username, password })
@@ -318,10 +316,8 @@ pub(crate) fn permits_transient_queues(url: &str) -> bool {
     static BY_URL: Mutex<BTreeMap<String, bool>> = Mutex::new(BTreeMap::new());
     let mut by_url = BY_URL.lock().unwrap_or_else(PoisonError::into_inner);
     *by_url.entry(url.into()).or_insert_with(|| {
-        let (peer, queue) = (
-            Peer::connect_to(url),
-            format!("test.permitted.{}", Uuid::new_v4()),
-        );
+        let peer = Peer::connect_to(url);
+        let queue = format!("test.permitted.{}", Uuid::new_v4());
         let declared = peer
             .channel
             .queue_declare(&*queue, QueueDeclareOptions::default());

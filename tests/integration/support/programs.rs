@@ -70,7 +70,8 @@ pub(crate) fn client(queue: &str, args: &[&str]) -> Command {
 /// Runs a command to its end, and checks its exit code and all of its output.
 #[track_caller]
 pub(crate) fn assert_output(command: &mut Command, code: i32, stdout: &str, stderr: &str) {
-    let (stdout, stderr) = (stdout.to_owned(), stderr.to_owned());
+    let stdout = stdout.to_owned();
+    let stderr = stderr.to_owned();
     command.assert().code(code).stdout(stdout).stderr(stderr);
 }
 

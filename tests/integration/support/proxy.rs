@@ -94,7 +94,8 @@ impl Proxy {
     pub(crate) fn start_at(address: (&str, u16), broker: &str) -> Self {
         let listener = TcpListener::bind(address).expect("the port is free");
         let address = listener.local_addr().expect("the socket is bound");
-        let (state, traffic_changed) = (Mutex::default(), Condvar::new());
+        let state = Mutex::default();
+        let traffic_changed = Condvar::new();
         let forwarder = Arc::new(Forwarder {
             broker: broker.into(),
             state,
@@ -247,7 +248,9 @@ impl Forwarder {
             return;
         }
         for (from, to, is_client) in [(&client, &broker, true), (&broker, &client, false)] {
-            let (forwarder, from, to) = (self.clone(), clone_socket(from), clone_socket(to));
+            let forwarder = self.clone();
+            let from = clone_socket(from);
+            let to = clone_socket(to);
             thread::spawn(move || forwarder.copy(from, to, is_client));
         }
         state.connections.push(Connection { client, broker });

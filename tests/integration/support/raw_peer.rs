@@ -88,7 +88,8 @@ impl RawPeer {
             let answer = self.next_frame();
             (answer[7..11] == [0, 60, 0, 71]).then_some(())
         });
-        let (header, body) = (self.next_frame(), self.next_frame());
+        let header = self.next_frame();
+        let body = self.next_frame();
         (header, body[7..body.len() - 1].to_vec())
     }
 

@@ -64,10 +64,12 @@ impl ScriptedBroker {
     pub(crate) fn start(method: Method, action: Action) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
         let address = listener.local_addr().expect("the socket is bound");
-        let ((times, received), (flood_ends, flood_ended)) = (channel(), channel());
+        let (times, received) = channel();
+        let (flood_ends, flood_ended) = channel();
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                let (times, flood_ends) = (times.clone(), flood_ends.clone());
+                let times = times.clone();
+                let flood_ends = flood_ends.clone();
                 let connection = Connection {
                     stream,
                     method,
@@ -201,7 +203,8 @@ fn flood_message(flood: Flood, channel: u8) -> Vec<u8> {
     let body = [b'x'; 1000];
     let header = [&[0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 3, 0xe8][..], &[0, 0]].concat();
     let content = [frame(channel, 2, &header), frame(channel, 3, &body)].concat();
-    let (tag, name) = (short_str(TAG), short_str(b"q"));
+    let tag = short_str(TAG);
+    let name = short_str(b"q");
     let method = match flood {
         Flood::Blocked => return frame(0, 1, &[&[0, 10, 0, 60][..], &short_str(b"low")].concat()),
         Flood::Deliveries => [&[0, 60, 0, 60][..], &tag, &[0; 9], &[0], &name].concat(),

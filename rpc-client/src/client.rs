@@ -1,6 +1,7 @@
 //! Calls from a program: a client that any thread can use.
 
-use crate::call::{Config, Error, Outcome, Request};
+use crate::call::{Error, Outcome, Request};
+use crate::config::Config;
 use crate::event_loop::run;
 use crate::requests::{requests, RequestSender, Requests};
 use crossbeam_channel::{bounded, Sender};

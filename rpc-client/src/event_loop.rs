@@ -3,7 +3,8 @@
 //!
 //! It drives the link of the connection, so its thread is the one that a reply wakes.
 
-use crate::call::{Config, Error, NoAnswerCause, Request};
+use crate::call::{Error, NoAnswerCause, Request};
+use crate::config::Config;
 use crate::diagnosis::Diagnosis;
 use crate::outcomes::{OnOutcomes, Outcomes};
 use crate::pending::{PendingCalls, Returned};

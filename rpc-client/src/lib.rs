@@ -9,6 +9,7 @@
 
 mod call;
 mod client;
+mod config;
 mod diagnosis;
 mod event_loop;
 mod outcomes;
@@ -17,8 +18,9 @@ mod requests;
 mod retry;
 mod session;
 
-pub use call::{Config, Error, NoAnswerCause, Outcome, ReplyTo, Request};
+pub use call::{Error, NoAnswerCause, Outcome, Request};
 pub use client::Client;
+pub use config::{Config, ReplyTo};
 pub use event_loop::run;
 pub use outcomes::OnOutcomes;
 pub use requests::{requests, RequestSender, Requests, Stopper};

@@ -4,7 +4,8 @@
 //! thread makes the blocking calls, one after the other, so that the event loop never blocks:
 //! connecting, starting the consumer, looking at the request queue, closing.
 
-use crate::call::{Config, Error, ReplyTo};
+use crate::call::Error;
+use crate::config::{Config, ReplyTo};
 use crate::pending::Call;
 use crate::requests::Requests;
 use amiquip::ConsumerOptions;

@@ -1,4 +1,4 @@
-//! The built-in function: Fibonacci numbers, exact for any n.
+//! The built-in function: Fibonacci numbers, exact for any n, and the form of n.
 
 use num_bigint::BigUint;
 
@@ -74,6 +74,33 @@ fn fib_u64(n: u64) -> u64 {
     current
 }
 
+/// The number of digits of the largest 64-bit number.
+const MAX_DIGITS: usize = 20;
+
+/// Why a text is not a number. The messages complete "'abc' is …".
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NumberError {
+    /// The text does not match `[0-9]{1,20}`.
+    #[error("not a whole number (digits only, such as 30)")]
+    Malformed,
+    /// The number is larger than 2^64 - 1.
+    #[error("too large (at most {})", u64::MAX)]
+    TooLarge,
+}
+
+/// Parses a number of the form `[0-9]{1,20}`: no sign, no blanks, ASCII digits only. Of a longer
+/// text it looks only at the length.
+///
+/// # Errors
+/// [`NumberError`]
+pub fn parse_number(text: &[u8]) -> Result<u64, NumberError> {
+    if text.is_empty() || text.len() > MAX_DIGITS || !text.iter().all(u8::is_ascii_digit) {
+        return Err(NumberError::Malformed);
+    }
+    let digits = std::str::from_utf8(text).map_err(|_| NumberError::Malformed)?;
+    digits.parse().map_err(|_| NumberError::TooLarge)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -100,7 +127,33 @@ mod tests {
         assert!(million.ends_with("68996526838242546875"));
     }
 
+    #[test]
+    fn numbers_have_1_to_20_ascii_digits() {
+        assert_eq!(parse_number(b"0"), Ok(0));
+        assert_eq!(parse_number(b"007"), Ok(7));
+        assert_eq!(parse_number(b"18446744073709551615"), Ok(u64::MAX));
+        assert_eq!(
+            parse_number(b"18446744073709551616"),
+            Err(NumberError::TooLarge)
+        );
+        for text in [
+            "", " 1", "1 ", "1\n", "+1", "-1", "1.0", "1e3", "0x1f", "٣", "１", "abc",
+        ] {
+            assert_eq!(
+                parse_number(text.as_bytes()),
+                Err(NumberError::Malformed),
+                "{text:?}"
+            );
+        }
+        assert_eq!(parse_number(&[b'0'; 21]), Err(NumberError::Malformed));
+    }
+
     proptest! {
+        #[test]
+        fn every_64_bit_number_is_parsed(n: u64) {
+            prop_assert_eq!(parse_number(n.to_string().as_bytes()), Ok(n));
+        }
+
         // The code does not use this identity.
         #[test]
         fn fib_of_a_sum_matches_the_addition_identity(m in 1u64..20_000, n in 0u64..20_000) {

@@ -2,9 +2,10 @@
 //!
 //! Read in this order: [`fib`] is the function, [`message`] what goes over the wire, [`properties`]
 //! and [`encoding`] its bytes, [`connection`] the way to the broker,
-//! [`options`] the command line, [`exit`] how a program says how it ended.
+//! [`command_line`] and [`options`] the command line, [`exit`] how a program says how it ended.
 
 pub mod background_writer;
+pub mod command_line;
 pub mod connection;
 pub mod encoding;
 pub mod exit;

@@ -353,33 +353,6 @@ pub fn unix_time_ms(time: SystemTime) -> i64 {
     i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX)
 }
 
-/// The number of digits of the largest 64-bit number.
-const MAX_DIGITS: usize = 20;
-
-/// Why a text is not a number. The messages complete "'abc' is …".
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum NumberError {
-    /// The text does not match `[0-9]{1,20}`.
-    #[error("not a whole number (digits only, such as 30)")]
-    Malformed,
-    /// The number is larger than 2^64 - 1.
-    #[error("too large (at most {})", u64::MAX)]
-    TooLarge,
-}
-
-/// Parses a number of the form `[0-9]{1,20}`: no sign, no blanks, ASCII digits only. Of a longer
-/// text it looks only at the length.
-///
-/// # Errors
-/// [`NumberError`]
-pub fn parse_number(text: &[u8]) -> Result<u64, NumberError> {
-    if text.is_empty() || text.len() > MAX_DIGITS || !text.iter().all(u8::is_ascii_digit) {
-        return Err(NumberError::Malformed);
-    }
-    let digits = std::str::from_utf8(text).map_err(|_| NumberError::Malformed)?;
-    digits.parse().map_err(|_| NumberError::TooLarge)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -483,27 +456,6 @@ mod tests {
     }
 
     #[test]
-    fn numbers_have_1_to_20_ascii_digits() {
-        assert_eq!(parse_number(b"0"), Ok(0));
-        assert_eq!(parse_number(b"007"), Ok(7));
-        assert_eq!(parse_number(b"18446744073709551615"), Ok(u64::MAX));
-        assert_eq!(
-            parse_number(b"18446744073709551616"),
-            Err(NumberError::TooLarge)
-        );
-        for text in [
-            "", " 1", "1 ", "1\n", "+1", "-1", "1.0", "1e3", "0x1f", "٣", "１", "abc",
-        ] {
-            assert_eq!(
-                parse_number(text.as_bytes()),
-                Err(NumberError::Malformed),
-                "{text:?}"
-            );
-        }
-        assert_eq!(parse_number(&[b'0'; 21]), Err(NumberError::Malformed));
-    }
-
-    #[test]
     fn an_unknown_code_is_escaped_and_cut() {
         let code = |code: &str| ErrorCode::from(code).as_str().to_owned();
         assert_eq!(code("quota"), "quota");
@@ -581,11 +533,6 @@ mod tests {
             prop_assert_eq!(properties.correlation_id, id.as_deref());
             let decoded = decode_reply(&properties, publish.body.to_vec());
             prop_assert_eq!(decoded, reply.clone());
-        }
-
-        #[test]
-        fn every_64_bit_number_is_parsed(n: u64) {
-            prop_assert_eq!(parse_number(n.to_string().as_bytes()), Ok(n));
         }
     }
 }

@@ -1,288 +1,188 @@
-//! The command line: what both programs do alike.
+//! The values of options: names, durations and sizes.
 
-use crate::connection::{Endpoint, Error, ErrorKind, Secret, TlsFiles, DEFAULT_HEARTBEAT};
-use crate::exit::{print_message, ExitCode};
-use clap::error::{ContextKind, ContextValue, ErrorKind as ClapErrorKind};
-use std::env;
-use std::error::Error as _;
-use std::ffi::OsString;
-use std::io::{self, Write};
-use std::path::PathBuf;
+use std::time::Duration;
 
-/// Parses the command line. Prints an error as one line, and help in clap's format; or
-/// `short_help`, if the first argument is `-h`.
+/// The longest duration that an option accepts: RabbitMQ refuses a longer `expiration`.
+const MAX_DURATION: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// The largest message that RabbitMQ can be configured to accept (`max_message_size`), in bytes.
+pub const MAX_SIZE: usize = 512 << 20;
+
+/// Parses a name that goes into an AMQP short string: 1 to 255 bytes without control characters.
 ///
 /// # Errors
-/// The exit code to end with at once: [`ExitCode::Success`] after `--help` and `--version`,
-/// [`ExitCode::Usage`] after an error.
-pub fn parse_args<Cli: clap::Parser>(short_help: &str) -> Result<Cli, ExitCode> {
-    if env::args_os().nth(1).is_some_and(|arg| arg == "-h") {
-        // If it cannot be written, nobody reads it.
-        let _ = io::stdout().write_all(short_help.as_bytes());
-        return Err(ExitCode::Success);
+/// What is wrong with the name, for a message.
+pub fn parse_name(text: &str) -> Result<String, String> {
+    match text.len() {
+        0 => Err("the queue name must not be empty".into()),
+        1..=255 if text.contains(char::is_control) => {
+            Err("must not contain control characters".into())
+        }
+        1..=255 => Ok(text.into()),
+        len => Err(format!("must be at most 255 bytes long, not {len}")),
     }
-    let command = Cli::command().max_term_width(80);
-    let arguments = arguments(&command);
-    let matches = command
-        .try_get_matches_from(arguments)
-        .and_then(|matches| Cli::from_arg_matches(&matches));
-    matches.map_err(|error| {
-        match describe_error(&error) {
-            _ if error.kind() == ClapErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-                let mut command = Cli::command();
-                let _ = write!(
-                    io::stderr(),
-                    "{}\nSee {} --help.\n",
-                    command.render_usage(),
-                    command.get_name()
-                );
-            }
-            Some(message) => print_message(Cli::command().get_name(), message),
-            None => drop(error.print()), // if the output is closed, the exit code still tells
-        }
-        if error.use_stderr() {
-            ExitCode::Usage
-        } else {
-            ExitCode::Success
-        }
-    })
 }
 
-/// Values of a variable that do not set an option without a value, as clap has it. Upper and lower
-/// case are the same.
-const FALSE: [&str; 7] = ["", "0", "f", "false", "n", "no", "off"];
-
-/// The arguments, and before them those that the environment sets: `RPC_CLIENT_TIMEOUT=5s` is
-/// `--timeout=5s` of rpc-client. So the command line wins: of an option that is given twice, the
-/// last one counts.
+/// Parses a MIME type, which is an AMQP short string: 1 to 255 bytes without control characters.
 ///
-/// Not what the program is asked to do, and not `--url`: an error would show its password.
-/// `AMQP_URL` is for that. (clap's own support costs every call memory.)
-fn arguments(command: &clap::Command) -> Vec<OsString> {
-    let mut given = env::args_os();
-    let mut arguments = given.next().into_iter().collect::<Vec<_>>();
-    let prefix = command.get_name().to_uppercase().replace('-', "_");
-    for arg in command.get_arguments() {
-        let Some(name) = arg
-            .get_long()
-            .filter(|name| !["url", "data", "lines", "check"].contains(name))
-        else {
-            continue;
-        };
-        let variable = format!("{prefix}_{}", name.to_uppercase().replace('-', "_"));
-        let Some(value) = env::var_os(variable) else {
-            continue;
-        };
-        let mut argument = OsString::from(format!("--{name}"));
-        if arg.get_action().takes_values() {
-            argument.push("=");
-            argument.push(value);
-        } else if FALSE.iter().any(|no| value.eq_ignore_ascii_case(no)) {
-            continue;
-        }
-        arguments.push(argument);
-    }
-    arguments.extend(given);
-    arguments
+/// # Errors
+/// What is wrong with it, for a message.
+pub fn parse_content_type(text: &str) -> Result<String, String> {
+    parse_name(text).map_err(|_| "not a content type such as text/plain".into())
 }
 
-/// Describes an error in one line, with what the user may have meant; `None` if clap's text is
-/// help.
-fn describe_error(error: &clap::Error) -> Option<String> {
-    let text = error.to_string();
-    // Hints and usage follow in paragraphs of their own.
-    let message = text
-        .strip_prefix("error: ")?
-        .split("\n\n")
-        .next()?
-        .trim_end();
-    let message = message.lines().map(str::trim).collect::<Vec<_>>().join(" ");
-    let message = match error.source().map(ToString::to_string) {
-        Some(reason) => message.replace(&reason, &reword(&reason)),
-        None => message,
-    };
-    let suggestion = [ContextKind::SuggestedArg, ContextKind::SuggestedValue]
-        .into_iter()
-        .find_map(|kind| error.get(kind));
-    let suggestion = match suggestion {
-        Some(ContextValue::String(meant)) => format!(": did you mean '{meant}'?"),
-        Some(ContextValue::Strings(meant)) if !meant.is_empty() => {
-            format!(": did you mean '{}'?", meant.join("' or '"))
-        }
-        _ => String::new(),
-    };
-    let text = message + &suggestion;
-    let separator = if text.ends_with('?') { " " } else { "; " };
-    Some(format!("{text}{separator}see --help"))
-}
-
-/// Rewords how the standard library and clap say that a number is invalid.
-fn reword(reason: &str) -> String {
-    let range = reason
-        .split_once(" is not in ")
-        .and_then(|(_, range)| range.split_once(".."));
-    if let Some((min, max)) = range {
-        // clap writes a range without an upper bound as `1..MAX`, but accepts MAX.
-        return format!("must be between {min} and {}", max.trim_start_matches('='));
-    }
-    match reason {
-        "invalid digit found in string" | "cannot parse integer from empty string" => {
-            "not a whole number"
-        }
-        "number too large to fit in target type" => "too large",
-        other => other,
-    }
-    .into()
-}
-
-/// The options that a command line with these arguments sets: the defaults, for a program that has
-/// no command line.
+/// Parses a duration of 0 to 365 days: `1500ms`, `1.5s`, `2m`; a bare number is seconds.
 ///
-/// # Panics
-/// When the arguments are wrong.
-pub fn from_args<Options: clap::Args>(args: &[&str]) -> Options {
-    let command = Options::augment_args(clap::Command::new("").no_binary_name(true));
-    Options::from_arg_matches(
-        &command
-            .try_get_matches_from(args)
-            .expect("the arguments are right"),
-    )
-    .expect("clap has checked them")
-}
-
-/// The options that say where the broker is, and how to log in.
-#[derive(Clone, Debug, clap::Args)]
-#[command(next_help_heading = "Broker")]
-pub struct BrokerOptions {
-    /// amqp(s)://user:password@host:port/vhost, repeatable: tried in turn
-    /// [env: AMQP_URL, else amqp://localhost]
-    // Not clap's `env`, and parsed after clap: clap would print the value, with its password.
-    #[arg(long = "url", value_name = "URL", action = clap::ArgAction::Append)]
-    urls: Vec<Secret>,
-
-    /// Read the password from FILE, again for every connection
-    #[arg(long, value_name = "FILE")]
-    password_file: Option<PathBuf>,
-
-    #[command(flatten)]
-    tls: TlsFiles,
-
-    /// AMQP heartbeat, 1 to 65535
-    #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_HEARTBEAT, value_parser = clap::value_parser!(u16).range(1..))]
-    heartbeat: u16,
-}
-
-impl BrokerOptions {
-    /// The options of a program that is given this URL and nothing else.
-    pub fn from_url(url: &str) -> Self {
-        from_args(&[&format!("--url={url}")])
-    }
-
-    /// The brokers that the options name, or else the environment variable `AMQP_URL`. Logs a
-    /// warning if an option contains a password: `ps` shows it.
-    ///
-    /// # Errors
-    /// When a URL, or a file beside it, is wrong.
-    pub fn endpoints(&self) -> Result<Vec<Endpoint>, Error> {
-        self.try_endpoints().map_err(|kind| Error::new("", kind))
-    }
-
-    fn try_endpoints(&self) -> Result<Vec<Endpoint>, ErrorKind> {
-        let parsed = self.urls.iter().map(|url| Endpoint::parse(&url.0, "--url"));
-        let mut endpoints = parsed.collect::<Result<Vec<_>, _>>()?;
-        if endpoints.iter().any(Endpoint::has_password) {
-            log::warn!("the password in --url is visible to all users (ps): use AMQP_URL or --password-file");
-        }
-        if endpoints.is_empty() {
-            endpoints.push(endpoint_from_env()?);
-        }
-        for endpoint in &mut endpoints {
-            self.complete(endpoint)?;
-        }
-        Ok(endpoints)
-    }
-
-    /// Adds what is set by other options, and checks the files before anything is tried.
-    fn complete(&self, endpoint: &mut Endpoint) -> Result<(), ErrorKind> {
-        endpoint.heartbeat = self.heartbeat;
-        endpoint.password_file.clone_from(&self.password_file);
-        endpoint.check_password_file()?;
-        if self.tls != TlsFiles::default() {
-            if endpoint.tls.is_none() {
-                let reason = "--ca-file, --cert-file and --key-file need an amqps:// URL";
-                return Err(ErrorKind::bad_url(endpoint.source_name, reason));
-            }
-            self.tls.client_config()?;
-            endpoint.tls = Some(self.tls.clone());
-        }
-        Ok(())
+/// # Errors
+/// What is wrong with the duration, for a message.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let is_number = !text.is_empty()
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_digit() || byte == b'.');
+    let unit = if is_number { "s" } else { "" };
+    match humantime::parse_duration(&format!("{text}{unit}")) {
+        Ok(duration) if duration <= MAX_DURATION => Ok(duration),
+        Ok(_) => Err("must be at most 365 days".into()),
+        Err(_) => Err("not a duration such as 1500ms, 30s or 2m".into()),
     }
 }
 
-fn endpoint_from_env() -> Result<Endpoint, ErrorKind> {
-    match env::var("AMQP_URL") {
-        Ok(url) if url.is_empty() => Err(ErrorKind::bad_url(
-            "AMQP_URL",
-            "it is empty: set it to a URL, or unset it",
-        )),
-        Ok(url) => Endpoint::parse(&url, "AMQP_URL"),
-        Err(env::VarError::NotPresent) => Endpoint::parse("amqp://localhost", "the default"),
-        Err(env::VarError::NotUnicode(_)) => Err(ErrorKind::bad_url("AMQP_URL", "not valid UTF-8")),
+/// Parses a timeout: a duration of 1 ms to 365 days.
+///
+/// # Errors
+/// As [`parse_duration`].
+pub fn parse_timeout(text: &str) -> Result<Duration, String> {
+    match parse_duration(text)? {
+        timeout if timeout < Duration::from_millis(1) => Err("must be at least 1ms".into()),
+        timeout => Ok(timeout),
+    }
+}
+
+/// Parses a size in bytes: `512KiB`, `8MiB`, `1GiB`; a bare number is bytes.
+///
+/// # Errors
+/// What is wrong with the size, for a message.
+pub fn parse_size(text: &str) -> Result<usize, String> {
+    let units = [("KiB", 10), ("MiB", 20), ("GiB", 30)];
+    let with_unit = units
+        .iter()
+        .find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, *shift)));
+    let (digits, shift) = with_unit.unwrap_or((text, 0));
+    if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err("not a size such as 512KiB, 8MiB or a number of bytes".into());
+    }
+    match digits
+        .parse::<usize>()
+        .ok()
+        .and_then(|number| number.checked_mul(1 << shift))
+    {
+        Some(size) if size <= MAX_SIZE => Ok(size),
+        _ => Err("must be at most 512MiB, RabbitMQ's limit".into()),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::{value_parser, Parser};
 
-    #[derive(Debug, Parser)]
-    #[command(name = "test")]
-    struct Cli {
-        #[arg(long, value_name = "N", value_parser = value_parser!(u16).range(1..))]
-        workers: Option<u16>,
-        #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(1..))]
-        repeat: Option<u64>,
-        #[arg(long, value_name = "FORMAT", value_parser = ["text", "json"])]
-        output: Option<String>,
-        #[arg(long, value_name = "PEM", requires = "key")]
-        cert: Option<String>,
-        #[arg(long, value_name = "PEM")]
-        key: Option<String>,
-    }
-
-    fn error(args: &[&str]) -> Option<String> {
-        let args = [&["test"], args].concat();
-        describe_error(&Cli::try_parse_from(args).unwrap_err())
+    #[test]
+    fn a_name_has_1_to_255_bytes_without_control_characters() {
+        assert_eq!(parse_name(&"x".repeat(255)), Ok("x".repeat(255)));
+        assert_eq!(
+            parse_name(""),
+            Err("the queue name must not be empty".into())
+        );
+        assert_eq!(
+            parse_name("a\0"),
+            Err("must not contain control characters".into())
+        );
+        let too_long = Err("must be at most 255 bytes long, not 256".into());
+        assert_eq!(parse_name(&"ä".repeat(128)), too_long);
     }
 
     #[test]
-    fn an_error_is_one_line_with_inclusive_bounds_and_a_suggestion() {
-        for (args, message) in [
-            (&["--workers", "0"][..], "invalid value '0' for '--workers <N>': must be between 1 and 65535; see --help"),
-            (
-                &["--repeat", "0"],
-                "invalid value '0' for '--repeat <N>': must be between 1 and 18446744073709551615; see --help",
-            ),
-            (&["--repeat", "many"], "invalid value 'many' for '--repeat <N>': not a whole number; see --help"),
-            (&["--repeat="], "invalid value '' for '--repeat <N>': not a whole number; see --help"),
-            (
-                &["--repeat", "18446744073709551616"],
-                "invalid value '18446744073709551616' for '--repeat <N>': too large; see --help",
-            ),
-            (
-                &["--output", "jsno"],
-                "invalid value 'jsno' for '--output <FORMAT>' [possible values: text, json]: did you mean 'json'? see --help",
-            ),
-            (&["--worker", "1"], "unexpected argument '--worker' found: did you mean '--workers'? see --help"),
-            (&["--cert", "a.pem"], "the following required arguments were not provided: --key <PEM>; see --help"),
+    fn durations_have_units_or_are_seconds() {
+        for (text, millis) in [
+            ("1500ms", 1_500),
+            ("30s", 30_000),
+            ("2m", 120_000),
+            ("5", 5_000),
+            ("0", 0),
+            ("0.2", 200),
+            ("1.5", 1_500),
+            ("1.5s", 1_500),
+            ("1m 1s", 61_000),
         ] {
-            assert_eq!(error(args).as_deref(), Some(message));
+            assert_eq!(
+                parse_duration(text),
+                Ok(Duration::from_millis(millis)),
+                "{text}"
+            );
         }
     }
 
     #[test]
-    fn help_is_no_error() {
-        assert_eq!(error(&["--help"]), None);
+    fn sizes_have_units_or_are_bytes() {
+        for (text, size) in [
+            ("0", 0),
+            ("9", 9),
+            ("512KiB", 512 << 10),
+            ("8MiB", 8 << 20),
+            ("512MiB", MAX_SIZE),
+        ] {
+            assert_eq!(parse_size(text), Ok(size), "{text}");
+        }
+        for text in ["", "MiB", "-1", "1.5MiB", "8MB", "8 MiB", "+1"] {
+            assert_eq!(
+                parse_size(text),
+                Err("not a size such as 512KiB, 8MiB or a number of bytes".into()),
+                "{text}"
+            );
+        }
+        for text in [
+            "513MiB",
+            "1GiB",
+            "18446744073709551616",
+            "18014398509481984KiB",
+        ] {
+            assert_eq!(
+                parse_size(text),
+                Err("must be at most 512MiB, RabbitMQ's limit".into()),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_invalid_duration_is_refused_with_the_reason() {
+        for text in [
+            "",
+            "s",
+            "-1",
+            ".",
+            "1.",
+            "1.5.2s",
+            "1.5.2",
+            "ten",
+            "1e3",
+            "99999999999999999999999",
+        ] {
+            assert_eq!(
+                parse_duration(text),
+                Err("not a duration such as 1500ms, 30s or 2m".into()),
+                "{text}"
+            );
+        }
+        for text in ["366d", "31536001", "18446744073709551615"] {
+            assert_eq!(
+                parse_duration(text),
+                Err("must be at most 365 days".into()),
+                "{text}"
+            );
+        }
+        assert_eq!(parse_timeout("1ms"), Ok(Duration::from_millis(1)));
+        assert_eq!(parse_timeout("999us"), Err("must be at least 1ms".into()));
+        assert_eq!(parse_timeout("0"), Err("must be at least 1ms".into()));
     }
 }

@@ -1,8 +1,8 @@
 //! What to serve: options of the command line, and of a program that uses the library.
 
 use crate::queue::QueueType;
-use rpc_common::options::{self, BrokerOptions};
-use rpc_common::text::parse_name;
+use rpc_common::command_line::{self, BrokerOptions};
+use rpc_common::options::parse_name;
 
 /// What to serve. The defaults are those of the command line.
 #[derive(Clone, Debug, clap::Args)]
@@ -55,6 +55,6 @@ pub enum UrlOrder {
 
 impl Default for Config {
     fn default() -> Self {
-        options::from_args(&[])
+        command_line::from_args(&[])
     }
 }

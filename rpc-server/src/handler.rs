@@ -1,7 +1,8 @@
 //! The function that is served: from a request to a reply. It does not know AMQP.
 
 use rpc_common::fib::fib;
-use rpc_common::message::{parse_number, ErrorCode, Failure, NumberError, Reply, Request};
+use rpc_common::fib::{parse_number, NumberError};
+use rpc_common::message::{ErrorCode, Failure, Reply, Request};
 use rpc_common::text::escape;
 use std::panic::{self, AssertUnwindSafe};
 use std::thread;

@@ -2,20 +2,17 @@
 //!
 //! [`serve`] serves any [`Handler`]; the program `rpc-server` serves [`fib_handler`] or a
 //! [`Program`]. Read in this order: `config` is what to serve, `handler` the function, `program` a
-//! program as the function, `run` one process group of it; `server` keeps the connection, and tells
-//! the `observer`; `worker` takes requests to the handler and publishes its replies, `queue` finds
-//! or declares the request queue, `isolated` and `kept` are about requests that are delivered
-//! again.
+//! program as the function; `server` keeps the connection, and tells the `observer`; `queue` finds
+//! or declares the request queue; `worker` takes requests to the handler and publishes its replies;
+//! `redelivery` has what only redelivered requests need.
 
 mod config;
 mod handler;
-mod isolated;
-mod kept;
 mod observer;
 mod program;
 mod queue;
-mod run;
-mod run_log;
+mod redelivery;
+mod reply;
 mod server;
 mod signals;
 mod worker;

@@ -6,10 +6,9 @@
 
 use crate::config::{Config, UrlOrder};
 use crate::handler::Handler;
-use crate::isolated::{IsolatedPublisher, IDLE_TIMEOUT};
-use crate::kept::KeptReplies;
 use crate::observer::Observer;
 use crate::queue::{self, QueueType};
+use crate::redelivery::{IsolatedPublisher, KeptReplies, IDLE_TIMEOUT};
 use crate::signals::Stop;
 use crate::worker::{
     Service, Worker, WorkerChannel, WorkerEvent, BROKER_CALL_TIMEOUT, LOOK_INTERVAL,

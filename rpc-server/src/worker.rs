@@ -3,9 +3,9 @@
 
 use crate::config::Config;
 use crate::handler::{self, Caller, Handler};
-use crate::isolated::{log_return, publish_reply, IsolatedPublisher, Published};
-use crate::kept::KeptReplies;
 use crate::observer::Observer;
+use crate::redelivery::{IsolatedPublisher, KeptReplies, Published};
+use crate::reply::{log_return, publish_reply};
 use crate::signals::Stop;
 use amiquip::ConsumerOptions;
 use crossbeam_channel::{select_biased, Receiver, Sender, TryRecvError};

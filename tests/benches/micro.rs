@@ -1,7 +1,8 @@
 //! Benchmarks of the parts of a call: `cargo bench -p rpc-benches`.
 
 use divan::{black_box, Bencher};
-use rpc_common::message::{decode_reply, encode_reply, parse_number, Reply, Request, TEXT};
+use rpc_common::fib::parse_number;
+use rpc_common::message::{decode_reply, encode_reply, Reply, Request, TEXT};
 use rpc_common::properties::Properties;
 use rpc_common::text::escape;
 use std::time::Duration;

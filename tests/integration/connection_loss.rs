@@ -9,7 +9,7 @@ use crate::support::scripted_broker::{Action, ScriptedBroker, CONSUME, START_OK}
 use crate::support::TEST_TIMEOUT;
 use crossbeam_channel::unbounded;
 use rpc_client::{Client, Config, Error};
-use rpc_common::options::BrokerOptions;
+use rpc_common::command_line::BrokerOptions;
 use rustix::process::Signal;
 use std::net::TcpListener;
 use std::thread;

@@ -6,6 +6,7 @@ use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{assert_output, client, command, Program};
 use amiquip::AmqpProperties;
 use std::fs;
+use std::path::PathBuf;
 
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 const GUIDE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../rpc-server/README.md");
@@ -182,11 +183,20 @@ fn the_lines_of_the_log_that_the_guide_explains_are_in_the_source() {
         .flat_map(|line| line.split(['…', ';']))
         .map(str::trim)
         .filter(|part| part.len() > 2);
-    let source = ["rpc-server/src", "rpc-common/src/connection"].map(|folder| {
+    let folders = [
+        "rpc-common/src/connection",
+        "rpc-server/src",
+        "rpc-server/src/bin/rpc-server",
+        "rpc-server/src/program",
+        "rpc-server/src/redelivery",
+    ];
+    let source = folders.map(|folder| {
         let files = fs::read_dir(format!("{ROOT}/{folder}")).expect("the folder exists");
-        let text = |file: fs::DirEntry| fs::read_to_string(file.path()).expect("it is text");
+        let files = files.map(|file| file.expect("it can be listed").path());
+        let text = |file: PathBuf| fs::read_to_string(file).expect("it is text");
         files
-            .map(|file| text(file.expect("it can be listed")))
+            .filter(|file| file.is_file())
+            .map(text)
             .collect::<String>()
     });
     let source = source.concat().replace("{queue}", "").replace("{}", "");

@@ -2,7 +2,8 @@
 
 use super::error::ErrorKind;
 use super::tls::TlsFiles;
-use crate::text::{describe_io_error, escape, parse_name};
+use crate::options::parse_name;
+use crate::text::{describe_io_error, escape};
 use amiquip::{Auth, ConnectionOptions};
 use percent_encoding::percent_decode_str;
 use std::fmt::{self, Debug};

@@ -5,6 +5,7 @@
 //! rare, behind a socketpair.
 
 mod amiquip_stream;
+mod backoff;
 mod channel;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
@@ -17,12 +18,12 @@ mod frames;
 mod inbox;
 mod link;
 mod methods;
-mod retry;
 mod socket;
 mod tls;
 mod wake;
 mod writer;
 
+pub use backoff::Backoff;
 pub use channel::{ChannelInbox, Driving, HeaderTooLarge, OpenChannel, Publisher};
 pub use deadline::{run_in_background, Deadline};
 pub use demux::Notification;
@@ -31,7 +32,6 @@ pub use endpoint::{start_at, start_at_random, Endpoint, DEFAULT_HEARTBEAT};
 pub use error::{Error, ErrorKind, Reason, ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED};
 pub use inbox::{Arrived, Confirmed, Delivery, Message, Returned};
 pub use link::Link;
-pub use retry::Backoff;
 pub use tls::TlsFiles;
 pub use wake::Waker;
 

@@ -4,15 +4,15 @@
 
 #![allow(dead_code)] // of the programs' sources it uses the command lines only
 
-#[path = "../../../rpc-client/src/cli.rs"]
+#[path = "../../../rpc-client/src/bin/rpc-client/cli.rs"]
 mod cli;
-#[path = "../../../rpc-client/src/error.rs"]
+#[path = "../../../rpc-client/src/bin/rpc-client/error.rs"]
 mod error;
-#[path = "../../../rpc-client/src/input.rs"]
+#[path = "../../../rpc-client/src/bin/rpc-client/input.rs"]
 mod input;
-#[path = "../../../rpc-server/src/cli.rs"]
+#[path = "../../../rpc-server/src/bin/rpc-server/cli.rs"]
 mod server_cli;
-#[path = "../../../rpc-client/src/source.rs"]
+#[path = "../../../rpc-client/src/bin/rpc-client/source.rs"]
 mod source;
 
 use clap::{Command, CommandFactory};

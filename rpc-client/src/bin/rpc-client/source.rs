@@ -42,12 +42,12 @@ pub(crate) struct Unreadable {
     reason: String,
 }
 
-/// Said of a request of more than [`MAX_SIZE`](rpc_common::text::MAX_SIZE).
+/// Said of a request of more than [`MAX_SIZE`](rpc_common::options::MAX_SIZE).
 pub(crate) const TOO_LARGE: &str = "larger than 512MiB, RabbitMQ's limit";
 
 impl Source {
     /// Checks that it can be read, and returns its size; 0 if that is not known.
-    pub(crate) fn check(&self) -> Result<u64, Unreadable> {
+    pub(crate) fn validate(&self) -> Result<u64, Unreadable> {
         let Source::File(path) = self else {
             return Ok(0);
         };

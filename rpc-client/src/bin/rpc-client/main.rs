@@ -1,13 +1,15 @@
 //! Calls fib(n), or any function, over RabbitMQ RPC: requests in, answers out.
 //!
-//! [`cli`] is the command line. [`batch`] connects three loops by channels: the [`reader`] reads
-//! the [`input`] from its [`source`], the library makes the calls, and the [`printer`] prints lines
-//! of [`output`] and the [`summary`]. [`check`] makes no call.
+//! [`cli`] is the command line. [`single_call`] makes one call. [`batch`] connects three loops by
+//! channels: the [`reader`] reads the [`input`] from its [`source`], the library makes the calls,
+//! and the [`printer`] prints lines of [`output`] and the [`summary`]. [`check`] makes no call.
 
 mod cli;
 
 mod batch;
 mod check;
+mod single_call;
+
 mod input;
 mod reader;
 mod source;
@@ -21,12 +23,14 @@ mod error;
 
 use crate::cli::Cli;
 use crate::error::Error;
+use crate::input::BadInput;
+use rpc_client::Error as CallError;
 use rpc_common::exit::{print_message, ExitCode};
-use rpc_common::{logging, options};
+use rpc_common::{command_line, logging};
 use std::process;
 
 fn main() -> process::ExitCode {
-    let cli: Cli = match options::parse_args(cli::SHORT_HELP) {
+    let cli: Cli = match command_line::parse_args(cli::SHORT_HELP) {
         Ok(cli) => cli,
         Err(code) => return code.into(),
     };
@@ -46,9 +50,14 @@ fn main() -> process::ExitCode {
 /// Makes a call for every request of the input and prints the answers in the order asked. The exit
 /// code is the largest of the calls' exit codes.
 fn run(cli: &Cli) -> Result<ExitCode, Error> {
-    cli.check()?;
+    cli.validate()?;
     if cli.input.check_queue {
-        return check::check_queue(cli);
+        return check::print_queue_stats(cli);
     }
-    batch::make_calls(cli)
+    let endpoints = cli.config.broker.endpoints().map_err(CallError::from)?;
+    let result = match single_call::request(cli).map_err(BadInput::from)? {
+        Some(request) => single_call::make_call(cli, endpoints, request),
+        None => batch::make_calls(cli, endpoints),
+    };
+    result.map_err(Error::Output)
 }

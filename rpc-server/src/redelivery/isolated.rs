@@ -7,12 +7,12 @@
 //! and no other request is affected. Over this connection the server also asks whether a caller has
 //! gone.
 
+use crate::reply::{log_return, publish_reply};
 use rpc_common::connection::{
-    Connection, Deadline, Endpoint, Error, Message, OpenChannel, Owner, Publisher, Returned,
+    Connection, Deadline, Endpoint, Error, Message, OpenChannel, Owner, Publisher,
 };
-use rpc_common::message::{encode_reply, ErrorCode, Failure, Reply, Request};
+use rpc_common::message::{ErrorCode, Failure, Reply, Request};
 use rpc_common::sync::lock;
-use rpc_common::text::escape;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -193,30 +193,4 @@ impl Open {
         }
         result
     }
-}
-
-/// Adds the reply to a request. An error replaces a reply whose properties do not fit into a frame:
-/// one with an error code of kilobytes.
-pub(crate) fn publish_reply(publisher: &Publisher, reply: &Reply, request: &Request) {
-    let publish = |reply: &Reply| {
-        publisher.publish(&encode_reply(
-            reply,
-            request.reply_to.unwrap_or_default(),
-            request.correlation_id,
-        ))
-    };
-    if let Err(error) = publish(reply) {
-        log::warn!("cannot publish a reply: {error}");
-        let message = "internal error: the properties of the reply are too large";
-        let _ = publish(&Err(Failure::new(ErrorCode::Internal, message))); // it is small
-    }
-}
-
-/// Logs a reply that the broker returned.
-pub(crate) fn log_return(reply: &Returned) {
-    log::info!(
-        "a reply was returned: there is no queue '{}', the caller has gone or reconnected (correlation id: {})",
-        escape(&reply.routing_key),
-        escape(reply.correlation_id().unwrap_or(b"none")),
-    );
 }

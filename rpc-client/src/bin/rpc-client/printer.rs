@@ -4,7 +4,7 @@
 use crate::cli::{Format, OutputOptions};
 use crate::error::Error;
 use crate::input::{BadInput, Input};
-use crate::output::Line;
+use crate::output::{Layout, Line};
 use crate::progress::Progress;
 use crate::source::Unreadable;
 use crate::summary::Summary;
@@ -42,8 +42,7 @@ pub(crate) enum Event {
 pub(crate) struct Printer<W> {
     output: W,
     options: OutputOptions,
-    /// Whether there is one line only.
-    is_only: bool,
+    layout: Layout,
     /// Lines that wait for a line before them, by index.
     waiting: BTreeMap<u64, Line>,
     /// How many lines were printed. If they are ordered, this is the index of the next one.
@@ -61,14 +60,14 @@ impl<W: Write> Printer<W> {
     pub(crate) fn new(
         output: W,
         options: OutputOptions,
-        is_only: bool,
+        layout: Layout,
         progress: Option<Progress>,
     ) -> Self {
         Printer {
             output,
             summary: options.summary.map(Summary::new),
             options,
-            is_only,
+            layout,
             waiting: BTreeMap::new(),
             printed: 0,
             last_error: None,
@@ -134,7 +133,7 @@ impl<W: Write> Printer<W> {
             self.flush()?; // on a terminal the error then stands where the answer would
             self.print_error(error, line.error_message(error));
         }
-        line.write(&mut self.output, self.options.format, self.is_only)?;
+        line.write(&mut self.output, self.options.format, self.layout)?;
         self.is_unflushed = true;
         self.printed += 1;
         Ok(())
@@ -323,7 +322,8 @@ mod tests {
     use clap::Parser;
     use crossbeam_channel::bounded;
     use rpc_client::Request;
-    use rpc_common::message::{Answer, ErrorCode, Failure, NumberError};
+    use rpc_common::fib::NumberError;
+    use rpc_common::message::{Answer, ErrorCode, Failure};
     use std::sync::mpsc;
     use uuid::Uuid;
 
@@ -383,8 +383,11 @@ mod tests {
         }
         sender.send(Event::RunEnded).unwrap();
         let permits = Permits::new(permits.clone(), 2);
-        SharedPrinter::new(Printer::new(output, cli.output, false, None), permits)
-            .print_all(&receiver)
+        SharedPrinter::new(
+            Printer::new(output, cli.output, Layout::Batch, None),
+            permits,
+        )
+        .print_all(&receiver)
     }
 
     fn printed(options: &[&str], events: Vec<Event>) -> (String, ExitCode) {

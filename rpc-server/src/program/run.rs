@@ -4,7 +4,7 @@
 //! A pidfd shows that the program has exited. The program is reaped last: until then its process
 //! id, which is also that of its group, belongs to nobody else.
 
-use crate::run_log::RunLog;
+use super::run_log::RunLog;
 use rpc_common::sync::lock;
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::fs::{fcntl_setfl, OFlags};

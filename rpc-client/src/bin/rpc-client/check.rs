@@ -23,7 +23,7 @@ struct Report<'a> {
 ///
 /// # Errors
 /// The broker was not reached, the queue does not exist, or the output cannot be written.
-pub(crate) fn check_queue(cli: &Cli) -> Result<ExitCode, Error> {
+pub(crate) fn print_queue_stats(cli: &Cli) -> Result<ExitCode, Error> {
     let config = &cli.config;
     let deadline = Deadline::after(config.timeout);
     let endpoints = config.broker.endpoints().map_err(CallError::from)?;

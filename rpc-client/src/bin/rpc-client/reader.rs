@@ -9,7 +9,7 @@ use crate::source::Source;
 use crossbeam_channel::Receiver;
 use rpc_client::{Request, RequestSender, Requests};
 use rpc_common::logging::start_of_line;
-use rpc_common::text::MAX_SIZE;
+use rpc_common::options::MAX_SIZE;
 use std::io::{self, BufRead, BufReader, Write};
 use std::mem;
 use std::sync::mpsc;

@@ -13,14 +13,14 @@ use rpc_common::connection::{Error, ErrorKind};
 use rpc_common::exit::{print_message, ExitCode};
 use rpc_common::message::Request;
 use rpc_common::text::escape;
-use rpc_common::{logging, options};
+use rpc_common::{command_line, logging};
 use rpc_server::{fib_handler, serve, stop_signal, stop_signal_with, Caller, Handler, Stop};
 use statistics::Statistics;
 use std::sync::Arc;
 use std::{io, process};
 
 fn main() -> process::ExitCode {
-    let cli: Cli = match options::parse_args(cli::SHORT_HELP) {
+    let cli: Cli = match command_line::parse_args(cli::SHORT_HELP) {
         Ok(cli) => cli,
         Err(code) => return code.into(),
     };

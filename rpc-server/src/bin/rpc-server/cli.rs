@@ -3,7 +3,7 @@
 use clap::Parser;
 use rpc_common::exit::{exit_codes_help, SERVER_EXIT_CODES};
 use rpc_common::logging::LogOptions;
-use rpc_common::text::parse_duration;
+use rpc_common::options::parse_duration;
 use rpc_server::{Config, Program, ProgramOptions};
 use std::env;
 use std::net::{Ipv4Addr, SocketAddr};

@@ -1,8 +1,9 @@
 //! The input: numbers, data and lines, and what a request is called in messages.
 
 use crate::source::{Source, Unreadable, TOO_LARGE};
-use rpc_common::message::{parse_number, NumberError};
-use rpc_common::text::{escape, MAX_SIZE};
+use rpc_common::fib::{parse_number, NumberError};
+use rpc_common::options::MAX_SIZE;
+use rpc_common::text::escape;
 use std::ffi::{OsStr, OsString};
 use std::io::{self, BufRead, Read};
 use std::iter;
@@ -51,9 +52,9 @@ impl From<OsString> for Data {
 
 impl Data {
     /// Refuses a file that cannot be read, or is too large.
-    pub(crate) fn check(&self) -> Result<(), Unreadable> {
+    pub(crate) fn validate(&self) -> Result<(), Unreadable> {
         match self {
-            Data::Source(source) if source.check()? > MAX_SIZE as u64 => Err(source.too_large()),
+            Data::Source(source) if source.validate()? > MAX_SIZE as u64 => Err(source.too_large()),
             Data::Source(_) | Data::Bytes(_) => Ok(()),
         }
     }

@@ -1,11 +1,13 @@
 //! Serves a program: from a request to a reply. It does not know AMQP.
 
+mod run;
+mod run_log;
+
 use crate::handler::Caller;
-use crate::run::{run, Ended, Groups, Limits, Stopped};
 use rpc_common::message::{Answer, ErrorCode, Failure, Reply, Request};
-use rpc_common::text::{
-    describe_io_error, escape, format_duration, parse_duration, parse_size, parse_timeout,
-};
+use rpc_common::options::{parse_duration, parse_size, parse_timeout};
+use rpc_common::text::{describe_io_error, escape, format_duration};
+use run::{run, Ended, Groups, Limits, Stopped};
 use rustix::fs::{access, Access};
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -53,7 +55,7 @@ pub struct ProgramOptions {
         default_value = "application/octet-stream",
         requires = "command"
     )]
-    #[arg(value_parser = rpc_common::text::parse_content_type)]
+    #[arg(value_parser = rpc_common::options::parse_content_type)]
     pub content_type: String,
 
     /// Program to run for each request, with the request as its standard input, and its arguments

@@ -170,7 +170,7 @@ impl Cli {
     }
 
     /// Refuses options that do not go together, and files that cannot be read.
-    pub(crate) fn check(&self) -> Result<(), Error> {
+    pub(crate) fn validate(&self) -> Result<(), Error> {
         if self.output.unordered && self.output.format != Format::Json {
             return Err(Error::Usage(
                 "--unordered needs --output json, or answers cannot be told apart",
@@ -186,12 +186,12 @@ impl Cli {
                 "the headers must not be larger than 64KiB in all",
             ));
         }
-        self.input.check()
+        self.input.validate()
     }
 }
 
 impl InputOptions {
-    fn check(&self) -> Result<(), Error> {
+    fn validate(&self) -> Result<(), Error> {
         let is_standard_input = |data: &&Data| **data == Data::Source(Source::StandardInput);
         if self.data.iter().filter(is_standard_input).count() > 1 {
             return Err(Error::Usage(
@@ -200,11 +200,11 @@ impl InputOptions {
         }
         self.data
             .iter()
-            .try_for_each(Data::check)
+            .try_for_each(Data::validate)
             .map_err(BadInput::from)?;
         self.lines
             .iter()
-            .try_for_each(|source| source.check().map(drop))
+            .try_for_each(|source| source.validate().map(drop))
             .map_err(BadInput::from)?;
         Ok(())
     }

@@ -38,7 +38,7 @@ struct State {
 
 impl Progress {
     /// The line of one call: how long it has waited. None where nothing is shown.
-    pub(crate) fn of_one_call(cli: &Cli) -> Option<Self> {
+    pub(crate) fn of_single_call(cli: &Cli) -> Option<Self> {
         Self::start(cli, Some(cli.config.queue.clone()), None)
     }
 

@@ -15,6 +15,15 @@ use std::str;
 use std::time::Duration;
 use uuid::Uuid;
 
+/// How many lines of output there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// One: that of a single call, whose answer is printed as it is.
+    Single,
+    /// One for each call of a batch.
+    Batch,
+}
+
 /// A **line** of output: how a call ended, or bad input. (The reply to data may have several lines,
 /// or no end of a line.)
 #[derive(Debug)]
@@ -78,13 +87,12 @@ impl Line {
         })
     }
 
-    /// Writes the line, if the format has one for it. `is_only`: whether it is the only one of the
-    /// run.
+    /// Writes the line, if the format has one for it.
     pub(crate) fn write(
         &self,
         output: &mut impl Write,
         format: Format,
-        is_only: bool,
+        layout: Layout,
     ) -> io::Result<()> {
         match (format, &self.result) {
             (Format::Json, _) => {
@@ -94,27 +102,29 @@ impl Line {
                 ))?;
                 output.write_all(b"\n")
             }
-            (Format::Text, Ok(answer)) => self.write_text(output, &answer.body, is_only),
+            (Format::Text, Ok(answer)) => self.write_text(output, &answer.body, layout),
             (Format::Text, Err(_)) => Ok(()),
             // Parsing has replaced `Auto`.
             (Format::Raw | Format::Auto, Ok(answer)) => {
                 output.write_all(&answer.body)?;
                 let is_data = !matches!(self.origin, Some(Origin::Number { .. }));
-                if is_only && is_data {
+                if layout == Layout::Single && is_data {
                     Ok(())
                 } else {
                     output.write_all(b"\n")
                 }
             }
-            (Format::Raw | Format::Auto, Err(_)) if is_only => Ok(()),
+            (Format::Raw | Format::Auto, Err(_)) if layout == Layout::Single => Ok(()),
             // The lines stay aligned with the input.
             (Format::Raw | Format::Auto, Err(_)) => output.write_all(b"\n"),
         }
     }
 
-    fn write_text(&self, output: &mut impl Write, answer: &[u8], is_only: bool) -> io::Result<()> {
+    fn write_text(&self, output: &mut impl Write, answer: &[u8], layout: Layout) -> io::Result<()> {
         match self.origin {
-            Some(Origin::Number { .. }) if is_only => output.write_all(b" [.] Got ")?,
+            Some(Origin::Number { .. }) if layout == Layout::Single => {
+                output.write_all(b" [.] Got ")?;
+            }
             Some(Origin::Number { n, .. }) => write!(output, " [.] fib({n}) = ")?,
             _ => {}
         }
@@ -256,15 +266,16 @@ impl Formatter for TerminalSafe {
 mod tests {
     use super::*;
     use rpc_common::fib::fib;
-    use rpc_common::message::{ErrorCode, NumberError};
+    use rpc_common::fib::NumberError;
+    use rpc_common::message::ErrorCode;
 
     fn written(line: &Line, format: Format) -> String {
-        written_as(false, line, format)
+        written_as(Layout::Batch, line, format)
     }
 
-    fn written_as(is_only: bool, line: &Line, format: Format) -> String {
+    fn written_as(layout: Layout, line: &Line, format: Format) -> String {
         let mut output = Vec::new();
-        line.write(&mut output, format, is_only).unwrap();
+        line.write(&mut output, format, layout).unwrap();
         String::from_utf8(output).unwrap()
     }
 
@@ -338,10 +349,13 @@ mod tests {
     fn of_the_only_call_text_is_that_of_the_tutorial_and_nothing_is_printed_if_it_failed() {
         let answered = line(7, None, "13");
         let failed = line(7, None, "NaN");
-        assert_eq!(written_as(true, &answered, Format::Raw), "13\n");
-        assert_eq!(written_as(true, &failed, Format::Raw), "");
-        assert_eq!(written_as(true, &answered, Format::Text), " [.] Got 13\n");
-        assert_eq!(written_as(true, &failed, Format::Text), "");
+        assert_eq!(written_as(Layout::Single, &answered, Format::Raw), "13\n");
+        assert_eq!(written_as(Layout::Single, &failed, Format::Raw), "");
+        assert_eq!(
+            written_as(Layout::Single, &answered, Format::Text),
+            " [.] Got 13\n"
+        );
+        assert_eq!(written_as(Layout::Single, &failed, Format::Text), "");
     }
 
     #[test]
@@ -368,9 +382,12 @@ mod tests {
     fn a_reply_to_data_is_raw_without_a_change_and_a_newline_is_added_to_one_of_several() {
         let raw = |origin, reply| {
             let mut output = Vec::new();
-            let is_only = origin == Origin::SingleData;
+            let layout = match origin {
+                Origin::SingleData => Layout::Single,
+                _ => Layout::Batch,
+            };
             replied(origin, b"x", reply, None)
-                .write(&mut output, Format::Raw, is_only)
+                .write(&mut output, Format::Raw, layout)
                 .unwrap();
             output
         };
@@ -379,7 +396,7 @@ mod tests {
         assert_eq!(raw(Origin::Data(1), b"a\xff"), b"a\xff\n");
         assert_eq!(raw(Origin::Line(1), b""), b"\n");
         assert_eq!(
-            written_as(true, &failed(Origin::SingleData), Format::Raw),
+            written_as(Layout::Single, &failed(Origin::SingleData), Format::Raw),
             ""
         );
         assert_eq!(written(&failed(Origin::Line(1)), Format::Raw), "\n");

@@ -1,7 +1,6 @@
-//! The calls of a command line: one, or many at once with their input and output in order.
+//! Many calls at once, with their input and output in order.
 //!
-//! Many calls are made by three loops, each on a thread of its own, that share channels and the
-//! printer:
+//! Three loops, each on a thread of its own, share channels and the printer:
 //!
 //! - the [`reader`] reads the input and sends its requests to the calls;
 //! - the calls ([`rpc_client::run`]) give every outcome to the printer;
@@ -9,14 +8,12 @@
 //!   does not block is printed on the thread of the calls.
 
 use crate::cli::Cli;
-use crate::error::Error;
-use crate::input::{Argument, BadInput, Input, Origin};
+use crate::output::Layout;
 use crate::printer::{Event, Permits, Printer, SharedPrinter};
 use crate::progress::Progress;
 use crate::reader;
-use crate::source::Unreadable;
 use crossbeam_channel::bounded;
-use rpc_client::{requests, Error as CallError, Request, Stopper};
+use rpc_client::Stopper;
 use rpc_common::connection::Endpoint;
 use rpc_common::exit::ExitCode;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -35,65 +32,9 @@ const NUMBERS_PER_CALL: u64 = 8;
 const MIN_NUMBERS: u64 = 512;
 const PERMITS: usize = 2;
 
-/// Makes all calls and prints their answers. Returns the largest exit code of the calls.
-pub(crate) fn make_calls(cli: &Cli) -> Result<ExitCode, Error> {
-    let endpoints = cli.config.broker.endpoints().map_err(CallError::from)?;
-    let result = match single_request(cli).map_err(BadInput::from)? {
-        Some(request) => make_one_call(cli, endpoints, request),
-        None => make_many_calls(cli, endpoints),
-    };
-    result.map_err(Error::Output)
-}
-
-/// The request, if the command line asks for one call only.
-fn single_request(cli: &Cli) -> Result<Option<Request<Input>>, Unreadable> {
-    let request = |origin, body| {
-        Some(Request {
-            context: Input { index: 0, origin },
-            body,
-        })
-    };
-    Ok(
-        match (&cli.input.numbers[..], &cli.input.data[..], cli.repeat) {
-            (&[Argument::Number(n)], _, 1) => {
-                request(Origin::Number { n, line: None }, n.to_string().into())
-            }
-            (_, [data], 1) => request(Origin::SingleData, data.read()?),
-            _ => None,
-        },
-    )
-}
-
-/// Without the threads of many calls, each of which would cost about 0.1 ms and 0.1 MiB.
-fn make_one_call(
-    cli: &Cli,
-    endpoints: Vec<Endpoint>,
-    request: Request<Input>,
-) -> io::Result<ExitCode> {
-    let (request_sender, requests) = requests(None);
-    let mut printer = Printer::new(
-        BufWriter::new(io::stdout()),
-        cli.output.clone(),
-        true,
-        Progress::of_one_call(cli),
-    );
-    if cli.output.announces() {
-        reader::announce("", request.context.origin);
-    }
-    request_sender.send(request);
-    drop(request_sender);
-    let mut result = Ok(());
-    // An error of the run is the outcome of the call, too. An answer is printed before the
-    // connection is closed.
-    let _ = rpc_client::run(&cli.config, endpoints, &requests, &mut |outcomes| {
-        result = printer
-            .print_outcomes(outcomes)
-            .and_then(|()| printer.flush());
-    });
-    result.and_then(|()| printer.finish())
-}
-
-fn make_many_calls(cli: &Cli, endpoints: Vec<Endpoint>) -> io::Result<ExitCode> {
+/// Makes the calls of many requests and prints their answers. Returns the largest exit code of the
+/// calls.
+pub(crate) fn make_calls(cli: &Cli, endpoints: Vec<Endpoint>) -> io::Result<ExitCode> {
     let in_flight = u64::from(cli.config.in_flight);
     let are_numbers = !cli.input.numbers.is_empty();
     let requests_per_permit = if are_numbers {
@@ -109,12 +50,9 @@ fn make_many_calls(cli: &Cli, endpoints: Vec<Endpoint>) -> io::Result<ExitCode> 
     // times before it sleeps, which took a third more CPU time here.
     let (event_sender, events) = mpsc::channel();
     let (request_sender, requests) = reader::requests(cli);
-    let printer = Printer::new(
-        BufWriter::new(io::stdout()),
-        cli.output.clone(),
-        false,
-        Progress::of_batch(cli),
-    );
+    let stdout = BufWriter::new(io::stdout());
+    let progress = Progress::of_batch(cli);
+    let printer = Printer::new(stdout, cli.output.clone(), Layout::Batch, progress);
     let permits_for_reader = Permits::new(permit_sender, requests_per_permit);
     let printer = Arc::new(SharedPrinter::new(printer, permits_for_reader));
     if cli.output.summary.is_some() {

@@ -1,0 +1,288 @@
+//! The command line: what both programs do alike.
+
+use crate::connection::{Endpoint, Error, ErrorKind, Secret, TlsFiles, DEFAULT_HEARTBEAT};
+use crate::exit::{print_message, ExitCode};
+use clap::error::{ContextKind, ContextValue, ErrorKind as ClapErrorKind};
+use std::env;
+use std::error::Error as _;
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+/// Parses the command line. Prints an error as one line, and help in clap's format; or
+/// `short_help`, if the first argument is `-h`.
+///
+/// # Errors
+/// The exit code to end with at once: [`ExitCode::Success`] after `--help` and `--version`,
+/// [`ExitCode::Usage`] after an error.
+pub fn parse_args<Cli: clap::Parser>(short_help: &str) -> Result<Cli, ExitCode> {
+    if env::args_os().nth(1).is_some_and(|arg| arg == "-h") {
+        // If it cannot be written, nobody reads it.
+        let _ = io::stdout().write_all(short_help.as_bytes());
+        return Err(ExitCode::Success);
+    }
+    let command = Cli::command().max_term_width(80);
+    let arguments = arguments(&command);
+    let matches = command
+        .try_get_matches_from(arguments)
+        .and_then(|matches| Cli::from_arg_matches(&matches));
+    matches.map_err(|error| {
+        match describe_error(&error) {
+            _ if error.kind() == ClapErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+                let mut command = Cli::command();
+                let _ = write!(
+                    io::stderr(),
+                    "{}\nSee {} --help.\n",
+                    command.render_usage(),
+                    command.get_name()
+                );
+            }
+            Some(message) => print_message(Cli::command().get_name(), message),
+            None => drop(error.print()), // if the output is closed, the exit code still tells
+        }
+        if error.use_stderr() {
+            ExitCode::Usage
+        } else {
+            ExitCode::Success
+        }
+    })
+}
+
+/// Values of a variable that do not set an option without a value, as clap has it. Upper and lower
+/// case are the same.
+const FALSE: [&str; 7] = ["", "0", "f", "false", "n", "no", "off"];
+
+/// The arguments, and before them those that the environment sets: `RPC_CLIENT_TIMEOUT=5s` is
+/// `--timeout=5s` of rpc-client. So the command line wins: of an option that is given twice, the
+/// last one counts.
+///
+/// Not what the program is asked to do, and not `--url`: an error would show its password.
+/// `AMQP_URL` is for that. (clap's own support costs every call memory.)
+fn arguments(command: &clap::Command) -> Vec<OsString> {
+    let mut given = env::args_os();
+    let mut arguments = given.next().into_iter().collect::<Vec<_>>();
+    let prefix = command.get_name().to_uppercase().replace('-', "_");
+    for arg in command.get_arguments() {
+        let Some(name) = arg
+            .get_long()
+            .filter(|name| !["url", "data", "lines", "check"].contains(name))
+        else {
+            continue;
+        };
+        let variable = format!("{prefix}_{}", name.to_uppercase().replace('-', "_"));
+        let Some(value) = env::var_os(variable) else {
+            continue;
+        };
+        let mut argument = OsString::from(format!("--{name}"));
+        if arg.get_action().takes_values() {
+            argument.push("=");
+            argument.push(value);
+        } else if FALSE.iter().any(|no| value.eq_ignore_ascii_case(no)) {
+            continue;
+        }
+        arguments.push(argument);
+    }
+    arguments.extend(given);
+    arguments
+}
+
+/// Describes an error in one line, with what the user may have meant; `None` if clap's text is
+/// help.
+fn describe_error(error: &clap::Error) -> Option<String> {
+    let text = error.to_string();
+    // Hints and usage follow in paragraphs of their own.
+    let message = text
+        .strip_prefix("error: ")?
+        .split("\n\n")
+        .next()?
+        .trim_end();
+    let message = message.lines().map(str::trim).collect::<Vec<_>>().join(" ");
+    let message = match error.source().map(ToString::to_string) {
+        Some(reason) => message.replace(&reason, &reword(&reason)),
+        None => message,
+    };
+    let suggestion = [ContextKind::SuggestedArg, ContextKind::SuggestedValue]
+        .into_iter()
+        .find_map(|kind| error.get(kind));
+    let suggestion = match suggestion {
+        Some(ContextValue::String(meant)) => format!(": did you mean '{meant}'?"),
+        Some(ContextValue::Strings(meant)) if !meant.is_empty() => {
+            format!(": did you mean '{}'?", meant.join("' or '"))
+        }
+        _ => String::new(),
+    };
+    let text = message + &suggestion;
+    let separator = if text.ends_with('?') { " " } else { "; " };
+    Some(format!("{text}{separator}see --help"))
+}
+
+/// Rewords how the standard library and clap say that a number is invalid.
+fn reword(reason: &str) -> String {
+    let range = reason
+        .split_once(" is not in ")
+        .and_then(|(_, range)| range.split_once(".."));
+    if let Some((min, max)) = range {
+        // clap writes a range without an upper bound as `1..MAX`, but accepts MAX.
+        return format!("must be between {min} and {}", max.trim_start_matches('='));
+    }
+    match reason {
+        "invalid digit found in string" | "cannot parse integer from empty string" => {
+            "not a whole number"
+        }
+        "number too large to fit in target type" => "too large",
+        other => other,
+    }
+    .into()
+}
+
+/// The options that a command line with these arguments sets: the defaults, for a program that has
+/// no command line.
+///
+/// # Panics
+/// When the arguments are wrong.
+pub fn from_args<Options: clap::Args>(args: &[&str]) -> Options {
+    let command = Options::augment_args(clap::Command::new("").no_binary_name(true));
+    Options::from_arg_matches(
+        &command
+            .try_get_matches_from(args)
+            .expect("the arguments are right"),
+    )
+    .expect("clap has checked them")
+}
+
+/// The options that say where the broker is, and how to log in.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Broker")]
+pub struct BrokerOptions {
+    /// amqp(s)://user:password@host:port/vhost, repeatable: tried in turn
+    /// [env: AMQP_URL, else amqp://localhost]
+    // Not clap's `env`, and parsed after clap: clap would print the value, with its password.
+    #[arg(long = "url", value_name = "URL", action = clap::ArgAction::Append)]
+    urls: Vec<Secret>,
+
+    /// Read the password from FILE, again for every connection
+    #[arg(long, value_name = "FILE")]
+    password_file: Option<PathBuf>,
+
+    #[command(flatten)]
+    tls: TlsFiles,
+
+    /// AMQP heartbeat, 1 to 65535
+    #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_HEARTBEAT, value_parser = clap::value_parser!(u16).range(1..))]
+    heartbeat: u16,
+}
+
+impl BrokerOptions {
+    /// The options of a program that is given this URL and nothing else.
+    pub fn from_url(url: &str) -> Self {
+        from_args(&[&format!("--url={url}")])
+    }
+
+    /// The brokers that the options name, or else the environment variable `AMQP_URL`. Logs a
+    /// warning if an option contains a password: `ps` shows it.
+    ///
+    /// # Errors
+    /// When a URL, or a file beside it, is wrong.
+    pub fn endpoints(&self) -> Result<Vec<Endpoint>, Error> {
+        self.try_endpoints().map_err(|kind| Error::new("", kind))
+    }
+
+    fn try_endpoints(&self) -> Result<Vec<Endpoint>, ErrorKind> {
+        let parsed = self.urls.iter().map(|url| Endpoint::parse(&url.0, "--url"));
+        let mut endpoints = parsed.collect::<Result<Vec<_>, _>>()?;
+        if endpoints.iter().any(Endpoint::has_password) {
+            log::warn!("the password in --url is visible to all users (ps): use AMQP_URL or --password-file");
+        }
+        if endpoints.is_empty() {
+            endpoints.push(endpoint_from_env()?);
+        }
+        for endpoint in &mut endpoints {
+            self.complete(endpoint)?;
+        }
+        Ok(endpoints)
+    }
+
+    /// Adds what is set by other options, and checks the files before anything is tried.
+    fn complete(&self, endpoint: &mut Endpoint) -> Result<(), ErrorKind> {
+        endpoint.heartbeat = self.heartbeat;
+        endpoint.password_file.clone_from(&self.password_file);
+        endpoint.check_password_file()?;
+        if self.tls != TlsFiles::default() {
+            if endpoint.tls.is_none() {
+                let reason = "--ca-file, --cert-file and --key-file need an amqps:// URL";
+                return Err(ErrorKind::bad_url(endpoint.source_name, reason));
+            }
+            self.tls.client_config()?;
+            endpoint.tls = Some(self.tls.clone());
+        }
+        Ok(())
+    }
+}
+
+fn endpoint_from_env() -> Result<Endpoint, ErrorKind> {
+    match env::var("AMQP_URL") {
+        Ok(url) if url.is_empty() => Err(ErrorKind::bad_url(
+            "AMQP_URL",
+            "it is empty: set it to a URL, or unset it",
+        )),
+        Ok(url) => Endpoint::parse(&url, "AMQP_URL"),
+        Err(env::VarError::NotPresent) => Endpoint::parse("amqp://localhost", "the default"),
+        Err(env::VarError::NotUnicode(_)) => Err(ErrorKind::bad_url("AMQP_URL", "not valid UTF-8")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::{value_parser, Parser};
+
+    #[derive(Debug, Parser)]
+    #[command(name = "test")]
+    struct Cli {
+        #[arg(long, value_name = "N", value_parser = value_parser!(u16).range(1..))]
+        workers: Option<u16>,
+        #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(1..))]
+        repeat: Option<u64>,
+        #[arg(long, value_name = "FORMAT", value_parser = ["text", "json"])]
+        output: Option<String>,
+        #[arg(long, value_name = "PEM", requires = "key")]
+        cert: Option<String>,
+        #[arg(long, value_name = "PEM")]
+        key: Option<String>,
+    }
+
+    fn error(args: &[&str]) -> Option<String> {
+        let args = [&["test"], args].concat();
+        describe_error(&Cli::try_parse_from(args).unwrap_err())
+    }
+
+    #[test]
+    fn an_error_is_one_line_with_inclusive_bounds_and_a_suggestion() {
+        for (args, message) in [
+            (&["--workers", "0"][..], "invalid value '0' for '--workers <N>': must be between 1 and 65535; see --help"),
+            (
+                &["--repeat", "0"],
+                "invalid value '0' for '--repeat <N>': must be between 1 and 18446744073709551615; see --help",
+            ),
+            (&["--repeat", "many"], "invalid value 'many' for '--repeat <N>': not a whole number; see --help"),
+            (&["--repeat="], "invalid value '' for '--repeat <N>': not a whole number; see --help"),
+            (
+                &["--repeat", "18446744073709551616"],
+                "invalid value '18446744073709551616' for '--repeat <N>': too large; see --help",
+            ),
+            (
+                &["--output", "jsno"],
+                "invalid value 'jsno' for '--output <FORMAT>' [possible values: text, json]: did you mean 'json'? see --help",
+            ),
+            (&["--worker", "1"], "unexpected argument '--worker' found: did you mean '--workers'? see --help"),
+            (&["--cert", "a.pem"], "the following required arguments were not provided: --key <PEM>; see --help"),
+        ] {
+            assert_eq!(error(args).as_deref(), Some(message));
+        }
+    }
+
+    #[test]
+    fn help_is_no_error() {
+        assert_eq!(error(&["--help"]), None);
+    }
+}

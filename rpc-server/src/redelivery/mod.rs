@@ -1,0 +1,11 @@
+//! What only redelivered requests need.
+//!
+//! A request is delivered again when its first delivery got no acknowledgement. Its reply may be
+//! why: so it is published alone, on the [`IsolatedPublisher`]'s connection. And its reply may be
+//! there already: then [`KeptReplies`] has it.
+
+mod isolated;
+mod kept;
+
+pub(crate) use isolated::{IsolatedPublisher, Published, IDLE_TIMEOUT};
+pub(crate) use kept::KeptReplies;

@@ -1,0 +1,31 @@
+//! Publishing a reply, and what it means if the broker returns one.
+
+use rpc_common::connection::{Publisher, Returned};
+use rpc_common::message::{encode_reply, ErrorCode, Failure, Reply, Request};
+use rpc_common::text::escape;
+
+/// Adds the reply to a request. An error replaces a reply whose properties do not fit into a frame:
+/// one with an error code of kilobytes.
+pub(crate) fn publish_reply(publisher: &Publisher, reply: &Reply, request: &Request) {
+    let publish = |reply: &Reply| {
+        publisher.publish(&encode_reply(
+            reply,
+            request.reply_to.unwrap_or_default(),
+            request.correlation_id,
+        ))
+    };
+    if let Err(error) = publish(reply) {
+        log::warn!("cannot publish a reply: {error}");
+        let message = "internal error: the properties of the reply are too large";
+        let _ = publish(&Err(Failure::new(ErrorCode::Internal, message))); // it is small
+    }
+}
+
+/// Logs a reply that the broker returned.
+pub(crate) fn log_return(reply: &Returned) {
+    log::info!(
+        "a reply was returned: there is no queue '{}', the caller has gone or reconnected (correlation id: {})",
+        escape(&reply.routing_key),
+        escape(reply.correlation_id().unwrap_or(b"none")),
+    );
+}

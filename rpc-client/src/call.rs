@@ -1,6 +1,6 @@
 //! What a call is: its request, its outcome and its errors.
 
-use rpc_common::connection::{Error as ConnectionError, ErrorKind, QueueStats};
+use rpc_common::connection::{Error as ConnectionError, ErrorKind, Phase, QueueStats};
 use rpc_common::message::{Answer, ErrorCode, Failure};
 use rpc_common::text::{escape_up_to, format_duration};
 use std::fmt::{self, Display};
@@ -42,48 +42,48 @@ pub enum Error {
     #[error(transparent)]
     RefusedAfterSend(ConnectionError),
     /// The request queue does not exist: nothing ran.
-    #[error("no queue '{queue}' on {broker}: is rpc-server running?")]
+    #[error("no queue '{queue}' on {address}: is rpc-server running?")]
     NoQueue {
         /// The request queue.
         queue: String,
         /// Host and port of the broker.
-        broker: String,
+        address: String,
     },
     /// The request queue has no consumers, and [`Config::no_wait`](crate::Config::no_wait) is set: nothing ran.
-    #[error("no server is consuming '{queue}' on {broker}: nothing ran")]
+    #[error("no server is consuming '{queue}' on {address}: nothing ran")]
     NoConsumers {
         /// The request queue.
         queue: String,
         /// Host and port of the broker.
-        broker: String,
+        address: String,
     },
     /// The request queue is full, and refuses requests (`overflow=reject-publish`): nothing ran.
-    #[error("queue '{queue}' on {broker} is full: nothing ran")]
+    #[error("queue '{queue}' on {address} is full: nothing ran")]
     QueueFull {
         /// The request queue.
         queue: String,
         /// Host and port of the broker.
-        broker: String,
+        address: String,
     },
     /// The broker refused the request because of its size (`max_message_size`): nothing ran.
-    #[error("the request of {size} bytes is too large for {broker}: {reason}")]
+    #[error("the request of {size} bytes is too large for {address}: {reason}")]
     TooLarge {
         /// The size of the request's body in bytes.
         size: usize,
         /// Host and port of the broker.
-        broker: String,
+        address: String,
         /// What the broker said.
         reason: String,
     },
     /// The deadline passed: the function may or may not have run.
-    #[error("no answer from '{queue}' on {broker} within {limit}: {cause}{}", explain_ahead(*.ahead))]
+    #[error("no answer from '{queue}' on {address} within {}: {cause}{}", format_duration(*.limit), explain_ahead(*.ahead))]
     NoAnswer {
         /// The request queue.
         queue: String,
         /// Host and port of the broker.
-        broker: String,
+        address: String,
         /// The call's timeout.
-        limit: String,
+        limit: Duration,
         /// What is known of the cause.
         cause: NoAnswerCause,
         /// How many calls of this run were in flight before this one, if any was answered while it
@@ -133,7 +133,7 @@ pub enum NoAnswerCause {
     /// The request queue did not exist when it was last looked at.
     QueueMissing,
     /// The broker has not answered while this was done.
-    Waiting(&'static str),
+    Waiting(Phase),
     /// The broker blocks publishers, for this reason: it is short of memory or disk space.
     Blocked(String),
     /// The connection was lost, in this way.
@@ -146,8 +146,8 @@ impl NoAnswerCause {
     pub(crate) fn after(self, error: &ConnectionError) -> Self {
         use NoAnswerCause::{Blocked, Disconnected, Queue, QueueMissing, Waiting};
         match (&error.kind, self) {
-            (ErrorKind::TimedOut(..), known @ (Blocked(_) | Queue(_) | QueueMissing)) => known,
-            (ErrorKind::TimedOut(_, step), _) => Waiting(step),
+            (ErrorKind::TimedOut { .. }, known @ (Blocked(_) | Queue(_) | QueueMissing)) => known,
+            (ErrorKind::TimedOut { phase, .. }, _) => Waiting(*phase),
             _ => Disconnected(error.to_string()),
         }
     }
@@ -178,7 +178,7 @@ impl Display for NoAnswerCause {
             NoAnswerCause::QueueMissing => {
                 f.write_str("the queue does not exist, or its node is down")
             }
-            NoAnswerCause::Waiting(step) => write!(f, "timed out while {step}"),
+            NoAnswerCause::Waiting(phase) => write!(f, "timed out while {phase}"),
             NoAnswerCause::Blocked(reason) => write!(f, "the broker blocks publishers: {reason}"),
             NoAnswerCause::Disconnected(reason) => f.write_str(reason),
         }
@@ -195,7 +195,10 @@ mod tests {
 
     #[test]
     fn what_is_known_of_a_missing_answer_is_the_best_explanation() {
-        let timeout = lost(ErrorKind::TimedOut("1s".into(), "starting a consumer"));
+        let timeout = lost(ErrorKind::TimedOut {
+            limit: Duration::from_secs(1),
+            phase: Phase::StartingConsumer,
+        });
         let reset = lost(ErrorKind::ConnectionLost("reset".into()));
         let blocked = || NoAnswerCause::Blocked("low on memory".into());
         for (cause, error, expected) in [

@@ -3,7 +3,7 @@
 
 use crate::call::NoAnswerCause;
 use rpc_common::connection::{
-    Error as ConnectionError, ErrorKind, Notification, QueueStats, NOT_FOUND,
+    Error as ConnectionError, ErrorKind, Notification, Phase, QueueStats, NOT_FOUND,
 };
 use std::time::{Duration, Instant};
 
@@ -41,8 +41,8 @@ impl Diagnosis {
     }
 
     /// The broker is to do this next.
-    pub(crate) fn on_waiting(&mut self, step: &'static str) {
-        self.cause = NoAnswerCause::Waiting(step);
+    pub(crate) fn on_waiting(&mut self, phase: Phase) {
+        self.cause = NoAnswerCause::Waiting(phase);
     }
 
     /// A reply has arrived, or the consumer was started: what was known before is old.
@@ -75,7 +75,7 @@ impl Diagnosis {
             return false;
         }
         if self.cause == NoAnswerCause::Unknown {
-            self.on_waiting("looking at the queue"); // until the broker has answered
+            self.on_waiting(Phase::QueueStats); // until the broker has answered
         }
         true
     }
@@ -127,10 +127,7 @@ mod tests {
             !diagnosis.start_check(now + FIRST_CHECK, true),
             "once in a while"
         );
-        assert_eq!(
-            diagnosis.cause(),
-            NoAnswerCause::Waiting("looking at the queue")
-        );
+        assert_eq!(diagnosis.cause(), NoAnswerCause::Waiting(Phase::QueueStats));
         diagnosis.on_notification(Notification::Blocked("low on memory".into()));
         assert!(!diagnosis.start_check(now + 10 * CHECK_INTERVAL, true));
         assert_eq!(

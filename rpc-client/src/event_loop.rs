@@ -13,7 +13,7 @@ use crate::retry::{ends_run, too_large_reason, MIN_PAUSE};
 use crate::session::{Connected, Session, SessionEvent};
 use rpc_common::connection::{
     self, start_at, Arrived, Backoff, Confirmed, Deadline, Delivery, Endpoint,
-    Error as ConnectionError, ErrorKind, Message, Notification, QueueStats,
+    Error as ConnectionError, ErrorKind, Message, Notification, Phase, QueueStats,
 };
 use rpc_common::message::decode_reply;
 use rpc_common::text::format_duration;
@@ -53,7 +53,7 @@ pub fn run<T>(
         outcomes: Outcomes::new(on_outcomes),
         backoff: Backoff::new(now),
         max_consumer_start: MAX_CONSUMER_START,
-        broker: String::new(),
+        address: String::new(),
         diagnosis: Diagnosis::new(now),
         discarded: 0,
     };
@@ -72,7 +72,7 @@ struct EventLoop<'a, 'f, T> {
     /// How long the broker may take to start the consumer of the next session.
     max_consumer_start: Duration,
     /// Host and port of the broker that was connected last; empty before.
-    broker: String,
+    address: String,
     diagnosis: Diagnosis,
     /// How many replies belonged to no pending call.
     discarded: u64,
@@ -137,7 +137,9 @@ impl<T> EventLoop<'_, '_, T> {
                 self.on_session_event(session, event)?;
             }
             let end = self.take_arrived(session);
-            end.map_or(Ok(()), |kind| Err(ConnectionError::new(&self.broker, kind)))?;
+            end.map_or(Ok(()), |kind| {
+                Err(ConnectionError::new(&self.address, kind))
+            })?;
             if is_timer_due {
                 self.on_timer(session);
             }
@@ -175,11 +177,11 @@ impl<T> EventLoop<'_, '_, T> {
         match event {
             SessionEvent::Linked(_) => {}
             SessionEvent::Connected(connected) => {
-                let broker = &connected.publisher.broker;
-                log::info!("connected to {broker}");
-                start_at(&mut self.endpoints, broker);
-                self.broker.clone_from(broker);
-                self.diagnosis.on_waiting("starting a consumer");
+                let address = &connected.publisher.address;
+                log::info!("connected to {address}");
+                start_at(&mut self.endpoints, address);
+                self.address.clone_from(address);
+                self.diagnosis.on_waiting(Phase::StartingConsumer);
                 session.connected = Some(*connected);
                 session.consumer_deadline = self.consumer_deadline(session);
                 self.pending.send_all_again();
@@ -209,14 +211,14 @@ impl<T> EventLoop<'_, '_, T> {
         };
         let end_call = |reason: &str| {
             self.outcomes
-                .end_too_large(&mut self.pending, &self.broker, reason)
+                .end_too_large(&mut self.pending, &self.address, reason)
         };
         if too_large_reason(connection_error).is_some_and(end_call) {
             return Ok(()); // without a pause: there is nothing to wait for, and a call less
         }
         self.diagnosis.on_connection_error(connection_error);
         let pause = self.backoff.next_pause(Instant::now());
-        let was_connected = !self.broker.is_empty();
+        let was_connected = !self.address.is_empty();
         if ends_run(connection_error, self.pending.progress(was_connected)) {
             return Err(self.outcomes.end_all(&mut self.pending, error));
         }
@@ -266,7 +268,7 @@ impl<T> EventLoop<'_, '_, T> {
             let id = call.id;
             if let Err(error) = publisher.publish(&self.config.queue, call) {
                 self.outcomes
-                    .end_unsent(&mut self.pending, id, &self.broker, &error.to_string());
+                    .end_unsent(&mut self.pending, id, &self.address, &error.to_string());
             }
         }
         publisher.flush();
@@ -359,7 +361,7 @@ impl<T> EventLoop<'_, '_, T> {
         if stats.as_ref().is_ok_and(|stats| stats.messages > 0) {
             // It is full. An empty one that refuses requests has lost its process.
             self.outcomes
-                .end_refused(&mut self.pending, now, &self.config.queue, &self.broker);
+                .end_refused(&mut self.pending, now, &self.config.queue, &self.address);
         }
         self.pending.resend_refused(now);
     }
@@ -398,7 +400,7 @@ impl<T> EventLoop<'_, '_, T> {
     fn on_return(&mut self, request: &connection::Returned) {
         let error = Error::NoQueue {
             queue: self.config.queue.clone(),
-            broker: self.broker.clone(),
+            address: self.address.clone(),
         };
         match self
             .pending
@@ -412,8 +414,8 @@ impl<T> EventLoop<'_, '_, T> {
 
     fn on_notification(&mut self, notification: Notification) {
         match self.diagnosis.on_notification(notification) {
-            Some(reason) => log::warn!("{} blocks publishers: {reason}; waiting", self.broker),
-            None => log::info!("{} no longer blocks publishers", self.broker),
+            Some(reason) => log::warn!("{} blocks publishers: {reason}; waiting", self.address),
+            None => log::info!("{} no longer blocks publishers", self.address),
         }
     }
 
@@ -423,16 +425,16 @@ impl<T> EventLoop<'_, '_, T> {
         let before = self.pending.len();
         while let Some(call) = self.pending.expire(now) {
             let queue = self.config.queue.clone();
-            let broker = self.broker.clone();
+            let address = self.address.clone();
             let limit = call.deadline.limit();
             let cause = self.diagnosis.cause();
             let ahead = self.pending.calls_ahead(&call);
             let error = if self.config.wait && call.was_never_accepted() {
-                Error::NoQueue { queue, broker }
+                Error::NoQueue { queue, address }
             } else {
                 Error::NoAnswer {
                     queue,
-                    broker,
+                    address,
                     limit,
                     cause,
                     ahead,
@@ -444,7 +446,7 @@ impl<T> EventLoop<'_, '_, T> {
     }
 
     fn connection_lost(&self, reason: &str) -> ConnectionError {
-        ConnectionError::new(&self.broker, ErrorKind::ConnectionLost(reason.into()))
+        ConnectionError::new(&self.address, ErrorKind::ConnectionLost(reason.into()))
     }
 
     fn has_room(&self) -> bool {

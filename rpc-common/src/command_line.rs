@@ -184,7 +184,7 @@ impl BrokerOptions {
     /// # Errors
     /// When a URL, or a file beside it, is wrong.
     pub fn endpoints(&self) -> Result<Vec<Endpoint>, Error> {
-        self.try_endpoints().map_err(|kind| Error::new("", kind))
+        self.try_endpoints().map_err(Error::configuration)
     }
 
     fn try_endpoints(&self) -> Result<Vec<Endpoint>, ErrorKind> {

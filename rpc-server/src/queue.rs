@@ -2,7 +2,7 @@
 
 use amiquip::{AmqpValue, FieldTable, QueueDeclareOptions};
 use rpc_common::connection::{
-    Connection, Deadline, Error, ErrorKind, ACCESS_REFUSED, PRECONDITION_FAILED,
+    Connection, Deadline, Error, ErrorKind, Meaning, Phase, ACCESS_REFUSED, PRECONDITION_FAILED,
 };
 
 /// How the request queue is declared if it does not exist.
@@ -58,7 +58,7 @@ pub(crate) fn find_or_declare(
             Err(error) if error.is_not_found() => {}
             Err(error) => return Err(error),
         }
-        let declared = connection.run_blocking(deadline, "declaring a queue", |amqp| {
+        let declared = connection.run_blocking(deadline, Phase::DeclaringQueue, |amqp| {
             // Dropped in this call, so that its closing has the deadline, too.
             let channel = amqp.open_channel(None)?;
             channel.queue_declare(queue, options.clone()).map(drop)
@@ -67,13 +67,13 @@ pub(crate) fn find_or_declare(
             // Another server has declared it in another way: look for it again. If that does not
             // end, retrying cannot help.
             Err(Error {
-                broker,
+                address,
                 kind: ErrorKind::ChannelClosed(reason),
             }) if reason.code == PRECONDITION_FAILED => {
                 attempts_left -= 1;
                 if attempts_left == 0 {
                     return Err(Error {
-                        broker,
+                        address,
                         kind: ErrorKind::Refused(reason),
                     });
                 }
@@ -91,22 +91,23 @@ fn check_type(
     options: QueueDeclareOptions,
     deadline: &Deadline,
 ) -> Result<(), Error> {
-    let declared = connection.run_blocking(deadline, "checking the type of a queue", |amqp| {
+    let declared = connection.run_blocking(deadline, Phase::CheckingQueueType, |amqp| {
         amqp.open_channel(None)?
             .queue_declare(queue, options)
             .map(drop)
     });
     match declared {
         Err(Error {
-            broker,
+            address,
             kind: ErrorKind::ChannelClosed(reason),
         }) if reason.code == PRECONDITION_FAILED => {
-            let is_other_type = ["'durable'", "'x-queue-type'"]
-                .iter()
-                .any(|name| reason.text.contains(name));
+            let is_other_type = matches!(
+                reason.meaning(),
+                Some(Meaning::OtherDurability | Meaning::OtherQueueType)
+            );
             if is_other_type {
                 return Err(Error {
-                    broker,
+                    address,
                     kind: ErrorKind::Refused(reason),
                 });
             }
@@ -129,10 +130,4 @@ pub(crate) fn describe(queue: &str, declared: Option<&str>) -> String {
         Some(name) => format!("declared queue '{queue}' ({name})"),
         None => format!("using existing queue '{queue}'"),
     }
-}
-
-/// Whether an error means that the broker does not permit transient queues: RabbitMQ 4.3 and later
-/// can be configured to close the connection with 541 and this name.
-pub(crate) fn forbids_transient(error: &Error) -> bool {
-    matches!(&error.kind, ErrorKind::ConnectionClosed(reason) if reason.text.contains("transient_nonexcl_queues"))
 }

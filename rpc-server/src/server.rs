@@ -18,7 +18,7 @@ use crossbeam_channel::{
 };
 use rpc_common::connection::{
     run_in_background, start_at, start_at_random, Backoff, Connection, Deadline, Driving, Endpoint,
-    Error, ErrorKind, Notification, Owner,
+    Error, ErrorKind, Meaning, Notification, Owner,
 };
 use std::cell::{Cell, RefCell};
 use std::num::NonZeroUsize;
@@ -136,7 +136,7 @@ impl Server<'_> {
     /// Connects, again and again, until it is time to stop.
     fn run(mut self) -> Result<(), Error> {
         while let Err(error) = self.run_connection() {
-            let forbids_transient = queue::forbids_transient(&error);
+            let forbids_transient = error.meaning() == Some(Meaning::TransientQueueRefused);
             if forbids_transient && self.queue_type == QueueType::Auto {
                 log::info!("this broker permits no transient queues: using a quorum queue");
                 self.queue_type = QueueType::Quorum;
@@ -167,7 +167,7 @@ impl Server<'_> {
             return Ok(());
         };
         let notifications = connection.link().notifications();
-        start_at(&mut self.endpoints, connection.broker());
+        start_at(&mut self.endpoints, connection.address());
         self.service.is_blocked.store(false, Ordering::Relaxed);
         self.service.isolated.close_unused(); // it may have lost its broker, too
         let mut queue_report = Some(queue_report); // until it is logged
@@ -183,11 +183,11 @@ impl Server<'_> {
                 recv(notifications) -> notification => match notification {
                     Ok(Notification::Blocked(reason)) => {
                         self.service.is_blocked.store(true, Ordering::Relaxed);
-                        log::warn!("{} blocks publishers: {reason}; waiting", connection.broker());
+                        log::warn!("{} blocks publishers: {reason}; waiting", connection.address());
                     }
                     Ok(Notification::Unblocked) => {
                         self.service.is_blocked.store(false, Ordering::Relaxed);
-                        log::info!("{} no longer blocks publishers", connection.broker());
+                        log::info!("{} no longer blocks publishers", connection.address());
                     }
                     // Only this tells that the connection has ended: a worker's error may be about
                     // an earlier one.
@@ -196,8 +196,8 @@ impl Server<'_> {
                 recv(self.events) -> event => match event {
                     Ok(WorkerEvent::Consuming) => {
                         if let Some(report) = queue_report.take() {
-                            log::info!("connected to {}; {report}", connection.broker());
-                            self.service.observer.on_connected(connection.broker());
+                            log::info!("connected to {}; {report}", connection.address());
+                            self.service.observer.on_connected(connection.address());
                         }
                     }
                     Ok(WorkerEvent::LostChannel(error)) => {

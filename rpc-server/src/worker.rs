@@ -12,7 +12,7 @@ use crossbeam_channel::{select_biased, Receiver, Sender, TryRecvError};
 use log::Level;
 use rpc_common::connection::{
     Backoff, Connection, Deadline, Delivery, Driving, Endpoint, Error, ErrorKind, Message,
-    OpenChannel, Publisher,
+    OpenChannel, Phase, Publisher,
 };
 use rpc_common::message::{unix_time_ms, ErrorCode, Failure, Reply, Request};
 use rpc_common::text::{escape, format_duration};
@@ -133,7 +133,7 @@ impl WorkerChannel {
     }
 
     fn error(&self, kind: ErrorKind) -> Error {
-        Error::new(&self.endpoint.broker, kind)
+        Error::new(&self.endpoint.address, kind)
     }
 }
 
@@ -170,7 +170,7 @@ impl Worker<'_> {
         let open = &channel.open;
         let consumer = open.run_blocking(
             &Deadline::after(DELIVERY_TIMEOUT),
-            "starting a consumer",
+            Phase::StartingConsumer,
             |amqp| {
                 // Per consumer: RabbitMQ 4.3 refuses a global one.
                 amqp.qos(0, service.config.prefetch, false)?;
@@ -186,7 +186,7 @@ impl Worker<'_> {
         let events = consumer.receiver().clone();
         let _ = open.run_blocking(
             &Deadline::after(BROKER_CALL_TIMEOUT),
-            "cancelling a consumer",
+            Phase::CancellingConsumer,
             |_| {
                 drop(consumer);
                 events.iter().for_each(drop);
@@ -270,7 +270,7 @@ impl Worker<'_> {
         };
         let messages = channel
             .open
-            .run_blocking(&deadline, "looking at the queue", look)?;
+            .run_blocking(&deadline, Phase::QueueStats, look)?;
         Ok(messages > Some(0))
     }
 

@@ -21,6 +21,7 @@ mod served_programs;
 // What goes over the wire
 mod load_sharing;
 mod request_queue;
+mod sentences;
 mod tls;
 mod wire;
 

@@ -14,6 +14,7 @@ use super::error::{Error, ErrorKind};
 use super::frames::{put_message, put_method};
 use super::inbox::{Arrived, Inbox, Message};
 use super::link::Link;
+use super::phase::Phase;
 use crate::encoding::put_short_string;
 use crate::message::Publish;
 use crate::sync::lock;
@@ -40,7 +41,7 @@ pub struct OpenChannel {
     pub inbox: ChannelInbox,
     link: Arc<Link>,
     /// Host and port of the broker, for errors.
-    broker: String,
+    address: String,
 }
 
 /// What arrives on a channel.
@@ -62,7 +63,7 @@ pub enum Driving {
 impl OpenChannel {
     pub(crate) fn new(
         link: Arc<Link>,
-        broker: &str,
+        address: &str,
         amqp: amiquip::Channel,
         max_unread: usize,
     ) -> (Self, Publisher) {
@@ -83,13 +84,13 @@ impl OpenChannel {
                 amqp,
                 inbox,
                 link,
-                broker: broker.to_owned(),
+                address: address.to_owned(),
             },
             publisher,
         )
     }
 
-    /// Runs a blocking call of amiquip. `step` says what it does, for the error that it timed out.
+    /// Runs a blocking call of amiquip. `phase` is for the error that it timed out.
     ///
     /// # Errors
     /// [`ErrorKind::TimedOut`] when the deadline passes; then the connection has ended. Else the
@@ -97,11 +98,11 @@ impl OpenChannel {
     pub fn run_blocking<'a, T>(
         &'a self,
         deadline: &Deadline,
-        step: &'static str,
+        phase: Phase,
         call: impl FnOnce(&'a amiquip::Channel) -> amiquip::Result<T>,
     ) -> Result<T, Error> {
-        let result = self.link.run_blocking(deadline, step, || call(&self.amqp));
-        result.map_err(|kind| Error::new(&self.broker, kind))
+        let result = self.link.run_blocking(deadline, phase, || call(&self.amqp));
+        result.map_err(|kind| Error::new(&self.address, kind))
     }
 
     /// Closes the channel.
@@ -110,10 +111,13 @@ impl OpenChannel {
     /// As [`run_blocking`](Self::run_blocking).
     pub fn close(self, deadline: &Deadline) -> Result<(), Error> {
         let OpenChannel {
-            amqp, link, broker, ..
+            amqp,
+            link,
+            address,
+            ..
         } = self;
-        link.run_blocking(deadline, "closing a channel", || amqp.close())
-            .map_err(|kind| Error::new(&broker, kind))
+        link.run_blocking(deadline, Phase::ClosingChannel, || amqp.close())
+            .map_err(|kind| Error::new(&address, kind))
     }
 }
 

@@ -1,6 +1,7 @@
 //! Deadlines.
 
-use crate::text::format_duration;
+use super::error::ErrorKind;
+use super::phase::Phase;
 use crossbeam_channel::{bounded, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,7 +20,11 @@ pub struct Deadline {
 impl Deadline {
     /// The deadline `limit` from now.
     pub fn after(limit: Duration) -> Self {
-        let now = Instant::now();
+        Deadline::at(Instant::now(), limit)
+    }
+
+    /// The deadline `limit` after `now`.
+    pub fn at(now: Instant, limit: Duration) -> Self {
         Deadline {
             instant: now.checked_add(limit).unwrap_or(now + MAX_DEADLINE),
             limit,
@@ -34,11 +39,17 @@ impl Deadline {
         Deadline::after((self.remaining() / parts).min(max))
     }
 
-    /// The limit that it was made from, for messages.
-    pub fn limit(&self) -> String {
-        // A share of a limit is no round number.
-        let millis = self.limit.as_millis().try_into().unwrap_or(u64::MAX);
-        format_duration(Duration::from_millis(millis)).to_string()
+    /// The limit that it was made from, in whole milliseconds: a share of a limit has more digits.
+    pub fn limit(&self) -> Duration {
+        Duration::from_millis(self.limit.as_millis().try_into().unwrap_or(u64::MAX))
+    }
+
+    /// The error that this deadline has passed in this phase.
+    pub(crate) fn timed_out(&self, phase: Phase) -> ErrorKind {
+        ErrorKind::TimedOut {
+            limit: self.limit(),
+            phase,
+        }
     }
 
     /// When it passes.
@@ -48,7 +59,12 @@ impl Deadline {
 
     /// The time that is left; zero when the deadline has passed.
     pub fn remaining(&self) -> Duration {
-        self.instant.saturating_duration_since(Instant::now())
+        self.remaining_at(Instant::now())
+    }
+
+    /// The time that is left at this instant; zero when the deadline has passed.
+    pub fn remaining_at(&self, now: Instant) -> Duration {
+        self.instant.saturating_duration_since(now)
     }
 }
 

@@ -25,7 +25,7 @@ const SEVERAL: &str = "it must be one URL: repeat --url for several brokers";
 #[derive(Clone, Debug)]
 pub struct Endpoint {
     /// Host and port, as messages name the broker.
-    pub broker: String,
+    pub address: String,
     pub(crate) host: String,
     pub(crate) port: u16,
     pub(crate) vhost: String,
@@ -57,7 +57,7 @@ impl Endpoint {
 
     /// Whether this is the same broker, vhost and user.
     pub fn is_same(&self, other: &Endpoint) -> bool {
-        (&self.broker, &self.vhost, &self.user) == (&other.broker, &other.vhost, &other.user)
+        (&self.address, &self.vhost, &self.user) == (&other.address, &other.vhost, &other.user)
     }
 
     /// Whether the URL contains a password.
@@ -172,7 +172,7 @@ fn parse(url: &str, source_name: &'static str) -> Result<Endpoint, String> {
     };
     let port = url.port().unwrap_or(default_port);
     Ok(Endpoint {
-        broker: if host.contains(':') {
+        address: if host.contains(':') {
             format!("[{host}]:{port}")
         } else {
             format!("{host}:{port}")
@@ -235,10 +235,10 @@ pub fn start_at_random(endpoints: &mut [Endpoint]) {
 }
 
 /// Rotates the endpoints to start at this broker (host and port), if it is one of them.
-pub fn start_at(endpoints: &mut [Endpoint], broker: &str) {
+pub fn start_at(endpoints: &mut [Endpoint], address: &str) {
     let index = endpoints
         .iter()
-        .position(|endpoint| endpoint.broker == broker);
+        .position(|endpoint| endpoint.address == address);
     endpoints.rotate_left(index.unwrap_or_default());
 }
 
@@ -268,7 +268,7 @@ mod tests {
             Auth::Plain { username, password } => (username, password),
             Auth::External => ("(external)".into(), String::new()),
         };
-        (endpoint.broker, user, password, endpoint.vhost)
+        (endpoint.address, user, password, endpoint.vhost)
     }
 
     #[test]
@@ -320,7 +320,7 @@ mod tests {
         let order = |endpoints: &[Endpoint]| {
             endpoints
                 .iter()
-                .map(|endpoint| &*endpoint.broker)
+                .map(|endpoint| &*endpoint.address)
                 .collect::<String>()
         };
         let random_order = || {
@@ -336,12 +336,12 @@ mod tests {
             ["a:1b:2c:3", "b:2c:3a:1", "c:3a:1b:2"]
         );
         let mut endpoints = endpoints;
-        for (broker, expected) in [
+        for (address, expected) in [
             ("c:3", "c:3a:1b:2"),
             ("d:4", "c:3a:1b:2"),
             ("a:1", "a:1b:2c:3"),
         ] {
-            start_at(&mut endpoints, broker);
+            start_at(&mut endpoints, address);
             assert_eq!(order(&endpoints), expected);
         }
     }

@@ -1,8 +1,11 @@
 //! What can go wrong between a program and the broker.
 
-use crate::text::escape;
+use super::phase::Phase;
+use super::sentences::Meaning;
+use crate::text::{escape, format_duration};
 use std::fmt::{self, Display};
 use std::path::Path;
+use std::time::Duration;
 use thiserror::Error;
 
 /// Reply code of AMQP 0-9-1: an operator closed the connection, or the broker shuts down.
@@ -18,12 +21,14 @@ pub(crate) const RESOURCE_LOCKED: u16 = 405;
 pub const PRECONDITION_FAILED: u16 = 406;
 /// Reply code of AMQP 0-9-1: there is no such vhost, or the user may not access it.
 pub(crate) const NOT_ALLOWED: u16 = 530;
+/// Reply code of AMQP 0-9-1: the broker failed, or is configured not to do this.
+pub(crate) const INTERNAL_ERROR: u16 = 541;
 
 /// An **error** of a connection, and the broker that it is about.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub struct Error {
-    /// Host and port. Empty for an error of the configuration.
-    pub broker: String,
+    /// Host and port. `None` if the configuration is wrong before there is a broker to connect to.
+    pub address: Option<String>,
     /// What went wrong.
     pub kind: ErrorKind,
 }
@@ -69,9 +74,14 @@ pub enum ErrorKind {
     /// The broker allows no more channels on this connection.
     #[error("allows no more channels: reduce --workers, or raise the broker's channel_max")]
     TooManyChannels,
-    /// This limit passed while this was done.
-    #[error("timed out after {0} while {1}")]
-    TimedOut(String, &'static str),
+    /// A deadline passed.
+    #[error("timed out after {} while {phase}", format_duration(*.limit))]
+    TimedOut {
+        /// The limit that the deadline was made from.
+        limit: Duration,
+        /// What did not end.
+        phase: Phase,
+    },
 }
 
 /// Why the broker closed a channel or a connection.
@@ -91,6 +101,11 @@ impl Reason {
         }
     }
 
+    /// The meaning of what the broker said. `None` if the reply code says it all.
+    pub fn meaning(&self) -> Option<Meaning> {
+        Meaning::of(self.code, &self.text)
+    }
+
     fn hint(&self) -> &'static str {
         match self.code {
             ACCESS_REFUSED => ": the user lacks this permission",
@@ -104,10 +119,18 @@ impl Reason {
 }
 
 impl Error {
-    /// An error of this broker.
-    pub fn new(broker: &str, kind: ErrorKind) -> Self {
+    /// An error of the broker at `address`, host and port.
+    pub fn new(address: &str, kind: ErrorKind) -> Self {
         Error {
-            broker: broker.into(),
+            address: Some(address.into()),
+            kind,
+        }
+    }
+
+    /// An error of the configuration, before there is a broker to connect to.
+    pub fn configuration(kind: ErrorKind) -> Self {
+        Error {
+            address: None,
             kind,
         }
     }
@@ -122,8 +145,18 @@ impl Error {
         use ErrorKind::{ConnectionClosed, ConnectionLost, Silent, TimedOut};
         matches!(
             self.kind,
-            ConnectionClosed(_) | ConnectionLost(_) | Silent | TimedOut(..)
+            ConnectionClosed(_) | ConnectionLost(_) | Silent | TimedOut { .. }
         )
+    }
+
+    /// The meaning of what the broker said, if it closed the channel or the connection.
+    pub fn meaning(&self) -> Option<Meaning> {
+        match &self.kind {
+            ErrorKind::Refused(reason)
+            | ErrorKind::ChannelClosed(reason)
+            | ErrorKind::ConnectionClosed(reason) => reason.meaning(),
+            _ => None,
+        }
     }
 
     /// Whether there is no such queue.
@@ -133,7 +166,7 @@ impl Error {
 
     /// Whether the broker did not answer. Then another one is tried first.
     pub fn is_silence(&self) -> bool {
-        matches!(self.kind, ErrorKind::Silent | ErrorKind::TimedOut(..))
+        matches!(self.kind, ErrorKind::Silent | ErrorKind::TimedOut { .. })
     }
 
     /// Whether the broker closed the channel or the connection because of a message that was sent
@@ -149,9 +182,9 @@ impl Error {
 
 impl Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.kind {
-            ErrorKind::Configuration(_) | ErrorKind::NoCaCertificates => {}
-            _ => write!(f, "{} ", self.broker)?,
+        match (&self.kind, &self.address) {
+            (ErrorKind::Configuration(_) | ErrorKind::NoCaCertificates, _) | (_, None) => {}
+            (_, Some(address)) => write!(f, "{address} ")?,
         }
         self.kind.fmt(f)
     }
@@ -178,7 +211,7 @@ impl ErrorKind {
         let reason = Reason::new(code, text);
         match code {
             // It may be right later.
-            NOT_ALLOWED if reason.text.contains("connection limit") => {
+            NOT_ALLOWED if reason.meaning() == Some(Meaning::ConnectionLimit) => {
                 ErrorKind::ConnectionClosed(reason)
             }
             ACCESS_REFUSED | RESOURCE_LOCKED | NOT_ALLOWED => ErrorKind::Refused(reason),

@@ -13,6 +13,7 @@ use super::demux::{Demultiplexer, End, Inboxes, Notification};
 use super::error::ErrorKind;
 use super::frames::{put_frame, put_method, FrameBuffer, FrameError, HEARTBEAT};
 use super::inbox::Inbox;
+use super::phase::Phase;
 use super::socket::Transport;
 use super::wake::Waker;
 use super::writer::SocketWriter;
@@ -197,16 +198,16 @@ impl Link {
         number
     }
 
-    /// Runs a blocking call of amiquip. `step` says what it does, for the error that it timed out.
+    /// Runs a blocking call of amiquip. `phase` is for the error that it timed out.
     pub(crate) fn run_blocking<T>(
         &self,
         deadline: &Deadline,
-        step: &'static str,
+        phase: Phase,
         call: impl FnOnce() -> amiquip::Result<T>,
     ) -> Result<T, ErrorKind> {
         match self.run_until(deadline, call) {
             Some(result) => result.map_err(|error| self.explain(error)),
-            None => Err(ErrorKind::TimedOut(deadline.limit(), step)),
+            None => Err(deadline.timed_out(phase)),
         }
     }
 

@@ -18,6 +18,8 @@ mod frames;
 mod inbox;
 mod link;
 mod methods;
+mod phase;
+mod sentences;
 mod socket;
 mod tls;
 mod wake;
@@ -32,6 +34,8 @@ pub use endpoint::{start_at, start_at_random, Endpoint, DEFAULT_HEARTBEAT};
 pub use error::{Error, ErrorKind, Reason, ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED};
 pub use inbox::{Arrived, Confirmed, Delivery, Message, Returned};
 pub use link::Link;
+pub use phase::Phase;
+pub use sentences::Meaning;
 pub use tls::TlsFiles;
 pub use wake::Waker;
 
@@ -94,7 +98,7 @@ impl Connection {
         owner: &Owner,
     ) -> Result<Self, Error> {
         let opened = Self::open_any_address(endpoint, program, deadline, owner);
-        opened.map_err(|kind| Error::new(&endpoint.broker, kind))
+        opened.map_err(|kind| Error::new(&endpoint.address, kind))
     }
 
     /// Connects to the first address of the endpoint's host that accepts us. The addresses divide
@@ -149,12 +153,12 @@ impl Connection {
         let Some(amqp) = handshake else {
             // RabbitMQ sends a frame before we log in.
             let is_login = link.saw_frame.load(Ordering::Relaxed);
-            let step = if is_login {
-                "logging in"
+            let phase = if is_login {
+                Phase::LoggingIn
             } else {
-                "waiting for the AMQP handshake"
+                Phase::AmqpHandshake
             };
-            return Err(ErrorKind::TimedOut(deadline.limit(), step));
+            return Err(deadline.timed_out(phase));
         };
         let amqp = amqp.map_err(|error| {
             let kind = handshake_error(endpoint, error, &link);
@@ -166,10 +170,10 @@ impl Connection {
             endpoint: endpoint.clone(),
             link,
         };
-        let broker = connection.broker();
+        let address = connection.address();
         let version = connection.broker_version();
         log::debug!(
-            "logged in to {broker}, {version}, after {:.1?}",
+            "logged in to {address}, {version}, after {:.1?}",
             begun.elapsed()
         );
         Ok(connection)
@@ -208,13 +212,13 @@ impl Connection {
             (
                 None,
                 Error {
-                    broker,
+                    address,
                     kind: ErrorKind::NotConnected(reason),
                 },
             ) if !errors.is_empty() => {
                 let reason = format!("{reason} (before that: {})", errors.join("; "));
                 Error {
-                    broker,
+                    address,
                     kind: ErrorKind::NotConnected(reason),
                 }
             }
@@ -223,8 +227,8 @@ impl Connection {
     }
 
     /// Host and port of the broker, for messages.
-    pub fn broker(&self) -> &str {
-        &self.endpoint.broker
+    pub fn address(&self) -> &str {
+        &self.endpoint.address
     }
 
     /// The broker's name for itself, such as `RabbitMQ 4.0.5`, safe to print.
@@ -245,8 +249,8 @@ impl Connection {
         &self.link
     }
 
-    /// Runs a blocking call of amiquip on this connection. `step` says what it does, for the error
-    /// that it timed out.
+    /// Runs a blocking call of amiquip on this connection. `phase` is for the error that it
+    /// timed out.
     ///
     /// # Errors
     /// [`ErrorKind::TimedOut`] when the deadline passes; then the connection has ended. Else the
@@ -254,14 +258,14 @@ impl Connection {
     pub fn run_blocking<T>(
         &mut self,
         deadline: &Deadline,
-        step: &'static str,
+        phase: Phase,
         call: impl FnOnce(&mut amiquip::Connection) -> amiquip::Result<T>,
     ) -> Result<T, Error> {
         let Some(amqp) = &mut self.amqp else {
             return Err(self.cause());
         };
-        let result = self.link.run_blocking(deadline, step, || call(amqp));
-        result.map_err(|kind| Error::new(self.broker(), kind))
+        let result = self.link.run_blocking(deadline, phase, || call(amqp));
+        result.map_err(|kind| Error::new(self.address(), kind))
     }
 
     /// Opens a channel. If more messages or confirmations than `max_unread` wait on it to be taken,
@@ -274,12 +278,12 @@ impl Connection {
         max_unread: usize,
         deadline: &Deadline,
     ) -> Result<(OpenChannel, Publisher), Error> {
-        let amqp = self.run_blocking(deadline, "opening a channel", |connection| {
+        let amqp = self.run_blocking(deadline, Phase::OpeningChannel, |connection| {
             connection.open_channel(None)
         })?;
         Ok(OpenChannel::new(
             self.link.clone(),
-            self.broker(),
+            self.address(),
             amqp,
             max_unread,
         ))
@@ -292,7 +296,7 @@ impl Connection {
     /// [`ErrorKind::ChannelClosed`] with code 404 if there is no such queue; else as
     /// [`run_blocking`](Self::run_blocking).
     pub fn queue_stats(&mut self, queue: &str, deadline: &Deadline) -> Result<QueueStats, Error> {
-        self.run_blocking(deadline, "looking at the queue", |amqp| {
+        self.run_blocking(deadline, Phase::QueueStats, |amqp| {
             let channel = amqp.open_channel(None)?;
             let queue = channel.queue_declare_passive(queue)?;
             Ok(QueueStats {
@@ -308,7 +312,7 @@ impl Connection {
             .link
             .cause()
             .unwrap_or_else(|| ErrorKind::ConnectionLost("it is closed".into()));
-        Error::new(self.broker(), cause)
+        Error::new(self.address(), cause)
     }
 
     /// Closes the connection in one round trip. Shuts it down if that takes longer than a second.
@@ -332,11 +336,11 @@ impl Connection {
         let timeout = Deadline::after(close_timeout(deadline));
         let closed = self
             .link
-            .run_blocking(&timeout, "closing the connection", || amqp.close());
+            .run_blocking(&timeout, Phase::ClosingConnection, || amqp.close());
         self.link.shut_down();
         match closed {
-            Ok(()) | Err(ErrorKind::TimedOut(..)) => Ok(()),
-            Err(kind) => Err(Error::new(self.broker(), kind)),
+            Ok(()) | Err(ErrorKind::TimedOut { .. }) => Ok(()),
+            Err(kind) => Err(Error::new(self.address(), kind)),
         }
     }
 }

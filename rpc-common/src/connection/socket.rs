@@ -4,6 +4,7 @@
 use super::deadline::{run_in_background, Deadline};
 use super::endpoint::Endpoint;
 use super::error::ErrorKind;
+use super::phase::Phase;
 use super::tls::{describe_tls_error, TlsStream};
 use crate::text::describe_io_error;
 use crossbeam_channel::RecvTimeoutError;
@@ -71,7 +72,7 @@ pub(crate) fn connect(
     let timeout = deadline.remaining().max(Duration::from_millis(1)); // zero is an error
     let socket = TcpStream::connect_timeout(&address, timeout).map_err(|error| {
         match deadline.remaining() {
-            Duration::ZERO => ErrorKind::TimedOut(deadline.limit(), "opening the TCP connection"),
+            Duration::ZERO => deadline.timed_out(Phase::OpeningTcpConnection),
             _ => unreachable(endpoint, &error),
         }
     })?;
@@ -99,10 +100,9 @@ pub(crate) fn connect(
             );
             Ok(Transport::Tls(Box::new(stream)))
         }
-        Err(error) if error.kind() == io::ErrorKind::TimedOut => Err(ErrorKind::TimedOut(
-            deadline.limit(),
-            "waiting for the TLS handshake",
-        )),
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+            Err(deadline.timed_out(Phase::TlsHandshake))
+        }
         Err(error) => Err(tls_error(&error, host)),
     }
 }
@@ -131,10 +131,7 @@ pub(crate) fn resolve(
         }
         Ok(Err(error)) => describe_io_error(&error),
         Err(RecvTimeoutError::Timeout) => {
-            return Err(ErrorKind::TimedOut(
-                deadline.limit(),
-                "resolving the host name",
-            ));
+            return Err(deadline.timed_out(Phase::ResolvingHostName));
         }
         Err(RecvTimeoutError::Disconnected) => "the lookup failed".into(),
     };

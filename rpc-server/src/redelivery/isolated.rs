@@ -9,7 +9,7 @@
 
 use crate::reply::{log_return, publish_reply};
 use rpc_common::connection::{
-    Connection, Deadline, Endpoint, Error, Message, OpenChannel, Owner, Publisher,
+    Connection, Deadline, Endpoint, Error, Message, OpenChannel, Owner, Phase, Publisher,
 };
 use rpc_common::message::{ErrorCode, Failure, Reply, Request};
 use rpc_common::sync::lock;
@@ -185,7 +185,9 @@ impl Open {
     fn make_round_trip(&mut self, deadline: &Deadline) -> Result<(), Error> {
         let result = self
             .channel
-            .run_blocking(deadline, "publishing a reply", |amqp| amqp.qos(0, 0, false));
+            .run_blocking(deadline, Phase::PublishingReply, |amqp| {
+                amqp.qos(0, 0, false)
+            });
         for message in self.channel.inbox.take().messages {
             if let Message::Returned(reply) = message {
                 log_return(&reply);

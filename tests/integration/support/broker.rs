@@ -39,7 +39,7 @@ pub(crate) fn url() -> &'static str {
 pub(crate) fn authority() -> String {
     Endpoint::parse(url(), "the test")
         .expect("the broker's URL is well formed")
-        .broker
+        .address
 }
 
 /// The credentials (`user:password`) and the path of the broker's URL, still percent-encoded.

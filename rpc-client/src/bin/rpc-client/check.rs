@@ -12,7 +12,8 @@ use std::io::{self, Write};
 #[derive(Serialize)]
 struct Report<'a> {
     queue: &'a str,
-    broker: &'a str,
+    #[serde(rename = "broker")]
+    address: &'a str,
     version: &'a str,
     consumers: u32,
     messages: u32,
@@ -30,26 +31,26 @@ pub(crate) fn print_queue_stats(cli: &Cli) -> Result<ExitCode, Error> {
     let mut connection = Connection::open_any(&endpoints, "rpc-client", &deadline, &Owner::Standby)
         .map_err(CallError::from)?;
     let queue = config.queue.clone();
-    let broker = connection.broker().to_owned();
+    let address = connection.address().to_owned();
     let stats = connection
         .queue_stats(&queue, &deadline)
         .map_err(|error| match error {
             error if error.is_not_found() => CallError::NoQueue {
                 queue: queue.clone(),
-                broker: broker.clone(),
+                address: address.clone(),
             },
             error => CallError::Connection(error),
         })?;
-    print_stats(cli, &broker, &connection.broker_version(), stats).map_err(Error::Output)?;
+    print_stats(cli, &address, &connection.broker_version(), stats).map_err(Error::Output)?;
     if stats.consumers > 0 {
         return Ok(ExitCode::Success);
     }
-    let error = Error::Call(CallError::NoConsumers { queue, broker });
+    let error = Error::Call(CallError::NoConsumers { queue, address });
     print_message("rpc-client", &error);
     Ok(error.exit_code())
 }
 
-fn print_stats(cli: &Cli, broker: &str, version: &str, stats: QueueStats) -> io::Result<()> {
+fn print_stats(cli: &Cli, address: &str, version: &str, stats: QueueStats) -> io::Result<()> {
     let QueueStats {
         messages,
         consumers,
@@ -61,7 +62,7 @@ fn print_stats(cli: &Cli, broker: &str, version: &str, stats: QueueStats) -> io:
             &output,
             &Report {
                 queue,
-                broker,
+                address,
                 version,
                 consumers,
                 messages,
@@ -72,7 +73,7 @@ fn print_stats(cli: &Cli, broker: &str, version: &str, stats: QueueStats) -> io:
     let plural = |count, name: &str| format!("{count} {name}{}", if count == 1 { "" } else { "s" });
     writeln!(
         output,
-        "{queue} on {broker}: {}, {} waiting",
+        "{queue} on {address}: {}, {} waiting",
         plural(consumers, "consumer"),
         plural(messages, "message")
     )

@@ -40,7 +40,7 @@ fn main() -> process::ExitCode {
 }
 
 fn run(cli: &Cli, stdout: &BackgroundWriter) -> Result<(), Error> {
-    let configuration_error = |reason| Error::new("", ErrorKind::Configuration(reason));
+    let configuration_error = |reason| Error::configuration(ErrorKind::Configuration(reason));
     let program = cli.find_program().map_err(configuration_error)?;
     let statistics = Statistics::new(cli.metrics.is_some());
     if let Some(address) = cli.metrics {

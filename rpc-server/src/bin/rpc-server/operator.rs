@@ -21,16 +21,17 @@ impl Observer for Operator<'_> {
         notify(&[Ready]);
     }
 
-    fn on_connected(&self, broker: &str) {
+    fn on_connected(&self, address: &str) {
         self.statistics.connected.set(1);
-        notify(&[Status(&format!("connected to {broker}"))]);
+        notify(&[Status(&format!("connected to {address}"))]);
     }
 
     fn on_disconnected(&self, error: &Error) {
         if self.statistics.connected.set(0) == 1 {
             self.statistics.reconnects.inc();
         }
-        notify(&[Status(&format!("waiting for {}: {error}", error.broker))]);
+        let address = error.address.as_deref().unwrap_or("a broker");
+        notify(&[Status(&format!("waiting for {address}: {error}"))]);
     }
 
     fn on_request(&self) {

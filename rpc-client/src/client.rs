@@ -2,8 +2,8 @@
 
 use crate::call::{Error, Outcome, Request};
 use crate::config::Config;
-use crate::event_loop::run;
 use crate::requests::{requests, RequestSender, Requests};
+use crate::run::run;
 use crossbeam_channel::{bounded, Sender};
 use rpc_common::connection::Endpoint;
 use std::thread::{self, JoinHandle};

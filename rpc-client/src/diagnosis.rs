@@ -1,5 +1,4 @@
-//! Why there is no answer, as far as is known, and when to look at the request queue to learn more.
-//! Pure.
+//! What is known of why there is no answer, and when to ask the broker for more. Pure.
 
 use crate::call::NoAnswerCause;
 use rpc_common::connection::{
@@ -7,48 +6,53 @@ use rpc_common::connection::{
 };
 use std::time::{Duration, Instant};
 
-/// After how much silence the request queue is looked at, and how often then.
-const FIRST_CHECK: Duration = Duration::from_millis(500);
-const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// Silence before the first `queue_stats`.
+const FIRST_STATS: Duration = Duration::from_millis(500);
+
+/// Interval of further `queue_stats`.
+const STATS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What is known of why pending calls have no answer.
 pub(crate) struct Diagnosis {
-    /// When to look at the request queue, if nothing arrives before.
-    pub(crate) next_check: Instant,
+    /// When `queue_stats` is due, if nothing arrives before.
+    next_stats: Instant,
     /// Why the broker blocks publishers, while it does. Then nothing is published, and the broker
     /// answers nothing.
     blocked: Option<String>,
     cause: NoAnswerCause,
-    /// How many looks at the queue in a row have found no consumers.
-    looks_without_consumers: u32,
+    /// Number of `queue_stats` in a row that found no consumers.
+    stats_without_consumers: u32,
 }
 
 impl Diagnosis {
     pub(crate) fn new(now: Instant) -> Self {
-        let blocked = None;
-        let cause = NoAnswerCause::Unknown;
         Diagnosis {
-            next_check: now + FIRST_CHECK,
-            blocked,
-            cause,
-            looks_without_consumers: 0,
+            next_stats: now + FIRST_STATS,
+            blocked: None,
+            cause: NoAnswerCause::Unknown,
+            stats_without_consumers: 0,
         }
+    }
+
+    /// When `queue_stats` is due.
+    pub(crate) fn next_stats(&self) -> Instant {
+        self.next_stats
     }
 
     /// A call has begun after none was pending.
     pub(crate) fn on_begin(&mut self, now: Instant) {
-        self.next_check = now + FIRST_CHECK;
+        self.next_stats = now + FIRST_STATS;
     }
 
-    /// The broker is to do this next.
+    /// The broker must end this phase next.
     pub(crate) fn on_waiting(&mut self, phase: Phase) {
         self.cause = NoAnswerCause::Waiting(phase);
     }
 
-    /// A reply has arrived, or the consumer was started: what was known before is old.
-    pub(crate) fn on_reply(&mut self, now: Instant) {
+    /// A reply has arrived, or the consumer was started: any earlier cause is stale.
+    pub(crate) fn on_progress(&mut self, now: Instant) {
         self.cause = NoAnswerCause::Unknown;
-        self.next_check = now + FIRST_CHECK;
+        self.next_stats = now + FIRST_STATS;
     }
 
     pub(crate) fn on_connection_error(&mut self, error: &ConnectionError) {
@@ -65,13 +69,14 @@ impl Diagnosis {
         self.blocked.as_deref()
     }
 
-    /// Whether to look at the queue now, if that is possible.
-    pub(crate) fn start_check(&mut self, now: Instant, can_check: bool) -> bool {
-        if now < self.next_check {
+    /// Whether to ask for `queue_stats` at this instant, if the session `can_ask`. Schedules the
+    /// next one.
+    pub(crate) fn take_stats_due(&mut self, now: Instant, can_ask: bool) -> bool {
+        if now < self.next_stats {
             return false;
         }
-        self.next_check = now + CHECK_INTERVAL;
-        if self.is_blocked() || !can_check {
+        self.next_stats = now + STATS_INTERVAL;
+        if self.is_blocked() || !can_ask {
             return false;
         }
         if self.cause == NoAnswerCause::Unknown {
@@ -80,10 +85,10 @@ impl Diagnosis {
         true
     }
 
-    /// The queue was looked at. Returns whether to warn that nobody consumes from it: when the
-    /// second look in a row has found no consumer. (The first one may have found a quorum queue
-    /// that elects its leader.)
-    pub(crate) fn on_queue_checked(&mut self, stats: &Result<QueueStats, ErrorKind>) -> bool {
+    /// Returns whether to warn that nobody consumes from the queue: after the second `queue_stats`
+    /// in a row that found no consumers. (The first one may have found a quorum queue that elects
+    /// its leader.)
+    pub(crate) fn on_queue_stats(&mut self, stats: &Result<QueueStats, ErrorKind>) -> bool {
         self.cause = match stats {
             Ok(stats) => NoAnswerCause::Queue(*stats),
             Err(ErrorKind::ChannelClosed(reason)) if reason.code == NOT_FOUND => {
@@ -91,24 +96,22 @@ impl Diagnosis {
             }
             Err(_) => NoAnswerCause::Unknown,
         };
-        let has_no_consumers = matches!(stats, Ok(QueueStats { consumers: 0, .. }));
-        self.looks_without_consumers = if has_no_consumers {
-            self.looks_without_consumers + 1
+        if matches!(stats, Ok(QueueStats { consumers: 0, .. })) {
+            self.stats_without_consumers += 1;
         } else {
-            0
-        };
-        self.looks_without_consumers == 2
+            self.stats_without_consumers = 0;
+        }
+        self.stats_without_consumers == 2
     }
 
     pub(crate) fn is_blocked(&self) -> bool {
         self.blocked.is_some()
     }
 
-    /// What is known now.
+    /// The cause, as far as it is known now.
     pub(crate) fn cause(&self) -> NoAnswerCause {
-        self.blocked
-            .clone()
-            .map_or_else(|| self.cause.clone(), NoAnswerCause::Blocked)
+        let blocked = self.blocked.clone().map(NoAnswerCause::Blocked);
+        blocked.unwrap_or_else(|| self.cause.clone())
     }
 }
 
@@ -118,18 +121,18 @@ mod tests {
     use rpc_common::connection::Reason;
 
     #[test]
-    fn the_queue_is_looked_at_after_silence_but_not_while_the_broker_blocks_publishers() {
+    fn queue_stats_are_due_after_silence_but_not_while_the_broker_blocks_publishers() {
         let now = Instant::now();
         let mut diagnosis = Diagnosis::new(now);
-        assert!(!diagnosis.start_check(now, true));
-        assert!(diagnosis.start_check(now + FIRST_CHECK, true));
+        assert!(!diagnosis.take_stats_due(now, true));
+        assert!(diagnosis.take_stats_due(now + FIRST_STATS, true));
         assert!(
-            !diagnosis.start_check(now + FIRST_CHECK, true),
+            !diagnosis.take_stats_due(now + FIRST_STATS, true),
             "once in a while"
         );
         assert_eq!(diagnosis.cause(), NoAnswerCause::Waiting(Phase::QueueStats));
         diagnosis.on_notification(Notification::Blocked("low on memory".into()));
-        assert!(!diagnosis.start_check(now + 10 * CHECK_INTERVAL, true));
+        assert!(!diagnosis.take_stats_due(now + 10 * STATS_INTERVAL, true));
         assert_eq!(
             diagnosis.cause(),
             NoAnswerCause::Blocked("low on memory".into())
@@ -138,31 +141,31 @@ mod tests {
 
     /// Else the event loop would never sleep.
     #[test]
-    fn the_time_of_the_next_look_is_later_also_where_the_queue_cannot_be_looked_at() {
+    fn the_next_queue_stats_are_later_also_where_the_session_cannot_ask() {
         let now = Instant::now();
         let mut diagnosis = Diagnosis::new(now);
-        assert!(!diagnosis.start_check(now + FIRST_CHECK, false));
-        assert_eq!(diagnosis.next_check, now + FIRST_CHECK + CHECK_INTERVAL);
+        assert!(!diagnosis.take_stats_due(now + FIRST_STATS, false));
+        assert_eq!(diagnosis.next_stats, now + FIRST_STATS + STATS_INTERVAL);
     }
 
     #[test]
-    fn the_second_look_in_a_row_that_finds_no_consumer_is_a_warning() {
+    fn the_second_queue_stats_in_a_row_without_consumers_are_a_warning() {
         let mut diagnosis = Diagnosis::new(Instant::now());
-        let look = |consumers| {
+        let stats = |consumers| {
             Ok(QueueStats {
                 messages: 1,
                 consumers,
             })
         };
-        let warned = [0, 1, 0, 0, 0].map(|consumers| diagnosis.on_queue_checked(&look(consumers)));
+        let warned = [0, 1, 0, 0, 0].map(|consumers| diagnosis.on_queue_stats(&stats(consumers)));
         assert_eq!(warned, [false, false, false, true, false]);
     }
 
     #[test]
-    fn a_missing_queue_is_told_from_one_that_cannot_be_looked_at() {
+    fn a_missing_queue_is_told_from_one_without_stats() {
         let mut diagnosis = Diagnosis::new(Instant::now());
         let mut cause_after = |kind| {
-            diagnosis.on_queue_checked(&Err(kind));
+            diagnosis.on_queue_stats(&Err(kind));
             diagnosis.cause()
         };
         let missing = Reason {

@@ -1,26 +1,28 @@
 //! Calls a function over RabbitMQ RPC, and waits for the answer.
 //!
-//! [`run`] is the loop that makes calls; [`Client`] is a thread that runs it, for programs that
-//! make one call at a time. Read in this order: `call` has the options, requests, outcomes and
-//! errors; `requests` is where they come from; `event_loop` makes calls; `pending` keeps those that
-//! are unanswered; `session` is one connection with its reply queue; `outcomes` collects how calls
-//! ended; `diagnosis` is what is known of why there is no answer; `retry` decides when an error
-//! ends a run.
+//! [`run()`] makes calls; [`Client`] is a thread that does so, for programs that make one call at a
+//! time. Read in this order: `config` has the options; `call` the requests, outcomes and errors;
+//! `requests` is where they come from; `run` moves events between the `session`, which is one
+//! connection with its reply queue, and the `event_loop`, which decides what they mean. The event
+//! loop has the calls that are `pending`, and a `diagnosis` of why there is no answer; `retry` says
+//! when an error ends a run. The session has a `request_publisher`, and a `session_thread`, which
+//! makes the blocking calls.
 
 mod call;
 mod client;
 mod config;
 mod diagnosis;
 mod event_loop;
-mod outcomes;
 mod pending;
+mod request_publisher;
 mod requests;
 mod retry;
+mod run;
 mod session;
+mod session_thread;
 
 pub use call::{Error, NoAnswerCause, Outcome, Request};
 pub use client::Client;
 pub use config::{Config, ReplyTo};
-pub use event_loop::run;
-pub use outcomes::OnOutcomes;
 pub use requests::{requests, RequestSender, Requests, Stopper};
+pub use run::{run, OnOutcomes};

@@ -1,4 +1,19 @@
-//! The pending calls: which are unanswered, and what a reply, a return or the time does to them.
+//! The pending calls: which are unanswered, and what happens to them.
+//!
+//! The fate of a call is what the broker did with its latest request. What happens changes the fate:
+//!
+//! | event | unsent | unconfirmed | accepted | lost | refused |
+//! | --- | --- | --- | --- | --- | --- |
+//! | published | unconfirmed | | | | |
+//! | ack | | accepted | | | |
+//! | nack | | refused; lost if it may have run | | | |
+//! | return | | lost; a first request ends its call | lost | lost | lost |
+//! | `queue_stats`: the queue is full | | | | | the call ends |
+//! | `queue_stats`: it is not, or the answer is late | | | | | lost |
+//! | the resend is due | | | unsent if the queue was missing | unsent | |
+//! | a new connection | unsent | unsent | unsent | unsent | unsent |
+//!
+//! An empty cell: the fate stays. A reply, or the deadline, ends a call of any fate.
 //!
 //! Pure: no socket, and no clock but the instants that are passed in.
 
@@ -7,52 +22,94 @@ use crate::retry::Progress;
 use rpc_common::connection::{Confirmed, Deadline};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
-use std::{iter, mem};
 use uuid::Uuid;
 
-/// How many requests of ended calls may be unconfirmed. (A quorum queue without a majority confirms
-/// nothing.) No more than a session may have unread, because the confirmations may arrive at once.
+/// Maximum number of unconfirmed requests of ended calls. (A quorum queue without a majority
+/// confirms nothing.) Not more than a session may have unread, because the confirmations may arrive
+/// at once.
 const MAX_UNCONFIRMED: usize = 1_000;
 
-/// How long a request that was returned or refused waits before it is sent again.
+/// Pause before a lost request is resent.
 const RESEND_DELAY: Duration = Duration::from_millis(250);
 
-/// A look at the queue that takes longer does not show whether the queue was full when it refused a
-/// request. (A durable classic queue refuses requests when its node dies, and the look hangs until
-/// the node is back.)
-const MAX_LOOK_TIME: Duration = Duration::from_secs(5);
+/// Longest `queue_stats` round trip still trusted to explain a nack. (A durable classic queue
+/// refuses requests when its node dies, and `queue_stats` hangs until the node is back.)
+const MAX_STATS_TIME: Duration = Duration::from_secs(5);
 
 /// A **call** is a request that waits for its reply.
 #[derive(Debug)]
 pub(crate) struct Call<T> {
-    /// The number of the call in the order in which they begin.
+    /// Number of the call, in the order in which calls begin.
     pub(crate) index: u64,
-    /// The correlation id; the same each time the request is sent.
+    /// Correlation id; the same each time the request is sent.
     pub(crate) id: Uuid,
     pub(crate) request: Request<T>,
     pub(crate) deadline: Deadline,
-    /// How often the request was sent.
-    pub(crate) sends: u32,
+    /// Number of times that the request was published.
+    sends: u32,
+    /// When the request was published first.
     pub(crate) first_sent: Option<Instant>,
-    /// How many calls were in flight when it began, and how many had been answered.
+    /// Number of calls in flight when this one began.
     ahead: usize,
+    /// Number of calls that were answered when this one began.
     answered_before: u64,
     /// Whether a queue has taken the request, or an earlier connection has ended with it.
-    pub(crate) may_have_run: bool,
+    may_have_run: bool,
     fate: Fate,
 }
 
-/// What the broker did with the request that was sent last.
+/// What the broker did with the latest request of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
-    Unknown,
-    /// The queue has taken it (`basic.ack`).
+    /// To be published on this connection.
+    Unsent,
+    /// Published, and neither confirmed nor returned.
+    Unconfirmed,
+    /// The queue has taken it.
     Accepted,
-    /// No queue has taken it (`basic.return`, `basic.nack`): it is sent again.
+    /// No queue has taken it: it is resent.
     Lost,
-    /// The queue has not taken it (`basic.nack`), and had taken no earlier one: it is full, or its
-    /// process has died. A look at the queue decides, if it ends soon after this instant.
+    /// The queue has not taken it at this instant, and had taken none before: the queue is full, or
+    /// its process has died. `queue_stats` tells.
     Refused(Instant),
+}
+
+/// What changes the fate of a call.
+#[derive(Clone, Copy, Debug)]
+enum Event {
+    Published,
+    Ack,
+    Nack { at: Instant, may_have_run: bool },
+    Return,
+    QueueNotFull,
+    ResendDue { was_queue_missing: bool },
+    NewConnection,
+}
+
+impl Fate {
+    /// The fate after an event, see the table of this file.
+    #[allow(clippy::match_same_arms)] // a line for each cell of the table
+    fn after(self, event: Event) -> Self {
+        match (event, self) {
+            (Event::Published, Fate::Unsent) => Fate::Unconfirmed,
+            (Event::Ack, Fate::Unconfirmed) => Fate::Accepted,
+            (Event::Nack { at, may_have_run }, Fate::Unconfirmed) => {
+                if may_have_run {
+                    Fate::Lost
+                } else {
+                    Fate::Refused(at)
+                }
+            }
+            (Event::Return, Fate::Unconfirmed | Fate::Accepted | Fate::Refused(_)) => Fate::Lost,
+            (Event::QueueNotFull, Fate::Refused(_)) => Fate::Lost,
+            (Event::ResendDue { .. }, Fate::Lost) => Fate::Unsent,
+            (Event::ResendDue { was_queue_missing }, Fate::Accepted) if was_queue_missing => {
+                Fate::Unsent
+            }
+            (Event::NewConnection, _) => Fate::Unsent,
+            (_, fate) => fate,
+        }
+    }
 }
 
 impl<T> Call<T> {
@@ -61,9 +118,9 @@ impl<T> Call<T> {
         self.fate == Fate::Lost && !self.may_have_run
     }
 
-    pub(crate) fn mark_sent(&mut self, now: Instant) {
-        self.sends += 1;
-        self.first_sent.get_or_insert(now);
+    /// Whether a queue may have taken a request of this call.
+    pub(crate) fn may_have_run(&self) -> bool {
+        self.may_have_run
     }
 }
 
@@ -72,9 +129,15 @@ impl<T> Call<T> {
 pub(crate) enum Returned<T> {
     /// The call has ended: there is no request queue.
     Ended(Call<T>),
-    /// The request will be sent again: there was a queue when it was sent before, and it may come
-    /// back.
+    /// The request is resent: there was a queue when it was sent before, and it may come back.
     WillResend,
+}
+
+/// What became of the request that was to be published.
+pub(crate) enum Publication<T, E> {
+    Sent,
+    /// The request cannot be published, and its call has ended.
+    Failed(Call<T>, E),
 }
 
 /// The calls that have begun and not ended.
@@ -83,25 +146,68 @@ pub(crate) struct PendingCalls<T> {
     /// By index. All calls have the same timeout, so this is also the order of their deadlines.
     calls: BTreeMap<u64, Call<T>>,
     index_of: HashMap<Uuid, u64>,
-    /// The calls to send on this connection.
-    to_send: VecDeque<u64>,
+    /// Number of calls that have begun.
     begun: u64,
-    /// How many requests have a number on this connection: the delivery tag of the broker's
-    /// confirmation, from 1.
-    numbered: u64,
-    /// The calls whose requests the broker has neither taken nor refused, by the number of the
-    /// request.
-    unconfirmed: BTreeMap<u64, u64>,
-    /// How many calls were answered.
+    /// Number of calls that were answered.
     answered: u64,
     /// Whether a queue that does not exist is waited for, also by a call that finds none at first.
     waits_for_queue: bool,
+    connection: OnConnection,
+}
+
+/// What belongs to one connection. The next connection replaces it whole.
+#[derive(Debug)]
+struct OnConnection {
+    /// Indexes of the unsent calls, in order. Some may have ended.
+    to_send: VecDeque<u64>,
+    /// Number of requests that were published: the delivery tag of the latest confirmation to come.
+    published: u64,
+    /// Indexes of the calls whose requests are unconfirmed, by delivery tag.
+    unconfirmed: BTreeMap<u64, u64>,
     /// False from a request that was returned or refused until the queue takes one.
-    is_accepted: bool,
-    /// When to send again what was returned or refused; and, if the queue was missing, what it had
-    /// taken before.
-    resend_at: Option<Instant>,
+    is_accepting: bool,
+    resend: Option<Resend>,
+}
+
+/// When lost requests are resent.
+#[derive(Debug)]
+struct Resend {
+    at: Instant,
+    /// Whether the queue was missing: then it has lost what it had taken.
     was_queue_missing: bool,
+}
+
+impl OnConnection {
+    fn new(to_send: VecDeque<u64>) -> Self {
+        OnConnection {
+            to_send,
+            published: 0,
+            unconfirmed: BTreeMap::new(),
+            is_accepting: true,
+            resend: None,
+        }
+    }
+
+    /// The resend that is due next; a new one if there is none.
+    fn schedule_resend(&mut self, now: Instant) -> &mut Resend {
+        self.resend.get_or_insert(Resend {
+            at: now + RESEND_DELAY,
+            was_queue_missing: false,
+        })
+    }
+
+    /// Takes the calls of these requests from the unconfirmed ones.
+    fn take_confirmed(&mut self, confirmed: Confirmed) -> Vec<u64> {
+        let mut indexes = Vec::new();
+        while let Some((&tag, &index)) = self.unconfirmed.range(confirmed.first..).next() {
+            if tag > confirmed.last {
+                break;
+            }
+            self.unconfirmed.remove(&tag);
+            indexes.push(index);
+        }
+        indexes
+    }
 }
 
 impl<T> PendingCalls<T> {
@@ -109,41 +215,32 @@ impl<T> PendingCalls<T> {
         PendingCalls {
             calls: BTreeMap::new(),
             index_of: HashMap::new(),
-            to_send: VecDeque::new(),
             begun: 0,
-            numbered: 0,
-            unconfirmed: BTreeMap::new(),
             answered: 0,
             waits_for_queue,
-            is_accepted: true,
-            resend_at: None,
-            was_queue_missing: false,
+            connection: OnConnection::new(VecDeque::new()),
         }
     }
 
-    /// Begins a call, whose request is to be sent.
+    /// Begins a call, whose request is unsent.
     pub(crate) fn begin(&mut self, id: Uuid, request: Request<T>, deadline: Deadline) {
         let index = self.begun;
-        let ahead = self.calls.len();
-        let answered_before = self.answered;
+        let call = Call {
+            index,
+            id,
+            request,
+            deadline,
+            sends: 0,
+            first_sent: None,
+            ahead: self.calls.len(),
+            answered_before: self.answered,
+            may_have_run: false,
+            fate: Fate::Unsent,
+        };
         self.begun += 1;
         self.index_of.insert(id, index);
-        self.to_send.push_back(index);
-        self.calls.insert(
-            index,
-            Call {
-                index,
-                id,
-                request,
-                deadline,
-                sends: 0,
-                first_sent: None,
-                ahead,
-                answered_before,
-                may_have_run: false,
-                fate: Fate::Unknown,
-            },
-        );
+        self.connection.to_send.push_back(index);
+        self.calls.insert(index, call);
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -159,58 +256,59 @@ impl<T> PendingCalls<T> {
         self.calls.values().any(|call| call.sends > 0)
     }
 
-    /// There is a new connection, the first or another one: all pending calls are to be sent on it.
-    pub(crate) fn send_all_again(&mut self) {
+    /// There is a new connection, the first or another one: all calls are unsent on it.
+    pub(crate) fn on_new_connection(&mut self) {
         for call in self.calls.values_mut() {
             call.may_have_run |= call.sends > 0;
+            call.fate = call.fate.after(Event::NewConnection);
         }
-        self.numbered = 0;
-        self.resend_at = None;
-        self.was_queue_missing = false;
-        self.is_accepted = true;
-        self.unconfirmed.clear();
-        self.to_send = self.calls.keys().copied().collect();
+        self.connection = OnConnection::new(self.calls.keys().copied().collect());
     }
 
-    /// The next call to send. Its request gets the next number. None while the broker confirms
-    /// nothing.
-    pub(crate) fn next_to_send(&mut self) -> Option<&mut Call<T>> {
-        if self.unconfirmed.len() > 2 * self.calls.len() + MAX_UNCONFIRMED {
+    /// Publishes the request of the next unsent call by `publish`. A request that cannot be
+    /// published ends its call, which is returned with the error. `None` if no call is unsent, or
+    /// while the broker confirms nothing.
+    pub(crate) fn publish_next<E>(
+        &mut self,
+        now: Instant,
+        publish: impl FnOnce(&Call<T>) -> Result<(), E>,
+    ) -> Option<Publication<T, E>> {
+        if self.connection.unconfirmed.len() > 2 * self.calls.len() + MAX_UNCONFIRMED {
             return None;
         }
-        let calls = &self.calls;
-        let index =
-            iter::from_fn(|| self.to_send.pop_front()).find(|index| calls.contains_key(index))?;
-        self.numbered += 1;
-        self.unconfirmed.insert(self.numbered, index);
-        let call = self.calls.get_mut(&index)?;
-        call.fate = Fate::Unknown;
-        Some(call)
-    }
-
-    /// The request of the call that [`next_to_send`](Self::next_to_send) has returned cannot be
-    /// sent: ends the call. Its number is that of the next request.
-    pub(crate) fn remove_unsent(&mut self, id: Uuid) -> Option<Call<T>> {
-        self.unconfirmed.remove(&self.numbered);
-        self.numbered -= 1;
-        self.remove(id)
-    }
-
-    /// Sends again what is due.
-    pub(crate) fn start_resends(&mut self, now: Instant) {
-        if self.resend_at.is_none_or(|when| when > now) {
-            return;
-        }
-        self.resend_at = None;
-        let was_queue_missing = mem::take(&mut self.was_queue_missing);
-        let is_lost = |call: &&mut Call<T>| match call.fate {
-            Fate::Unknown | Fate::Refused(_) => false,
-            Fate::Accepted => was_queue_missing,
-            Fate::Lost => true,
+        let call = loop {
+            let index = self.connection.to_send.pop_front()?;
+            if let Some(call) = self.calls.get_mut(&index) {
+                break call;
+            }
         };
-        for call in self.calls.values_mut().filter(|call| is_lost(call)) {
-            call.fate = Fate::Unknown;
-            self.to_send.push_back(call.index);
+        if let Err(error) = publish(call) {
+            let id = call.id;
+            return self.remove(id).map(|call| Publication::Failed(call, error));
+        }
+        call.sends += 1;
+        call.first_sent.get_or_insert(now);
+        call.fate = call.fate.after(Event::Published);
+        self.connection.published += 1;
+        let tag = self.connection.published;
+        self.connection.unconfirmed.insert(tag, call.index);
+        Some(Publication::Sent)
+    }
+
+    /// Makes the lost requests unsent, if their resend is due.
+    pub(crate) fn on_timer(&mut self, now: Instant) {
+        let Some(resend) = self.connection.resend.take_if(|resend| resend.at <= now) else {
+            return;
+        };
+        let event = Event::ResendDue {
+            was_queue_missing: resend.was_queue_missing,
+        };
+        for call in self.calls.values_mut() {
+            let fate = call.fate.after(event);
+            if fate != call.fate {
+                call.fate = fate;
+                self.connection.to_send.push_back(call.index);
+            }
         }
     }
 
@@ -218,7 +316,7 @@ impl<T> PendingCalls<T> {
     /// time tries it.
     pub(crate) fn accepts_calls(&self) -> bool {
         let is_tried = || self.calls.values().any(|call| call.fate != Fate::Accepted);
-        self.is_accepted || (self.resend_at.is_none() && !is_tried())
+        self.connection.is_accepting || (self.connection.resend.is_none() && !is_tried())
     }
 
     /// Ends the call that a reply belongs to. `None` if it belongs to no pending call.
@@ -226,8 +324,8 @@ impl<T> PendingCalls<T> {
         let id = Uuid::try_parse_ascii(correlation_id?).ok()?;
         let call = self.remove(id)?;
         self.answered += 1;
-        self.is_accepted = true;
         self.waits_for_queue = true;
+        self.connection.is_accepting = true;
         Some(call)
     }
 
@@ -239,98 +337,79 @@ impl<T> PendingCalls<T> {
     ) -> Option<Returned<T>> {
         let id = Uuid::try_parse_ascii(correlation_id?).ok()?;
         let call = self.calls.get_mut(self.index_of.get(&id)?)?;
-        call.fate = Fate::Lost;
+        call.fate = call.fate.after(Event::Return);
         let is_first = call.sends == 1 && !self.waits_for_queue;
         self.on_missing_queue(now);
         if is_first {
             return self.remove(id).map(Returned::Ended);
         }
-        self.is_accepted = false;
+        self.connection.is_accepting = false;
         Some(Returned::WillResend)
     }
 
     /// There is no queue. What it had taken before may be gone with it.
     pub(crate) fn on_missing_queue(&mut self, now: Instant) {
-        self.was_queue_missing = true;
-        self.resend_at.get_or_insert(now + RESEND_DELAY);
+        self.connection.schedule_resend(now).was_queue_missing = true;
     }
 
-    /// The broker has confirmed requests: these have reached a queue, unless they were returned
-    /// before.
+    /// A queue has taken these requests, unless they were returned before.
     pub(crate) fn on_ack(&mut self, confirmed: Confirmed) {
-        for index in self.take_confirmed(confirmed) {
-            if let Some(call) = self
-                .calls
-                .get_mut(&index)
-                .filter(|call| call.fate == Fate::Unknown)
-            {
-                call.fate = Fate::Accepted;
+        for index in self.connection.take_confirmed(confirmed) {
+            let Some(call) = self.calls.get_mut(&index) else {
+                continue;
+            };
+            if call.fate == Fate::Unconfirmed {
+                call.fate = call.fate.after(Event::Ack);
                 call.may_have_run = true;
-                self.is_accepted = true;
+                self.connection.is_accepting = true;
             }
         }
     }
 
-    /// The queue has not taken these requests. Returns whether to look at it, to learn whether it
-    /// is full.
-    pub(crate) fn on_nack(&mut self, refused: Confirmed, now: Instant) -> bool {
+    /// The queue has not taken these requests. Returns whether any is refused: then `queue_stats`
+    /// tells whether the queue is full.
+    pub(crate) fn on_nack(&mut self, confirmed: Confirmed, now: Instant) -> bool {
         let mut is_any_refused = false;
-        for index in self.take_confirmed(refused) {
-            if let Some(call) = self.calls.get_mut(&index) {
-                call.fate = if call.may_have_run {
-                    Fate::Lost
-                } else {
-                    Fate::Refused(now)
-                };
-                is_any_refused |= !call.may_have_run;
-                self.is_accepted = false;
-                self.resend_at.get_or_insert(now + RESEND_DELAY);
-            }
+        for index in self.connection.take_confirmed(confirmed) {
+            let Some(call) = self.calls.get_mut(&index) else {
+                continue;
+            };
+            call.fate = call.fate.after(Event::Nack {
+                at: now,
+                may_have_run: call.may_have_run,
+            });
+            is_any_refused |= matches!(call.fate, Fate::Refused(_));
+            self.connection.is_accepting = false;
+            self.connection.schedule_resend(now);
         }
         is_any_refused
     }
 
-    /// The queue was looked at: requests whose calls have not ended as refused are sent again.
+    /// The queue is not full, or was asked too late: refused requests are resent.
     pub(crate) fn resend_refused(&mut self, now: Instant) {
-        for call in self
-            .calls
-            .values_mut()
-            .filter(|call| matches!(call.fate, Fate::Refused(_)))
-        {
-            call.fate = Fate::Lost;
-            self.resend_at.get_or_insert(now + RESEND_DELAY);
+        for call in self.calls.values_mut() {
+            if matches!(call.fate, Fate::Refused(_)) {
+                call.fate = call.fate.after(Event::QueueNotFull);
+                self.connection.schedule_resend(now);
+            }
         }
-    }
-
-    fn take_confirmed(&mut self, Confirmed { first, last, .. }: Confirmed) -> Vec<u64> {
-        if first == last {
-            return self.unconfirmed.remove(&last).into_iter().collect();
-        }
-        let mut confirmed = self.unconfirmed.split_off(&first);
-        let mut later = confirmed.split_off(&last.saturating_add(1));
-        self.unconfirmed.append(&mut later);
-        confirmed.into_values().collect()
     }
 
     /// Ends a call whose request was refused a short time ago: the queue is full.
     pub(crate) fn pop_refused(&mut self, now: Instant) -> Option<Call<T>> {
-        let is_new =
-            |call: &&Call<T>| matches!(call.fate, Fate::Refused(at) if now < at + MAX_LOOK_TIME);
-        let id = self.calls.values().find(is_new)?.id;
+        let is_recent =
+            |call: &&Call<T>| matches!(call.fate, Fate::Refused(at) if now < at + MAX_STATS_TIME);
+        let id = self.calls.values().find(is_recent)?.id;
         self.remove(id)
     }
 
     /// The broker has refused a request because of its size, but does not say which one: ends the
-    /// call whose request is the largest of those that the queue has not taken. It is too large,
-    /// whether or not it is the refused one.
+    /// call of the largest unconfirmed request. It is too large, whether or not it is the refused
+    /// one.
     pub(crate) fn pop_too_large(&mut self) -> Option<Call<T>> {
-        let may_be_refused = |call: &&Call<T>| call.sends > 0 && call.fate == Fate::Unknown;
-        let largest = self
-            .calls
-            .values()
-            .filter(may_be_refused)
-            .max_by_key(|call| call.request.body.len());
-        let id = largest?.id;
+        let is_unconfirmed = |call: &&Call<T>| call.fate == Fate::Unconfirmed;
+        let unconfirmed = self.calls.values().filter(is_unconfirmed);
+        let id = unconfirmed.max_by_key(|call| call.request.body.len())?.id;
         self.remove(id)
     }
 
@@ -338,12 +417,12 @@ impl<T> PendingCalls<T> {
         let index = self.index_of.remove(&id)?;
         let call = self.calls.remove(&index);
         // While the broker blocks us nothing is sent, and the calls that expire must not stay here.
-        while self
-            .to_send
+        let to_send = &mut self.connection.to_send;
+        while to_send
             .front()
             .is_some_and(|index| !self.calls.contains_key(index))
         {
-            self.to_send.pop_front();
+            to_send.pop_front();
         }
         call
     }
@@ -360,26 +439,30 @@ impl<T> PendingCalls<T> {
     /// # Panics
     /// When no call is pending.
     pub(crate) fn connect_deadline(&self) -> Deadline {
-        let first = self.calls.values().next();
-        let last = self.calls.values().next_back();
-        let call = if self.was_any_sent() { last } else { first };
+        let mut calls = self.calls.values();
+        let call = if self.was_any_sent() {
+            calls.next_back()
+        } else {
+            calls.next()
+        };
         call.expect("a call is pending").deadline
     }
 
-    /// When a call expires or a request is to be sent again, whichever comes first.
+    /// When a call expires or a resend is due, whichever comes first.
     pub(crate) fn next_timer(&self) -> Option<Instant> {
         let deadline = self.first_deadline().map(|deadline| deadline.instant());
-        deadline.into_iter().chain(self.resend_at).min()
+        let resend = self.connection.resend.as_ref().map(|resend| resend.at);
+        deadline.into_iter().chain(resend).min()
     }
 
     /// How far the calls have come when a session ends.
-    pub(crate) fn progress(&self, was_connected: bool) -> Progress {
+    pub(crate) fn progress(&self, was_connected: bool, now: Instant) -> Progress {
         match self.first_deadline() {
             None => Progress::NoCalls,
             Some(_) if self.was_any_sent() => Progress::Sent,
             Some(deadline) => Progress::NothingSent {
                 was_connected,
-                time_left: deadline.remaining(),
+                time_left: deadline.remaining_at(now),
             },
         }
     }
@@ -390,7 +473,7 @@ impl<T> PendingCalls<T> {
         self.remove(id)
     }
 
-    /// How many calls this one has waited for, if any was answered meanwhile.
+    /// Number of calls that this one has waited for, if any was answered meanwhile.
     pub(crate) fn calls_ahead(&self, call: &Call<T>) -> usize {
         if self.answered > call.answered_before {
             call.ahead
@@ -417,20 +500,35 @@ mod tests {
     const ID: Uuid = Uuid::from_u128(1);
     const OTHER: Uuid = Uuid::from_u128(2);
 
+    /// Begins a call, and publishes its request this many times.
     fn begin(calls: &mut PendingCalls<()>, id: Uuid, sends: u32) -> Instant {
-        let request = Request {
-            context: (),
-            body: b"30".to_vec(),
-        };
         let deadline = Deadline::after(Duration::from_secs(9));
-        calls.begin(id, request, deadline);
-        calls.next_to_send().unwrap().sends = sends;
+        calls.begin(id, request(2), deadline);
+        assert_eq!(publish(calls), Some(id));
+        calls.calls.values_mut().next_back().unwrap().sends = sends;
         deadline.instant()
     }
 
+    fn request(size: usize) -> Request<()> {
+        Request {
+            context: (),
+            body: vec![0; size],
+        }
+    }
+
+    /// Publishes the next unsent request. Returns its call.
+    fn publish(calls: &mut PendingCalls<()>) -> Option<Uuid> {
+        let mut id = None;
+        let published = calls.publish_next(Instant::now(), |call| {
+            id = Some(call.id);
+            Ok::<_, ()>(())
+        });
+        published.and(id)
+    }
+
     fn resend(calls: &mut PendingCalls<()>, now: Instant) -> Option<Uuid> {
-        calls.start_resends(now);
-        calls.next_to_send().map(|call| call.id)
+        calls.on_timer(now);
+        publish(calls)
     }
 
     fn text(id: Uuid) -> String {
@@ -535,7 +633,7 @@ mod tests {
         calls.on_missing_queue(now);
         assert_eq!(resend(&mut calls, now + RESEND_DELAY), Some(ID));
         assert!(
-            calls.next_to_send().is_none(),
+            publish(&mut calls).is_none(),
             "the other one is not confirmed yet"
         );
     }
@@ -545,35 +643,35 @@ mod tests {
         let mut calls = PendingCalls::new(false);
         let now = Instant::now();
         begin(&mut calls, OTHER, 1);
-        calls.send_all_again();
-        calls.next_to_send().unwrap().mark_sent(now);
+        calls.on_new_connection();
+        publish(&mut calls).unwrap();
         begin(&mut calls, ID, 1);
         assert!(!calls.on_nack(one(1), now));
         assert!(calls.pop_refused(now).is_none());
         assert!(calls.on_nack(one(2), now));
         assert!(!calls.accepts_calls());
-        let slow_look = now + 2 * RESEND_DELAY;
+        let late = now + 2 * RESEND_DELAY;
         assert_eq!(
-            resend(&mut calls, slow_look),
+            resend(&mut calls, late),
             Some(OTHER),
-            "the first one waits for the look at the queue"
+            "the first one waits for queue_stats"
         );
         assert_eq!(calls.pop_refused(now).map(|call| call.id), Some(ID));
         assert!(calls.pop_refused(now).is_none());
     }
 
     #[test]
-    fn a_request_whose_queue_was_looked_at_late_is_sent_again_and_may_be_refused_then() {
+    fn a_refused_request_is_resent_after_late_queue_stats_and_may_be_refused_again() {
         let mut calls = PendingCalls::new(false);
         begin(&mut calls, ID, 1);
         let refused = Instant::now();
         assert!(calls.on_nack(one(1), refused));
-        let late = refused + MAX_LOOK_TIME;
+        let late = refused + MAX_STATS_TIME;
         assert!(calls.pop_refused(late).is_none());
         calls.resend_refused(late);
         let resent = late + RESEND_DELAY;
-        calls.start_resends(resent);
-        calls.next_to_send().unwrap().mark_sent(resent);
+        calls.on_timer(resent);
+        publish(&mut calls).unwrap();
         assert!(calls.on_nack(one(2), resent));
         assert_eq!(calls.pop_refused(resent).map(|call| call.id), Some(ID));
     }
@@ -593,22 +691,16 @@ mod tests {
     fn the_largest_request_that_was_sent_and_not_taken_is_the_one_that_is_too_large() {
         let mut calls = PendingCalls::new(false);
         for (number, size) in [(1, 40), (2, 10), (3, 30), (4, 20), (5, 50)] {
-            let request = Request {
-                context: (),
-                body: vec![0; size],
-            };
-            calls.begin(
-                Uuid::from_u128(number),
-                request,
-                Deadline::after(Duration::from_secs(9)),
-            );
+            let deadline = Deadline::after(Duration::from_secs(9));
+            calls.begin(Uuid::from_u128(number), request(size), deadline);
         }
         assert!(calls.pop_too_large().is_none(), "none is sent");
         for _ in 1..5 {
-            calls.next_to_send().unwrap().mark_sent(Instant::now());
+            publish(&mut calls).unwrap();
         }
         calls.on_ack(one(1)); // so the queue has taken the one of 40 bytes
-        let mut sizes = iter::from_fn(|| calls.pop_too_large().map(|call| call.request.body.len()));
+        let mut sizes =
+            std::iter::from_fn(|| calls.pop_too_large().map(|call| call.request.body.len()));
         assert_eq!(sizes.by_ref().take(3).collect::<Vec<_>>(), [30, 20, 10]);
         assert!(sizes.next().is_none());
     }
@@ -628,7 +720,7 @@ mod tests {
                 request,
                 Deadline::after(Duration::ZERO),
             );
-            sent += usize::from(calls.next_to_send().is_some());
+            sent += usize::from(publish(&mut calls).is_some());
             calls.expire(Instant::now()).unwrap();
         }
         assert!(
@@ -666,7 +758,7 @@ mod tests {
             );
             assert!(calls.expire(Instant::now()).is_some());
         }
-        assert!(calls.to_send.is_empty());
+        assert!(calls.connection.to_send.is_empty());
     }
 
     #[test]
@@ -689,11 +781,12 @@ mod tests {
     }
 
     #[test]
-    fn a_request_that_cannot_be_sent_leaves_its_number_to_the_next_one() {
+    fn a_request_that_cannot_be_published_ends_its_call_and_leaves_its_number_to_the_next_one() {
         let mut calls = PendingCalls::new(false);
         begin(&mut calls, OTHER, 1);
-        begin(&mut calls, ID, 1);
-        assert_eq!(calls.remove_unsent(ID).map(|call| call.id), Some(ID));
+        calls.begin(ID, request(2), Deadline::after(Duration::from_secs(9)));
+        let failed = calls.publish_next(Instant::now(), |_| Err("too large"));
+        assert!(matches!(failed, Some(Publication::Failed(call, "too large")) if call.id == ID));
         let third = Uuid::from_u128(3);
         begin(&mut calls, third, 1);
         calls.on_ack(one(2));
@@ -723,9 +816,46 @@ mod tests {
         );
     }
 
+    #[test]
+    fn events_change_the_fate_as_the_table_of_this_file_says() {
+        use Fate::{Accepted, Lost, Refused, Unconfirmed, Unsent};
+        let at = Instant::now();
+        let before = [Unsent, Unconfirmed, Accepted, Lost, Refused(at)];
+        let nack = |may_have_run| Event::Nack { at, may_have_run };
+        let resend = |was_queue_missing| Event::ResendDue { was_queue_missing };
+        for (event, after) in [
+            (
+                Event::Published,
+                [Unconfirmed, Unconfirmed, Accepted, Lost, Refused(at)],
+            ),
+            (Event::Ack, [Unsent, Accepted, Accepted, Lost, Refused(at)]),
+            (
+                nack(false),
+                [Unsent, Refused(at), Accepted, Lost, Refused(at)],
+            ),
+            (nack(true), [Unsent, Lost, Accepted, Lost, Refused(at)]),
+            (Event::Return, [Unsent, Lost, Lost, Lost, Lost]),
+            (
+                Event::QueueNotFull,
+                [Unsent, Unconfirmed, Accepted, Lost, Lost],
+            ),
+            (
+                resend(false),
+                [Unsent, Unconfirmed, Accepted, Unsent, Refused(at)],
+            ),
+            (
+                resend(true),
+                [Unsent, Unconfirmed, Unsent, Unsent, Refused(at)],
+            ),
+            (Event::NewConnection, [Unsent; 5]),
+        ] {
+            assert_eq!(before.map(|fate| fate.after(event)), after, "{event:?}");
+        }
+    }
+
     /// Something that happens to the calls; a number picks one of those that have begun.
     #[derive(Clone, Debug)]
-    enum Event {
+    enum Step {
         Begin,
         Reply(usize),
         Return(usize),
@@ -735,13 +865,13 @@ mod tests {
         Wait(u64),
     }
 
-    fn event() -> impl Strategy<Value = Event> {
+    fn step() -> impl Strategy<Value = Step> {
         prop_oneof![
-            Just(Event::Begin),
-            (0usize..6).prop_map(Event::Reply),
-            (0usize..6).prop_map(Event::Return),
-            Just(Event::Loss),
-            (0u64..4_000).prop_map(Event::Wait),
+            Just(Step::Begin),
+            (0usize..6).prop_map(Step::Reply),
+            (0usize..6).prop_map(Step::Return),
+            Just(Step::Loss),
+            (0u64..4_000).prop_map(Step::Wait),
         ]
     }
 
@@ -758,26 +888,26 @@ mod tests {
         /// of a request that was sent once in a run without an answer, or at its deadline; and it
         /// is not sent again after that.
         #[test]
-        fn every_call_ends_once(events in proptest::collection::vec(event(), 0..60)) {
+        fn every_call_ends_once(steps in proptest::collection::vec(step(), 0..60)) {
             let mut calls = PendingCalls::new(false);
             let mut model: Vec<Expected> = Vec::new();
             let mut was_answered = false;
             let mut now = Instant::now();
-            let last = [Event::Wait(10_000)];
-            for event in events.iter().chain(&last) {
-                match *event {
-                    Event::Begin => {
+            let last = [Step::Wait(10_000)];
+            for step in steps.iter().chain(&last) {
+                match *step {
+                    Step::Begin => {
                         let id = Uuid::from_u128(model.len() as u128);
                         let deadline = begin(&mut calls, id, 1);
                         model.push(Expected { id, deadline, sends: 1, has_ended: false });
                     }
-                    Event::Reply(nth) => if let Some(call) = model.get_mut(nth) {
+                    Step::Reply(nth) => if let Some(call) = model.get_mut(nth) {
                         let ended = calls.on_reply(Some(text(call.id).as_bytes()));
                         prop_assert_eq!(ended.map(|ended| ended.id), (!call.has_ended).then_some(call.id));
                         was_answered |= !call.has_ended;
                         call.has_ended = true;
                     }
-                    Event::Return(nth) => if let Some(call) = model.get_mut(nth) {
+                    Step::Return(nth) => if let Some(call) = model.get_mut(nth) {
                         match calls.on_return(Some(text(call.id).as_bytes()), now) {
                             None => prop_assert!(call.has_ended),
                             Some(Returned::WillResend) => {
@@ -790,26 +920,23 @@ mod tests {
                             }
                         }
                     }
-                    Event::Loss => {
-                        calls.send_all_again();
-                        while let Some(call) = calls.next_to_send() {
-                            call.mark_sent(now);
-                        }
+                    Step::Loss => {
+                        calls.on_new_connection();
+                        while publish(&mut calls).is_some() {}
                         for call in model.iter_mut().filter(|call| !call.has_ended) {
                             call.sends += 1;
                         }
                     }
-                    Event::Wait(millis) => {
+                    Step::Wait(millis) => {
                         now += Duration::from_millis(millis);
                         while let Some(ended) = calls.expire(now) {
                             let call = model.iter_mut().find(|call| call.id == ended.id).unwrap();
                             prop_assert!(!call.has_ended && call.deadline <= now);
                             call.has_ended = true;
                         }
-                        calls.start_resends(now);
-                        while let Some(again) = calls.next_to_send() {
-                            again.mark_sent(now);
-                            let call = model.iter_mut().find(|call| call.id == again.id).unwrap();
+                        calls.on_timer(now);
+                        while let Some(id) = publish(&mut calls) {
+                            let call = model.iter_mut().find(|call| call.id == id).unwrap();
                             prop_assert!(!call.has_ended && (call.sends > 1 || was_answered));
                             call.sends += 1;
                         }

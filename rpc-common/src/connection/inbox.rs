@@ -21,7 +21,8 @@ pub struct Delivery {
     pub delivery_tag: u64,
     /// Whether the broker has delivered it before.
     pub is_redelivered: bool,
-    properties: Vec<u8>,
+    /// As encoded by [`Properties::encode`].
+    pub encoded_properties: Vec<u8>,
     /// The body.
     pub body: Vec<u8>,
 }
@@ -32,7 +33,7 @@ impl Delivery {
     /// # Errors
     /// [`Malformed`] if they do not fit into their content header.
     pub fn properties(&self) -> Result<Properties<'_>, Malformed> {
-        Properties::parse(&self.properties)
+        Properties::parse(&self.encoded_properties)
     }
 }
 
@@ -41,13 +42,16 @@ impl Delivery {
 pub struct Returned {
     /// The queue that does not exist.
     pub routing_key: Vec<u8>,
-    properties: Vec<u8>,
+    /// As encoded by [`Properties::encode`].
+    pub encoded_properties: Vec<u8>,
 }
 
 impl Returned {
     /// The correlation id of the message, if it has one.
     pub fn correlation_id(&self) -> Option<&[u8]> {
-        Properties::parse(&self.properties).ok()?.correlation_id
+        Properties::parse(&self.encoded_properties)
+            .ok()?
+            .correlation_id
     }
 }
 
@@ -129,7 +133,7 @@ impl Inbox {
 
     /// A method has arrived that concerns messages.
     pub(crate) fn on_method(&self, method: Method) -> Result<(), FrameError> {
-        let properties = Vec::new();
+        let encoded_properties = Vec::new();
         let body = Vec::new();
         let mut state = lock(&self.state);
         match method {
@@ -142,14 +146,14 @@ impl Inbox {
                 state.begin(Message::Delivery(Delivery {
                     delivery_tag,
                     is_redelivered,
-                    properties,
+                    encoded_properties,
                     body,
                 }))?;
             }
             Method::Return { routing_key } => {
                 state.begin(Message::Returned(Returned {
                     routing_key: routing_key.to_vec(),
-                    properties,
+                    encoded_properties,
                 }))?;
             }
             Method::Ack {
@@ -183,10 +187,10 @@ impl Inbox {
         };
         match &mut message {
             Message::Delivery(delivery) => {
-                delivery.properties = properties.to_vec();
+                delivery.encoded_properties = properties.to_vec();
                 delivery.body.reserve_exact(body_size);
             }
-            Message::Returned(returned) => returned.properties = properties.to_vec(),
+            Message::Returned(returned) => returned.encoded_properties = properties.to_vec(),
         }
         self.expect_body(state, message, body_size);
         Ok(())
@@ -356,11 +360,11 @@ mod tests {
         inbox.on_body(b"to ").unwrap();
         assert!(!inbox.has_arrived());
         inbox.on_body(b"be").unwrap();
-        let properties = vec![0, 0];
+        let encoded_properties = vec![0, 0];
         let delivery = Delivery {
             delivery_tag: 7,
             is_redelivered: true,
-            properties,
+            encoded_properties,
             body: b"to be".to_vec(),
         };
         assert_eq!(inbox.take_message(), Some(Message::Delivery(delivery)));
@@ -368,7 +372,7 @@ mod tests {
         inbox.on_header(payload(&content_header(0))).unwrap();
         let returned = Returned {
             routing_key: b"q".to_vec(),
-            properties: vec![0, 0],
+            encoded_properties: vec![0, 0],
         };
         assert_eq!(inbox.take_message(), Some(Message::Returned(returned)));
     }

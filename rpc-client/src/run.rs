@@ -1,0 +1,197 @@
+//! A run: makes a call of each request. It moves events, requests and outcomes between the
+//! [`EventLoop`], which decides, the [`Session`], which is the way to the broker, and the caller.
+//!
+//! It drives the link of the connection, so its thread is the one that a reply wakes.
+
+use crate::call::{Error, Outcome};
+use crate::config::Config;
+use crate::event_loop::{Command, Event, EventLoop};
+use crate::requests::Requests;
+use crate::session::Session;
+use rpc_common::connection::{start_at, Endpoint};
+use std::time::{Duration, Instant};
+use uuid::Uuid;
+
+/// Maximum number of reads before calls expire, of 64 KiB each.
+const MAX_READS: u32 = 256;
+
+/// Receives how calls ended, in the order in which they ended.
+pub type OnOutcomes<'a, T> = dyn FnMut(Vec<Outcome<T>>) + 'a;
+
+/// Makes a call of each request, until there are no more and all calls have ended, or until it is
+/// stopped. Runs on the calling thread.
+///
+/// Calls that are unanswered when a connection ends are sent again on the next one, under the same
+/// correlation id, until their deadline. When a [`Stopper`](crate::Stopper) ends it, what is
+/// unanswered has no outcome.
+///
+/// # Errors
+/// [`Error::Connection`] or [`Error::RefusedAfterSend`] when the broker cannot be reached or refuses
+/// us. It is the outcome of all pending calls, too; the other requests stay in the channel.
+///
+/// # Panics
+/// When there is no endpoint.
+pub fn run<T>(
+    config: &Config,
+    endpoints: Vec<Endpoint>,
+    requests: &Requests<T>,
+    on_outcomes: &mut OnOutcomes<T>,
+) -> Result<(), Error> {
+    let first = endpoints.first().expect("there is an endpoint");
+    let mut run = Run {
+        event_loop: EventLoop::new(config, &first.address, Instant::now()),
+        config,
+        endpoints,
+        requests,
+        on_outcomes,
+    };
+    run.make_calls()
+}
+
+struct Run<'a, 'f, T> {
+    event_loop: EventLoop<'a, T>,
+    config: &'a Config,
+    /// Starts with the broker that was connected last, or with the next one if that was silent.
+    endpoints: Vec<Endpoint>,
+    requests: &'a Requests<T>,
+    on_outcomes: &'a mut OnOutcomes<'f, T>,
+}
+
+impl<T> Run<'_, '_, T> {
+    fn make_calls(&mut self) -> Result<(), Error> {
+        while self.wait_for_call() {
+            let mut session = Session::start(
+                self.endpoints.clone(),
+                self.config,
+                self.event_loop.needs_consumers(),
+                self.event_loop.connect_deadline(),
+                self.requests.waker(),
+            );
+            let result = self.use_session(&mut session);
+            if result.is_err() {
+                // What has arrived does not arrive again. Its errors come after the first one.
+                let now = Instant::now();
+                let _ = session.take_arrived(&mut |event| self.event_loop.step(event, now));
+            }
+            session.close(self.requests.waker());
+            self.deliver_outcomes();
+            match result {
+                Ok(()) => break,
+                Err(error) => self.pause(error)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until a call is pending; begins one if none is. False when there are no more.
+    fn wait_for_call(&mut self) -> bool {
+        while self.event_loop.is_idle() && self.requests.has_more() && !self.requests.is_stopped() {
+            match self.requests.try_take() {
+                Some(request) => self
+                    .event_loop
+                    .begin(Uuid::new_v4(), request, Instant::now()),
+                None => self.requests.wait(None, true),
+            }
+        }
+        !self.event_loop.is_idle() && !self.requests.is_stopped()
+    }
+
+    /// Makes calls on one session, until every request has its outcome or the session ends.
+    fn use_session(&mut self, session: &mut Session) -> Result<(), Error> {
+        while (self.requests.has_more() || !self.event_loop.is_idle())
+            && !self.requests.is_stopped()
+        {
+            self.begin_calls();
+            self.publish(session);
+            self.deliver_outcomes();
+            if let Some(deadline) = self.event_loop.first_deadline() {
+                session.set_close_deadline(deadline);
+            }
+            let wake = self.event_loop.next_wake();
+            session.wait(wake, self.requests, self.takes_requests());
+            self.take_events(session, wake)?;
+            for command in self.event_loop.take_commands() {
+                match command {
+                    Command::QueueStats => session.request_queue_stats(),
+                    Command::GiveUp => session.give_up(),
+                }
+            }
+        }
+        self.deliver_outcomes();
+        Ok(())
+    }
+
+    /// Begins the calls of the requests that have arrived.
+    fn begin_calls(&mut self) {
+        while self.takes_requests() {
+            let Some(request) = self.requests.try_take() else {
+                return;
+            };
+            self.event_loop
+                .begin(Uuid::new_v4(), request, Instant::now());
+        }
+    }
+
+    fn takes_requests(&self) -> bool {
+        self.requests.has_more() && self.event_loop.takes_requests()
+    }
+
+    /// Publishes the unsent requests, as long as the broker takes them at once.
+    fn publish(&mut self, session: &Session) {
+        let Some(publisher) = session.publisher() else {
+            return;
+        };
+        let event_loop = &mut self.event_loop;
+        let mut publish_next =
+            || event_loop.publish_next(Instant::now(), |call| publisher.publish(call));
+        while publisher.is_writable() && publish_next() {}
+        publisher.flush();
+    }
+
+    /// Takes what has arrived, and the timer if it `wake`s by now.
+    fn take_events(&mut self, session: &mut Session, wake: Option<Instant>) -> Result<(), Error> {
+        let mut now = Instant::now();
+        let is_timer_due = wake.is_some_and(|wake| wake <= now);
+        if is_timer_due {
+            session.receive(MAX_READS); // an answer that has arrived does not expire
+            now = Instant::now();
+        }
+        session.take_events(&mut |event| {
+            if let Event::Connected(address) = &event {
+                start_at(&mut self.endpoints, address);
+            }
+            self.event_loop.step(event, now)
+        })?;
+        if is_timer_due {
+            self.event_loop.step(Event::Timer, now)?;
+        }
+        Ok(())
+    }
+
+    fn deliver_outcomes(&mut self) {
+        let outcomes = self.event_loop.take_outcomes();
+        if !outcomes.is_empty() {
+            (self.on_outcomes)(outcomes);
+        }
+    }
+
+    /// Pauses before the next session, unless the error ends the run.
+    fn pause(&mut self, error: Error) -> Result<(), Error> {
+        if matches!(&error, Error::Connection(error) if error.is_silence()) {
+            self.endpoints.rotate_left(1);
+        }
+        let next = self.event_loop.on_session_end(error, Instant::now());
+        self.deliver_outcomes();
+        self.wait(next?);
+        self.event_loop.step(Event::Timer, Instant::now())?;
+        self.deliver_outcomes();
+        Ok(())
+    }
+
+    fn wait(&self, pause: Duration) {
+        let until = Instant::now() + pause;
+        while Instant::now() < until && !self.requests.is_stopped() {
+            self.requests.wait(Some(until), false);
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! The thread of a session: it makes the blocking calls, one after the other, so that the event loop
+//! never blocks: connecting, starting the consumer, `queue_stats`, closing.
+
+use crate::call::Error;
+use crate::config::{Config, ReplyTo};
+use crate::request_publisher::RequestPublisher;
+use amiquip::ConsumerOptions;
+use crossbeam_channel::{Receiver, Sender};
+use rpc_common::connection::{
+    ChannelInbox, Connection, Deadline, Endpoint, Error as ConnectionError, ErrorKind, Link,
+    Meaning, Notification, Owner, Phase, QueueStats, Waker,
+};
+use rpc_common::sync::lock;
+use std::mem;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use uuid::Uuid;
+
+/// Name of the queue that means direct reply-to.
+const DIRECT_REPLY_TO: &str = "amq.rabbitmq.reply-to";
+
+/// Maximum number of unread replies and returned requests for each call in flight: a call may be
+/// sent and answered more than once.
+const MAX_UNREAD_PER_CALL: usize = 8;
+
+/// Maximum number of unread replies that belong to no call in flight.
+const MAX_UNREAD: usize = 1_000;
+
+/// What the thread does on request.
+pub(crate) enum Command {
+    /// Report [`Report::QueueStats`].
+    QueueStats,
+    /// Close the connection by this deadline, and end.
+    Close(Deadline),
+}
+
+/// What the thread reports.
+pub(crate) enum Report {
+    /// A socket is connected, and the event loop is to drive its link. (The link of an attempt
+    /// before may have ended.)
+    Linked(Arc<Link>),
+    /// Requests can be published.
+    Connected(Box<Connected>),
+    /// Replies can be received.
+    Consuming,
+    /// The request queue, or why the broker gives no numbers.
+    QueueStats(Result<QueueStats, ErrorKind>),
+    /// The session has failed.
+    Failed(Error),
+    /// The thread has ended; the last report.
+    ThreadEnded,
+}
+
+/// What a connected session has.
+pub(crate) struct Connected {
+    /// Host and port of the broker.
+    pub(crate) address: String,
+    pub(crate) publisher: RequestPublisher,
+    pub(crate) inbox: ChannelInbox,
+    /// Whether the broker blocks publishers, each time that this changes.
+    pub(crate) notifications: Receiver<Notification>,
+}
+
+/// Reports to the event loop.
+pub(crate) struct Reporter {
+    pub(crate) reports: Sender<Report>,
+    /// Ends the event loop's wait.
+    pub(crate) waker: Waker,
+}
+
+impl Reporter {
+    fn report(&self, report: Report) {
+        let _ = self.reports.send(report); // fails if the event loop has ended
+        self.waker.wake();
+    }
+}
+
+impl Drop for Reporter {
+    fn drop(&mut self) {
+        self.report(Report::ThreadEnded);
+    }
+}
+
+/// The link of a session's latest attempt to connect, for the end of the session.
+pub(crate) enum LatestLink {
+    None,
+    Some(Arc<Link>),
+    /// The event loop has ended: nobody drives a link any more.
+    Abandoned,
+}
+
+impl LatestLink {
+    fn replace(&mut self, link: &Arc<Link>) {
+        match self {
+            LatestLink::Abandoned => link.shut_down(),
+            _ => *self = LatestLink::Some(link.clone()),
+        }
+    }
+
+    /// Ends the link, and with it a blocking call of the thread.
+    pub(crate) fn abandon(&mut self) {
+        if let LatestLink::Some(link) = mem::replace(self, LatestLink::Abandoned) {
+            link.shut_down();
+        }
+    }
+}
+
+/// What the thread is to connect to.
+pub(crate) struct Attempt {
+    pub(crate) endpoints: Vec<Endpoint>,
+    pub(crate) config: Config,
+    /// Whether a request queue without consumers is an error.
+    pub(crate) needs_consumers: bool,
+    /// The deadline of connecting.
+    pub(crate) deadline: Deadline,
+}
+
+/// Connects and does what the commands say, until one of them is to close, or the session fails.
+pub(crate) fn run(
+    attempt: &Attempt,
+    latest_link: &Mutex<LatestLink>,
+    reporter: &Reporter,
+    commands: &Receiver<Command>,
+) {
+    let take_link = |link: &Arc<Link>| {
+        lock(latest_link).replace(link);
+        reporter.report(Report::Linked(link.clone()));
+    };
+    let owner = Owner::Caller(reporter.waker.clone(), &take_link);
+    match Connection::open_any(&attempt.endpoints, "rpc-client", &attempt.deadline, &owner) {
+        Ok(mut connection) => {
+            let result = run_session(&mut connection, attempt, reporter, commands);
+            // Before the connection is closed: the event loop would learn its end first.
+            result.unwrap_or_else(|error| reporter.report(Report::Failed(error)));
+        }
+        Err(error) => reporter.report(Report::Failed(error.into())),
+    }
+}
+
+/// The session from when it is connected to its end.
+fn run_session(
+    connection: &mut Connection,
+    attempt: &Attempt,
+    reporter: &Reporter,
+    commands: &Receiver<Command>,
+) -> Result<(), Error> {
+    let Attempt {
+        config, deadline, ..
+    } = attempt;
+    if attempt.needs_consumers {
+        check_consumers(connection, &config.queue, deadline)?;
+    }
+    let max_unread = usize::from(config.in_flight) * MAX_UNREAD_PER_CALL + MAX_UNREAD;
+    let (channel, publisher) = connection.open_channel(max_unread, deadline)?;
+    let reply_queue = match config.reply_to {
+        ReplyTo::Queue => format!("rpc.reply.{}", Uuid::new_v4()),
+        ReplyTo::Direct => DIRECT_REPLY_TO.into(),
+    };
+    publisher.select_confirms();
+    if config.reply_to == ReplyTo::Queue {
+        publisher.declare_exclusive_queue(&reply_queue); // if it fails, so does the consumer
+    }
+    let _ = publisher.flush(); // fails on a closed channel: the consumer reports that
+    let connected = Report::Connected(Box::new(Connected {
+        address: connection.address().to_owned(),
+        publisher: RequestPublisher::new(publisher, config, &reply_queue),
+        inbox: channel.inbox.clone(),
+        notifications: connection.link().notifications(),
+    }));
+
+    let options = ConsumerOptions {
+        no_ack: true,
+        exclusive: true,
+        ..ConsumerOptions::default()
+    };
+    let consume = |deadline: &Deadline| {
+        channel.run_blocking(deadline, Phase::StartingConsumer, |amqp| {
+            amqp.basic_consume(&reply_queue, options.clone())
+        })
+    };
+    // amiquip ends the connection when the consumer is dropped and the broker confirms its
+    // cancellation.
+    let _consumer = if config.reply_to == ReplyTo::Direct {
+        let consumer = consume(deadline)?; // must be there before the first request
+        reporter.report(connected);
+        consumer
+    } else {
+        // Requests are published meanwhile, and their replies wait in the queue. This has no
+        // deadline: a broker that blocks publishers answers when it unblocks them. If it does not
+        // block them, and has not answered in time or when all calls have expired, the event loop
+        // ends this wait by shutting the socket down.
+        reporter.report(connected);
+        let consumer = consume(&Deadline::after(Duration::MAX));
+        consumer.map_err(|error| explain_refusal(connection, &reply_queue, error, deadline))?
+    };
+    reporter.report(Report::Consuming);
+
+    for command in commands {
+        match command {
+            Command::QueueStats => {
+                let stats = queue_stats(connection, &config.queue)?;
+                reporter.report(Report::QueueStats(stats));
+            }
+            Command::Close(deadline) => {
+                // Before the consumer is dropped, which would wait for the broker.
+                connection.close_by(&deadline)?;
+                break;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a queue that does not exist or has no consumers.
+fn check_consumers(
+    connection: &mut Connection,
+    queue: &str,
+    deadline: &Deadline,
+) -> Result<(), Error> {
+    let queue = queue.to_owned();
+    let address = connection.address().to_owned();
+    match connection.queue_stats(&queue, deadline) {
+        Ok(QueueStats { consumers: 0, .. }) => Err(Error::NoConsumers { queue, address }),
+        Ok(_) => Ok(()),
+        Err(error) if error.is_not_found() => Err(Error::NoQueue { queue, address }),
+        Err(error) => Err(Error::Connection(error)),
+    }
+}
+
+/// The error of a consumer that the broker refused, after requests were published:
+/// [`Error::RefusedAfterSend`] if they may have run, else [`Error::Connection`].
+fn explain_refusal(
+    connection: &mut Connection,
+    reply_queue: &str,
+    error: ConnectionError,
+    deadline: &Deadline,
+) -> Error {
+    let ErrorKind::Refused(reason) = &error.kind else {
+        return Error::Connection(error);
+    };
+    // The user may not write to the default exchange: the broker refused the requests.
+    let is_about_requests = reason.meaning() == Some(Meaning::ExchangeRefused);
+    // The user may not configure the reply queue: the broker refused its declaration, and ignored
+    // what followed.
+    let has_reply_queue = connection.queue_stats(reply_queue, deadline).is_ok();
+    if is_about_requests || !has_reply_queue {
+        return Error::Connection(error);
+    }
+    // The user may not read from the reply queue: only the answers are refused.
+    Error::RefusedAfterSend(error)
+}
+
+fn queue_stats(
+    connection: &mut Connection,
+    queue: &str,
+) -> Result<Result<QueueStats, ErrorKind>, ConnectionError> {
+    // Without a deadline, which would end the connection when it passes. Heartbeats bound it.
+    match connection.queue_stats(queue, &Deadline::after(Duration::MAX)) {
+        Err(error) if error.ends_connection() => Err(error),
+        stats => Ok(stats.map_err(|error| error.kind)),
+    }
+}

@@ -429,3 +429,383 @@ impl<'a, T> EventLoop<'a, T> {
         ConnectionError::new(&self.address, kind).into()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rpc_common::connection::{Reason, ACCESS_REFUSED};
+    use rpc_common::properties::Properties;
+    use std::collections::BTreeMap;
+    use std::convert::Infallible;
+
+    /// A **script** plays events to an event loop, at instants of its own. Calls have names.
+    struct Script<'a> {
+        event_loop: EventLoop<'a, &'static str>,
+        now: Instant,
+        ids: BTreeMap<&'static str, Uuid>,
+    }
+
+    impl<'a> Script<'a> {
+        fn new(config: &'a Config) -> Self {
+            let now = Instant::now();
+            Script {
+                event_loop: EventLoop::new(config, "rabbit:5672", now),
+                now,
+                ids: BTreeMap::new(),
+            }
+        }
+
+        /// A script whose session consumes, with these calls published.
+        fn consuming(config: &'a Config, calls: &[&'static str]) -> Self {
+            let mut script = Script::new(config);
+            for name in calls {
+                script.begin(name);
+            }
+            script.connect();
+            assert_eq!(script.published(), calls);
+            script
+        }
+
+        fn begin(&mut self, name: &'static str) {
+            let id = Uuid::from_u128(self.ids.len() as u128);
+            let body = name.into();
+            let context = name;
+            self.ids.insert(name, id);
+            self.event_loop
+                .begin(id, Request { context, body }, self.now);
+        }
+
+        fn step(&mut self, event: Event) {
+            self.event_loop
+                .step(event, self.now)
+                .expect("the session goes on");
+        }
+
+        fn connect(&mut self) {
+            self.step(Event::Connected("rabbit:5672".into()));
+            self.step(Event::Consuming);
+        }
+
+        /// Ends the session. Returns the pause before the next one, or how the run ended.
+        fn end(&mut self, kind: ErrorKind) -> Result<Duration, Error> {
+            let end = self.event_loop.step(Event::ConnectionEnded(kind), self.now);
+            self.event_loop.on_session_end(end.unwrap_err(), self.now)
+        }
+
+        fn later(&mut self, duration: Duration) {
+            self.now += duration;
+            if self
+                .event_loop
+                .next_wake()
+                .is_some_and(|wake| wake <= self.now)
+            {
+                self.step(Event::Timer);
+            }
+        }
+
+        fn properties(&self, name: &str) -> Vec<u8> {
+            let id = self.ids[name].to_string();
+            let correlation_id = Some(id.as_bytes());
+            let properties = Properties {
+                correlation_id,
+                ..Properties::default()
+            };
+            properties.encode()
+        }
+
+        fn reply(&mut self, name: &str) {
+            self.step(Event::Reply(Delivery {
+                delivery_tag: 1,
+                is_redelivered: false,
+                encoded_properties: self.properties(name),
+                body: format!("{name}!").into(),
+            }));
+        }
+
+        fn return_request(&mut self, name: &str) {
+            self.step(Event::Returned(connection::Returned {
+                routing_key: b"rpc_queue".into(),
+                encoded_properties: self.properties(name),
+            }));
+        }
+
+        fn confirm(&mut self, first: u64, last: u64, is_ack: bool) {
+            self.step(Event::Confirmed(Confirmed {
+                first,
+                last,
+                is_ack,
+            }));
+        }
+
+        fn queue_stats(&mut self, messages: u32) {
+            let consumers = 1;
+            self.step(Event::QueueStats(Ok(QueueStats {
+                messages,
+                consumers,
+            })));
+        }
+
+        /// Publishes all unsent requests. Returns their calls.
+        fn published(&mut self) -> Vec<&'static str> {
+            let mut names = Vec::new();
+            while self.event_loop.publish_next(self.now, |call| {
+                assert_eq!(self.ids[call.request.context], call.id, "the id stays");
+                names.push(call.request.context);
+                Ok::<_, Infallible>(())
+            }) {}
+            names
+        }
+
+        /// The calls that have ended, with the answer or the error.
+        fn outcomes(&mut self) -> Vec<String> {
+            let outcomes = self.event_loop.take_outcomes().into_iter().map(|outcome| {
+                let name = outcome.request.context;
+                match outcome.result {
+                    Ok(answer) => format!("{name}: {}", String::from_utf8(answer.body).unwrap()),
+                    Err(error) => format!("{name}: {error}"),
+                }
+            });
+            outcomes.collect()
+        }
+    }
+
+    fn lost() -> ErrorKind {
+        ErrorKind::ConnectionLost("reset".into())
+    }
+
+    fn closed_as_too_large() -> ErrorKind {
+        let text = "PRECONDITION_FAILED - message size 9 is larger than configured max size 8";
+        ErrorKind::ChannelClosed(Reason {
+            code: 406,
+            text: text.into(),
+        })
+    }
+
+    #[test]
+    fn a_call_is_published_when_connected_and_ends_with_its_reply() {
+        let config = Config::default();
+        let mut script = Script::new(&config);
+        script.begin("a");
+        assert!(script.published().is_empty() && script.event_loop.next_wake().is_none());
+        script.connect();
+        assert_eq!(script.published(), ["a"]);
+        script.confirm(1, 1, true);
+        script.reply("a");
+        script.reply("a"); // is discarded
+        assert_eq!(script.outcomes(), ["a: a!"]);
+        assert!(script.event_loop.is_idle());
+    }
+
+    #[test]
+    fn until_the_consumer_is_started_one_call_is_enough() {
+        let config = Config {
+            in_flight: 2,
+            ..Config::default()
+        };
+        let mut script = Script::new(&config);
+        assert!(script.event_loop.takes_requests());
+        script.begin("a");
+        assert!(!script.event_loop.takes_requests());
+        script.connect();
+        assert!(script.event_loop.takes_requests());
+        script.begin("b");
+        assert!(!script.event_loop.takes_requests(), "two are in flight");
+    }
+
+    #[test]
+    fn the_return_of_a_first_request_ends_its_call_and_that_of_a_later_one_is_resent() {
+        let config = Config::default();
+        let mut script = Script::consuming(&config, &["a", "b"]);
+        script.return_request("a");
+        let no_queue = "no queue 'rpc_queue' on rabbit:5672: is rpc-server running?";
+        assert_eq!(script.outcomes(), [format!("a: {no_queue}")]);
+        script.reply("b");
+        script.begin("c");
+        assert_eq!(script.published(), ["c"]);
+        script.return_request("c");
+        assert!(!script.event_loop.takes_requests() && script.published().is_empty());
+        script.later(Duration::from_millis(250));
+        assert_eq!(script.published(), ["c"]);
+        assert_eq!(script.outcomes(), ["b: b!"]);
+    }
+
+    #[test]
+    fn a_nack_asks_for_queue_stats_which_end_the_call_or_resend_the_request() {
+        let config = Config::default();
+        for (messages, expected) in [
+            (0, ""),
+            (
+                1,
+                "b: queue 'rpc_queue' on rabbit:5672 is full: nothing ran",
+            ),
+        ] {
+            let mut script = Script::consuming(&config, &["a", "b"]);
+            script.confirm(1, 1, true);
+            script.confirm(2, 2, false);
+            assert_eq!(script.event_loop.take_commands(), [Command::QueueStats]);
+            script.queue_stats(messages);
+            assert_eq!(script.outcomes().join(""), expected);
+            script.later(Duration::from_millis(250));
+            let resent: &[&str] = if messages == 0 { &["b"] } else { &[] };
+            assert_eq!(script.published(), resent);
+        }
+    }
+
+    #[test]
+    fn what_is_unanswered_when_a_connection_ends_is_published_on_the_next_one() {
+        let config = Config::default();
+        let mut script = Script::consuming(&config, &["a", "b", "c"]);
+        script.confirm(1, 3, true);
+        script.reply("b");
+        let pause = script.end(lost()).unwrap();
+        assert!(!pause.is_zero() && script.published().is_empty());
+        script.connect();
+        assert_eq!(script.published(), ["a", "c"]);
+        script.confirm(1, 2, false);
+        assert!(
+            script.event_loop.take_commands().is_empty(),
+            "they may have run"
+        );
+        script.later(Duration::from_millis(250));
+        assert_eq!(script.published(), ["a", "c"]);
+        script.reply("c");
+        script.reply("a");
+        assert_eq!(script.outcomes(), ["b: b!", "c: c!", "a: a!"]);
+    }
+
+    #[test]
+    fn a_call_expires_at_its_deadline_with_what_is_known_also_between_two_sessions() {
+        let config = Config::default();
+        let mut script = Script::consuming(&config, &["a"]);
+        script.queue_stats(0);
+        script.later(Duration::from_secs(29));
+        script.begin("b");
+        assert_eq!(script.published(), ["b"]);
+        script.later(Duration::from_secs(1));
+        let no_answer = "no answer from 'rpc_queue' on rabbit:5672 within 30s";
+        let unknown = "a server took it but has not answered";
+        assert_eq!(script.outcomes(), [format!("a: {no_answer}: {unknown}")]);
+        script.end(lost()).unwrap();
+        script.later(Duration::from_secs(29));
+        let lost = "rabbit:5672 was disconnected: reset";
+        assert_eq!(script.outcomes(), [format!("b: {no_answer}: {lost}")]);
+    }
+
+    #[test]
+    fn nothing_is_published_and_no_consumer_is_late_while_the_broker_blocks_us() {
+        let config = Config::default();
+        let mut script = Script::new(&config);
+        script.begin("a");
+        script.step(Event::Connected("rabbit:5672".into()));
+        let reason = "low on memory".to_owned();
+        script.step(Event::Notification(Notification::Blocked(reason)));
+        script.later(Duration::from_secs(25));
+        assert!(script.published().is_empty());
+        assert!(script.event_loop.take_commands().is_empty());
+        assert!(
+            script.event_loop.takes_requests(),
+            "calls begin and expire as usual"
+        );
+        script.step(Event::Notification(Notification::Unblocked));
+        assert_eq!(script.published(), ["a"]);
+    }
+
+    #[test]
+    fn a_consumer_that_starts_late_is_given_up_and_the_next_one_has_twice_the_time() {
+        let timeout = Duration::from_secs(3_600);
+        let config = Config {
+            timeout,
+            ..Config::default()
+        };
+        let mut script = Script::new(&config);
+        script.begin("a");
+        for seconds in [10, 20, 40] {
+            script.step(Event::Connected("rabbit:5672".into()));
+            script.later(Duration::from_secs(seconds - 1));
+            assert!(script.event_loop.take_commands().is_empty());
+            script.later(Duration::from_secs(1));
+            assert_eq!(script.event_loop.take_commands(), [Command::GiveUp]);
+            script.end(ErrorKind::Silent).unwrap();
+        }
+        script.connect();
+        script.end(lost()).unwrap();
+        script.step(Event::Connected("rabbit:5672".into()));
+        script.later(Duration::from_secs(10));
+        assert_eq!(script.event_loop.take_commands(), [Command::GiveUp]);
+    }
+
+    #[test]
+    fn the_largest_request_ends_alone_when_the_broker_says_that_one_is_too_large() {
+        let config = Config::default();
+        let mut script = Script::consuming(&config, &["a", "large", "bb"]);
+        let closed = Event::ChannelEnded(closed_as_too_large());
+        let end = script.event_loop.step(closed, script.now).unwrap_err();
+        let pause = script.event_loop.on_session_end(end, script.now);
+        assert_eq!(pause, Ok(Duration::ZERO));
+        assert!(script.outcomes()[0].starts_with("large: the request of 5 bytes is too large"));
+        script.connect();
+        assert_eq!(script.published(), ["a", "bb"]);
+    }
+
+    #[test]
+    fn a_request_that_cannot_be_published_ends_its_call() {
+        let config = Config::default();
+        let mut script = Script::new(&config);
+        script.begin("a");
+        script.connect();
+        assert!(script
+            .event_loop
+            .publish_next(script.now, |_| Err("no room")));
+        let expected = "a: the request of 1 bytes is too large for rabbit:5672: no room";
+        assert_eq!(script.outcomes(), [expected]);
+    }
+
+    #[test]
+    fn the_first_error_ends_a_run_that_was_never_connected_and_all_of_its_calls() {
+        let config = Config::default();
+        let mut script = Script::new(&config);
+        script.begin("a");
+        script.begin("b");
+        let error = ConnectionError::new("rabbit:5672", lost()).into();
+        let end = script.event_loop.step(Event::Failed(error), script.now);
+        assert!(script
+            .event_loop
+            .on_session_end(end.unwrap_err(), script.now)
+            .is_err());
+        let expected =
+            ["a", "b"].map(|name| format!("{name}: rabbit:5672 was disconnected: reset"));
+        assert_eq!(script.outcomes(), expected);
+    }
+
+    #[test]
+    fn a_refusal_ends_the_run_and_tells_what_may_have_run() {
+        let config = Config::default();
+        let mut script = Script::consuming(&config, &["a"]);
+        script.confirm(1, 1, true);
+        let text = "ACCESS_REFUSED".to_owned();
+        let refused = ErrorKind::Refused(Reason {
+            code: ACCESS_REFUSED,
+            text,
+        });
+        assert!(matches!(script.end(refused), Err(Error::Connection(_))));
+        let outcomes = script.event_loop.take_outcomes();
+        assert!(matches!(
+            outcomes[0].result,
+            Err(Error::RefusedAfterSend(_))
+        ));
+    }
+
+    #[test]
+    fn queue_stats_are_asked_for_after_silence_and_resend_what_a_missing_queue_had_taken() {
+        let config = Config::default();
+        let mut script = Script::consuming(&config, &["a"]);
+        script.confirm(1, 1, true);
+        script.later(Duration::from_millis(500));
+        assert_eq!(script.event_loop.take_commands(), [Command::QueueStats]);
+        let text = "NOT_FOUND - no queue 'rpc_queue'".to_owned();
+        let missing = ErrorKind::ChannelClosed(Reason { code: 404, text });
+        script.step(Event::QueueStats(Err(missing)));
+        script.later(Duration::from_millis(250));
+        assert_eq!(script.published(), ["a"]);
+    }
+}

@@ -6,7 +6,9 @@
 //! or declares the request queue; `worker` takes requests to the handler and publishes its replies;
 //! `redelivery` has what only redelivered requests need.
 
+mod channel;
 mod config;
+mod consumer_check;
 mod handler;
 mod observer;
 mod program;
@@ -19,7 +21,7 @@ mod worker;
 
 pub use config::{Config, UrlOrder};
 pub use handler::{fib_handler, Caller, Handler};
-pub use observer::Observer;
+pub use observer::{Observer, Outcome};
 pub use program::{Program, ProgramOptions};
 pub use queue::QueueType;
 pub use server::serve;

@@ -1,6 +1,7 @@
 //! What a program that serves learns of its server.
 
 use rpc_common::connection::Error;
+use rpc_common::message::{ErrorCode, Reply};
 use std::time::Duration;
 
 /// An **observer** is told what a server does, by several threads. A closure is an observer that is
@@ -18,9 +19,8 @@ pub trait Observer: Sync {
     /// A request has begun.
     fn on_request(&self) {}
 
-    /// A request that has begun ended after this time. The outcome is `ok` or an error code,
-    /// `rejected`, or `requeued` if the broker delivers it again.
-    fn on_outcome(&self, _outcome: &str, _time: Duration) {}
+    /// A request that has begun ended after this time.
+    fn on_outcome(&self, _outcome: &Outcome, _time: Duration) {}
 
     /// It is time to stop: the requests that have begun are answered.
     fn on_stopping(&self) {}
@@ -37,5 +37,38 @@ pub trait Observer: Sync {
 impl<OnReady: Fn() + Sync> Observer for OnReady {
     fn on_ready(&self) {
         self();
+    }
+}
+
+/// How a request ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Outcome {
+    /// The function's answer was sent.
+    Answered,
+    /// An error with this code was sent.
+    Failed(ErrorCode),
+    /// The request was rejected: it cannot be answered.
+    Rejected,
+    /// The broker delivers the request again.
+    Requeued,
+}
+
+impl Outcome {
+    pub(crate) fn of(reply: &Reply) -> Self {
+        match reply {
+            Ok(_) => Outcome::Answered,
+            Err(failure) => Outcome::Failed(failure.code.clone()),
+        }
+    }
+
+    /// The outcome in the log and in metrics: `ok`, an error code, `rejected` or `requeued`.
+    pub fn as_str(&self) -> &str {
+        match self {
+            Outcome::Answered => "ok",
+            Outcome::Failed(code) => code.as_str(),
+            Outcome::Rejected => "rejected",
+            Outcome::Requeued => "requeued",
+        }
     }
 }

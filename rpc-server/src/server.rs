@@ -4,15 +4,14 @@
 //! All workers wait for a channel at first, and again when theirs has ended. They end with the stop
 //! signal, or when `Server::channels` is dropped.
 
+use crate::channel::{WorkerChannel, BLOCKING_TIMEOUT};
 use crate::config::{Config, UrlOrder};
 use crate::handler::Handler;
 use crate::observer::Observer;
 use crate::queue::{self, QueueType};
 use crate::redelivery::{IsolatedPublisher, KeptReplies, IDLE_TIMEOUT};
 use crate::signals::Stop;
-use crate::worker::{
-    Service, Worker, WorkerChannel, WorkerEvent, BROKER_CALL_TIMEOUT, LOOK_INTERVAL,
-};
+use crate::worker::{Service, Worker, WorkerEvent};
 use crossbeam_channel::{
     after, never, select_biased, tick, unbounded, Receiver, RecvError, Sender,
 };
@@ -20,7 +19,6 @@ use rpc_common::connection::{
     run_in_background, start_at, start_at_random, Backoff, Connection, Deadline, Driving, Endpoint,
     Error, ErrorKind, Meaning, Notification, Owner,
 };
-use std::cell::{Cell, RefCell};
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Once;
@@ -82,17 +80,7 @@ pub fn serve(
         for index in 0..workers {
             let events = event_sender.clone();
             let channels = channels.clone();
-            let look_interval = Cell::new(LOOK_INTERVAL);
-            let unavailable = Cell::new(0);
-            let pauses = RefCell::new(Backoff::new(Instant::now()));
-            let worker = Worker {
-                service: &service,
-                events,
-                channels,
-                look_interval,
-                unavailable,
-                pauses,
-            };
+            let worker = Worker::new(&service, events, channels);
             thread::Builder::new()
                 .name(format!("worker-{index}"))
                 .spawn_scoped(scope, move || worker.run())
@@ -213,7 +201,7 @@ impl Server<'_> {
         }
         connection
             .link()
-            .limit_calls(&Deadline::after(BROKER_CALL_TIMEOUT)); // the workers' calls
+            .limit_calls(&Deadline::after(BLOCKING_TIMEOUT)); // the workers' calls
         connection.link().wake_all(); // the workers that wait
         self.wait_for_workers(); // before the connection is closed
         if let Err(error) = connection.close() {

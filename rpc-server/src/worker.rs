@@ -1,50 +1,25 @@
 //! A worker: a thread that answers one request after the other, each time on the channel that the
 //! server gives it.
 
+use crate::channel::{Channel, WorkerChannel};
 use crate::config::Config;
+use crate::consumer_check::ConsumerCheck;
 use crate::handler::{self, Caller, Handler};
-use crate::observer::Observer;
-use crate::redelivery::{IsolatedPublisher, KeptReplies, Published};
-use crate::reply::{log_return, publish_reply};
+use crate::observer::{Observer, Outcome};
+use crate::redelivery::{InHand, IsolatedPublisher, KeptReplies, Published};
+use crate::reply::log_return;
 use crate::signals::Stop;
-use amiquip::ConsumerOptions;
 use crossbeam_channel::{select_biased, Receiver, Sender, TryRecvError};
 use log::Level;
-use rpc_common::connection::{
-    Backoff, Connection, Deadline, Delivery, Driving, Endpoint, Error, ErrorKind, Message,
-    OpenChannel, Phase, Publisher,
-};
+use rpc_common::connection::{Backoff, Delivery, Driving, Error, ErrorKind, Message, Returned};
 use rpc_common::message::{unix_time_ms, ErrorCode, Failure, Reply, Request};
 use rpc_common::text::{escape, format_duration};
-use std::borrow::Cow;
-use std::cell::{Cell, RefCell};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Once;
 use std::time::{Duration, Instant, SystemTime};
 
-/// Timeout of a worker's synchronous broker calls.
-pub(crate) const BROKER_CALL_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Timeout of the calls whose answer comes after deliveries: RabbitMQ 4 needs seconds of CPU time
-/// to send one deeply nested header, and whoever does not wait for it gets it again on the next
-/// connection. A dead connection is noticed by its heartbeats, and a stop does not wait for these
-/// calls.
-const DELIVERY_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// How often an idle worker looks at the queue.
-pub(crate) const LOOK_INTERVAL: Duration = Duration::from_secs(5);
-
-/// How often it looks when it has consumed again in vain: twice as rarely each time, down to this.
-/// (A queue with a single active consumer gives the others nothing.)
-const MAX_LOOK_INTERVAL: Duration = Duration::from_secs(600);
-
-/// After how many failures to run the function in a row a worker pauses.
+/// Number of failures to run the function in a row after which a worker pauses.
 const MAX_UNAVAILABLE: u32 = 5;
-
-/// How many deliveries, and returned replies, may be unread in addition to twice the prefetch: a
-/// quorum queue delivers the prefetched requests again when it loses and finds the node that we are
-/// connected to.
-const MAX_UNREAD: usize = 64;
 
 /// What is served, and what the server and its workers share.
 pub(crate) struct Service<'a> {
@@ -71,75 +46,60 @@ impl Service<'_> {
     }
 }
 
-/// A **worker** takes requests from the queue while it has a channel.
-///
-/// It does not own the connection. So nobody waits for a worker whose function is running when the
-/// connection ends; it takes a channel of the next connection when the function returns.
-pub(crate) struct Worker<'a> {
-    pub(crate) service: &'a Service<'a>,
-    pub(crate) events: Sender<WorkerEvent>,
-    pub(crate) channels: Receiver<WorkerChannel>,
-    pub(crate) look_interval: Cell<Duration>,
-    /// How many requests in a row the function could not serve, and the pauses after them.
-    pub(crate) unavailable: Cell<u32>,
-    pub(crate) pauses: RefCell<Backoff>,
-}
-
-/// How a request ended, for the observer.
-type Outcome = Cow<'static, str>;
-
 /// What a worker reports to the server.
 pub(crate) enum WorkerEvent {
-    /// It consumes from the queue.
+    /// The worker consumes from the queue.
     Consuming,
-    /// Its channel ended in this way, and it waits for another one. If the connection has ended,
-    /// too, the server learns that by itself.
+    /// The worker's channel ended in this way, and the worker waits for another one. If the
+    /// connection has ended, too, the server learns that by itself.
     LostChannel(Error),
 }
 
-/// A channel for a worker.
-pub(crate) struct WorkerChannel {
-    endpoint: Endpoint,
-    open: OpenChannel,
-    publisher: Publisher,
+/// What happens on the channel of a worker.
+enum Event {
+    Delivery(Delivery),
+    /// A reply that the broker could not route to a queue.
+    Returned(Returned),
+    /// The consumer, the channel or the connection has ended.
+    Ended(ErrorKind),
+    /// Nothing was delivered until `queue_stats` is due.
+    Idle,
 }
 
-impl WorkerChannel {
-    pub(crate) fn open(
-        connection: &mut Connection,
-        prefetch: u16,
-        deadline: &Deadline,
-    ) -> Result<Self, Error> {
-        let max_unread = match prefetch {
-            0 => usize::MAX, // no limit
-            prefetch => 2 * usize::from(prefetch) + MAX_UNREAD,
-        };
-        let (open, publisher) = connection.open_channel(max_unread, deadline)?;
-        Ok(WorkerChannel {
-            endpoint: connection.endpoint.clone(),
-            open,
-            publisher,
-        })
-    }
-
-    /// Writes what the publisher has buffered.
-    fn send(&self) -> Result<(), Error> {
-        self.publisher.flush().map_err(|kind| self.error(kind))
-    }
-
-    fn close(self) {
-        // Fails if the channel has ended.
-        let _ = self.open.close(&Deadline::after(BROKER_CALL_TIMEOUT));
-    }
-
-    fn error(&self, kind: ErrorKind) -> Error {
-        Error::new(&self.endpoint.address, kind)
-    }
+/// A **worker** takes requests from the queue while it has a channel.
+///
+/// A worker does not own the connection. So nobody waits for a worker whose function is running when
+/// the connection ends; the worker takes a channel of the next connection when the function returns.
+pub(crate) struct Worker<'a> {
+    service: &'a Service<'a>,
+    events: Sender<WorkerEvent>,
+    channels: Receiver<WorkerChannel>,
+    check: ConsumerCheck,
+    /// Number of requests in a row that the function could not serve.
+    unavailable: u32,
+    /// The pauses after them.
+    pauses: Backoff,
 }
 
-impl Worker<'_> {
+impl<'a> Worker<'a> {
+    pub(crate) fn new(
+        service: &'a Service<'a>,
+        events: Sender<WorkerEvent>,
+        channels: Receiver<WorkerChannel>,
+    ) -> Self {
+        let now = Instant::now();
+        Worker {
+            service,
+            events,
+            channels,
+            check: ConsumerCheck::new(now),
+            unavailable: 0,
+            pauses: Backoff::new(now),
+        }
+    }
+
     /// Serves until it is time to stop.
-    pub(crate) fn run(self) {
+    pub(crate) fn run(mut self) {
         let mut backoff = Backoff::new(Instant::now());
         while let Some(channel) = self.wait_for_channel() {
             let result = self.use_channel(&channel);
@@ -147,12 +107,9 @@ impl Worker<'_> {
             let Err(error) = result else { return };
             // The pause is before the report, because the server answers the report with another
             // channel.
-            let _ = self
-                .service
-                .stop
-                .recv_timeout(backoff.next_pause(Instant::now()));
-            // Fails if the server has stopped.
-            let _ = self.events.send(WorkerEvent::LostChannel(error));
+            let pause = backoff.next_pause(Instant::now());
+            let _ = self.service.stop.recv_timeout(pause);
+            let _ = self.events.send(WorkerEvent::LostChannel(error)); // fails if the server has stopped
         }
     }
 
@@ -165,121 +122,94 @@ impl Worker<'_> {
     }
 
     /// Consumes until it is time to stop or the channel ends.
-    fn use_channel(&self, channel: &WorkerChannel) -> Result<(), Error> {
-        let service = self.service;
-        let open = &channel.open;
-        let consumer = open.run_blocking(
-            &Deadline::after(DELIVERY_TIMEOUT),
-            Phase::StartingConsumer,
-            |amqp| {
-                // Per consumer: RabbitMQ 4.3 refuses a global one.
-                amqp.qos(0, service.config.prefetch, false)?;
-                amqp.basic_consume(&service.config.queue, ConsumerOptions::default())
-            },
-        )?;
-        service.ready.call_once(|| service.observer.on_ready());
+    fn use_channel(&mut self, channel: &WorkerChannel) -> Result<(), Error> {
+        let Config {
+            queue, prefetch, ..
+        } = self.service.config;
+        let consumer = channel.consume(queue, *prefetch)?;
+        self.service
+            .ready
+            .call_once(|| self.service.observer.on_ready());
         let _ = self.events.send(WorkerEvent::Consuming); // fails if the server has stopped
+        self.check.on_consuming(Instant::now());
         let result = self.serve(channel);
-        // Dropping the consumer cancels it. amiquip passes the broker's cancel-ok to the thread
-        // that drops it, and then to the consumer's receiver. If there is none any more, amiquip
-        // ends the connection: so it is received here.
-        let events = consumer.receiver().clone();
-        let _ = open.run_blocking(
-            &Deadline::after(BROKER_CALL_TIMEOUT),
-            Phase::CancellingConsumer,
-            |_| {
-                drop(consumer);
-                events.iter().for_each(drop);
-                Ok(())
-            },
-        );
-        // What was delivered but not begun. When a channel is closed the broker requeues it, too,
-        // but RabbitMQ 4.3 then counts it as a failed delivery.
-        channel.publisher.requeue_all();
-        let _ = channel.publisher.flush(); // fails if the channel has ended
-        while let Some(message) = open.inbox.take_message() {
-            if let Message::Returned(reply) = message {
-                log_return(&reply);
-            }
-        }
+        channel.cancel(consumer);
         result
     }
 
-    fn serve(&self, channel: &WorkerChannel) -> Result<(), Error> {
-        let inbox = &channel.open.inbox;
+    fn serve(&mut self, channel: &WorkerChannel) -> Result<(), Error> {
+        let inbox = channel.inbox();
         let is_stopping = || self.service.is_stopping();
-        let mut saw_requests_before = false; // at the latest look, and nothing was delivered since
-        let mut look_at = Instant::now() + self.look_interval.get();
         loop {
-            inbox.wait(self.service.driving, look_at, &is_stopping);
+            inbox.wait(self.service.driving, self.check.next(), &is_stopping);
             if is_stopping() {
                 return Ok(());
             }
             // What was delivered before the end is not begun: the broker delivers it again.
-            if let Some(kind) = inbox.ended() {
-                return Err(channel.error(kind));
-            }
-            match inbox.take_message() {
-                Some(Message::Delivery(delivery)) => {
-                    saw_requests_before = false;
-                    self.look_interval.set(LOOK_INTERVAL);
-                    self.handle_delivery(channel, &delivery)?;
-                    self.pause_if_unavailable();
-                }
-                Some(Message::Returned(reply)) => {
-                    log_return(&reply);
-                    continue;
-                }
-                None if Instant::now() < look_at => continue,
-                None => {
-                    let sees_requests = self.sees_requests(channel)?;
-                    if saw_requests_before && sees_requests && !inbox.has_arrived() {
-                        self.look_interval
-                            .set((2 * self.look_interval.get()).min(MAX_LOOK_INTERVAL));
-                        return Err(channel.error(ErrorKind::ConsumerForgotten));
-                    }
-                    saw_requests_before = sees_requests;
-                }
-            }
-            look_at = Instant::now() + self.look_interval.get();
+            let event = match inbox.ended() {
+                Some(kind) => Event::Ended(kind),
+                None => match inbox.take_message() {
+                    Some(Message::Delivery(delivery)) => Event::Delivery(delivery),
+                    Some(Message::Returned(reply)) => Event::Returned(reply),
+                    None if Instant::now() < self.check.next() => continue,
+                    None => Event::Idle,
+                },
+            };
+            self.step(channel, event)?;
         }
     }
 
+    /// Takes one event.
+    ///
+    /// # Errors
+    /// The channel has ended, or is of no use.
+    fn step(&mut self, channel: &dyn Channel, event: Event) -> Result<(), Error> {
+        match event {
+            Event::Delivery(delivery) => {
+                self.handle_delivery(channel, &delivery)?;
+                self.pause_if_unavailable();
+                self.check.on_delivery(Instant::now());
+            }
+            Event::Returned(reply) => log_return(&reply),
+            Event::Ended(kind) => return Err(channel.error(kind)),
+            Event::Idle => {
+                let messages = self.ready_messages(channel)?;
+                let has_arrived = channel.has_arrived();
+                if self
+                    .check
+                    .on_queue_stats(messages, has_arrived, Instant::now())
+                {
+                    return Err(channel.error(ErrorKind::ConsumerForgotten));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Pauses, longer each time, while the function cannot run.
-    fn pause_if_unavailable(&self) {
-        let count = self.unavailable.get();
+    fn pause_if_unavailable(&mut self) {
+        let count = self.unavailable;
         if count >= MAX_UNAVAILABLE {
-            let pause = self.pauses.borrow_mut().next_pause(Instant::now());
+            let pause = self.pauses.next_pause(Instant::now());
             log::warn!("the function was unavailable {count} times in a row: taking no request for {pause:.1?}");
             let _ = self.service.stop.recv_timeout(pause);
         }
     }
 
-    /// Whether requests wait in the queue. If nothing is delivered meanwhile, the queue does not
-    /// know its consumer: that happens where a quorum queue is deleted and declared again under
-    /// load.
-    fn sees_requests(&self, channel: &WorkerChannel) -> Result<bool, Error> {
+    /// The number of ready messages in the queue; 0 while the broker blocks us: it would not answer.
+    fn ready_messages(&self, channel: &dyn Channel) -> Result<u32, Error> {
         if self.service.is_blocked.load(Ordering::Relaxed) {
-            return Ok(false); // the broker would not answer
+            return Ok(0);
         }
-        let queue = &self.service.config.queue;
-        let deadline = Deadline::after(DELIVERY_TIMEOUT);
-        let look = |amqp: &amiquip::Channel| {
-            amqp.queue_declare_passive(queue)
-                .map(|queue| queue.declared_message_count())
-        };
-        let messages = channel
-            .open
-            .run_blocking(&deadline, Phase::QueueStats, look)?;
-        Ok(messages > Some(0))
+        channel.ready_messages(&self.service.config.queue)
     }
 
     /// Handles one request, and tells the observer how it ended.
-    fn handle_delivery(&self, channel: &WorkerChannel, delivery: &Delivery) -> Result<(), Error> {
+    fn handle_delivery(&mut self, channel: &dyn Channel, delivery: &Delivery) -> Result<(), Error> {
         let begun = Instant::now();
         let observer = self.service.observer;
         let redelivered = delivery.is_redelivered;
-        // Without readable properties there is no reply_to: it is rejected.
+        // Without readable properties there is no reply_to: the request is rejected.
         let properties = delivery.properties().unwrap_or_default();
         let request = Request::decode(&properties, &delivery.body, redelivered);
         observer.on_request();
@@ -288,97 +218,93 @@ impl Worker<'_> {
             request.log_id(),
             request.body.len()
         );
-        let result = self.answer(channel, delivery, &request);
-        let outcome = result.as_deref().unwrap_or("requeued");
+        let result = self.answer(channel, delivery.delivery_tag, &request);
+        let outcome = result.as_ref().unwrap_or(&Outcome::Requeued);
         let time = begun.elapsed();
-        log::debug!("request[{}]: {outcome} after {time:.1?}", request.log_id());
+        log::debug!(
+            "request[{}]: {} after {time:.1?}",
+            request.log_id(),
+            outcome.as_str()
+        );
         observer.on_outcome(outcome, time);
         result.map(drop)
     }
 
     /// Answers a request: publishes the reply, then acknowledges the request, in this order on one
     /// channel. If we crash in between, the request is in the queue, or the reply is delivered, or
-    /// both. The reply to a redelivered request goes over the isolated connection instead, and the
-    /// request is acknowledged when the broker has accepted it.
+    /// both.
     fn answer(
-        &self,
-        channel: &WorkerChannel,
-        delivery: &Delivery,
+        &mut self,
+        channel: &dyn Channel,
+        tag: u64,
         request: &Request,
     ) -> Result<Outcome, Error> {
-        let tag = delivery.delivery_tag;
         if request.reply_to.is_none() {
-            log::warn!(
-                "rejected a request that cannot be answered, it has no reply_to: '{}'",
-                escape(request.body)
-            );
-            channel.publisher.reject(tag);
-            return channel.send().map(|()| "rejected".into());
+            let body = escape(request.body);
+            log::warn!("rejected a request that cannot be answered, it has no reply_to: '{body}'");
+            return reject(channel, tag);
         }
-        let (in_hand, kept) = self.service.kept.begin(request, delivery.is_redelivered);
-        if kept.is_none() && delivery.is_redelivered && self.service.is_stopping() {
-            // It may have waited for another worker: it is not begun, and goes back to the queue.
-            return Ok("requeued".into());
+        if request.is_redelivered {
+            return self.answer_redelivered(channel, tag, request);
         }
-        let mut reply = kept.unwrap_or_else(|| self.run_handler(request, &channel.endpoint));
-        let mut is_published = false;
-        if delivery.is_redelivered {
-            match self
-                .service
-                .isolated
-                .publish(&channel.endpoint, &mut reply, request)
-            {
-                Published::Accepted => is_published = true,
-                Published::Refused(error) => {
-                    log::warn!("rejected a request: the broker refuses its replies: {error}");
-                    channel.publisher.reject(tag);
-                    return channel.send().map(|()| "rejected".into());
-                }
-                Published::Unknown(error) => log::info!("{error}; answering without a check"),
+        let in_hand = self.service.kept.begin(request);
+        let reply = self.run_handler(channel, request);
+        channel.publish(&reply, request);
+        ack(channel, tag, &in_hand, reply)
+    }
+
+    /// Answers a redelivered request. Its reply may be why it was delivered again: so the reply goes
+    /// over the isolated connection, and the request is acknowledged when the broker has accepted
+    /// the reply.
+    fn answer_redelivered(
+        &mut self,
+        channel: &dyn Channel,
+        tag: u64,
+        request: &Request,
+    ) -> Result<Outcome, Error> {
+        // This may wait for another worker.
+        let (in_hand, kept) = self.service.kept.begin_redelivered(request);
+        if kept.is_none() && self.service.is_stopping() {
+            return Ok(Outcome::Requeued); // the request is not begun, and goes back to the queue
+        }
+        let mut reply = kept.unwrap_or_else(|| self.run_handler(channel, request));
+        match channel.publish_isolated(&self.service.isolated, &mut reply, request) {
+            Published::Accepted => {}
+            Published::Refused(error) => {
+                log::warn!("rejected a request: the broker refuses its replies: {error}");
+                return reject(channel, tag);
+            }
+            Published::Unknown(error) => {
+                log::info!("{error}; answering without a check");
+                channel.publish(&reply, request);
             }
         }
-        if !is_published {
-            publish_reply(&channel.publisher, &reply, request);
-        }
-        channel.publisher.ack(tag);
-        let outcome = reply.as_ref().map_or_else(
-            |failure| failure.code.as_str().to_owned().into(),
-            |_| "ok".into(),
-        );
-        let sent = channel.send();
-        // If the channel or the consumer has ended, the broker ignores the acknowledgement, and
-        // delivers the request again.
-        if sent.is_err() || channel.open.inbox.ended().is_some() {
-            in_hand.keep(reply);
-        }
-        sent.map(|()| outcome)
+        ack(channel, tag, &in_hand, reply)
     }
 
     /// Runs the function, unless the caller's deadline has passed.
-    fn run_handler(&self, request: &Request, endpoint: &Endpoint) -> Reply {
-        let late_ms = request.deadline_ms.map_or(0, |deadline| {
-            unix_time_ms(SystemTime::now()).saturating_sub(deadline)
-        });
-        let reply = if late_ms > 0 {
-            Err(expired(late_ms))
-        } else {
-            let is_gone = || {
-                self.service
-                    .isolated
-                    .is_queue_gone(endpoint, request.reply_to.unwrap_or_default())
-            };
-            handler::call(self.service.handler, request, &Caller(&is_gone))
+    fn run_handler(&mut self, channel: &dyn Channel, request: &Request) -> Reply {
+        let service = self.service;
+        let now_ms = unix_time_ms(SystemTime::now());
+        let reply = match request
+            .deadline_ms
+            .map(|deadline| now_ms.saturating_sub(deadline))
+        {
+            Some(late_ms) if late_ms > 0 => Err(expired(late_ms)),
+            _ => {
+                let is_gone = || channel.is_caller_gone(&service.isolated, request);
+                handler::call(service.handler, request, &Caller(&is_gone))
+            }
         };
         // A program that says so itself has an exit code, and can answer the next request.
         let is_unavailable = |failure: &Failure| {
             failure.code == ErrorCode::Unavailable && failure.exit_code.is_none()
         };
-        let count = if reply.as_ref().is_err_and(is_unavailable) {
-            self.unavailable.get() + 1
+        if reply.as_ref().is_err_and(is_unavailable) {
+            self.unavailable += 1;
         } else {
-            0
-        };
-        self.unavailable.set(count);
+            self.unavailable = 0;
+        }
         if let Err(failure) = &reply {
             let code = failure.code.as_str();
             let message = escape(failure.message.as_bytes());
@@ -390,6 +316,24 @@ impl Worker<'_> {
         }
         reply
     }
+}
+
+/// Acknowledges a request whose reply was published. If the channel or the consumer has ended, the
+/// broker ignores the acknowledgement and delivers the request again: then the reply is kept.
+fn ack(channel: &dyn Channel, tag: u64, in_hand: &InHand, reply: Reply) -> Result<Outcome, Error> {
+    channel.ack(tag);
+    let outcome = Outcome::of(&reply);
+    let flushed = channel.flush();
+    if flushed.is_err() || channel.ended().is_some() {
+        in_hand.keep(reply);
+    }
+    flushed.map(|()| outcome)
+}
+
+/// Rejects a request: it leaves the queue, for a dead-letter exchange if there is one.
+fn reject(channel: &dyn Channel, tag: u64) -> Result<Outcome, Error> {
+    channel.reject(tag);
+    channel.flush().map(|()| Outcome::Rejected)
 }
 
 /// The level at which a failure is logged: INFO if it is the caller's, who knows of it.
@@ -406,4 +350,300 @@ fn expired(late_ms: i64) -> Failure {
     let late = format_duration(Duration::from_millis(late_ms.unsigned_abs()));
     let message = format!("expired: {late} after the deadline, by the server's clock");
     Failure::new(ErrorCode::Expired, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crossbeam_channel::{bounded, unbounded};
+    use rpc_common::connection::Reason;
+    use rpc_common::properties::Properties;
+    use std::cell::{Cell, RefCell};
+    use std::sync::atomic::AtomicU32;
+    use std::sync::Mutex;
+
+    /// A **script** plays events to a worker, and records what the worker does on its channel.
+    #[derive(Default)]
+    struct Script {
+        done: RefCell<Vec<String>>,
+        end: RefCell<Option<ErrorKind>>,
+        ready_messages: Cell<u32>,
+        /// What the broker does with the next reply on the isolated connection.
+        isolated: RefCell<Option<Published>>,
+    }
+
+    impl Script {
+        fn record(&self, done: String) {
+            self.done.borrow_mut().push(done);
+        }
+
+        fn done(&self) -> Vec<String> {
+            self.done.take()
+        }
+    }
+
+    fn shown(reply: &Reply) -> String {
+        match reply {
+            Ok(answer) => String::from_utf8(answer.body.clone()).unwrap(),
+            Err(failure) => failure.code.as_str().into(),
+        }
+    }
+
+    impl Channel for Script {
+        fn publish(&self, reply: &Reply, _: &Request) {
+            self.record(format!("publish {}", shown(reply)));
+        }
+
+        fn publish_isolated(
+            &self,
+            _: &IsolatedPublisher,
+            reply: &mut Reply,
+            _: &Request,
+        ) -> Published {
+            self.record(format!("publish isolated {}", shown(reply)));
+            self.isolated.take().unwrap_or(Published::Accepted)
+        }
+
+        fn ack(&self, tag: u64) {
+            self.record(format!("ack {tag}"));
+        }
+
+        fn reject(&self, tag: u64) {
+            self.record(format!("reject {tag}"));
+        }
+
+        fn flush(&self) -> Result<(), Error> {
+            match &*self.end.borrow() {
+                Some(kind) if *kind != ErrorKind::ConsumerCancelled => {
+                    Err(self.error(kind.clone()))
+                }
+                _ => Ok(()),
+            }
+        }
+
+        fn ended(&self) -> Option<ErrorKind> {
+            self.end.borrow().clone()
+        }
+
+        fn has_arrived(&self) -> bool {
+            false
+        }
+
+        fn ready_messages(&self, _: &str) -> Result<u32, Error> {
+            self.record("queue_stats".into());
+            Ok(self.ready_messages.get())
+        }
+
+        fn is_caller_gone(&self, _: &IsolatedPublisher, _: &Request) -> bool {
+            false
+        }
+
+        fn error(&self, kind: ErrorKind) -> Error {
+            Error::new("rabbit:5672", kind)
+        }
+    }
+
+    /// The outcomes, as an observer gets them.
+    #[derive(Default)]
+    struct Outcomes(Mutex<Vec<Outcome>>);
+
+    impl Observer for Outcomes {
+        fn on_ready(&self) {}
+
+        fn on_outcome(&self, outcome: &Outcome, _: Duration) {
+            self.0.lock().unwrap().push(outcome.clone());
+        }
+    }
+
+    /// Plays with a worker whose function answers with the body and the number of the run, or is
+    /// unavailable. Returns the outcomes.
+    fn play(with: impl FnOnce(&mut Worker, &Service, &mut Option<Running>)) -> Vec<Outcome> {
+        let outcomes = Outcomes::default();
+        let config = Config::default();
+        let runs = AtomicU32::new(0);
+        let handler = |request: &Request, _: &Caller| match request.body {
+            b"unavailable" => Err(Failure::new(ErrorCode::Unavailable, "later")),
+            body => {
+                let run = runs.fetch_add(1, Ordering::Relaxed) + 1;
+                let body = String::from_utf8_lossy(body);
+                Ok(format!("{body} in run {run}").into())
+            }
+        };
+        let (running, stop) = bounded(0);
+        let service = Service {
+            config: &config,
+            handler: &handler,
+            stop: &stop,
+            observer: &outcomes,
+            driving: Driving::Standby,
+            ready: Once::new(),
+            is_blocked: AtomicBool::new(false),
+            isolated: IsolatedPublisher::default(),
+            kept: KeptReplies::default(),
+        };
+        let mut worker = Worker::new(&service, unbounded().0, unbounded().1);
+        with(&mut worker, &service, &mut Some(running));
+        outcomes.0.into_inner().unwrap()
+    }
+
+    /// It is time to stop when this is dropped.
+    type Running = Sender<std::convert::Infallible>;
+
+    fn delivery(tag: u64, body: &str, is_redelivered: bool) -> Event {
+        let properties = Properties {
+            reply_to: Some(b"to"),
+            ..Properties::default()
+        };
+        Event::Delivery(Delivery {
+            delivery_tag: tag,
+            is_redelivered,
+            encoded_properties: properties.encode(),
+            body: body.into(),
+        })
+    }
+
+    fn closed() -> ErrorKind {
+        ErrorKind::ChannelClosed(Reason {
+            code: 406,
+            text: "timeout".into(),
+        })
+    }
+
+    #[test]
+    fn a_reply_is_published_before_its_request_is_acknowledged() {
+        let channel = Script::default();
+        let outcomes = play(|worker, _, _| {
+            worker.step(&channel, delivery(7, "30", false)).unwrap();
+        });
+        assert_eq!(channel.done(), ["publish 30 in run 1", "ack 7"]);
+        assert_eq!(outcomes, [Outcome::Answered]);
+    }
+
+    #[test]
+    fn a_request_that_cannot_be_answered_is_rejected_and_not_run() {
+        let channel = Script::default();
+        let outcomes = play(|worker, _, _| {
+            let request = Delivery {
+                delivery_tag: 7,
+                is_redelivered: false,
+                encoded_properties: Properties::default().encode(),
+                body: b"unavailable".into(),
+            };
+            worker.step(&channel, Event::Delivery(request)).unwrap();
+            assert_eq!(worker.unavailable, 0);
+        });
+        assert_eq!(channel.done(), ["reject 7"]);
+        assert_eq!(outcomes, [Outcome::Rejected]);
+    }
+
+    #[test]
+    fn a_request_past_its_deadline_is_answered_and_not_run() {
+        let channel = Script::default();
+        let headers = rpc_common::properties::TableBuilder::default();
+        let headers = headers.with_long_long("x-deadline-ms", 1);
+        let properties = Properties {
+            reply_to: Some(b"to"),
+            headers: Some(headers.table()),
+            ..Properties::default()
+        };
+        let outcomes = play(|worker, _, _| {
+            let request = Delivery {
+                delivery_tag: 7,
+                is_redelivered: false,
+                encoded_properties: properties.encode(),
+                body: b"30".into(),
+            };
+            worker.step(&channel, Event::Delivery(request)).unwrap();
+        });
+        assert_eq!(channel.done(), ["publish expired", "ack 7"]);
+        assert_eq!(outcomes, [Outcome::Failed(ErrorCode::Expired)]);
+    }
+
+    #[test]
+    fn a_reply_whose_channel_or_consumer_has_ended_is_kept_for_the_redelivery() {
+        for (end, expected) in [
+            (ErrorKind::ConsumerCancelled, Outcome::Answered),
+            (closed(), Outcome::Requeued),
+        ] {
+            let channel = Script::default();
+            let outcomes = play(|worker, _, _| {
+                *channel.end.borrow_mut() = Some(end);
+                let _ = worker.step(&channel, delivery(7, "30", false));
+                channel.done();
+                let next = Script::default();
+                worker.step(&next, delivery(1, "30", true)).unwrap();
+                assert_eq!(next.done(), ["publish isolated 30 in run 1", "ack 1"]);
+            });
+            assert_eq!(outcomes, [expected, Outcome::Answered]);
+        }
+    }
+
+    #[test]
+    fn a_redelivered_request_is_rejected_if_the_broker_refuses_its_replies() {
+        let error = || Error::new("rabbit:5672", closed());
+        for (published, done, outcome) in [
+            (
+                Published::Refused(error()),
+                vec!["reject 7"],
+                Outcome::Rejected,
+            ),
+            (
+                Published::Unknown(error()),
+                vec!["publish 30 in run 1", "ack 7"],
+                Outcome::Answered,
+            ),
+        ] {
+            let channel = Script::default();
+            let outcomes = play(|worker, _, _| {
+                *channel.isolated.borrow_mut() = Some(published);
+                worker.step(&channel, delivery(7, "30", true)).unwrap();
+            });
+            assert_eq!(channel.done()[1..], done);
+            assert_eq!(outcomes, [outcome]);
+        }
+    }
+
+    #[test]
+    fn a_redelivered_request_is_not_begun_when_it_is_time_to_stop() {
+        let channel = Script::default();
+        let outcomes = play(|worker, _, running| {
+            drop(running.take());
+            worker.step(&channel, delivery(7, "30", true)).unwrap();
+        });
+        assert!(channel.done().is_empty());
+        assert_eq!(outcomes, [Outcome::Requeued]);
+    }
+
+    #[test]
+    fn the_end_of_the_channel_and_a_forgotten_consumer_end_the_use_of_it() {
+        let channel = Script::default();
+        play(|worker, service, _| {
+            let ended = worker.step(&channel, Event::Ended(closed())).unwrap_err();
+            assert_eq!(ended, Error::new("rabbit:5672", closed()));
+            channel.ready_messages.set(1);
+            worker.step(&channel, Event::Idle).unwrap();
+            let forgotten = worker.step(&channel, Event::Idle).unwrap_err();
+            assert_eq!(forgotten.kind, ErrorKind::ConsumerForgotten);
+            assert_eq!(channel.done(), ["queue_stats", "queue_stats"]);
+            service.is_blocked.store(true, Ordering::Relaxed);
+            worker.step(&channel, Event::Idle).unwrap();
+            assert!(channel.done().is_empty(), "the broker would not answer");
+        });
+    }
+
+    #[test]
+    fn failures_to_run_the_function_are_counted_until_it_runs() {
+        let channel = Script::default();
+        play(|worker, _, running| {
+            drop(running.take()); // the pauses end at once
+            for count in 1..=6 {
+                worker
+                    .step(&channel, delivery(count, "unavailable", false))
+                    .unwrap();
+                assert_eq!(u64::from(worker.unavailable), count);
+            }
+            worker.step(&channel, delivery(7, "30", false)).unwrap();
+            assert_eq!(worker.unavailable, 0);
+        });
+    }
 }

@@ -135,40 +135,27 @@ impl Program {
                 format!("the request of {size} bytes is too large: {limit} are accepted here");
             return Err(Failure::new(ErrorCode::TooLarge, message));
         }
-        let begun = Instant::now();
-        let id = request.log_id();
         let limits = Limits {
             time: self.options.time_limit,
             deadline: request.deadline_ms.and_then(instant_of),
             kill_after: self.options.kill_after,
-            output: self.options.max_reply.max(MAX_SENTENCE), // the text of a failure is no reply
+            output: self.options.max_reply.max(MAX_SENTENCE), // the text of a failure is not a reply
             is_caller_gone: &|| caller.is_gone(),
         };
-        let ended = run(
-            &mut self.command(request),
-            request.body,
-            &id,
-            &limits,
-            &self.groups,
-        );
-        let Ended {
-            status,
-            stopped,
-            output,
-        } = ended.map_err(|error| self.not_started(&error))?;
-        let millis = begun.elapsed().as_millis();
-        let shown = status.map_or("running".into(), |status| status.to_string());
-        log::debug!("program[{id}]: {shown} after {millis} ms");
-        if stopped.is_some() {
-            (self.on_stopped)();
-        }
-        match (stopped, status) {
-            (None, Some(status)) if !status.success() => Err(failure(status, output)),
-            (None, Some(_)) if output.len() <= self.options.max_reply => Ok(Answer {
-                body: output,
+        let id = request.log_id();
+        let mut command = self.command(request);
+        let ended = run(&mut command, request.body, &id, &limits, &self.groups);
+        match ended.map_err(|error| self.not_started(&error))? {
+            Ended::Exited(status, output) if !status.success() => Err(failure(status, output)),
+            Ended::Exited(_, body) if body.len() <= self.options.max_reply => Ok(Answer {
+                body,
                 content_type: Some(self.options.content_type.clone()),
             }),
-            (stopped, _) => Err(self.stopped(stopped.unwrap_or(Stopped::OutputTooLarge))),
+            Ended::Exited(..) => Err(self.stopped(Stopped::OutputTooLarge)),
+            Ended::Stopped(why) => {
+                (self.on_stopped)();
+                Err(self.stopped(why))
+            }
         }
     }
 

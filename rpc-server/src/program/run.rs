@@ -10,6 +10,7 @@ use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::fs::{fcntl_setfl, OFlags};
 use rustix::process::{kill_process_group, pidfd_open, Pid, PidfdFlags, Signal};
 use std::collections::HashSet;
+use std::fmt::Display;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -54,21 +55,44 @@ pub(crate) enum Stopped {
 }
 
 /// How a run ended.
-pub(crate) struct Ended {
-    /// None if it could not be killed.
-    pub(crate) status: Option<ExitStatus>,
-    pub(crate) stopped: Option<Stopped>,
-    /// What the program wrote to standard output.
-    pub(crate) output: Vec<u8>,
+pub(crate) enum Ended {
+    /// By itself, with this status and standard output.
+    Exited(ExitStatus, Vec<u8>),
+    /// At one of its limits.
+    Stopped(Stopped),
+}
+
+/// What was done to a run that has not exited.
+#[derive(Clone, Copy, Debug)]
+enum Stage {
+    /// Nothing.
+    Running,
+    /// It got SIGTERM. It gets SIGKILL at `kill_at`; `None` is never.
+    Terminating {
+        why: Stopped,
+        kill_at: Option<Instant>,
+    },
+    /// It got SIGKILL. It is left alone at `give_up_at`.
+    Killed { why: Stopped, give_up_at: Instant },
+}
+
+impl Stage {
+    fn stopped(self) -> Option<Stopped> {
+        match self {
+            Stage::Running => None,
+            Stage::Terminating { why, .. } | Stage::Killed { why, .. } => Some(why),
+        }
+    }
 }
 
 /// The process groups of the runs.
 #[derive(Default)]
-pub(crate) struct Groups(Mutex<State>);
+pub(crate) struct Groups(Mutex<RunningGroups>);
 
 #[derive(Default)]
-struct State {
+struct RunningGroups {
     running: HashSet<Pid>,
+    /// Whether [`Groups::kill_all`] was called.
     is_killed: bool,
 }
 
@@ -97,7 +121,7 @@ impl Groups {
         self.lock_or_park().running.remove(&group);
     }
 
-    fn lock_or_park(&self) -> MutexGuard<'_, State> {
+    fn lock_or_park(&self) -> MutexGuard<'_, RunningGroups> {
         let state = self.lock();
         if !state.is_killed {
             return state;
@@ -108,7 +132,7 @@ impl Groups {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, RunningGroups> {
         lock(&self.0)
     }
 }
@@ -134,40 +158,28 @@ pub(crate) fn run(
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .process_group(0);
+    let begun = Instant::now();
     let mut run = Run::new(Process::start(command, groups)?, input, id, limits)?;
-    loop {
-        run.transfer(run.next_timer());
-        if run.has_exited {
-            break;
+    match run.wait_for_exit() {
+        Ok(()) => {
+            run.finish_output();
+            let status = run.process.reap()?;
+            log_end(id, status, begun);
+            Ok(run.ended(status))
         }
-        run.on_timers(Instant::now());
-        if run
-            .give_up_at
-            .is_some_and(|give_up_at| give_up_at <= Instant::now())
-        {
-            return Ok(run.give_up());
+        Err(why) => {
+            run.leave_alone();
+            log_end(id, "running", begun);
+            Ok(Ended::Stopped(why))
         }
     }
-    // What is left of the group. A process that has left the group may still hold the pipes open.
-    kill(run.process.group, Signal::KILL);
-    run.stdin = None;
-    let until = Instant::now() + OUTPUT_TIMEOUT;
-    while (run.stdout.is_some() || run.stderr.is_some()) && Instant::now() < until {
-        if run.is_output_too_large() {
-            run.stdout = None; // standard error may say why
-        }
-        run.transfer(until);
-    }
-    if run.is_output_too_large() {
-        run.stopped.get_or_insert(Stopped::OutputTooLarge);
-    }
-    run.log.finish();
-    let status = run.process.reap()?;
-    Ok(Ended {
-        status: Some(status),
-        stopped: run.stopped,
-        output: mem::take(&mut run.output),
-    })
+}
+
+fn log_end(id: &str, status: impl Display, begun: Instant) {
+    log::debug!(
+        "program[{id}]: {status} after {} ms",
+        begun.elapsed().as_millis()
+    );
 }
 
 /// The program's process. Its end is also that of its group.
@@ -220,9 +232,7 @@ struct Run<'a> {
     /// When it is stopped: at the time limit, or at the caller's deadline.
     stop_at: Option<Instant>,
     next_caller_check: Instant,
-    stopped: Option<Stopped>,
-    kill_at: Option<Instant>,
-    give_up_at: Option<Instant>,
+    stage: Stage,
 }
 
 impl<'a> Run<'a> {
@@ -251,15 +261,51 @@ impl<'a> Run<'a> {
                 .chain(limits.deadline)
                 .min(),
             next_caller_check: now + CALLER_CHECK_INTERVAL,
-            stopped: None,
-            kill_at: None,
-            give_up_at: None,
+            stage: Stage::Running,
         };
         run.pipes()
             .into_iter()
             .flatten()
             .try_for_each(|pipe| fcntl_setfl(pipe, OFlags::NONBLOCK))?;
         Ok(run)
+    }
+
+    /// Waits until the program has exited.
+    ///
+    /// # Errors
+    /// Why it was stopped, if it cannot be killed.
+    fn wait_for_exit(&mut self) -> Result<(), Stopped> {
+        loop {
+            self.transfer(self.next_timer());
+            if self.has_exited {
+                return Ok(());
+            }
+            self.on_timers(Instant::now())?;
+        }
+    }
+
+    /// Kills what is left of the group, and reads what is left of the output.
+    fn finish_output(&mut self) {
+        kill(self.process.group, Signal::KILL);
+        self.stdin = None;
+        // A process that has left the group may still hold the pipes open.
+        let until = Instant::now() + OUTPUT_TIMEOUT;
+        while (self.stdout.is_some() || self.stderr.is_some()) && Instant::now() < until {
+            if self.is_output_too_large() {
+                self.stdout = None; // standard error may say why
+            }
+            self.transfer(until);
+        }
+        self.log.finish();
+    }
+
+    /// How the run ended, when the program has exited with this status.
+    fn ended(&mut self, status: ExitStatus) -> Ended {
+        match self.stage.stopped() {
+            Some(why) => Ended::Stopped(why),
+            None if self.is_output_too_large() => Ended::Stopped(Stopped::OutputTooLarge),
+            None => Ended::Exited(status, mem::take(&mut self.output)),
+        }
     }
 
     fn pipes(&self) -> [Option<BorrowedFd<'_>>; 3] {
@@ -278,7 +324,7 @@ impl<'a> Run<'a> {
             self.write_input();
         }
         if stdout {
-            let keeps = self.stopped.is_none() && !self.is_output_too_large();
+            let keeps = self.stage.stopped().is_none() && !self.is_output_too_large();
             let output = &mut self.output;
             read(&mut self.stdout, |bytes| {
                 if keeps {
@@ -330,30 +376,42 @@ impl<'a> Run<'a> {
     }
 
     fn next_timer(&self) -> Instant {
-        let stop_at = self.stop_at.filter(|_| self.stopped.is_none());
-        [stop_at, self.kill_at, self.give_up_at]
-            .into_iter()
-            .flatten()
-            .fold(self.next_caller_check, Instant::min)
+        let timer = match self.stage {
+            Stage::Running => self.stop_at,
+            Stage::Terminating { kill_at, .. } => kill_at,
+            Stage::Killed { give_up_at, .. } => Some(give_up_at),
+        };
+        timer.map_or(self.next_caller_check, |timer| {
+            timer.min(self.next_caller_check)
+        })
     }
 
-    fn on_timers(&mut self, now: Instant) {
-        if self.stopped.is_none() {
-            self.stopped = self.reason_to_stop(now);
-            if self.stopped.is_some() {
-                kill(self.process.group, Signal::TERM);
-                self.kill_at = now.checked_add(self.limits.kill_after);
+    /// Stops or kills the program when it is time to.
+    ///
+    /// # Errors
+    /// Why it was stopped, when it is time to give it up.
+    fn on_timers(&mut self, now: Instant) -> Result<(), Stopped> {
+        let is_due = |timer: Option<Instant>| timer.is_some_and(|timer| timer <= now);
+        match self.stage {
+            Stage::Running => {
+                if let Some(why) = self.reason_to_stop(now) {
+                    kill(self.process.group, Signal::TERM);
+                    let kill_at = now.checked_add(self.limits.kill_after);
+                    self.stage = Stage::Terminating { why, kill_at };
+                }
             }
+            Stage::Terminating { why, kill_at } if is_due(kill_at) => {
+                kill(self.process.group, Signal::KILL);
+                let give_up_at = now + GIVE_UP_AFTER;
+                self.stage = Stage::Killed { why, give_up_at };
+            }
+            Stage::Killed { why, give_up_at } if give_up_at <= now => return Err(why),
+            Stage::Terminating { .. } | Stage::Killed { .. } => {}
         }
         if self.next_caller_check <= now {
-            // The check has taken time.
-            self.next_caller_check = Instant::now() + CALLER_CHECK_INTERVAL;
+            self.next_caller_check = Instant::now() + CALLER_CHECK_INTERVAL; // the check has taken time
         }
-        if self.kill_at.is_some_and(|kill_at| kill_at <= now) {
-            kill(self.process.group, Signal::KILL);
-            self.kill_at = None;
-            self.give_up_at = now.checked_add(GIVE_UP_AFTER);
-        }
+        Ok(())
     }
 
     fn is_output_too_large(&self) -> bool {
@@ -362,19 +420,13 @@ impl<'a> Run<'a> {
 
     /// A program that belongs to another user, or hangs in the kernel, cannot be killed: it is
     /// reaped when it ends.
-    fn give_up(&mut self) -> Ended {
-        log::warn!(
-            "process {} cannot be killed, and is left alone",
-            self.process.group.as_raw_nonzero()
-        );
-        self.process.groups.remove(self.process.group);
+    fn leave_alone(&mut self) {
+        let group = self.process.group;
+        let number = group.as_raw_nonzero();
+        log::warn!("process {number} cannot be killed, and is left alone");
+        self.process.groups.remove(group);
         if let Some(mut child) = self.process.child.take() {
             thread::spawn(move || child.wait());
-        }
-        Ended {
-            status: None,
-            stopped: self.stopped,
-            output: Vec::new(),
         }
     }
 

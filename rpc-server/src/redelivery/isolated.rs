@@ -20,13 +20,13 @@ use std::time::{Duration, Instant};
 /// not stay open for good.
 pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long one reply may take.
+/// Timeout of one reply.
 const PUBLISH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long it may take to ask whether a caller has gone.
+/// Timeout of a caller check.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// For how long no reply is tried after one that got no answer.
+/// Cool-down after a publish that timed out.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(5);
 
 /// How many returned replies may be unread: more than the one that is published at a time.
@@ -45,15 +45,15 @@ pub(crate) enum Published {
 
 /// Publishes replies one at a time, for all workers.
 #[derive(Default)]
-pub(crate) struct IsolatedPublisher(Mutex<State>);
+pub(crate) struct IsolatedPublisher(Mutex<Isolated>);
 
 #[derive(Default)]
-struct State {
+struct Isolated {
     /// Kept open after a reply that was accepted.
     open: Option<Open>,
     /// Why the latest reply got no answer, and until when no other is tried.
     failure: Option<(Error, Instant)>,
-    /// Until when no caller is asked for, after a question that got no answer.
+    /// No caller check before this instant, after one that got no answer.
     no_checks_until: Option<Instant>,
 }
 
@@ -109,17 +109,17 @@ impl IsolatedPublisher {
             return false;
         }
         let deadline = Deadline::after(CHECK_TIMEOUT);
-        let looked_at = state.open(endpoint, &deadline).and_then(|mut open| {
-            let looked_at = open.connection.queue_stats(queue, &deadline);
-            if !looked_at.as_ref().is_err_and(Error::ends_connection) {
+        let answer = state.open(endpoint, &deadline).and_then(|mut open| {
+            let answer = open.connection.queue_stats(queue, &deadline);
+            if !answer.as_ref().is_err_and(Error::ends_connection) {
                 state.open = Some(open);
             }
-            looked_at
+            answer
         });
         if state.open.is_none() {
             state.no_checks_until = Some(Instant::now() + PAUSE_AFTER_FAILURE);
         }
-        looked_at.is_err_and(|error| error.is_not_found())
+        answer.is_err_and(|error| error.is_not_found())
     }
 
     /// Closes the connection, if it is not in use. The next reply opens another one.
@@ -130,7 +130,7 @@ impl IsolatedPublisher {
     }
 }
 
-impl State {
+impl Isolated {
     /// Whether the latest attempt got no answer, a short time ago.
     fn is_paused(&self) -> bool {
         self.failure

@@ -18,13 +18,13 @@ const MAX_KEPT_BYTES: usize = 64 << 20;
 /// the requests in hand.
 #[derive(Default)]
 pub(crate) struct KeptReplies {
-    state: Mutex<State>,
+    state: Mutex<Kept>,
     /// Notified when a request is no longer in hand.
     has_ended: Condvar,
 }
 
 #[derive(Default)]
-struct State {
+struct Kept {
     replies: VecDeque<(u64, Reply)>,
     in_hand: Vec<u64>,
 }
@@ -36,33 +36,33 @@ pub(crate) struct InHand<'a> {
 }
 
 impl KeptReplies {
-    /// Marks a request as in hand. A redelivered one that another worker has in hand is waited for,
-    /// and its kept reply is returned, if there is one.
-    pub(crate) fn begin(
-        &self,
-        request: &Request,
-        is_redelivered: bool,
-    ) -> (InHand<'_>, Option<Reply>) {
-        let key = key(request);
-        let mut state = self.lock();
-        let mut kept = None;
-        if is_redelivered {
-            while state.in_hand.contains(&key) {
-                state = self
-                    .has_ended
-                    .wait(state)
-                    .unwrap_or_else(PoisonError::into_inner);
-            }
-            let index = state.replies.iter().position(|(kept, _)| *kept == key);
-            kept = index
-                .and_then(|index| state.replies.remove(index))
-                .map(|(_, reply)| reply);
-        }
-        state.in_hand.push(key);
-        (InHand { kept: self, key }, kept)
+    /// Marks a request as in hand.
+    pub(crate) fn begin(&self, request: &Request) -> InHand<'_> {
+        self.mark(self.lock(), key(request))
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    /// Marks a redelivered request as in hand. If another worker has it in hand, waits for that
+    /// worker. Returns the kept reply, if there is one.
+    pub(crate) fn begin_redelivered(&self, request: &Request) -> (InHand<'_>, Option<Reply>) {
+        let key = key(request);
+        let mut state = self.lock();
+        while state.in_hand.contains(&key) {
+            state = self
+                .has_ended
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        let index = state.replies.iter().position(|(kept, _)| *kept == key);
+        let kept = index.and_then(|index| state.replies.remove(index));
+        (self.mark(state, key), kept.map(|(_, reply)| reply))
+    }
+
+    fn mark(&self, mut state: MutexGuard<Kept>, key: u64) -> InHand<'_> {
+        state.in_hand.push(key);
+        InHand { kept: self, key }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Kept> {
         lock(&self.state)
     }
 }
@@ -76,7 +76,7 @@ impl InHand<'_> {
         }
         let mut state = self.kept.lock();
         state.replies.push_front((self.key, reply));
-        let all = |state: &State| {
+        let all = |state: &Kept| {
             state
                 .replies
                 .iter()
@@ -150,11 +150,11 @@ mod tests {
     }
 
     fn keep(kept: &KeptReplies, body: &[u8], reply: &str) {
-        kept.begin(&request(body), false).0.keep(Ok(answer(reply)));
+        kept.begin(&request(body)).keep(Ok(answer(reply)));
     }
 
     fn take(kept: &KeptReplies, body: &[u8]) -> Option<Reply> {
-        kept.begin(&request(body), true).1
+        kept.begin_redelivered(&request(body)).1
     }
 
     #[test]
@@ -164,11 +164,7 @@ mod tests {
         keep(&kept, b"30", "832040");
         keep(&kept, b"20", "6765");
         assert_eq!(take(&kept, b"31"), None);
-        assert_eq!(
-            kept.begin(&request(b"30"), false).1,
-            None,
-            "this is another request"
-        );
+        drop(kept.begin(&request(b"30"))); // this is another request
         assert_eq!(take(&kept, b"30"), Some(Ok(answer("832040"))));
         assert_eq!(take(&kept, b"30"), None);
         (0..MAX_KEPT).for_each(|_| keep(&kept, b"30", "832040"));
@@ -183,7 +179,7 @@ mod tests {
             body: vec![0; MAX_KEPT_BYTES + 1],
             content_type: None,
         };
-        kept.begin(&request(b"large"), false).0.keep(Ok(large));
+        kept.begin(&request(b"large")).keep(Ok(large));
         assert_eq!(take(&kept, b"large"), None);
         assert_eq!(take(&kept, b"30"), Some(Ok(answer("832040"))));
     }
@@ -198,12 +194,10 @@ mod tests {
             headers,
             ..request(b"30")
         };
-        kept.begin(&request(b"30"), false)
-            .0
-            .keep(Ok(answer("832040")));
-        assert_eq!(kept.begin(&with(german.table()), true).1, None);
+        kept.begin(&request(b"30")).keep(Ok(answer("832040")));
+        assert_eq!(kept.begin_redelivered(&with(german.table())).1, None);
         assert_eq!(
-            kept.begin(&with(counted.table()), true).1,
+            kept.begin_redelivered(&with(counted.table())).1,
             Some(Ok(answer("832040")))
         );
     }
@@ -211,7 +205,7 @@ mod tests {
     #[test]
     fn a_redelivered_request_waits_for_the_worker_that_has_it_in_hand() {
         let kept = KeptReplies::default();
-        let (in_hand, _) = kept.begin(&request(b"30"), false);
+        let in_hand = kept.begin(&request(b"30"));
         thread::scope(|scope| {
             let redelivered = scope.spawn(|| take(&kept, b"30"));
             in_hand.keep(Ok(answer("832040")));

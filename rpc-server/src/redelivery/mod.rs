@@ -8,4 +8,4 @@ mod isolated;
 mod kept;
 
 pub(crate) use isolated::{IsolatedPublisher, Published, IDLE_TIMEOUT};
-pub(crate) use kept::KeptReplies;
+pub(crate) use kept::{InHand, KeptReplies};

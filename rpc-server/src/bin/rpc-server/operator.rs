@@ -4,7 +4,7 @@
 use crate::statistics::Statistics;
 use rpc_common::background_writer::BackgroundWriter;
 use rpc_common::connection::Error;
-use rpc_server::Observer;
+use rpc_server::{Observer, Outcome};
 use sd_notify::NotifyState::{self, Ready, Status, Stopping, Watchdog};
 use std::env;
 use std::time::Duration;
@@ -38,8 +38,8 @@ impl Observer for Operator<'_> {
         self.statistics.in_flight.inc();
     }
 
-    fn on_outcome(&self, outcome: &str, time: Duration) {
-        self.statistics.on_outcome(outcome, time);
+    fn on_outcome(&self, outcome: &Outcome, time: Duration) {
+        self.statistics.on_outcome(outcome.as_str(), time);
     }
 
     fn on_stopping(&self) {

@@ -1,28 +1,15 @@
 //! What can go wrong between a program and the broker.
 
 use super::phase::Phase;
+use super::reply_codes::{
+    ACCESS_REFUSED, CONNECTION_FORCED, NOT_ALLOWED, NOT_FOUND, PRECONDITION_FAILED, RESOURCE_LOCKED,
+};
 use super::sentences::Meaning;
 use crate::text::{escape, format_duration};
 use std::fmt::{self, Display};
 use std::path::Path;
 use std::time::Duration;
 use thiserror::Error;
-
-/// Reply code of AMQP 0-9-1: an operator closed the connection, or the broker shuts down.
-pub(crate) const CONNECTION_FORCED: u16 = 320;
-/// Reply code of AMQP 0-9-1: the user lacks a permission.
-pub const ACCESS_REFUSED: u16 = 403;
-/// Reply code of AMQP 0-9-1: there is no such queue.
-pub const NOT_FOUND: u16 = 404;
-/// Reply code of AMQP 0-9-1: the queue is exclusive to another connection.
-pub(crate) const RESOURCE_LOCKED: u16 = 405;
-/// Reply code of AMQP 0-9-1: a declaration does not match the queue; or an acknowledgement came too
-/// late.
-pub const PRECONDITION_FAILED: u16 = 406;
-/// Reply code of AMQP 0-9-1: there is no such vhost, or the user may not access it.
-pub(crate) const NOT_ALLOWED: u16 = 530;
-/// Reply code of AMQP 0-9-1: the broker failed, or is configured not to do this.
-pub(crate) const INTERNAL_ERROR: u16 = 541;
 
 /// An **error** of a connection, and the broker that it is about.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]

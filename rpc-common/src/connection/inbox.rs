@@ -89,7 +89,7 @@ pub struct Arrived {
 
 /// The **inbox** of an open channel.
 pub(crate) struct Inbox {
-    state: Mutex<State>,
+    state: Mutex<Received>,
     /// Notified when something arrives.
     changed: Condvar,
     /// How many messages, and how many confirmations, may wait to be taken.
@@ -102,7 +102,7 @@ pub(crate) struct Inbox {
 }
 
 #[derive(Default)]
-struct State {
+struct Received {
     incoming: Incoming,
     arrived: Arrived,
     /// Whether a thread waits that was not notified. To notify nobody is a system call, too.
@@ -213,7 +213,7 @@ impl Inbox {
     }
 
     /// So many bytes of the body are missing.
-    fn expect_body(&self, mut state: MutexGuard<State>, message: Message, missing: usize) {
+    fn expect_body(&self, mut state: MutexGuard<Received>, message: Message, missing: usize) {
         if missing > 0 {
             state.incoming = Incoming::Body(message, missing);
         } else {
@@ -290,7 +290,7 @@ impl Inbox {
         self.notify(lock(&self.state)); // a thread that is about to wait has asked, or asks again
     }
 
-    fn notify(&self, mut state: MutexGuard<State>) {
+    fn notify(&self, mut state: MutexGuard<Received>) {
         let is_awaited = mem::take(&mut state.is_awaited);
         drop(state);
         if is_awaited {
@@ -299,7 +299,7 @@ impl Inbox {
     }
 }
 
-impl State {
+impl Received {
     fn begin(&mut self, message: Message) -> Result<(), FrameError> {
         match mem::replace(&mut self.incoming, Incoming::Begun(message)) {
             Incoming::Nothing => Ok(()),

@@ -2,7 +2,7 @@
 //!
 //! `tests/integration/sentences.rs` provokes each sentence at the broker of the tests.
 
-use super::error::{ACCESS_REFUSED, INTERNAL_ERROR, NOT_ALLOWED, PRECONDITION_FAILED};
+use super::reply_codes::{ACCESS_REFUSED, INTERNAL_ERROR, NOT_ALLOWED, PRECONDITION_FAILED};
 
 /// The **meaning** of a sentence with which RabbitMQ closes a channel or a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -11,10 +11,10 @@ use std::time::Instant;
 /// A **waker** ends the wait of the one thread that waits on it. While that thread does not wait, a
 /// wake is a swap of a boolean.
 #[derive(Clone, Debug)]
-pub struct Waker(Arc<State>);
+pub struct Waker(Arc<EventFd>);
 
 #[derive(Debug)]
-struct State {
+struct EventFd {
     event: OwnedFd,
     is_waiting: AtomicBool,
 }
@@ -26,7 +26,7 @@ impl Waker {
     /// When the system refuses a file descriptor.
     pub fn new() -> io::Result<Self> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Waker(Arc::new(State {
+        Ok(Waker(Arc::new(EventFd {
             event,
             is_waiting: AtomicBool::new(false),
         })))

@@ -1,4 +1,4 @@
-//! What moves on a terminal while calls take longer than a second. Nothing is shown in a pipe or
+//! The progress line on a terminal, while calls take longer than a second. Nothing is shown in a pipe or
 //! with `--quiet`.
 //!
 //! Not by a library: indicatif computes its rates with libm, which then is loaded in every call and
@@ -22,9 +22,9 @@ const INTERVAL: Duration = Duration::from_millis(200);
 const DEFAULT_WIDTH: u16 = 80;
 
 /// A line on standard error, if that is a terminal.
-pub(crate) struct Progress(Arc<Mutex<State>>);
+pub(crate) struct Progress(Arc<Mutex<ProgressLine>>);
 
-struct State {
+struct ProgressLine {
     begun: Instant,
     done: u64,
     errors: u64,
@@ -55,7 +55,7 @@ impl Progress {
         let begun = Instant::now();
         let is_shown = false;
         let is_finished = false;
-        let state = State {
+        let state = ProgressLine {
             begun,
             done: 0,
             errors: 0,
@@ -81,7 +81,7 @@ impl Progress {
         state.errors += u64::from(is_error);
     }
 
-    /// Prints something else: the line is away meanwhile.
+    /// Hides the progress line while `print` runs.
     pub(crate) fn suspend<T>(&self, print: impl FnOnce() -> T) -> T {
         let mut state = lock(&self.0);
         let was_shown = state.is_shown;
@@ -101,7 +101,7 @@ impl Progress {
     }
 }
 
-impl State {
+impl ProgressLine {
     /// Draws the line. False when it is no longer needed.
     fn draw(&mut self) -> bool {
         if !self.is_finished {

@@ -20,9 +20,9 @@ CARGO_DOC = RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build check test test-fast test-brokers test-cluster test-deb fuzz bench bench-quick bench-programs bench-cluster \
+.PHONY: help build check check-deps test test-fast test-brokers test-cluster test-deb fuzz bench bench-quick bench-programs bench-cluster \
 	demo picture broker broker-stop cluster cluster-stop generate install uninstall deb clean setup-build setup-broker setup-brokers \
-	setup-peers setup-fuzz setup-bench setup-picture setup-deb setup-container
+	setup-peers setup-deps setup-fuzz setup-bench setup-picture setup-deb setup-container
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,12 @@ check: setup-build ## check formatting, lints and documentation; warnings are er
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
 	$(CARGO_DOC)
+
+check-deps: setup-deps ## check the licences, sources, duplicates and known defects of the dependencies
+	cargo deny --config .cargo/deny.toml check licenses sources bans
+	@# the database of defects is a git repository: without a network it is not at hand
+	@if cargo deny fetch db; then cargo deny --config .cargo/deny.toml check advisories; \
+		else echo "check-deps: the database of advisories is not at hand: known defects are not checked" >&2; fi
 
 test: check setup-broker setup-peers ## check, then run all tests on private RabbitMQ nodes (or on the broker of AMQP_URL)
 	cargo test --locked
@@ -134,6 +140,9 @@ setup-peers:
 
 setup-bench:
 	@tests/setup.sh bench
+
+setup-deps:
+	@tests/setup.sh deps
 
 setup-fuzz:
 	@tests/setup.sh fuzz

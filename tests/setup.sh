@@ -8,6 +8,7 @@
 #   tests/setup.sh container   systemd-nspawn, and a clean Debian 12 for it in target/container
 #   tests/setup.sh peers     the languages of the peers, and below target/peers their AMQP libraries; promtool
 #   tests/setup.sh fuzz      cargo-fuzz, from crates.io, and the C++ compiler
+#   tests/setup.sh deps      cargo-deny, from crates.io
 #   tests/setup.sh bench     for the benchmarks: below target/peers the peers in C and on lapin; valgrind and time
 #   tests/setup.sh picture   what records the picture of README.md: tmux, and below target/peers termtosvg
 set -eu
@@ -177,6 +178,14 @@ fuzz() {
     }
 }
 
+deps() {
+    build
+    cargo deny --version >/dev/null 2>&1 || {
+        log_line "installing cargo-deny from crates.io"
+        cargo install --quiet --locked cargo-deny
+    }
+}
+
 has_header() { echo "#include <$1>" | cc -E -x c - >/dev/null 2>&1; }
 
 bench() {
@@ -221,7 +230,7 @@ picture() {
 
 for part in "$@"; do
     case $part in
-        build | broker | brokers | deb | container | peers | fuzz | bench | picture) "$part" ;;
+        build | broker | brokers | deb | container | peers | fuzz | deps | bench | picture) "$part" ;;
         *) die "unknown part '$part'" ;;
     esac
 done

@@ -8,6 +8,11 @@ use std::time::Duration;
 use uuid::Uuid;
 
 /// A **request** is what a call sends.
+///
+/// ```
+/// let request = rpc_client::Request { context: 1, body: b"30".to_vec() };
+/// assert_eq!(request.body, b"30");
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request<T> {
     /// Comes back with the outcome; it is not sent.
@@ -32,7 +37,8 @@ pub struct Outcome<T> {
 /// How much of a server's error is shown, in bytes.
 const MAX_SENTENCE: usize = 4 << 10;
 
-/// Why a call has no answer.
+/// Why a call has no answer. Not `non_exhaustive`: a program that maps errors to exit codes shall not
+/// compile without the code of a new one.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// The broker was not reached, or refused us: the request was not sent, or was refused.
@@ -124,6 +130,7 @@ impl Error {
 
 /// What is known of why there is no answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum NoAnswerCause {
     /// Nothing but the silence.
     #[default]

@@ -10,6 +10,28 @@ use std::thread::{self, JoinHandle};
 
 /// A **client** makes calls, from any thread. It connects with the first call and stays connected
 /// until it is dropped.
+///
+/// ```no_run
+/// use rpc_client::{Client, Config};
+///
+/// let client = Client::new(Config::default())?;
+/// assert_eq!(client.call(b"30")?, b"832040");
+/// # Ok::<_, rpc_client::Error>(())
+/// ```
+///
+/// Without a broker, the call says so:
+///
+/// ```
+/// use rpc_client::{Client, Config, Error};
+/// use rpc_common::command_line::BrokerOptions;
+///
+/// let client = Client::new(Config {
+///     broker: BrokerOptions::from_url("amqp://127.0.0.1:1"),
+///     ..Config::default()
+/// })?;
+/// assert!(matches!(client.call(b"30"), Err(Error::Connection(_))));
+/// # Ok::<_, Error>(())
+/// ```
 pub struct Client {
     /// `None` once the client is dropped.
     requests: Option<RequestSender<ResultSender>>,

@@ -76,6 +76,7 @@ fn parse_header(text: &str) -> Result<(String, String), String> {
 
 /// Where replies go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[non_exhaustive]
 pub enum ReplyTo {
     /// An exclusive queue of the connection, as in the tutorial.
     Queue,

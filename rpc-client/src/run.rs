@@ -25,6 +25,30 @@ pub type OnOutcomes<'a, T> = dyn FnMut(Vec<Outcome<T>>) + 'a;
 /// correlation id, until their deadline. When a [`Stopper`](crate::Stopper) ends it, what is
 /// unanswered has no outcome.
 ///
+/// ```
+/// use rpc_client::{requests, run, Config, Request};
+/// use rpc_common::command_line::BrokerOptions;
+///
+/// let broker = BrokerOptions::from_url("amqp://127.0.0.1:1"); // nobody listens there
+/// let config = Config { broker, ..Config::default() };
+/// let endpoints = config.broker.endpoints()?;
+/// let (sender, requests) = requests(None);
+/// sender.send(Request { context: "the first", body: b"30".into() });
+/// drop(sender); // there are no more requests
+/// let mut failed = Vec::new();
+/// let result = run(&config, endpoints, &requests, &mut |outcomes| {
+///     for outcome in outcomes {
+///         match outcome.result {
+///             Ok(answer) => println!("{:?}", answer.body),
+///             Err(_) => failed.push(outcome.request.context),
+///         }
+///     }
+/// });
+/// assert!(result.is_err());
+/// assert_eq!(failed, ["the first"]);
+/// # Ok::<_, rpc_client::Error>(())
+/// ```
+///
 /// # Errors
 /// [`Error::Connection`] or [`Error::RefusedAfterSend`] when the broker cannot be reached or refuses
 /// us. It is the outcome of all pending calls, too; the other requests stay in the channel.

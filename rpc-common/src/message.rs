@@ -21,6 +21,18 @@ const DIRECT_REPLY_TO: &[u8] = b"amq.rabbitmq.reply-to";
 
 /// A **request** asks a server to run its function on the body. All but the body is optional. Text
 /// from the wire is bytes: a peer may send any.
+///
+/// ```
+/// use rpc_common::message::Request;
+/// use rpc_common::properties::Properties;
+///
+/// let request = Request { body: b"30", reply_to: Some(b"replies"), ..Request::default() };
+/// let message = request.encode(b"rpc_queue", None);
+/// let properties = Properties::parse(&message.properties).unwrap();
+/// let decoded = Request::decode(&properties, message.body, false);
+/// assert_eq!(decoded.text(), Ok("30"));
+/// assert_eq!(decoded.reply_to, Some(&b"replies"[..]));
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Request<'a> {
     /// The function's argument; for fib, n in decimal.
@@ -156,12 +168,41 @@ impl<'a> Request<'a> {
 pub type Reply = Result<Answer, Failure>;
 
 /// An **answer** is what a function returned.
+///
+/// ```
+/// use rpc_common::message::Answer;
+///
+/// let text = Answer::from("832040".to_owned());
+/// assert_eq!(text.content_type.as_deref(), Some("text/plain"));
+/// let image = Answer::new(vec![0x89, 0x50]).with_content_type("image/png".into());
+/// assert_eq!(image.body.len(), 2);
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Answer {
     /// The bytes of the answer.
     pub body: Vec<u8>,
     /// The MIME type of the body.
     pub content_type: Option<String>,
+}
+
+impl Answer {
+    /// An answer without a content type.
+    pub fn new(body: Vec<u8>) -> Self {
+        Answer {
+            body,
+            content_type: None,
+        }
+    }
+
+    /// The answer with this content type.
+    #[must_use]
+    pub fn with_content_type(self, content_type: String) -> Self {
+        Answer {
+            content_type: Some(content_type),
+            ..self
+        }
+    }
 }
 
 /// An answer of the type `text/plain`.
@@ -177,6 +218,7 @@ impl From<String> for Answer {
 /// A **failure** is the error in an error reply.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
+#[non_exhaustive]
 pub struct Failure {
     /// The kind of failure, for programs.
     pub code: ErrorCode,
@@ -195,10 +237,20 @@ impl Failure {
             exit_code: None,
         }
     }
+
+    /// The failure of a program that ended with this exit code.
+    #[must_use]
+    pub fn with_exit_code(self, exit_code: i32) -> Self {
+        Failure {
+            exit_code: Some(exit_code),
+            ..self
+        }
+    }
 }
 
 /// The kind of a [`Failure`], the value of the header `x-error-code`.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ErrorCode {
     /// The body is not a valid argument of the function.
     InvalidArgument,

@@ -14,8 +14,9 @@ maintainer="${DEBFULLNAME:-the rpc-server and rpc-client maintainers} <${DEBEMAI
 mv root/usr/share/zsh/site-functions root/usr/share/zsh/vendor-completions
 gzip -9n root/usr/share/man/man1/*
 install -D -m 644 "$here/../../LICENSE" "root/usr/share/doc/$package/copyright"
+install -m 644 "$here/CHANGELOG.md" "root/usr/share/doc/$package"
 date=${SOURCE_DATE_EPOCH:+@$SOURCE_DATE_EPOCH}
-printf '%s (%s) unstable; urgency=medium\n\n  * See the commits of the source.\n\n -- %s  %s\n' \
+printf '%s (%s) unstable; urgency=medium\n\n  * See CHANGELOG.md in this folder.\n\n -- %s  %s\n' \
     "$package" "$version" "$maintainer" "$(date -R -d "${date:-now}")" |
     gzip -9n >"root/usr/share/doc/$package/changelog.gz"
 

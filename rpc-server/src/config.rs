@@ -46,6 +46,7 @@ pub struct Config {
 
 /// Which broker a server tries first; the others follow in turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[non_exhaustive]
 pub enum UrlOrder {
     /// The first one: the node that it should be on.
     Given,

@@ -9,6 +9,19 @@ use std::thread;
 use std::time::Duration;
 
 /// A **handler** is a function that can be served: it turns a request into a reply, on any thread.
+///
+/// ```
+/// use rpc_common::message::{Failure, Request};
+/// use rpc_server::{Caller, Handler};
+///
+/// let upper: &Handler = &|request: &Request, _: &Caller| {
+///     let text = request.text()?; // not UTF-8: the error invalid-argument
+///     if text.is_empty() {
+///         return Err(Failure::new("empty".into(), "there is no text"));
+///     }
+///     Ok(text.to_uppercase().into())
+/// };
+/// ```
 pub type Handler<'a> = dyn Fn(&Request, &Caller) -> Reply + Sync + 'a;
 
 /// The **caller** of a request, for functions that take long.

@@ -7,6 +7,7 @@ use rpc_common::connection::{
 
 /// How the request queue is declared if it does not exist.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[non_exhaustive]
 pub enum QueueType {
     /// Transient, as in the tutorial; quorum where the broker does not permit transient queues.
     Auto,

@@ -38,6 +38,17 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 /// When it stops, it finishes the requests that it has begun, and leaves the others to other
 /// servers.
 ///
+/// ```no_run
+/// use rpc_common::message::Request;
+/// use rpc_server::{serve, stop_signal, Caller, Config};
+///
+/// let config = Config { queue: "upper".into(), ..Config::default() };
+/// let upper = |request: &Request, _: &Caller| Ok(request.text()?.to_uppercase().into());
+/// let stop = stop_signal().expect("the system provides signal handlers");
+/// serve(&config, &upper, &stop, &|| println!("ready"))?;
+/// # Ok::<_, rpc_common::connection::Error>(())
+/// ```
+///
 /// # Errors
 /// When retrying cannot help, before it has served for the first time: credentials, permissions, or
 /// a queue that can be neither used nor declared. After that it retries without end.

@@ -65,10 +65,7 @@ fn echo(request: &Request, _: &Caller) -> Reply {
     let body = match request.body {
         b"nothing" => Vec::new(),
         b"fail" => {
-            return Err(Failure {
-                exit_code: Some(3),
-                ..Failure::new(ErrorCode::Failed, "it failed")
-            })
+            return Err(Failure::new(ErrorCode::Failed, "it failed").with_exit_code(3));
         }
         b"headers" => {
             let headers = request
@@ -85,7 +82,9 @@ fn echo(request: &Request, _: &Caller) -> Reply {
         }
         body => body.to_vec(),
     };
-    Ok(Answer { body, content_type })
+    let mut answer = Answer::new(body);
+    answer.content_type = content_type;
+    Ok(answer)
 }
 
 /// A file of one test with this content.

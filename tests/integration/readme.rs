@@ -6,6 +6,7 @@ use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{assert_output, bash, client, command, program_folder, Program};
 use crate::tls::listen_with;
 use rpc_common::exit;
+use rpc_common::message::ErrorCode;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -20,6 +21,9 @@ const PAGES: [&str; 5] = [
     "rpc-common/README.md",
     "tests/README.md",
 ];
+
+/// Further pages with links.
+const PAGES_FOR_CONTRIBUTORS: [&str; 2] = [".github/CONTRIBUTING.md", ".github/SECURITY.md"];
 
 /// Marks the block below it as one for this version of RabbitMQ and later ones.
 const SINCE: &str = "<!-- RabbitMQ ";
@@ -335,7 +339,7 @@ fn missing_commands<'a>(command: &'a str, makefile: &'a str) -> impl Iterator<It
 #[test]
 fn the_links_in_the_readme_files_lead_somewhere() {
     let mut broken = Vec::new();
-    for page in PAGES {
+    for page in PAGES.into_iter().chain(PAGES_FOR_CONTRIBUTORS) {
         for (_, target) in links(&read(page).1) {
             let (path, heading) = target.split_once('#').unwrap_or((&target, ""));
             let file = linked_file(page, path);
@@ -401,6 +405,41 @@ fn the_readme_files_list_the_exit_codes() {
             let row = format!("| {} | {meaning} |", *code as u8);
             assert!(text.contains(&row), "{page} has no row '{row}'");
         }
+    }
+}
+
+/// The tables of error codes are complete, and name codes that exist.
+#[test]
+fn the_readme_files_list_the_error_codes() {
+    let codes_of_table = |page, heading: &str| {
+        let (_, text) = read(page);
+        let (_, table) = text.split_once(heading).expect("the page has the table");
+        let rows = table.lines().skip_while(|line| !line.starts_with("| ---"));
+        let codes = rows
+            .skip(1)
+            .map_while(|row| row.strip_prefix("| `")?.split('`').next());
+        codes.map(str::to_owned).collect::<Vec<_>>()
+    };
+    let known = ErrorCode::KNOWN.map(|code| code.as_str().to_owned());
+    let servers = codes_of_table("rpc-common/README.md", "### Error codes");
+    assert_eq!(servers, known);
+    let source = fs::read_to_string(format!("{ROOT}/rpc-client/src/bin/rpc-client/error.rs"));
+    let source = source.expect("the source is there");
+    let (_, codes) = source
+        .split_once("const CLIENT_CODES")
+        .expect("it has the codes");
+    let (codes, _) = codes.split_once("];").expect("the list ends");
+    let clients = codes.split('"').skip(1).step_by(2);
+    let mut listed = codes_of_table("rpc-client/README.md", "| `code` of `error` |");
+    for code in clients {
+        let index = listed.iter().position(|listed| listed == code);
+        listed.remove(index.unwrap_or_else(|| panic!("rpc-client/README.md has no '{code}'")));
+    }
+    for code in listed {
+        assert!(
+            known.contains(&code),
+            "rpc-client/README.md has an unknown '{code}'"
+        );
     }
 }
 

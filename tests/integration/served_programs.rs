@@ -129,10 +129,8 @@ fn wait_until_ended(pids: &[Pid]) {
 fn every_byte_is_passed_and_comes_back_unchanged() {
     let served = Served::start("every_byte", &["--", "cat"]);
     let bytes: Vec<u8> = (0..=255).collect();
-    let answer = |body: &[u8]| Answer {
-        body: body.into(),
-        content_type: Some("application/octet-stream".into()),
-    };
+    let answer =
+        |body: &[u8]| Answer::new(body.into()).with_content_type("application/octet-stream".into());
     assert_eq!(served.ask(&bytes), Ok(answer(&bytes)));
     assert_eq!(served.ask(b""), Ok(answer(b"")));
     assert_eq!(
@@ -145,10 +143,7 @@ fn every_byte_is_passed_and_comes_back_unchanged() {
     );
     assert_eq!(
         served.ask(b"x"),
-        Ok(Answer {
-            body: b"x".into(),
-            content_type: Some("image/png".into())
-        })
+        Ok(Answer::new(b"x".into()).with_content_type("image/png".into()))
     );
     assert!(served.server.stop().is_empty());
 }
@@ -299,10 +294,8 @@ fn a_long_run_goes_on_while_its_caller_waits() {
 #[test]
 fn the_exit_code_says_how_it_ended() {
     let failed = |message: &str| failure(ErrorCode::Failed, message);
-    let with_code = |code, exit_code, message: &str| Failure {
-        exit_code: Some(exit_code),
-        ..failure(code, message)
-    };
+    let with_code =
+        |code, exit_code, message: &str| failure(code, message).with_exit_code(exit_code);
     let served = Served::start("exit_codes", &["--", "sh"]);
     for (script, expected) in [
         (

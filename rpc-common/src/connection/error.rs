@@ -23,6 +23,7 @@ pub struct Error {
 /// What went wrong. As text it is the second half of a sentence about the broker. What the broker
 /// said is escaped.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum ErrorKind {
     /// The command line, the environment, or a file that they name is wrong. The text has no part
     /// of a URL that can hold a password.

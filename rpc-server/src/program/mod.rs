@@ -147,10 +147,10 @@ impl Program {
         let ended = run(&mut command, request.body, &id, &limits, &self.groups);
         match ended.map_err(|error| self.not_started(&error))? {
             Ended::Exited(status, output) if !status.success() => Err(failure(status, output)),
-            Ended::Exited(_, body) if body.len() <= self.options.max_reply => Ok(Answer {
-                body,
-                content_type: Some(self.options.content_type.clone()),
-            }),
+            Ended::Exited(_, output) if output.len() <= self.options.max_reply => {
+                let content_type = self.options.content_type.clone();
+                Ok(Answer::new(output).with_content_type(content_type))
+            }
             Ended::Exited(..) => Err(self.stopped(Stopped::OutputTooLarge)),
             Ended::Stopped(why) => {
                 (self.on_stopped)();
@@ -327,9 +327,5 @@ fn failure(status: ExitStatus, output: Vec<u8>) -> Failure {
         "" => format!("the program failed with exit code {exit_code}"),
         sentence => sentence.to_owned(),
     };
-    Failure {
-        code,
-        message,
-        exit_code: Some(exit_code),
-    }
+    Failure::new(code, message).with_exit_code(exit_code)
 }

@@ -175,10 +175,7 @@ mod tests {
     fn a_reply_that_is_too_large_to_be_kept_takes_no_place_of_others() {
         let kept = KeptReplies::default();
         keep(&kept, b"30", "832040");
-        let large = Answer {
-            body: vec![0; MAX_KEPT_BYTES + 1],
-            content_type: None,
-        };
+        let large = Answer::new(vec![0; MAX_KEPT_BYTES + 1]);
         kept.begin(&request(b"large")).keep(Ok(large));
         assert_eq!(take(&kept, b"large"), None);
         assert_eq!(take(&kept, b"30"), Some(Ok(answer("832040"))));

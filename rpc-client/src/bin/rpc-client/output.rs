@@ -305,21 +305,13 @@ mod tests {
     }
 
     fn replied(origin: Origin, request: &[u8], reply: &[u8], content_type: Option<&str>) -> Line {
-        line_of(
-            origin,
-            request,
-            Ok(Answer {
-                body: reply.into(),
-                content_type: content_type.map(Into::into),
-            }),
-        )
+        let mut answer = Answer::new(reply.into());
+        answer.content_type = content_type.map(Into::into);
+        line_of(origin, request, Ok(answer))
     }
 
     fn failed(origin: Origin) -> Line {
-        let failure = Failure {
-            exit_code: Some(3),
-            ..Failure::new(ErrorCode::Failed, "wc failed")
-        };
+        let failure = Failure::new(ErrorCode::Failed, "wc failed").with_exit_code(3);
         line_of(origin, b"x", Err(CallError::Failed(failure)))
     }
 
@@ -477,10 +469,7 @@ mod tests {
             );
         }
         for reply in [&b""[..], b"NaN", b"-1", b"1\n", b" 1", b"\xff"] {
-            let answer = Answer {
-                body: reply.into(),
-                content_type: None,
-            };
+            let answer = Answer::new(reply.into());
             assert!(check_number(30, answer).is_err(), "{reply:?}");
         }
     }

@@ -16,6 +16,7 @@ FUZZ_SECONDS ?= 600
 
 # The benchmark program expects the optimised programs in its own folder.
 BENCH = cargo run --release --locked --quiet -p rpc-benches --bin compare --
+DENY = cargo deny --config .cargo/deny.toml
 CARGO_DOC = RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet
 
 .DEFAULT_GOAL := help
@@ -36,10 +37,10 @@ check: setup-build ## check formatting, lints and documentation; warnings are er
 	$(CARGO_DOC)
 
 check-deps: setup-deps ## check the licences, sources, duplicates and known defects of the dependencies
-	cargo deny --config .cargo/deny.toml check licenses sources bans
-	@# the database of defects is a git repository: without a network it is not at hand
-	@if cargo deny fetch db; then cargo deny --config .cargo/deny.toml check advisories; \
-		else echo "check-deps: the database of advisories is not at hand: known defects are not checked" >&2; fi
+	$(DENY) check licenses sources bans
+	@# The database of known defects is a git repository: without a network it is not at hand.
+	@if $(DENY) fetch db 2>/dev/null; then $(DENY) check advisories; else \
+		echo "check-deps: the database of advisories cannot be fetched: known defects were not checked" >&2; fi
 
 test: check setup-broker setup-peers ## check, then run all tests on private RabbitMQ nodes (or on the broker of AMQP_URL)
 	cargo test --locked

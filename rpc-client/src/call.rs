@@ -1,4 +1,4 @@
-//! What a call is: its request, its outcome and its errors.
+//! A call: its request, its outcome and its errors.
 
 use rpc_common::connection::{Error as ConnectionError, ErrorKind, Phase, QueueStats};
 use rpc_common::message::{Answer, ErrorCode, Failure};
@@ -34,11 +34,11 @@ pub struct Outcome<T> {
     pub result: Result<Answer, Error>,
 }
 
-/// How much of a server's error is shown, in bytes.
+/// Maximum length in bytes of a server's error that is shown.
 const MAX_SENTENCE: usize = 4 << 10;
 
-/// Why a call has no answer. Not `non_exhaustive`: a program that maps errors to exit codes shall not
-/// compile without the code of a new one.
+/// The error of a call without an answer. Not `non_exhaustive`: a program that maps errors to exit
+/// codes shall not compile without the code of a new one.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// The broker was not reached, or refused us: the request was not sent, or was refused.
@@ -55,7 +55,8 @@ pub enum Error {
         /// Host and port of the broker.
         address: String,
     },
-    /// The request queue has no consumers, and [`Config::no_wait`](crate::Config::no_wait) is set: nothing ran.
+    /// The request queue has no consumers, and [`Config::no_wait`](crate::Config::no_wait) is set:
+    /// nothing ran.
     #[error("no server is consuming '{queue}' on {address}: nothing ran")]
     NoConsumers {
         /// The request queue.
@@ -78,7 +79,7 @@ pub enum Error {
         size: usize,
         /// Host and port of the broker.
         address: String,
-        /// What the broker said.
+        /// The broker's sentence.
         reason: String,
     },
     /// The deadline passed: the function may or may not have run.
@@ -90,10 +91,10 @@ pub enum Error {
         address: String,
         /// The call's timeout.
         limit: Duration,
-        /// What is known of the cause.
+        /// The known cause.
         cause: NoAnswerCause,
-        /// How many calls of this run were in flight before this one, if any was answered while it
-        /// waited.
+        /// Number of calls of this run that were in flight before this one, if any was answered
+        /// while it waited.
         ahead: usize,
     },
     /// The server answered with an error.
@@ -128,16 +129,16 @@ impl Error {
     }
 }
 
-/// What is known of why there is no answer.
+/// The known cause of a missing answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum NoAnswerCause {
     /// Nothing but the silence.
     #[default]
     Unknown,
-    /// The request queue when it was last looked at.
+    /// The latest `queue_stats` of the request queue.
     Queue(QueueStats),
-    /// The request queue did not exist when it was last looked at.
+    /// The request queue did not exist at the latest `queue_stats`.
     QueueMissing,
     /// The broker has not answered while this was done.
     Waiting(Phase),
@@ -148,8 +149,8 @@ pub enum NoAnswerCause {
 }
 
 impl NoAnswerCause {
-    /// What is known after the connection was lost. A timeout is no news where the cause is known
-    /// already.
+    /// The known cause after the connection was lost. A timeout adds nothing where the cause is
+    /// known already.
     pub(crate) fn after(self, error: &ConnectionError) -> Self {
         use NoAnswerCause::{Blocked, Disconnected, Queue, QueueMissing, Waiting};
         match (&error.kind, self) {

@@ -1,4 +1,4 @@
-//! How to call: options of the command line, and of a program that uses the library.
+//! The options of calls, of the command line, and of a program that uses the library.
 
 use clap::ValueEnum;
 use rpc_common::command_line::{self, BrokerOptions};
@@ -6,7 +6,7 @@ use rpc_common::message::{DEADLINE_HEADER, TEXT};
 use rpc_common::options::{parse_content_type, parse_name, parse_timeout};
 use std::time::Duration;
 
-/// How to call. The defaults are those of the command line.
+/// The options of calls. The defaults are those of the command line.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Calls")]
 pub struct Config {
@@ -48,7 +48,7 @@ pub struct Config {
     #[arg(short = 'H', long = "header", value_name = "NAME=VALUE", value_parser = parse_header)]
     pub headers: Vec<(String, String)>,
 
-    /// Where the broker is.
+    /// The brokers to connect to.
     #[command(flatten)]
     pub broker: BrokerOptions,
 }
@@ -59,7 +59,7 @@ impl Default for Config {
     }
 }
 
-/// The longest name of a header in bytes: it is an AMQP short string.
+/// Maximum length of a header's name in bytes: an AMQP short string.
 const MAX_HEADER_NAME: usize = 255;
 
 fn parse_header(text: &str) -> Result<(String, String), String> {
@@ -74,7 +74,7 @@ fn parse_header(text: &str) -> Result<(String, String), String> {
     }
 }
 
-/// Where replies go.
+/// The queue of replies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 #[non_exhaustive]
 pub enum ReplyTo {

@@ -1,4 +1,4 @@
-//! What is known of why there is no answer, and when to ask the broker for more. Pure.
+//! The known cause of a missing answer, and the time to ask the broker for more. Pure.
 
 use crate::call::NoAnswerCause;
 use rpc_common::connection::{
@@ -12,12 +12,12 @@ const FIRST_STATS: Duration = Duration::from_millis(500);
 /// Interval of further `queue_stats`.
 const STATS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What is known of why pending calls have no answer.
+/// The known cause of why pending calls have no answer.
 pub(crate) struct Diagnosis {
-    /// When `queue_stats` is due, if nothing arrives before.
+    /// Instant of the next `queue_stats`, if nothing arrives before.
     next_stats: Instant,
-    /// Why the broker blocks publishers, while it does. Then nothing is published, and the broker
-    /// answers nothing.
+    /// The broker's reason to block publishers, while it blocks them. Then nothing is published,
+    /// and the broker answers nothing.
     blocked: Option<String>,
     cause: NoAnswerCause,
     /// Number of `queue_stats` in a row that found no consumers.
@@ -34,7 +34,7 @@ impl Diagnosis {
         }
     }
 
-    /// When `queue_stats` is due.
+    /// Instant of the next `queue_stats`.
     pub(crate) fn next_stats(&self) -> Instant {
         self.next_stats
     }

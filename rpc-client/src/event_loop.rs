@@ -1,4 +1,4 @@
-//! The event loop: what a run does when something happens. Pure: [`run`](crate::run) moves messages
+//! The event loop: the decisions of a run. Pure: [`run`](crate::run) moves messages
 //! between it and the broker.
 //!
 //! [`EventLoop::step`] takes one [`Event`]. What it asks for in return is taken by
@@ -25,7 +25,7 @@ use uuid::Uuid;
 /// seconds later, on a new connection, it takes milliseconds.
 const MAX_CONSUMER_START: Duration = Duration::from_secs(10);
 
-/// What happens to a run.
+/// An event of a run.
 #[derive(Debug)]
 pub(crate) enum Event {
     /// Requests can be published, to the broker at this address.
@@ -52,7 +52,7 @@ pub(crate) enum Event {
     Timer,
 }
 
-/// What the session is to do.
+/// A command to the session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Command {
     /// Ask for [`Event::QueueStats`], unless they are still to come.
@@ -61,12 +61,12 @@ pub(crate) enum Command {
     GiveUp,
 }
 
-/// How far the session has come.
+/// The state of the session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum SessionState {
     Connecting,
-    /// Requests can be published. The consumer must start `by` this instant; while the broker blocks
-    /// us there is none: the calls wait until it unblocks us.
+    /// Requests can be published. The consumer must start `by` this instant; while the broker
+    /// blocks us there is none: the calls wait until it unblocks us.
     Starting {
         by: Option<Instant>,
     },
@@ -136,7 +136,7 @@ impl<'a, T> EventLoop<'a, T> {
     /// The deadline of connecting.
     ///
     /// # Panics
-    /// When no call is pending.
+    /// If no call is pending.
     pub(crate) fn connect_deadline(&self) -> Deadline {
         self.pending.connect_deadline()
     }
@@ -172,17 +172,17 @@ impl<'a, T> EventLoop<'a, T> {
         true
     }
 
-    /// Takes how calls have ended, in this order.
+    /// Takes the outcomes of ended calls, in the order in which the calls ended.
     pub(crate) fn take_outcomes(&mut self) -> Vec<Outcome<T>> {
         mem::take(&mut self.outcomes)
     }
 
-    /// Takes what the session is to do.
+    /// Takes the commands to the session.
     pub(crate) fn take_commands(&mut self) -> Vec<Command> {
         mem::take(&mut self.commands)
     }
 
-    /// When [`Event::Timer`] is due. `None` while nothing can be late.
+    /// Instant of the next [`Event::Timer`]. `None` while nothing can be late.
     pub(crate) fn next_wake(&self) -> Option<Instant> {
         if !self.calls_can_expire() {
             return None;

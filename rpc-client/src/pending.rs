@@ -1,6 +1,7 @@
 //! The pending calls: which are unanswered, and what happens to them.
 //!
-//! The fate of a call is what the broker did with its latest request. What happens changes the fate:
+//! The fate of a call is what the broker did with its latest request. What happens changes the
+//! fate:
 //!
 //! | event | unsent | unconfirmed | accepted | lost | refused |
 //! | --- | --- | --- | --- | --- | --- |
@@ -47,7 +48,7 @@ pub(crate) struct Call<T> {
     pub(crate) deadline: Deadline,
     /// Number of times that the request was published.
     sends: u32,
-    /// When the request was published first.
+    /// Instant of the first publish.
     pub(crate) first_sent: Option<Instant>,
     /// Number of calls in flight when this one began.
     ahead: usize,
@@ -58,7 +59,7 @@ pub(crate) struct Call<T> {
     fate: Fate,
 }
 
-/// What the broker did with the latest request of a call.
+/// The **fate** of a call: what the broker did with its latest request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
     /// To be published on this connection.
@@ -70,11 +71,11 @@ enum Fate {
     /// No queue has taken it: it is resent.
     Lost,
     /// The queue has not taken it at this instant, and had taken none before: the queue is full, or
-    /// its process has died. `queue_stats` tells.
+    /// its process has died. `queue_stats` decides.
     Refused(Instant),
 }
 
-/// What changes the fate of a call.
+/// An event that changes the fate of a call.
 #[derive(Clone, Copy, Debug)]
 enum Event {
     Published,
@@ -124,7 +125,7 @@ impl<T> Call<T> {
     }
 }
 
-/// What the return of a request means for its call.
+/// The consequence of a returned request for its call.
 #[derive(Debug)]
 pub(crate) enum Returned<T> {
     /// The call has ended: there is no request queue.
@@ -133,7 +134,7 @@ pub(crate) enum Returned<T> {
     WillResend,
 }
 
-/// What became of the request that was to be published.
+/// The result of publishing the next request.
 pub(crate) enum Publication<T, E> {
     Sent,
     /// The request cannot be published, and its call has ended.
@@ -155,7 +156,7 @@ pub(crate) struct PendingCalls<T> {
     connection: OnConnection,
 }
 
-/// What belongs to one connection. The next connection replaces it whole.
+/// The state that belongs to one connection. The next connection replaces it whole.
 #[derive(Debug)]
 struct OnConnection {
     /// Indexes of the unsent calls, in order. Some may have ended.
@@ -169,7 +170,7 @@ struct OnConnection {
     resend: Option<Resend>,
 }
 
-/// When lost requests are resent.
+/// The resend of lost requests.
 #[derive(Debug)]
 struct Resend {
     at: Instant,
@@ -367,7 +368,7 @@ impl<T> PendingCalls<T> {
     }
 
     /// The queue has not taken these requests. Returns whether any is refused: then `queue_stats`
-    /// tells whether the queue is full.
+    /// decides whether the queue is full.
     pub(crate) fn on_nack(&mut self, confirmed: Confirmed, now: Instant) -> bool {
         let mut is_any_refused = false;
         for index in self.connection.take_confirmed(confirmed) {
@@ -437,7 +438,7 @@ impl<T> PendingCalls<T> {
     /// earlier are reported while we connect.
     ///
     /// # Panics
-    /// When no call is pending.
+    /// If no call is pending.
     pub(crate) fn connect_deadline(&self) -> Deadline {
         let mut calls = self.calls.values();
         let call = if self.was_any_sent() {
@@ -448,14 +449,14 @@ impl<T> PendingCalls<T> {
         call.expect("a call is pending").deadline
     }
 
-    /// When a call expires or a resend is due, whichever comes first.
+    /// Instant of the next deadline or resend, whichever comes first.
     pub(crate) fn next_timer(&self) -> Option<Instant> {
         let deadline = self.first_deadline().map(|deadline| deadline.instant());
         let resend = self.connection.resend.as_ref().map(|resend| resend.at);
         deadline.into_iter().chain(resend).min()
     }
 
-    /// How far the calls have come when a session ends.
+    /// The progress of the calls when a session ends.
     pub(crate) fn progress(&self, was_connected: bool, now: Instant) -> Progress {
         match self.first_deadline() {
             None => Progress::NoCalls,

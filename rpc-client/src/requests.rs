@@ -37,7 +37,7 @@ struct Shared {
 /// are not taken.
 ///
 /// # Panics
-/// When the system refuses a file descriptor.
+/// If the system refuses a file descriptor.
 pub fn requests<T>(capacity: Option<usize>) -> (RequestSender<T>, Requests<T>) {
     let (sender, receiver) = capacity.map_or_else(unbounded, bounded);
     let waker = Waker::new().expect("the system provides a file descriptor");

@@ -3,10 +3,10 @@
 use rpc_common::connection::{Error, ErrorKind, Meaning, ACCESS_REFUSED};
 use std::time::Duration;
 
-/// The shortest pause between two attempts to connect.
+/// Minimum pause between two attempts to connect.
 pub(crate) const MIN_PAUSE: Duration = Duration::from_millis(10);
 
-/// How far the pending calls have come.
+/// The progress of the pending calls.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Progress {
     NoCalls,
@@ -35,7 +35,7 @@ pub(crate) fn ends_run(error: &Error, progress: Progress) -> bool {
     }
 }
 
-/// What the broker said, if it closed the channel because a request is larger than its
+/// The broker's sentence, if it closed the channel because a request is larger than its
 /// `max_message_size`.
 pub(crate) fn too_large_reason(error: &Error) -> Option<&str> {
     match &error.kind {

@@ -1,7 +1,7 @@
 //! A run: makes a call of each request. It moves events, requests and outcomes between the
 //! [`EventLoop`], which decides, the [`Session`], which is the way to the broker, and the caller.
 //!
-//! It drives the link of the connection, so its thread is the one that a reply wakes.
+//! A run drives the link of the connection, so the thread of the run is the one that a reply wakes.
 
 use crate::call::{Error, Outcome};
 use crate::config::Config;
@@ -50,11 +50,11 @@ pub type OnOutcomes<'a, T> = dyn FnMut(Vec<Outcome<T>>) + 'a;
 /// ```
 ///
 /// # Errors
-/// [`Error::Connection`] or [`Error::RefusedAfterSend`] when the broker cannot be reached or refuses
-/// us. It is the outcome of all pending calls, too; the other requests stay in the channel.
+/// [`Error::Connection`] or [`Error::RefusedAfterSend`] when the broker cannot be reached or
+/// refuses us. It is the outcome of all pending calls, too; the other requests stay in the channel.
 ///
 /// # Panics
-/// When there is no endpoint.
+/// If there is no endpoint.
 pub fn run<T>(
     config: &Config,
     endpoints: Vec<Endpoint>,

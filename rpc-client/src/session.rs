@@ -1,7 +1,7 @@
 //! A session: one connection with its reply queue, as the event loop's thread sees it.
 //!
-//! That thread drives the link of the connection: it reads replies, and publishes requests. Blocking
-//! calls are made by the [thread of the session](crate::session_thread).
+//! That thread drives the link of the connection: it reads replies, and publishes requests.
+//! Blocking calls are made by the [thread of the session](crate::session_thread).
 
 use crate::call::Error;
 use crate::config::Config;
@@ -29,13 +29,13 @@ pub(crate) struct Session {
     reports: Receiver<Report>,
     /// The link to drive. `None` until a socket is connected.
     link: Option<Arc<Link>>,
-    /// As `link`, but as soon as the thread has it: the session may end before the report is read.
+    /// The same link as soon as the thread has it: the session may end before the report is read.
     latest_link: Arc<Mutex<LatestLink>>,
     /// `None` until it is connected.
     connected: Option<Connected>,
     /// Whether the thread has not answered [`Command::QueueStats`] yet.
     is_stats_pending: bool,
-    /// When closing must have ended.
+    /// Deadline of closing.
     close_deadline: Deadline,
 }
 
@@ -82,7 +82,7 @@ impl Session {
             .map(|connected| &connected.publisher)
     }
 
-    /// Sets when closing must have ended.
+    /// Sets the deadline of closing.
     pub(crate) fn set_close_deadline(&mut self, deadline: Deadline) {
         self.close_deadline = deadline;
     }
@@ -116,7 +116,7 @@ impl Session {
         }
     }
 
-    /// Takes what has happened. Confirmations come before the `queue_stats` that decide with them,
+    /// Takes all events. Confirmations come before the `queue_stats` that decide with them,
     /// and the end comes last.
     pub(crate) fn take_events(&mut self, on_event: &mut OnEvent) -> Result<(), Error> {
         self.take_arrived(on_event)?;

@@ -1,5 +1,5 @@
-//! The thread of a session: it makes the blocking calls, one after the other, so that the event loop
-//! never blocks: connecting, starting the consumer, `queue_stats`, closing.
+//! The thread of a session: it makes the blocking calls, one after the other, so that the event
+//! loop never blocks: connecting, starting the consumer, `queue_stats`, closing.
 
 use crate::call::Error;
 use crate::config::{Config, ReplyTo};
@@ -26,7 +26,7 @@ const MAX_UNREAD_PER_CALL: usize = 8;
 /// Maximum number of unread replies that belong to no call in flight.
 const MAX_UNREAD: usize = 1_000;
 
-/// What the thread does on request.
+/// A command to the thread.
 pub(crate) enum Command {
     /// Report [`Report::QueueStats`].
     QueueStats,
@@ -34,7 +34,7 @@ pub(crate) enum Command {
     Close(Deadline),
 }
 
-/// What the thread reports.
+/// A report of the thread.
 pub(crate) enum Report {
     /// A socket is connected, and the event loop is to drive its link. (The link of an attempt
     /// before may have ended.)
@@ -51,7 +51,7 @@ pub(crate) enum Report {
     ThreadEnded,
 }
 
-/// What a connected session has.
+/// The parts of a connected session.
 pub(crate) struct Connected {
     /// Host and port of the broker.
     pub(crate) address: String,
@@ -105,7 +105,7 @@ impl LatestLink {
     }
 }
 
-/// What the thread is to connect to.
+/// The brokers that the thread connects to, and its options.
 pub(crate) struct Attempt {
     pub(crate) endpoints: Vec<Endpoint>,
     pub(crate) config: Config,

@@ -7,10 +7,10 @@ use std::io::{self, BufWriter, Write};
 use std::thread;
 use std::time::Duration;
 
-/// How many lines may wait for the reader. Further ones are dropped.
+/// Maximum number of lines that wait for the reader. Further lines are dropped.
 const MAX_WAITING: usize = 10_000;
 
-/// How long [`BackgroundWriter::flush`] waits for the reader.
+/// Maximum time that [`BackgroundWriter::flush`] waits for the reader.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A **background writer** takes lines from any thread, and never waits for the reader.
@@ -28,7 +28,7 @@ impl BackgroundWriter {
     /// written.
     ///
     /// # Panics
-    /// When the system refuses a thread.
+    /// If the system refuses a thread.
     pub fn start(output: impl Write + Send + 'static) -> Self {
         let (sender, messages) = bounded(MAX_WAITING);
         let write = move || write_lines(output, &messages);

@@ -48,8 +48,8 @@ pub fn parse_args<Cli: clap::Parser>(short_help: &str) -> Result<Cli, ExitCode> 
     })
 }
 
-/// Values of a variable that do not set an option without a value, as clap has it. Upper and lower
-/// case are the same.
+/// Values of a variable that do not set an option without a value, as in clap. Upper and lower case
+/// are the same.
 const FALSE: [&str; 7] = ["", "0", "f", "false", "n", "no", "off"];
 
 /// The arguments, and before them those that the environment sets: `RPC_CLIENT_TIMEOUT=5s` is
@@ -139,7 +139,7 @@ fn reword(reason: &str) -> String {
 /// no command line.
 ///
 /// # Panics
-/// When the arguments are wrong.
+/// If the arguments are wrong.
 pub fn from_args<Options: clap::Args>(args: &[&str]) -> Options {
     let command = Options::augment_args(clap::Command::new("").no_binary_name(true));
     Options::from_arg_matches(
@@ -182,7 +182,7 @@ impl BrokerOptions {
     /// warning if an option contains a password: `ps` shows it.
     ///
     /// # Errors
-    /// When a URL, or a file beside it, is wrong.
+    /// If a URL, or a file beside it, is wrong.
     pub fn endpoints(&self) -> Result<Vec<Endpoint>, Error> {
         self.try_endpoints().map_err(Error::configuration)
     }

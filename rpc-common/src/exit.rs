@@ -35,7 +35,7 @@ pub enum ExitCode {
     Terminated = 143,
 }
 
-/// The exit codes of rpc-client and their meaning.
+/// Exit codes of rpc-client and their meaning.
 pub const CLIENT_EXIT_CODES: &[(ExitCode, &str)] = &[
     (ExitCode::Success, "every call was answered"),
     (ExitCode::RemoteError, "the server answered with an error, or with something that is not an answer"),
@@ -52,7 +52,7 @@ pub const CLIENT_EXIT_CODES: &[(ExitCode, &str)] = &[
     (ExitCode::Terminated, "ended by SIGTERM"),
 ];
 
-/// The exit codes of rpc-server and their meaning.
+/// Exit codes of rpc-server and their meaning.
 pub const SERVER_EXIT_CODES: &[(ExitCode, &str)] = &[
     (ExitCode::Success, "stopped gracefully by SIGINT or SIGTERM"),
     (ExitCode::Usage, "the command line, a file that it names, or AMQP_URL is invalid"),
@@ -64,7 +64,7 @@ pub const SERVER_EXIT_CODES: &[(ExitCode, &str)] = &[
     (ExitCode::Terminated, "ended at once by a second signal, SIGTERM"),
 ];
 
-/// The width of the help in columns.
+/// Width of the help in columns.
 const HELP_WIDTH: usize = 80;
 
 /// Formats a table of exit codes for the end of `--help`.

@@ -74,10 +74,10 @@ fn fib_u64(n: u64) -> u64 {
     current
 }
 
-/// The number of digits of the largest 64-bit number.
+/// Number of digits of the largest 64-bit number.
 const MAX_DIGITS: usize = 20;
 
-/// Why a text is not a number. The messages complete "'abc' is …".
+/// The reason why a text is not a number. The messages complete "'abc' is …".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NumberError {
     /// The text does not match `[0-9]{1,20}`.

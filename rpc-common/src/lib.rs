@@ -1,4 +1,4 @@
-//! What `rpc-server` and `rpc-client` share.
+//! The code that `rpc-server` and `rpc-client` share.
 //!
 //! Read in this order: [`fib`] is the function, [`message`] what goes over the wire, [`properties`]
 //! and [`encoding`] its bytes, [`connection`] the way to the broker,

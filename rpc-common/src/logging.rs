@@ -71,7 +71,7 @@ impl LogOptions {
     }
 }
 
-/// What a line on standard error begins with: on a terminal, it replaces a line that shows
+/// The start of a line on standard error: on a terminal, it replaces a line that shows
 /// progress.
 pub fn start_of_line() -> &'static str {
     if is_interactive() {
@@ -142,15 +142,17 @@ pub fn flush() {
     log::logger().flush();
 }
 
-/// The target of lines that a served program wrote. Their rate is limited for each run.
+/// Target of the lines that a served program wrote. Their rate is limited for each run.
 pub const PROGRAM_TARGET: &str = "program";
 
-/// The number of lines that a call site may log in each window. DEBUG and TRACE lines are not
-/// limited: the user asked for them.
+/// Maximum number of lines that a call site logs in each window. (DEBUG and TRACE lines are not
+/// limited: the user asked for them.)
 const MAX_LINES: u64 = 5;
+
+/// Length of a window.
 const WINDOW_LENGTH: Duration = Duration::from_secs(60);
 
-/// For how long a line that is repeated, with no other line between, is counted before it is logged
+/// Time for which a repeated line, with no other line between, is counted before it is logged
 /// again.
 const REPETITION_LENGTH: Duration = Duration::from_secs(300);
 
@@ -158,7 +160,7 @@ const REPETITION_LENGTH: Duration = Duration::from_secs(300);
 /// repeated.
 struct RateLimitedLog<L> {
     log: L,
-    /// What `log` writes to, if that is a thread of its own.
+    /// The writer of the log, if it has a thread of its own.
     writer: Option<BackgroundWriter>,
     limiter: Mutex<RateLimiter>,
 }

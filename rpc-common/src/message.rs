@@ -7,16 +7,25 @@ use crate::properties::{Properties, Table, TableBuilder, Value};
 use crate::text::escape;
 use std::time::{Duration, SystemTime};
 
-/// The content type of text: of the numbers of fib, and of errors.
+/// Content type of text: of the numbers of fib, and of errors.
 pub const TEXT: &str = "text/plain";
+
+/// Delivery mode of a message that a durable queue keeps on disk.
 const PERSISTENT: u8 = 2;
-/// The header of a call's deadline, [`Request::deadline_ms`].
+
+/// Header of a call's deadline, [`Request::deadline_ms`].
 pub const DEADLINE_HEADER: &str = "x-deadline-ms";
+
+/// Property `type` of an error reply.
 const ERROR_TYPE: &str = "error";
+
+/// Header of a failure's code.
 const ERROR_CODE_HEADER: &str = "x-error-code";
+
+/// Header of a failed program's exit code.
 const EXIT_CODE_HEADER: &str = "x-exit-code";
 
-/// The prefix of the queue names that RabbitMQ makes for direct reply-to.
+/// Prefix of the queue names that RabbitMQ makes for direct reply-to.
 const DIRECT_REPLY_TO: &[u8] = b"amq.rabbitmq.reply-to";
 
 /// A **request** asks a server to run its function on the body. All but the body is optional. Text
@@ -39,7 +48,7 @@ pub struct Request<'a> {
     pub body: &'a [u8],
     /// The MIME type of the body.
     pub content_type: Option<&'a [u8]>,
-    /// Whatever else the caller says about the body or the call.
+    /// Further headers of the caller.
     pub headers: Table<'a>,
     /// The queue for the reply. A request without one cannot be answered.
     pub reply_to: Option<&'a [u8]>,
@@ -49,7 +58,7 @@ pub struct Request<'a> {
     /// The call's **deadline**, Unix time in milliseconds: a server does not run the request after
     /// it.
     pub deadline_ms: Option<i64>,
-    /// What only foreign clients set.
+    /// Properties that only foreign clients set.
     pub details: Details<'a>,
     /// Whether the broker has delivered the request before, so that it may have run.
     pub is_redelivered: bool,
@@ -145,7 +154,7 @@ impl<'a> Request<'a> {
         }
     }
 
-    /// What identifies the call in a line of the log, in brackets: safe to print, and it does not
+    /// The id of the call for a line of the log, in brackets: safe to print, and it does not
     /// close them.
     pub fn log_id(&self) -> String {
         escape(self.correlation_id.unwrap_or(b"none"))
@@ -275,7 +284,7 @@ pub enum ErrorCode {
 }
 
 impl ErrorCode {
-    /// All codes but the other ones.
+    /// All codes but [`Other`](Self::Other).
     pub const KNOWN: [Self; 9] = [
         Self::InvalidArgument,
         Self::OutOfRange,
@@ -305,7 +314,7 @@ impl ErrorCode {
     }
 }
 
-/// The length in characters of an unknown code that is shown.
+/// Maximum length in characters of an unknown code that is shown.
 const MAX_CODE_CHARS: usize = 64;
 
 impl From<&str> for ErrorCode {

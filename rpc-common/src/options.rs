@@ -2,16 +2,16 @@
 
 use std::time::Duration;
 
-/// The longest duration that an option accepts: RabbitMQ refuses a longer `expiration`.
+/// Maximum duration that an option accepts: RabbitMQ refuses a longer `expiration`.
 const MAX_DURATION: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
-/// The largest message that RabbitMQ can be configured to accept (`max_message_size`), in bytes.
+/// Maximum message size that RabbitMQ can be configured to accept (`max_message_size`), in bytes.
 pub const MAX_SIZE: usize = 512 << 20;
 
 /// Parses a name that goes into an AMQP short string: 1 to 255 bytes without control characters.
 ///
 /// # Errors
-/// What is wrong with the name, for a message.
+/// The reason why the name is refused, for a message.
 pub fn parse_name(text: &str) -> Result<String, String> {
     match text.len() {
         0 => Err("the queue name must not be empty".into()),
@@ -26,7 +26,7 @@ pub fn parse_name(text: &str) -> Result<String, String> {
 /// Parses a MIME type, which is an AMQP short string: 1 to 255 bytes without control characters.
 ///
 /// # Errors
-/// What is wrong with it, for a message.
+/// The reason why the type is refused, for a message.
 pub fn parse_content_type(text: &str) -> Result<String, String> {
     parse_name(text).map_err(|_| "not a content type such as text/plain".into())
 }
@@ -34,7 +34,7 @@ pub fn parse_content_type(text: &str) -> Result<String, String> {
 /// Parses a duration of 0 to 365 days: `1500ms`, `1.5s`, `2m`; a bare number is seconds.
 ///
 /// # Errors
-/// What is wrong with the duration, for a message.
+/// The reason why the duration is refused, for a message.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let is_number = !text.is_empty()
         && text
@@ -62,7 +62,7 @@ pub fn parse_timeout(text: &str) -> Result<Duration, String> {
 /// Parses a size in bytes: `512KiB`, `8MiB`, `1GiB`; a bare number is bytes.
 ///
 /// # Errors
-/// What is wrong with the size, for a message.
+/// The reason why the size is refused, for a message.
 pub fn parse_size(text: &str) -> Result<usize, String> {
     let units = [("KiB", 10), ("MiB", 20), ("GiB", 30)];
     let with_unit = units

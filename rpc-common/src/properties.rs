@@ -14,7 +14,7 @@ pub struct Properties<'a> {
     pub content_type: Option<&'a [u8]>,
     /// The encoding of the body, such as gzip.
     pub content_encoding: Option<&'a [u8]>,
-    /// Whatever else the publisher says.
+    /// Further headers of the publisher.
     pub headers: Option<Table<'a>>,
     /// 2: persistent.
     pub delivery_mode: Option<u8>,
@@ -24,7 +24,7 @@ pub struct Properties<'a> {
     pub correlation_id: Option<&'a [u8]>,
     /// The queue for the reply.
     pub reply_to: Option<&'a [u8]>,
-    /// After how many milliseconds in a queue the broker drops the message, in decimal.
+    /// Maximum time of the message in a queue: milliseconds, in decimal.
     pub expiration: Option<&'a [u8]>,
     /// Identifies the message.
     pub message_id: Option<&'a [u8]>,
@@ -38,7 +38,7 @@ pub struct Properties<'a> {
     pub app_id: Option<&'a [u8]>,
 }
 
-/// The flag of the first property; the following ones have the bits below, in the order of
+/// Flag of the first property; the following properties have the bits below, in the order of
 /// [`Properties`].
 const FIRST_FLAG: u16 = 1 << 15;
 

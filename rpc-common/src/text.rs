@@ -6,7 +6,7 @@ use std::io;
 // In the form that `options::parse_duration` accepts.
 pub use humantime::format_duration;
 
-/// The number of bytes that [`escape`] shows.
+/// Number of bytes that [`escape`] shows.
 const MAX_ESCAPED_BYTES: usize = 200;
 
 /// Makes bytes from the wire safe to print: escapes control characters, invisible characters and

@@ -24,7 +24,8 @@ const DELIVERY_TIMEOUT: Duration = Duration::from_secs(60);
 /// connected to.
 const MAX_UNREAD: usize = 64;
 
-/// What a worker does on its channel. The unit tests of the worker have one without a socket.
+/// The operations of a worker on its channel. The unit tests of the worker have one without a
+/// socket.
 pub(crate) trait Channel {
     /// Adds a reply.
     fn publish(&self, reply: &Reply, request: &Request);
@@ -46,7 +47,7 @@ pub(crate) trait Channel {
     /// Writes what was added.
     fn flush(&self) -> Result<(), Error>;
 
-    /// How the consumer, the channel or the connection ended, if it has.
+    /// The end of the consumer, the channel or the connection, if one of them has ended.
     fn ended(&self) -> Option<ErrorKind>;
 
     /// Whether messages or the end have arrived that were not taken.
@@ -87,7 +88,7 @@ impl WorkerChannel {
         })
     }
 
-    /// What arrives on the channel.
+    /// The inbox of the channel.
     pub(crate) fn inbox(&self) -> &ChannelInbox {
         &self.open.inbox
     }
@@ -103,11 +104,12 @@ impl WorkerChannel {
     }
 
     /// Cancels the consumer, and gives the deliveries back that were not begun. (When a channel is
-    /// closed the broker requeues them, too, but RabbitMQ 4.3 then counts each as a failed delivery.)
+    /// closed the broker requeues them, too, but RabbitMQ 4.3 then counts each as a failed
+    /// delivery.)
     pub(crate) fn cancel(&self, consumer: Consumer) {
-        // Dropping the consumer cancels it. amiquip passes the broker's cancel-ok to the thread that
-        // drops it, and then to the consumer's receiver. If there is none any more, amiquip ends the
-        // connection: so it is received here.
+        // Dropping the consumer cancels it. amiquip passes the broker's cancel-ok to the thread
+        // that drops it, and then to the consumer's receiver. If there is none any more, amiquip
+        // ends the connection: so it is received here.
         let events = consumer.receiver().clone();
         let deadline = Deadline::after(BLOCKING_TIMEOUT);
         // Fails if the channel has ended.

@@ -1,10 +1,10 @@
-//! What to serve: options of the command line, and of a program that uses the library.
+//! The options of a server, of the command line, and of a program that uses the library.
 
 use crate::queue::QueueType;
 use rpc_common::command_line::{self, BrokerOptions};
 use rpc_common::options::parse_name;
 
-/// What to serve. The defaults are those of the command line.
+/// The options of a server. The defaults are those of the command line.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Requests")]
 pub struct Config {
@@ -29,7 +29,7 @@ pub struct Config {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     pub prefetch: u16,
 
-    /// Where the broker is.
+    /// The brokers to connect to.
     #[command(flatten)]
     pub broker: BrokerOptions,
 

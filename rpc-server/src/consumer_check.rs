@@ -27,7 +27,7 @@ impl ConsumerCheck {
         }
     }
 
-    /// When `queue_stats` is due.
+    /// Instant of the next `queue_stats`.
     pub(crate) fn next(&self) -> Instant {
         self.next
     }

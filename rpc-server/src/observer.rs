@@ -1,4 +1,4 @@
-//! What a program that serves learns of its server.
+//! The reports of a server to the program that it is in.
 
 use rpc_common::connection::Error;
 use rpc_common::message::{ErrorCode, Reply};
@@ -25,7 +25,8 @@ pub trait Observer: Sync {
     /// It is time to stop: the requests that have begun are answered.
     fn on_stopping(&self) {}
 
-    /// How often the server's loop calls `on_alive`; a loop that hangs does not. `None` is never.
+    /// Interval at which the server's loop calls `on_alive`; a loop that hangs does not. `None` is
+    /// never.
     fn alive_interval(&self) -> Option<Duration> {
         None
     }
@@ -40,7 +41,7 @@ impl<OnReady: Fn() + Sync> Observer for OnReady {
     }
 }
 
-/// How a request ended.
+/// The **outcome** of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Outcome {

@@ -5,7 +5,7 @@ use rpc_common::connection::{
     Connection, Deadline, Error, ErrorKind, Meaning, Phase, ACCESS_REFUSED, PRECONDITION_FAILED,
 };
 
-/// How the request queue is declared if it does not exist.
+/// The type with which the request queue is declared if it does not exist.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 #[non_exhaustive]
 pub enum QueueType {
@@ -19,7 +19,8 @@ pub enum QueueType {
     Quorum,
 }
 
-/// How often another server may declare the queue between our check and our declaration.
+/// Maximum number of times that another server may declare the queue between `queue_stats` and our
+/// declaration.
 const MAX_ATTEMPTS: u32 = 5;
 
 /// Finds the queue, or declares it. Tutorial peers declare it in different ways, and a declaration
@@ -125,7 +126,7 @@ fn check_type(
     }
 }
 
-/// What [`find_or_declare`] has done, for the log.
+/// Describes the result of [`find_or_declare`] for the log.
 pub(crate) fn describe(queue: &str, declared: Option<&str>) -> String {
     match declared {
         Some(name) => format!("declared queue '{queue}' ({name})"),

@@ -25,11 +25,11 @@ use std::sync::Once;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long an attempt to connect and to find or declare the queue may take, for each broker; and
-/// opening a channel.
+/// Timeout of each broker's attempt to connect and to find or declare the queue; and of opening
+/// channels.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a connection that is being opened is waited for when it is time to stop.
+/// Maximum time that a stop waits for a connection that is being opened.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Serves until `stop` is disconnected: connects, has `handler` answer the requests, and connects
@@ -55,7 +55,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 /// [`ErrorKind::TooManyChannels`] at any time.
 ///
 /// # Panics
-/// When the system refuses a thread.
+/// If the system refuses a thread.
 pub fn serve(
     config: &Config,
     handler: &Handler,
@@ -119,12 +119,12 @@ struct Server<'a> {
     /// Disconnected when all workers have ended.
     events: Receiver<WorkerEvent>,
     channels: Sender<WorkerChannel>,
-    /// How many workers wait for a channel.
+    /// Number of workers that wait for a channel.
     waiting: usize,
     /// As configured, or quorum where the broker does not permit transient queues.
     queue_type: QueueType,
     backoff: Backoff,
-    /// When the observer is told that the loop is alive.
+    /// The instants at which the observer learns that the loop is alive.
     ticks: Receiver<Instant>,
 }
 

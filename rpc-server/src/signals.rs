@@ -13,14 +13,14 @@ use std::{io, thread};
 /// stop.
 pub type Stop = Receiver<Infallible>;
 
-/// For how long the same signal counts once.
+/// Time in which the same signal counts once.
 const SAME_SIGNAL: Duration = Duration::from_secs(1);
 
 /// A stop signal that the first SIGINT or SIGTERM gives. The second one ends the process, as if it
 /// was not handled.
 ///
 /// # Errors
-/// When the system refuses the signal handlers or a thread.
+/// If the system refuses the signal handlers or a thread.
 pub fn stop_signal() -> io::Result<Stop> {
     stop_signal_with(|| {})
 }

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant, SystemTime};
 /// Number of failures to run the function in a row after which a worker pauses.
 const MAX_UNAVAILABLE: u32 = 5;
 
-/// What is served, and what the server and its workers share.
+/// The function and its options, and the state that the server and its workers share.
 pub(crate) struct Service<'a> {
     pub(crate) config: &'a Config,
     pub(crate) handler: &'a Handler<'a>,
@@ -46,7 +46,7 @@ impl Service<'_> {
     }
 }
 
-/// What a worker reports to the server.
+/// A report of a worker to the server.
 pub(crate) enum WorkerEvent {
     /// The worker consumes from the queue.
     Consuming,
@@ -55,7 +55,7 @@ pub(crate) enum WorkerEvent {
     LostChannel(Error),
 }
 
-/// What happens on the channel of a worker.
+/// An event on the channel of a worker.
 enum Event {
     Delivery(Delivery),
     /// A reply that the broker could not route to a queue.
@@ -68,8 +68,9 @@ enum Event {
 
 /// A **worker** takes requests from the queue while it has a channel.
 ///
-/// A worker does not own the connection. So nobody waits for a worker whose function is running when
-/// the connection ends; the worker takes a channel of the next connection when the function returns.
+/// A worker does not own the connection. So nobody waits for a worker whose function is running
+/// when the connection ends; the worker takes a channel of the next connection when the function
+/// returns.
 pub(crate) struct Worker<'a> {
     service: &'a Service<'a>,
     events: Sender<WorkerEvent>,
@@ -196,7 +197,8 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// The number of ready messages in the queue; 0 while the broker blocks us: it would not answer.
+    /// The number of ready messages in the queue; 0 while the broker blocks us: it would not
+    /// answer.
     fn ready_messages(&self, channel: &dyn Channel) -> Result<u32, Error> {
         if self.service.is_blocked.load(Ordering::Relaxed) {
             return Ok(0);
@@ -253,9 +255,9 @@ impl<'a> Worker<'a> {
         ack(channel, tag, &in_hand, reply)
     }
 
-    /// Answers a redelivered request. Its reply may be why it was delivered again: so the reply goes
-    /// over the isolated connection, and the request is acknowledged when the broker has accepted
-    /// the reply.
+    /// Answers a redelivered request. Its reply may be why it was delivered again: so the reply
+    /// goes over the isolated connection, and the request is acknowledged when the broker has
+    /// accepted the reply.
     fn answer_redelivered(
         &mut self,
         channel: &dyn Channel,

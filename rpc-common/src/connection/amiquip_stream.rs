@@ -50,7 +50,7 @@ impl Evented for AmiquipStream {
 
 impl IoStream for AmiquipStream {}
 
-/// What both sides agreed on at the end of the login.
+/// The values that both sides agreed on at the end of the login.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Negotiated {
     /// The largest frame, in bytes.
@@ -66,17 +66,17 @@ pub(crate) struct FromAmiquip {
     login: Login,
 }
 
-/// How far amiquip has logged in.
+/// The progress of amiquip's login.
 enum Login {
-    /// It has sent nothing: the protocol header is not a frame.
+    /// amiquip has sent nothing: the protocol header is not a frame.
     Begin { connection_name: String },
-    /// It has sent the protocol header, and perhaps start-ok.
+    /// amiquip has sent the protocol header, and perhaps start-ok.
     Handshake { connection_name: String },
-    /// It has sent tune-ok.
+    /// amiquip has sent tune-ok.
     Done,
 }
 
-/// "AMQP" and the version.
+/// Length of the protocol header: "AMQP" and the version.
 const PROTOCOL_HEADER_LEN: usize = 8;
 
 impl FromAmiquip {
@@ -125,8 +125,10 @@ impl FromAmiquip {
     }
 }
 
-/// Class and method.
+/// Class and method of `connection.start-ok`.
 const START_OK: (u16, u16) = (10, 11);
+
+/// Class and method of `connection.tune-ok`.
 const TUNE_OK: (u16, u16) = (10, 31);
 
 /// Encodes start-ok with more client properties. Without this capability, RabbitMQ refuses a login

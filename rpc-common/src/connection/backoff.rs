@@ -1,19 +1,21 @@
-//! How long to wait before connecting again. Pure but for the random part of the pauses.
+//! The pauses before connecting again. Pure but for the random part of the pauses.
 
 use backon::{BackoffBuilder, ExponentialBuilder};
 use std::time::{Duration, Instant};
 
-/// The first pause and the longest one; up to as much again is added at random.
+/// First pause; up to as much again is added at random.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
+
+/// Longest pause; up to as much again is added at random.
 const LONGEST_PAUSE: Duration = Duration::from_millis(2_500);
 
-/// What has worked for this long after a pause is stable: the pauses start again with the first.
+/// Time without an error after which the pauses start again with the first.
 const STABLE_AFTER: Duration = Duration::from_secs(1);
 
 /// The **pauses** between attempts: exponential, with jitter, without end.
 pub struct Backoff {
     pauses: Pauses,
-    /// When the latest pause ends.
+    /// End of the latest pause.
     paused_until: Instant,
 }
 
@@ -28,7 +30,7 @@ impl Backoff {
         }
     }
 
-    /// How long to wait before the next attempt.
+    /// The pause before the next attempt.
     pub fn next_pause(&mut self, now: Instant) -> Duration {
         if now.saturating_duration_since(self.paused_until) >= STABLE_AFTER {
             self.pauses = pauses();

@@ -23,28 +23,36 @@ use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// The largest buffer that a publisher keeps for its next frames, in bytes.
+/// Maximum size of the buffer that a publisher keeps for its next frames, in bytes.
 const MAX_KEPT: usize = 64 << 10;
 
-/// The methods that are written here, by class and method.
+/// Class and method of `queue.declare`.
 const QUEUE_DECLARE: (u16, u16) = (50, 10);
+
+/// Class and method of `basic.ack`.
 const BASIC_ACK: (u16, u16) = (60, 80);
+
+/// Class and method of `basic.reject`.
 const BASIC_REJECT: (u16, u16) = (60, 90);
+
+/// Class and method of `basic.nack`.
 const BASIC_NACK: (u16, u16) = (60, 120);
+
+/// Class and method of `confirm.select`.
 const CONFIRM_SELECT: (u16, u16) = (85, 10);
 
 /// An open channel. Its [`Publisher`] publishes and acknowledges on it.
 pub struct OpenChannel {
     /// amiquip's channel, for everything but messages.
     pub amqp: amiquip::Channel,
-    /// What arrives on it.
+    /// The messages and confirmations of the channel.
     pub inbox: ChannelInbox,
     link: Arc<Link>,
     /// Host and port of the broker, for errors.
     address: String,
 }
 
-/// What arrives on a channel.
+/// The inbox of a channel: its messages, confirmations, and its end.
 #[derive(Clone)]
 pub struct ChannelInbox {
     inbox: Arc<Inbox>,
@@ -148,7 +156,7 @@ impl ChannelInbox {
         self.inbox.take()
     }
 
-    /// How the consumer, the channel or the connection ended, if it has.
+    /// The end of the consumer, the channel or the connection, if one of them has ended.
     pub fn ended(&self) -> Option<ErrorKind> {
         self.inbox.ended()
     }
@@ -230,7 +238,7 @@ impl Publisher {
         put_method(&mut self.frames.borrow_mut(), self.channel, method, put);
     }
 
-    /// How many bytes wait for [`flush`](Self::flush).
+    /// Number of bytes that wait for [`flush`](Self::flush).
     pub fn buffered(&self) -> usize {
         self.frames.borrow().len()
     }
@@ -243,7 +251,7 @@ impl Publisher {
     /// Writes what was added, in one piece.
     ///
     /// # Errors
-    /// How the channel or the connection ended; then nothing is written.
+    /// The end of the channel or the connection; then nothing is written.
     pub fn flush(&self) -> Result<(), ErrorKind> {
         let mut frames = self.frames.borrow_mut();
         if frames.is_empty() {

@@ -11,7 +11,7 @@ use amq_protocol::protocol::AMQPClass;
 use amq_protocol::types::{AMQPValue, FieldTable};
 use std::sync::atomic::Ordering;
 
-/// How many messages may wait on the channel that is open.
+/// Maximum number of unread messages on the open channel.
 const MAX_UNREAD: usize = 8;
 
 /// Panics unless these bytes end the connection, or amiquip's parser accepts what it gets of them,

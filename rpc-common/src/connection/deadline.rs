@@ -6,7 +6,7 @@ use crossbeam_channel::{bounded, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// The deadline of a limit that is too long for an [`Instant`].
+/// Deadline of a limit that is too long for an [`Instant`].
 const MAX_DEADLINE: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
 
 /// A **deadline** is the instant by which something must have ended, and the limit that it was made
@@ -52,7 +52,7 @@ impl Deadline {
         }
     }
 
-    /// When it passes.
+    /// The instant at which the deadline passes.
     pub fn instant(&self) -> Instant {
         self.instant
     }

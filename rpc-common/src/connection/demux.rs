@@ -1,5 +1,5 @@
-//! Where the frames of the broker go: messages and confirmations to the inboxes of their channels,
-//! other methods to amiquip.
+//! The demultiplexer of the broker's frames: messages and confirmations go to the inboxes of their
+//! channels, other methods to amiquip.
 
 use super::error::ErrorKind;
 use super::frames::{
@@ -14,7 +14,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// The period of [`MAX_NOTIFICATIONS`].
+/// Period of [`MAX_NOTIFICATIONS`].
 const NOTIFICATION_PERIOD: Duration = Duration::from_secs(60);
 
 /// Whether the broker blocks publishers, each time that this changes.
@@ -26,7 +26,7 @@ pub enum Notification {
     Unblocked,
 }
 
-/// How a connection ended.
+/// The end of a connection.
 #[derive(Debug)]
 pub(crate) enum End {
     /// The broker closed it.
@@ -114,7 +114,7 @@ pub(crate) struct Demultiplexer {
     pub(crate) to_amiquip: Vec<u8>,
     /// The interval of heartbeats that the broker wants, in seconds.
     pub(crate) brokers_heartbeat: u16,
-    /// How many notifications there were in the current period.
+    /// Number of notifications in the current period.
     notifications: u32,
     period_start: Instant,
 }
@@ -132,7 +132,7 @@ impl Demultiplexer {
     /// Takes a frame. Returns what it says of the connection.
     ///
     /// # Errors
-    /// How the connection ends with this frame.
+    /// The end of the connection, if this frame ends it.
     pub(crate) fn take(
         &mut self,
         inboxes: &Inboxes,

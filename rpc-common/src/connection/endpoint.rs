@@ -1,4 +1,4 @@
-//! Where the broker is, and as whom to log in: what a URL and the options beside it say.
+//! The address of a broker and the login: a URL, and the options beside it.
 
 use super::error::ErrorKind;
 use super::tls::TlsFiles;
@@ -13,12 +13,19 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use url::{Host, ParseError, Url};
 
-/// Seconds between heartbeats, if nothing else is configured.
+/// Default interval of heartbeats in seconds.
 pub const DEFAULT_HEARTBEAT: u16 = 10;
 
+/// Reason to refuse a text that is not a URL of AMQP.
 const URL_FORM: &str = "not of the form amqp://user:password@host:port/vhost";
+
+/// Reason to refuse a port with other characters than digits.
 const NOT_ENCODED: &str = "bad port: is # / ? or @ in the password percent-encoded?";
+
+/// Reason to refuse a port out of range.
 const BAD_PORT: &str = "bad port: it must be a number from 1 to 65535";
+
+/// Reason to refuse several URLs in one.
 const SEVERAL: &str = "it must be one URL: repeat --url for several brokers";
 
 /// An **endpoint** is a broker's address, and how to log in there.
@@ -33,7 +40,7 @@ pub struct Endpoint {
     /// `None`: the URL has no password.
     password: Option<Secret>,
     uses_certificate_login: bool,
-    /// Where the URL comes from, for messages.
+    /// The origin of the URL, for messages.
     pub(crate) source_name: &'static str,
     /// Read again for every connection.
     pub(crate) password_file: Option<PathBuf>,
@@ -65,7 +72,7 @@ impl Endpoint {
         self.password.is_some()
     }
 
-    /// What amiquip sends in the handshake. Reads the password file.
+    /// amiquip's options of the handshake. Reads the password file.
     ///
     /// # Errors
     /// [`ErrorKind::Configuration`]
@@ -120,7 +127,7 @@ impl Endpoint {
         })
     }
 
-    /// As whom we log in, and a question, for the error that the broker refused us.
+    /// The login, and a question, for the error that the broker refused us.
     pub(crate) fn describe_login(&self) -> String {
         if self.uses_certificate_login {
             "auth_mechanism=external: does the broker know the certificate's user?".into()

@@ -1,4 +1,4 @@
-//! What can go wrong between a program and the broker.
+//! The errors of a connection.
 
 use super::phase::Phase;
 use super::reply_codes::{
@@ -16,12 +16,12 @@ use thiserror::Error;
 pub struct Error {
     /// Host and port. `None` if the configuration is wrong before there is a broker to connect to.
     pub address: Option<String>,
-    /// What went wrong.
+    /// The kind of the error.
     pub kind: ErrorKind,
 }
 
-/// What went wrong. As text it is the second half of a sentence about the broker. What the broker
-/// said is escaped.
+/// The kind of an error. As text it is the second half of a sentence about the broker. What the
+/// broker said is escaped.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -47,7 +47,7 @@ pub enum ErrorKind {
     /// The broker cancelled a consumer.
     #[error("cancelled the consumer")]
     ConsumerCancelled,
-    /// The broker has requests and an idle consumer, and does not bring them together.
+    /// The queue has ready messages but delivers none to this idle consumer.
     #[error("delivers no request to this consumer, though some are waiting: consuming again")]
     ConsumerForgotten,
     /// The broker closed the connection.
@@ -67,17 +67,17 @@ pub enum ErrorKind {
     TimedOut {
         /// The limit that the deadline was made from.
         limit: Duration,
-        /// What did not end.
+        /// The phase that did not end.
         phase: Phase,
     },
 }
 
-/// Why the broker closed a channel or a connection.
+/// The broker's reason to close a channel or a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reason {
     /// The reply code.
     pub code: u16,
-    /// What the broker said.
+    /// The broker's sentence.
     pub text: String,
 }
 
@@ -217,7 +217,7 @@ impl ErrorKind {
     }
 }
 
-/// What an error of amiquip means. None of those that can occur here contains a URL.
+/// Translates an error of amiquip. None of those that can occur here contains a URL.
 impl From<amiquip::Error> for ErrorKind {
     fn from(error: amiquip::Error) -> Self {
         use amiquip::Error as Amiquip;

@@ -9,38 +9,50 @@ use crate::message::Publish;
 use std::ops::Range;
 use thiserror::Error;
 
-/// The largest frame that we negotiate, in bytes; RabbitMQ's default.
+/// Maximum frame size that we negotiate, in bytes; RabbitMQ's default.
 pub(crate) const FRAME_MAX: u32 = 131_072;
 
-/// The largest content header, in bytes. RabbitMQ does not split a header that outgrows the
-/// negotiated frame size because of what it adds (`x-death`, `x-delivery-count`).
+/// Maximum size of a content header, in bytes. RabbitMQ does not split a header that outgrows the
+/// negotiated frame size because of what RabbitMQ adds (`x-death`, `x-delivery-count`).
 const CONTENT_HEADER_MAX: u32 = 1 << 20;
 
-/// The largest body that RabbitMQ can be configured to carry, in bytes.
+/// Maximum size of a body that RabbitMQ can be configured to carry, in bytes.
 const BODY_MAX: u64 = 512 << 20;
 
-/// Frame types.
+/// Type of a method frame.
 pub(crate) const METHOD: u8 = 1;
+
+/// Type of a content header frame.
 pub(crate) const HEADER: u8 = 2;
+
+/// Type of a body frame.
 pub(crate) const BODY: u8 = 3;
+
+/// Type of a heartbeat frame.
 pub(crate) const HEARTBEAT: u8 = 8;
 
+/// Last byte of every frame.
 const FRAME_END: u8 = 0xce;
+
+/// Length of a frame's type, channel and size.
 const FRAME_HEADER_LEN: usize = 7;
-/// The size of a frame without its payload.
+
+/// Size of a frame without its payload.
 pub(crate) const FRAME_OVERHEAD: usize = FRAME_HEADER_LEN + 1;
 
-/// The first bytes of a TLS alert (RFC 8446, 5.1).
+/// First bytes of a TLS alert (RFC 8446, 5.1).
 const TLS_ALERT: [u8; 2] = [21, 3];
 
-/// How often, in each minute, the broker may say that it blocks or unblocks the connection.
+/// Maximum number of times in a minute that the broker may block or unblock the connection.
 pub(crate) const MAX_NOTIFICATIONS: u32 = 100;
 
-/// The size of a frame buffer at first, and the largest that it keeps, in bytes.
+/// Initial size of a frame buffer, in bytes.
 const FIRST_SIZE: usize = 4 << 10;
+
+/// Maximum size that a frame buffer keeps, in bytes.
 const LARGEST_KEPT: usize = 64 << 10;
 
-/// What the broker must not send.
+/// A violation of the protocol by the broker.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub(crate) enum FrameError {
     #[error("the peer is not an AMQP server")]
@@ -232,6 +244,7 @@ pub(crate) fn put_message(
     message: &Publish,
     frame_max: usize,
 ) -> Result<(), usize> {
+    /// Class and method of `basic.publish`.
     const PUBLISH: (u16, u16) = (60, 40);
     const CLASS_BASIC_WEIGHT_0: [u8; 4] = [0, 60, 0, 0];
     let start = to.len();

@@ -1,4 +1,4 @@
-//! What a channel has received: messages, confirmations, and how it ended.
+//! The inbox of a channel: messages, confirmations, and its end.
 //!
 //! The thread that reads the socket assembles them from frames; the channel's user takes them.
 
@@ -17,7 +17,7 @@ use std::time::Instant;
 /// A message that the broker delivered to a consumer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Delivery {
-    /// Its number on the channel, for the acknowledgement.
+    /// The delivery tag, for the acknowledgement.
     pub delivery_tag: u64,
     /// Whether the broker has delivered it before.
     pub is_redelivered: bool,
@@ -64,7 +64,7 @@ pub enum Message {
     Returned(Returned),
 }
 
-/// What the broker did with published messages, by their numbers on the channel, from 1. Neighbours
+/// Acks or nacks of published messages, by their numbers on the channel, from 1. Neighbours
 /// are merged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Confirmed {
@@ -76,14 +76,14 @@ pub struct Confirmed {
     pub is_ack: bool,
 }
 
-/// What was in an inbox.
+/// The content of an inbox.
 #[derive(Debug, Default)]
 pub struct Arrived {
     /// In the order of their arrival.
     pub messages: VecDeque<Message>,
     /// Those of messages that were returned follow their return in `messages`.
     pub confirmed: Vec<Confirmed>,
-    /// How the consumer, the channel or the connection ended. Nothing arrives after that.
+    /// The end of the consumer, the channel or the connection. Nothing arrives after that.
     pub end: Option<ErrorKind>,
 }
 
@@ -92,7 +92,7 @@ pub(crate) struct Inbox {
     state: Mutex<Received>,
     /// Notified when something arrives.
     changed: Condvar,
-    /// How many messages, and how many confirmations, may wait to be taken.
+    /// Maximum number of unread messages, and of unread confirmations.
     max_unread: usize,
     /// Whether the channel is in confirm mode. Else confirmations are dropped.
     pub(crate) has_confirms: AtomicBool,
@@ -235,7 +235,7 @@ impl Inbox {
         *lock(&self.is_open) = false;
     }
 
-    /// How the consumer, the channel or the connection ended, if it has.
+    /// The end of the consumer, the channel or the connection, if one of them has ended.
     pub(crate) fn ended(&self) -> Option<ErrorKind> {
         lock(&self.state).arrived.end.clone()
     }

@@ -30,11 +30,11 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
-/// How often a standby thread looks whether nobody drives the link. A worker does not wake it for
-/// each request.
+/// Interval at which a standby thread checks whether the link is driven. A worker does not wake
+/// that thread for each request.
 const STANDBY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// The maximum number of bytes that wait for amiquip to read them. It reads at once.
+/// Maximum number of bytes that wait for amiquip, which reads at once.
 const MAX_FOR_AMIQUIP: usize = 1 << 20;
 
 /// The **link** of a connection, shared by all who use it.
@@ -46,7 +46,7 @@ pub struct Link {
     writer: SocketWriter,
     waker: Waker,
     driver: Mutex<Driver>,
-    /// How many threads wait for the driver: the standby thread leaves it to them.
+    /// Number of threads that wait for the driver: the standby thread leaves it to them.
     wants_to_drive: AtomicUsize,
     standby: OnceLock<Thread>,
     inboxes: Inboxes,
@@ -66,7 +66,7 @@ struct BlockingCalls {
     /// Their deadlines, by number.
     deadlines: HashMap<u64, Instant>,
     begun: u64,
-    /// When the driver's poll ends by itself.
+    /// End of the driver's current poll.
     wakes_at: Option<Instant>,
     /// Whether it must end earlier.
     is_changed: bool,
@@ -211,7 +211,7 @@ impl Link {
         }
     }
 
-    /// What an error of amiquip means. If it is that the connection has ended, we know how.
+    /// Translates an error of amiquip. Where the connection has ended, we know the cause.
     fn explain(&self, error: amiquip::Error) -> ErrorKind {
         use amiquip::Error::{ExhaustedChannelIds, ServerClosedChannel};
         match (error, self.cause()) {
@@ -245,7 +245,7 @@ impl Link {
     /// Writes frames to the broker, without waiting for it.
     ///
     /// # Errors
-    /// When the connection has ended.
+    /// If the connection has ended.
     pub(crate) fn write(&self, frames: &[u8]) -> Result<(), ErrorKind> {
         if let Some(end) = self.end.get() {
             return Err(end.into());
@@ -280,7 +280,7 @@ impl Link {
         self.notifications.clone()
     }
 
-    /// How the connection ended, if it has.
+    /// The end of the connection, if it has ended.
     pub(crate) fn ended(&self) -> Option<&End> {
         self.end.get()
     }
@@ -290,7 +290,7 @@ impl Link {
         self.end.get().is_some()
     }
 
-    /// How the connection ended, if it has.
+    /// The end of the connection, if it has ended.
     pub fn cause(&self) -> Option<ErrorKind> {
         self.end.get().map(ErrorKind::from)
     }
@@ -334,7 +334,7 @@ impl Link {
     }
 }
 
-/// What the thread that drives a link needs.
+/// The state of the thread that drives a link.
 struct Driver {
     from_broker: FrameBuffer,
     from_amiquip: FromAmiquip,
@@ -344,7 +344,7 @@ struct Driver {
 
 /// The heartbeats of a connection (AMQP 0-9-1, 4.2.7).
 struct Heartbeat {
-    /// When the last bytes arrived, of a frame or of a part of it.
+    /// Instant of the last received bytes, of a frame or of a part of it.
     last_heard: Instant,
     interval: Interval,
 }
@@ -352,7 +352,7 @@ struct Heartbeat {
 enum Interval {
     /// Before the login: what we want, in seconds.
     Wanted(u16),
-    /// When one is sent if nothing else was sent since the last time.
+    /// The next heartbeat is sent at `send_at`, if nothing else was sent since the last one.
     Running {
         interval: Duration,
         send_at: Instant,
@@ -387,7 +387,7 @@ impl Heartbeat {
     }
 }
 
-/// What poll(2) found.
+/// The result of poll(2).
 #[derive(Clone, Copy)]
 struct Events {
     socket: PollFlags,

@@ -1,4 +1,4 @@
-//! What the broker sends as methods (AMQP 0-9-1, 1.2 to 1.9): those that we take, and those that
+//! The methods that the broker sends (AMQP 0-9-1, 1.2 to 1.9): those that we take, and those that
 //! amiquip gets.
 //!
 //! amiquip parses methods with amq-protocol, which assumes that strings are UTF-8, and parses
@@ -48,8 +48,7 @@ pub(crate) enum Method<'a> {
     Other,
 }
 
-/// The offset of a method's arguments in its frame: after the frame header, the class and the
-/// method.
+/// Offset of a method's arguments in its frame: after the frame header, the class and the method.
 const ARGUMENTS: usize = 7 + 4;
 
 impl<'a> Method<'a> {
@@ -102,7 +101,7 @@ impl<'a> Method<'a> {
     }
 }
 
-/// How an argument is encoded.
+/// The encoding of an argument.
 #[derive(Clone, Copy)]
 enum Argument {
     /// A number, or bits, of this many bytes.
@@ -130,7 +129,7 @@ fn arguments(class: u16, method: u16) -> Result<&'static [Argument], Malformed> 
     })
 }
 
-/// How deep tables are nested in `connection.start`, the only method with a table: RabbitMQ's
+/// Depth of nested tables in `connection.start`, the only method with a table: RabbitMQ's
 /// capabilities are a table in the server's properties.
 const MAX_DEPTH: u32 = 2;
 

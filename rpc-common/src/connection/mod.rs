@@ -51,9 +51,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{fs, io, process};
 
-/// The maximum and the minimum time that closing waits for the broker before it shuts the socket
-/// down.
+/// Maximum time that closing waits for the broker before the socket is shut down.
 const MAX_CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Minimum time that closing waits for the broker before the socket is shut down.
 const MIN_CLOSE_TIMEOUT: Duration = Duration::from_millis(10);
 
 /// Timeout of each of several brokers, or of several addresses of one, but the last.
@@ -64,7 +65,7 @@ const MAX_ATTEMPT: Duration = Duration::from_secs(5);
 pub struct Connection {
     /// `None` once it is closed.
     amqp: Option<amiquip::Connection>,
-    /// Where it is connected.
+    /// The endpoint that it is connected to.
     pub endpoint: Endpoint,
     link: Arc<Link>,
 }
@@ -188,7 +189,7 @@ impl Connection {
     /// others.
     ///
     /// # Panics
-    /// When there is no endpoint.
+    /// If there is no endpoint.
     pub fn open_any(
         endpoints: &[Endpoint],
         program: &str,
@@ -308,7 +309,7 @@ impl Connection {
         })
     }
 
-    /// How the connection ended.
+    /// The end of the connection.
     pub fn cause(&self) -> Error {
         let cause = self
             .link
@@ -320,7 +321,7 @@ impl Connection {
     /// Closes the connection in one round trip. Shuts it down if that takes longer than a second.
     ///
     /// # Errors
-    /// What the broker answered in place of close-ok.
+    /// The broker's answer, if it is not close-ok.
     pub fn close(&mut self) -> Result<(), Error> {
         self.close_by(&Deadline::after(MAX_CLOSE_TIMEOUT))
     }
@@ -353,15 +354,15 @@ impl Drop for Connection {
     }
 }
 
-/// How long closing a connection waits for the broker: until this deadline, but 10 ms at least and
-/// 1 s at most.
+/// Maximum time that closing a connection waits for the broker: until this deadline, but 10 ms at
+/// least and 1 s at most.
 pub fn close_timeout(deadline: &Deadline) -> Duration {
     deadline
         .remaining()
         .clamp(MIN_CLOSE_TIMEOUT, MAX_CLOSE_TIMEOUT)
 }
 
-/// What RabbitMQ shows in its list of connections: program, version, host and process id.
+/// The connection's name in RabbitMQ's list: program, version, host and process id.
 fn connection_name(program: &str) -> String {
     let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_else(|_| "-".into());
     format!(

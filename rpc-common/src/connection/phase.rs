@@ -1,4 +1,4 @@
-//! What a connection waits for.
+//! The phases of a connection that have a deadline.
 
 use std::fmt::{self, Display};
 

@@ -1,4 +1,4 @@
-//! What RabbitMQ's sentences mean, where the reply code alone does not say it.
+//! The meaning of RabbitMQ's sentences, where the reply code alone does not say it.
 //!
 //! `tests/integration/sentences.rs` provokes each sentence at the broker of the tests.
 
@@ -22,7 +22,7 @@ pub enum Meaning {
     OtherQueueType,
 }
 
-/// How a sentence is recognised: by its reply code, its start and its end. Names of users, vhosts
+/// The pattern of a sentence: its reply code, its start and its end. Names of users, vhosts
 /// and queues stand in between, and may be any text.
 struct Sentence {
     meaning: Meaning,
@@ -31,6 +31,7 @@ struct Sentence {
     end: &'static str,
 }
 
+/// The sentences that are recognised.
 const SENTENCES: [Sentence; 6] = [
     Sentence {
         meaning: Meaning::MessageTooLarge,

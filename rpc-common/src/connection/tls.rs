@@ -218,7 +218,7 @@ fn wait_for(socket: &TcpStream, events: PollFlags, deadline: &Deadline) -> io::R
     }
 }
 
-/// What rustls found wrong on a connection to `host`.
+/// Describes an error of rustls on a connection to `host`.
 pub(crate) fn describe_tls_error(error: &rustls::Error, host: &str) -> String {
     match error {
         rustls::Error::InvalidCertificate(error) => {

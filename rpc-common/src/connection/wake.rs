@@ -23,7 +23,7 @@ impl Waker {
     /// A waker that no thread waits on yet.
     ///
     /// # Errors
-    /// When the system refuses a file descriptor.
+    /// If the system refuses a file descriptor.
     pub fn new() -> io::Result<Self> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Waker(Arc::new(EventFd {

@@ -17,11 +17,11 @@ pub(crate) struct SocketWriter {
 
 struct State {
     transport: Transport,
-    /// What the socket has not taken yet.
+    /// The bytes that the socket has not taken yet.
     backlog: VecDeque<u8>,
     /// Whether something was written since the latest [`SocketWriter::take_has_written`].
     has_written: bool,
-    /// Why writing has failed.
+    /// The error of the write that failed.
     error: Option<io::Error>,
 }
 
@@ -97,7 +97,7 @@ impl SocketWriter {
         std::mem::take(&mut lock(&self.state).has_written)
     }
 
-    /// Why writing has failed, if it has.
+    /// The error of the write that failed, if one has.
     pub(crate) fn take_error(&self) -> Option<io::Error> {
         lock(&self.state).error.take()
     }

@@ -18,9 +18,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// The largest value of a variable of the environment, and the longest sentence of a program that
-/// fails, in bytes.
+/// Maximum size in bytes of a variable of the program's environment.
 const MAX_VALUE: usize = 4 << 10;
+
+/// Maximum length in bytes of the sentence of a program that fails.
 const MAX_SENTENCE: usize = 4 << 10;
 
 /// Variables of the server's environment that the program does not get, beside those that begin
@@ -78,7 +79,7 @@ impl Program {
     /// Looks the program up on `PATH`. `None` if the options name none.
     ///
     /// # Errors
-    /// Why it cannot be run, for a message.
+    /// The reason why it cannot be run, for a message.
     pub fn find(options: &ProgramOptions, queue: &str) -> Result<Option<Self>, String> {
         let Some(name) = options.command.first() else {
             return Ok(None);
@@ -108,7 +109,7 @@ impl Program {
         self.on_stopped = Box::new(on_stopped);
     }
 
-    /// Where the program was found.
+    /// The path of the program.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -252,7 +253,7 @@ fn check_executable(path: &Path) -> Result<(), String> {
     access(path, Access::EXEC_OK).map_err(|_| "it is not executable".into())
 }
 
-/// When a Unix time in milliseconds is, if it is not too far away.
+/// The instant of a Unix time in milliseconds, if an [`Instant`] can be so far away.
 fn instant_of(unix_ms: i64) -> Option<Instant> {
     let time = UNIX_EPOCH.checked_add(Duration::from_millis(unix_ms.try_into().ok()?))?;
     Instant::now().checked_add(time.duration_since(SystemTime::now()).unwrap_or_default())
@@ -301,7 +302,7 @@ fn environment(request: &Request, queue: &str) -> Vec<(String, OsString)> {
         .collect()
 }
 
-/// What the caller gets from a program that failed. The exit codes with a meaning are those of
+/// The caller's error for a program that failed. The exit codes with a meaning are those of
 /// sysexits(3).
 fn failure(status: ExitStatus, output: Vec<u8>) -> Failure {
     let Some(exit_code) = status.code() else {

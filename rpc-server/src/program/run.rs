@@ -19,33 +19,33 @@ use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use std::{mem, thread};
 
-/// How long the output is waited for when the program has exited: a process outside its group may
-/// hold the pipes open.
+/// Maximum time in which output is read after the program has exited: a process outside its group
+/// may hold the pipes open.
 const OUTPUT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long after SIGKILL a run is given up.
+/// Time after SIGKILL after which a run is given up.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(5);
 
-/// How often a run asks whether its caller has gone.
+/// Interval at which a run checks whether its caller has gone.
 const CALLER_CHECK_INTERVAL: Duration = Duration::from_secs(10);
 
-/// How much is read at a time, in bytes.
+/// Maximum number of bytes that are read at a time.
 const READ_SIZE: usize = 16 << 10;
 
-/// When a run is stopped.
+/// The limits of a run.
 pub(crate) struct Limits<'a> {
-    /// How long it may take.
+    /// Maximum duration of the run.
     pub(crate) time: Duration,
     /// The caller's deadline.
     pub(crate) deadline: Option<Instant>,
-    /// How long after SIGTERM it gets SIGKILL.
+    /// Time between SIGTERM and SIGKILL.
     pub(crate) kill_after: Duration,
     /// The largest output, in bytes.
     pub(crate) output: usize,
     pub(crate) is_caller_gone: &'a dyn Fn() -> bool,
 }
 
-/// Why a run was stopped.
+/// The reason to stop a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stopped {
     AtTimeLimit,
@@ -54,7 +54,7 @@ pub(crate) enum Stopped {
     OutputTooLarge,
 }
 
-/// How a run ended.
+/// The end of a run.
 pub(crate) enum Ended {
     /// By itself, with this status and standard output.
     Exited(ExitStatus, Vec<u8>),
@@ -62,17 +62,17 @@ pub(crate) enum Ended {
     Stopped(Stopped),
 }
 
-/// What was done to a run that has not exited.
+/// The stage of a run that has not exited.
 #[derive(Clone, Copy, Debug)]
 enum Stage {
-    /// Nothing.
+    /// The program runs.
     Running,
-    /// It got SIGTERM. It gets SIGKILL at `kill_at`; `None` is never.
+    /// The group got SIGTERM. It gets SIGKILL at `kill_at`; `None` is never.
     Terminating {
         why: Stopped,
         kill_at: Option<Instant>,
     },
-    /// It got SIGKILL. It is left alone at `give_up_at`.
+    /// The group got SIGKILL. It is left alone at `give_up_at`.
     Killed { why: Stopped, give_up_at: Instant },
 }
 
@@ -145,7 +145,7 @@ fn kill(group: Pid, signal: Signal) {
 /// Runs a command with this input. Its standard error goes to the log, with `id`.
 ///
 /// # Errors
-/// Why it could not be started.
+/// The reason why it could not be started.
 pub(crate) fn run(
     command: &mut Command,
     input: &[u8],
@@ -229,7 +229,7 @@ struct Run<'a> {
     output: Vec<u8>,
     log: RunLog,
     limits: &'a Limits<'a>,
-    /// When it is stopped: at the time limit, or at the caller's deadline.
+    /// Instant of the time limit, or of the caller's deadline if that is earlier.
     stop_at: Option<Instant>,
     next_caller_check: Instant,
     stage: Stage,
@@ -273,7 +273,7 @@ impl<'a> Run<'a> {
     /// Waits until the program has exited.
     ///
     /// # Errors
-    /// Why it was stopped, if it cannot be killed.
+    /// The reason of the stop, if the program cannot be killed.
     fn wait_for_exit(&mut self) -> Result<(), Stopped> {
         loop {
             self.transfer(self.next_timer());
@@ -299,7 +299,7 @@ impl<'a> Run<'a> {
         self.log.finish();
     }
 
-    /// How the run ended, when the program has exited with this status.
+    /// The end of a run whose program has exited with this status.
     fn ended(&mut self, status: ExitStatus) -> Ended {
         match self.stage.stopped() {
             Some(why) => Ended::Stopped(why),
@@ -389,7 +389,7 @@ impl<'a> Run<'a> {
     /// Stops or kills the program when it is time to.
     ///
     /// # Errors
-    /// Why it was stopped, when it is time to give it up.
+    /// The reason of the stop, when it is time to give the program up.
     fn on_timers(&mut self, now: Instant) -> Result<(), Stopped> {
         let is_due = |timer: Option<Instant>| timer.is_some_and(|timer| timer <= now);
         match self.stage {

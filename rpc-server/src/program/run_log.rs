@@ -1,10 +1,12 @@
-//! What a program writes to standard error: it goes to the log, line by line.
+//! Logs the lines that a program writes to standard error.
 
 use rpc_common::logging::PROGRAM_TARGET;
 use rpc_common::text::escape_up_to;
 
-/// How many lines of a run are logged, and how much of each, in bytes.
+/// Maximum number of lines of a run that are logged.
 const MAX_LINES: u64 = 100;
+
+/// Maximum length in bytes of a line that is logged.
 const MAX_LINE: usize = 1_000;
 
 /// Logs the lines of one run.
@@ -13,7 +15,7 @@ pub(crate) struct RunLog {
     id: String,
     /// The line that has not ended, as far as it is shown.
     line: Vec<u8>,
-    /// How many lines have begun.
+    /// Number of lines that have begun.
     lines: u64,
     is_in_line: bool,
 }

@@ -16,8 +16,7 @@ use rpc_common::sync::lock;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-/// How long the server's loop is quiet before the isolated connection is closed, so that it does
-/// not stay open for good.
+/// Time without events of the server's loop after which the isolated connection is closed.
 pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Timeout of one reply.
@@ -29,10 +28,10 @@ const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
 /// Cool-down after a publish that timed out.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(5);
 
-/// How many returned replies may be unread: more than the one that is published at a time.
+/// Maximum number of unread returned replies: more than the one that is published at a time.
 const MAX_UNREAD: usize = 64;
 
-/// What happened to a reply.
+/// The result of publishing a reply.
 pub(crate) enum Published {
     /// The broker accepted it.
     Accepted,
@@ -51,7 +50,7 @@ pub(crate) struct IsolatedPublisher(Mutex<Isolated>);
 struct Isolated {
     /// Kept open after a reply that was accepted.
     open: Option<Open>,
-    /// Why the latest reply got no answer, and until when no other is tried.
+    /// The error of the latest reply that got no answer, and the end of the cool-down.
     failure: Option<(Error, Instant)>,
     /// No caller check before this instant, after one that got no answer.
     no_checks_until: Option<Instant>,

@@ -10,8 +10,10 @@ use std::collections::VecDeque;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-/// How many replies are kept, the latest ones, and their bytes.
+/// Maximum number of kept replies; the latest are kept.
 const MAX_KEPT: usize = 64;
+
+/// Maximum size of all kept replies in bytes.
 const MAX_KEPT_BYTES: usize = 64 << 20;
 
 /// The latest replies whose channel or consumer had ended when they were sent, of all workers; and
@@ -72,7 +74,7 @@ impl InHand<'_> {
     pub(crate) fn keep(&self, reply: Reply) {
         let size = |reply: &Reply| reply.as_ref().map_or(0, |answer| answer.body.len());
         if size(&reply) > MAX_KEPT_BYTES {
-            return; // it would take the place of all others
+            return; // it would evict every other reply
         }
         let mut state = self.kept.lock();
         state.replies.push_front((self.key, reply));
@@ -98,8 +100,7 @@ impl Drop for InHand<'_> {
     }
 }
 
-/// The beginnings of the names of headers that RabbitMQ adds, or changes, when it delivers a
-/// message again.
+/// Prefixes of the headers that RabbitMQ adds, or changes, when a message is redelivered.
 const BROKER_HEADERS: [&str; 5] = [
     "x-acquired-count",
     "x-death",
@@ -108,7 +109,7 @@ const BROKER_HEADERS: [&str; 5] = [
     "x-last-death-",
 ];
 
-/// What identifies a request when it is delivered again.
+/// The identity of a request when it is redelivered.
 fn key(request: &Request) -> u64 {
     let mut hasher = DefaultHasher::new();
     (

@@ -1,4 +1,4 @@
-//! What only redelivered requests need.
+//! The parts that only redelivered requests need.
 //!
 //! A request is delivered again when its first delivery got no acknowledgement. Its reply may be
 //! why: so it is published alone, on the [`IsolatedPublisher`]'s connection. And its reply may be

@@ -24,12 +24,15 @@ use std::sync::{mpsc, Arc};
 use std::thread;
 use std::time::Duration;
 
-/// How many numbers a **permit** allows to be read: at least this many times the calls in flight,
-/// so that the reader is woken rarely, and at least [`MIN_NUMBERS`]. Other requests, and their
-/// replies, may be large: then it is the calls in flight. The number of permits bounds the requests
-/// that wait behind a slow call.
+/// Read-ahead of numbers per **permit**, in units of `--in-flight`: many, so that the reader is
+/// woken rarely. (Other requests, and their replies, may be large: a permit allows `--in-flight` of
+/// them.)
 const NUMBERS_PER_CALL: u64 = 8;
+
+/// Minimum read-ahead of numbers per permit.
 const MIN_NUMBERS: u64 = 512;
+
+/// Number of permits: bounds the requests that wait behind a slow call.
 const PERMITS: usize = 2;
 
 /// Makes the calls of many requests and prints their answers. Returns the largest exit code of the
@@ -88,8 +91,7 @@ impl Drop for StopOnDrop {
     }
 }
 
-/// How long the printer may take to print the summary after a signal: the reader of its output may
-/// have stopped.
+/// Maximum time that the summary takes after a signal: the reader of the output may have stopped.
 const SUMMARY_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// On SIGINT and SIGTERM the printer prints the summary of what was done, and ends the program as

@@ -11,10 +11,10 @@ use rpc_common::exit::{exit_codes_help, CLIENT_EXIT_CODES};
 use rpc_common::logging::LogOptions;
 use std::io::{self, IsTerminal};
 
-/// The largest headers in bytes: they must fit into one frame, with what brokers add on the way.
+/// Maximum size of all headers in bytes: they must fit into one frame, with those that brokers add.
 const MAX_HEADERS: usize = 64 << 10;
 
-/// What `-h` prints: one screen.
+/// Text of `-h`: one screen.
 pub(crate) const SHORT_HELP: &str = "\
 Calls fib(n), or any function, over RabbitMQ and waits for the answer.
 
@@ -37,6 +37,7 @@ Exit codes: 0 answered, 1 error from the server, 2 usage, 3 no broker,
 4 not accepted, 5 no answer in time. All options: rpc-client --help
 ";
 
+/// End of `--help`.
 const EXAMPLES: &str = "\
 Examples:
   answer=$(rpc-client 30)
@@ -81,7 +82,7 @@ pub(crate) struct Cli {
     pub(crate) config: Config,
 }
 
-/// What to ask for: numbers, data or lines.
+/// The input: numbers, data or lines.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(crate) struct InputOptions {
     /// The numbers n to ask fib(n) for; `-` reads standard input, one number per line

@@ -1,4 +1,4 @@
-//! Why a call failed, or the whole run, with its exit code and its code in JSON.
+//! The error of a call, or of the whole run, with its exit code and its code in JSON.
 
 use crate::input::BadInput;
 use rpc_client::Error as CallError;
@@ -7,7 +7,7 @@ use rpc_common::message::ErrorCode;
 use rpc_common::text::describe_io_error;
 use std::io;
 
-/// Why there is no answer.
+/// The error in place of an answer.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     /// The call failed.
@@ -29,7 +29,7 @@ pub(crate) enum Error {
     Usage(&'static str),
 }
 
-/// The codes that only the client itself sets.
+/// Error codes that only the client itself sets.
 const CLIENT_CODES: [&str; 6] = [
     "unreachable",
     "no-server",

@@ -68,7 +68,7 @@ impl Data {
     }
 }
 
-/// What a call was made for; its request carries this to its line of output.
+/// The input of a call; the request carries it to the line of output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Input {
     /// The position of the line of output, from 0.
@@ -76,7 +76,7 @@ pub(crate) struct Input {
     pub(crate) origin: Origin,
 }
 
-/// Where a request comes from.
+/// The origin of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Origin {
     /// The number n of fib(n), and the line of standard input, from 1, if n comes from there.
@@ -90,7 +90,7 @@ pub(crate) enum Origin {
 }
 
 impl Origin {
-    /// What messages call the request; None for the only one.
+    /// The request's name in messages; `None` for the only one.
     pub(crate) fn label(self) -> Option<String> {
         match self {
             Origin::Number { n, line: None } => Some(format!("fib({n})")),
@@ -122,11 +122,11 @@ pub(crate) enum BadInput {
     Unreadable(#[from] Unreadable),
 }
 
-/// The maximum length in bytes of the line of a number, without its end.
+/// Maximum length in bytes of a line with a number, without its end.
 pub(crate) const MAX_NUMBER_LINE: usize = 1024;
 
-/// The lines of an input, without their ends; each is read when it is taken. A longer one than
-/// `max` is cut to one byte more.
+/// The lines of an input, without their ends; each is read when it is taken. Longer lines are
+/// truncated to max + 1 bytes, so that the caller can tell.
 pub(crate) fn read_lines(
     mut input: impl BufRead,
     max: usize,
@@ -154,7 +154,7 @@ fn read_line(input: &mut impl BufRead, max: usize) -> io::Result<Option<Vec<u8>>
 
 /// The request of a line with a number; blanks around it are allowed.
 pub(crate) fn number_line(line: u64, bytes: &[u8]) -> Result<(Origin, Vec<u8>), BadInput> {
-    // An overlong line was cut: trimmed, the rest could look like a number.
+    // Not trimmed: the rest of a truncated line could be a number.
     let text = if bytes.len() > MAX_NUMBER_LINE {
         bytes
     } else {

@@ -15,7 +15,7 @@ use std::str;
 use std::time::Duration;
 use uuid::Uuid;
 
-/// How many lines of output there are.
+/// The number of lines of output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Layout {
     /// One: that of a single call, whose answer is printed as it is.
@@ -145,7 +145,7 @@ impl Line {
     }
 }
 
-/// log10 of the golden ratio: by this many digits fib(n) grows from one n to the next.
+/// log10 of the golden ratio: the digits by which fib(n) grows from one n to the next.
 const DIGITS_PER_N: f64 = 0.208_987_640_249_978_73;
 
 /// An answer is a decimal number with no more digits than fib(n) can have.

@@ -21,7 +21,7 @@ use std::io::{self, IsTerminal, Write};
 use std::sync::mpsc::{Receiver, Sender as EventSender};
 use std::sync::Mutex;
 
-/// What the printer receives.
+/// A message to the printer.
 pub(crate) enum Event {
     /// Lines of calls that have ended.
     Lines(Vec<Line>),
@@ -45,7 +45,7 @@ pub(crate) struct Printer<W> {
     layout: Layout,
     /// Lines that wait for a line before them, by index.
     waiting: BTreeMap<u64, Line>,
-    /// How many lines were printed. If they are ordered, this is the index of the next one.
+    /// Number of printed lines. If lines are ordered, this is the index of the next one.
     printed: u64,
     last_error: Option<String>,
     /// Whether lines were printed that are not flushed.
@@ -186,7 +186,7 @@ pub(crate) struct SharedPrinter<W> {
     sink: Sink,
 }
 
-/// The maximum number of bytes that are printed at once.
+/// Maximum number of bytes that are printed at once on the event loop's thread.
 const MAX_AT_ONCE: usize = 4096;
 
 impl<W: Write> SharedPrinter<W> {
@@ -276,7 +276,7 @@ impl<W> Printer<W> {
     }
 }
 
-/// What standard output is, as far as it tells whether writing blocks.
+/// The kind of standard output, as far as it says whether writing blocks.
 enum Sink {
     /// A file, or /dev/null.
     File,

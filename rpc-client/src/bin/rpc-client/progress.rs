@@ -1,5 +1,5 @@
-//! The progress line on a terminal, while calls take longer than a second. Nothing is shown in a pipe or
-//! with `--quiet`.
+//! The progress line on a terminal, while calls take longer than a second. Nothing is shown in a
+//! pipe or with `--quiet`.
 //!
 //! Not by a library: indicatif computes its rates with libm, which then is loaded in every call and
 //! takes 0.6 MB.
@@ -14,11 +14,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 use terminal_size::{terminal_size_of, Width};
 
-/// After how long the line is shown, and how often it is drawn again.
+/// Time before the progress line is shown.
 const DELAY: Duration = Duration::from_secs(1);
+
+/// Interval at which the progress line is drawn again.
 const INTERVAL: Duration = Duration::from_millis(200);
 
-/// The width of a terminal that does not tell it, in columns.
+/// Width in columns of a terminal that does not say its width.
 const DEFAULT_WIDTH: u16 = 80;
 
 /// A line on standard error, if that is a terminal.
@@ -102,7 +104,7 @@ impl Progress {
 }
 
 impl ProgressLine {
-    /// Draws the line. False when it is no longer needed.
+    /// Draws the line. Returns false at the end of the run.
     fn draw(&mut self) -> bool {
         if !self.is_finished {
             let width =
@@ -151,7 +153,7 @@ impl ProgressLine {
     }
 }
 
-/// How many calls there are, if that is known before the input is read.
+/// Number of calls, if that is known before the input is read.
 fn count_calls(cli: &Cli) -> Option<u64> {
     let input = &cli.input;
     let is_streamed = input.lines.is_some() || input.numbers.contains(&Argument::StandardInput);

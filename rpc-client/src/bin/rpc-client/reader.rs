@@ -63,7 +63,7 @@ struct Reader {
     requests_per_permit: u64,
     /// Whether requests are announced on standard error.
     announces: bool,
-    /// How often each call is made.
+    /// Number of times that each call is made.
     repeat: u64,
     /// The position of the next line of output.
     index: u64,

@@ -1,4 +1,4 @@
-//! Where `--data` and `--lines` read from: a file or standard input.
+//! The source of `--data` and `--lines`: a file or standard input.
 
 use rpc_common::text::{describe_io_error, escape};
 use std::ffi::OsString;
@@ -24,7 +24,7 @@ impl From<OsString> for Source {
     }
 }
 
-/// As messages name it.
+/// The source's name in messages.
 impl Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -42,7 +42,7 @@ pub(crate) struct Unreadable {
     reason: String,
 }
 
-/// Said of a request of more than [`MAX_SIZE`](rpc_common::options::MAX_SIZE).
+/// Reason to refuse a request of more than [`MAX_SIZE`](rpc_common::options::MAX_SIZE).
 pub(crate) const TOO_LARGE: &str = "larger than 512MiB, RabbitMQ's limit";
 
 impl Source {

@@ -13,16 +13,22 @@ use std::io::{self, Write};
 use std::time::{Duration, Instant};
 use terminal_size::{terminal_size_of, Width};
 
-/// The latencies that the histogram distinguishes, in microseconds, and its precision in decimal
-/// digits.
+/// Maximum latency of the histogram, in microseconds.
 const MAX_LATENCY: u64 = 366 * 24 * 60 * 60 * 1_000_000;
+
+/// Precision of the histogram, in decimal digits.
 const PRECISION: u8 = 3;
 
-/// The rows of the histogram: as many as there are percentiles. What a row takes without its bar,
-/// and the longest bar, in columns.
+/// Number of rows of the histogram: one beside each percentile.
 const ROWS: i32 = 6;
+
+/// Width of a row without its bar, in columns.
 const WIDTH_WITHOUT_BAR: usize = 43;
+
+/// Minimum width of a terminal for the histogram, in columns.
 const MIN_WIDTH: u16 = 60;
+
+/// Maximum length of a bar, in columns.
 const MAX_BAR: usize = 50;
 
 /// Counts the lines of output.
@@ -143,14 +149,13 @@ impl Summary {
     }
 }
 
-/// The number that is `number`, 1 or more, when it is multiplied by itself for each row. Found by
-/// halving: `powf` would load libm, 0.5 MB in every call.
-fn root_of_rows(number: f64) -> f64 {
+/// The ROWS-th root of `x`, `x >= 1`, by bisection: `powf` would load libm, 0.5 MB in every call.
+fn root_of_rows(x: f64) -> f64 {
     let mut low = 1.0;
-    let mut high = number;
+    let mut high = x;
     for _ in 0..64 {
         let middle = f64::midpoint(low, high);
-        if middle.powi(ROWS) < number {
+        if middle.powi(ROWS) < x {
             low = middle;
         } else {
             high = middle;
@@ -176,7 +181,7 @@ fn summary_code(error: &Error) -> &str {
 struct Figures<'a> {
     /// The calls that ended, and the bad lines of input.
     calls: u64,
-    /// How many of them ended with each error code.
+    /// Number of calls that ended with each error code.
     errors: &'a BTreeMap<String, u64>,
     /// From the start to the end of the batch.
     seconds: f64,

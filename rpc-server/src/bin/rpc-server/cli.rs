@@ -9,7 +9,7 @@ use std::env;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-/// What `-h` prints: one screen.
+/// Text of `-h`: one screen.
 pub(crate) const SHORT_HELP: &str = "\
 Serves fib(n), or a program, to rpc-client and other clients over RabbitMQ.
 
@@ -31,6 +31,7 @@ Exit codes: 0 stopped by a signal, 2 usage, 3 the broker refused us.
 All options: rpc-server --help
 ";
 
+/// End of `--help`.
 const EXAMPLES: &str = "\
 Examples:
   rpc-server
@@ -97,7 +98,7 @@ impl Cli {
     /// The program to serve, if there is one.
     ///
     /// # Errors
-    /// Why it cannot be served, for a message.
+    /// The reason why it cannot be served, for a message.
     pub(crate) fn find_program(&self) -> Result<Option<Program>, String> {
         if self.program.command.is_empty() && env::args_os().any(|arg| arg == "--") {
             return Err("no PROGRAM after '--': is a variable unset? see --help".into());

@@ -9,18 +9,20 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long a scraper may take to send its request, and then to take the page. Others wait
+/// Maximum time in which a scraper sends its request, and then takes the page. Others wait
 /// meanwhile.
 const TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The largest request, in bytes, and how many headers it may have.
+/// Maximum size of a request, in bytes.
 const MAX_REQUEST: usize = 16 << 10;
+
+/// Maximum number of headers of a request.
 const MAX_HEADERS: usize = 64;
 
 /// Serves the metrics until the program ends.
 ///
 /// # Errors
-/// Why the address cannot be used, for a message.
+/// The reason why the address cannot be used, for a message.
 pub(crate) fn serve(address: SocketAddr, registry: Registry) -> Result<(), String> {
     let listener = TcpListener::bind(address).map_err(|error| {
         format!(

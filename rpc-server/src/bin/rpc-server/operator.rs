@@ -1,5 +1,5 @@
-//! What the operator learns of the server: its first line on standard output, its statistics, and
-//! what it tells systemd.
+//! The reports to the operator: the server's first line on standard output, its statistics, and
+//! systemd's notifications.
 
 use crate::statistics::Statistics;
 use rpc_common::background_writer::BackgroundWriter;

@@ -1,4 +1,4 @@
-//! What the server counts: for the line of its log when it stops, and for its metrics.
+//! The server's counts: for the line of its log when it stops, and for its metrics.
 
 use prometheus_client::metrics::{
     counter::Counter, family::Family, gauge::Gauge, histogram::Histogram,
@@ -8,7 +8,7 @@ use rpc_common::message::ErrorCode;
 use rpc_common::text::format_duration;
 use std::time::{Duration, Instant};
 
-/// The bounds of the histogram's buckets in seconds: from fib to a program at its time limit.
+/// Bounds of the histogram's buckets in seconds: from fib to a program at its time limit.
 const BUCKETS: [f64; 12] = [
     0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 60.0, 300.0, 1500.0,
 ];
@@ -24,7 +24,7 @@ pub(crate) struct Statistics {
     pub(crate) in_flight: Gauge,
     pub(crate) connected: Gauge,
     pub(crate) reconnects: Counter,
-    /// How many runs of a program were stopped at a limit.
+    /// Number of runs of a program that were stopped at a limit.
     pub(crate) programs_killed: Counter,
 }
 
@@ -99,7 +99,7 @@ impl Statistics {
         }
     }
 
-    /// What the server did, in one line.
+    /// The counts in one line.
     pub(crate) fn summary(&self) -> String {
         let count = |name: &str| {
             self.outcomes

@@ -15,7 +15,7 @@ use uuid::Uuid;
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request<T> {
-    /// Comes back with the outcome; it is not sent.
+    /// Value of the caller that comes back with the outcome; not sent.
     pub context: T,
     /// The argument of the function.
     pub body: Vec<u8>,

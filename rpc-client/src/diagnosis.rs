@@ -60,7 +60,7 @@ impl Diagnosis {
         self.blocked = None;
     }
 
-    /// Returns why the broker blocks publishers, if it does.
+    /// Returns the broker's reason to block publishers, if it blocks them.
     pub(crate) fn on_notification(&mut self, notification: Notification) -> Option<&str> {
         self.blocked = match notification {
             Notification::Blocked(reason) => Some(reason),

@@ -1,7 +1,7 @@
 //! The event loop: the decisions of a run. Pure: [`run`](crate::run) moves messages
 //! between it and the broker.
 //!
-//! [`EventLoop::step`] takes one [`Event`]. What it asks for in return is taken by
+//! [`EventLoop::step`] takes one [`Event`]. The results are taken by
 //! [`publish_next`](EventLoop::publish_next), [`take_outcomes`](EventLoop::take_outcomes),
 //! [`take_commands`](EventLoop::take_commands) and [`next_wake`](EventLoop::next_wake).
 
@@ -152,8 +152,8 @@ impl<'a, T> EventLoop<'a, T> {
     }
 
     /// Publishes the next unsent request by `publish`. A request that cannot be published ends its
-    /// call. Returns false if there is none, or while the broker blocks us: it would run what it
-    /// gets then when its caller has gone.
+    /// call. Returns false if no request is unsent, or while the broker blocks us: requests that
+    /// are published then would be run when their callers have gone.
     pub(crate) fn publish_next<E: ToString>(
         &mut self,
         now: Instant,

@@ -1,7 +1,6 @@
 //! The pending calls: which are unanswered, and what happens to them.
 //!
-//! The fate of a call is what the broker did with its latest request. What happens changes the
-//! fate:
+//! The fate of a call is what the broker did with its latest request. Events change the fate:
 //!
 //! | event | unsent | unconfirmed | accepted | lost | refused |
 //! | --- | --- | --- | --- | --- | --- |
@@ -10,7 +9,7 @@
 //! | nack | | refused; lost if it may have run | | | |
 //! | return | | lost; a first request ends its call | lost | lost | lost |
 //! | `queue_stats`: the queue is full | | | | | the call ends |
-//! | `queue_stats`: it is not, or the answer is late | | | | | lost |
+//! | `queue_stats`: not full, or the answer is late | | | | | lost |
 //! | the resend is due | | | unsent if the queue was missing | unsent | |
 //! | a new connection | unsent | unsent | unsent | unsent | unsent |
 //!
@@ -66,12 +65,12 @@ enum Fate {
     Unsent,
     /// Published, and neither confirmed nor returned.
     Unconfirmed,
-    /// The queue has taken it.
+    /// The queue has taken the request.
     Accepted,
-    /// No queue has taken it: it is resent.
+    /// No queue has taken the request, which is resent.
     Lost,
-    /// The queue has not taken it at this instant, and had taken none before: the queue is full, or
-    /// its process has died. `queue_stats` decides.
+    /// The queue nacked the first request of the call at this instant: the queue is full, or
+    /// the queue's process has died. `queue_stats` decides.
     Refused(Instant),
 }
 
@@ -174,7 +173,7 @@ struct OnConnection {
 #[derive(Debug)]
 struct Resend {
     at: Instant,
-    /// Whether the queue was missing: then it has lost what it had taken.
+    /// Whether the queue was missing: then the accepted requests are lost, too.
     was_queue_missing: bool,
 }
 
@@ -348,7 +347,7 @@ impl<T> PendingCalls<T> {
         Some(Returned::WillResend)
     }
 
-    /// There is no queue. What it had taken before may be gone with it.
+    /// The queue does not exist. The requests that a queue had accepted may be gone with it.
     pub(crate) fn on_missing_queue(&mut self, now: Instant) {
         self.connection.schedule_resend(now).was_queue_missing = true;
     }

@@ -58,8 +58,8 @@ impl RequestPublisher {
         Ok(())
     }
 
-    /// Whether the broker takes what we send. While it does not nothing is encoded: a request would
-    /// say how much time it had left then, and would be run when its caller has gone.
+    /// Whether the broker takes what we send at once. Otherwise nothing is encoded: a request would
+    /// carry the time that was left then, and would be run when its caller has gone.
     pub(crate) fn is_writable(&self) -> bool {
         !self.publisher.has_backlog()
     }

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 /// Sends the requests of a run, from any thread. When the sender is dropped there are no more.
 pub struct RequestSender<T> {
-    /// `None` while it is dropped.
+    /// `None` while the sender is dropped.
     sender: Option<Sender<Request<T>>>,
     shared: Arc<Shared>,
 }
@@ -26,7 +26,7 @@ pub struct Stopper(Arc<Shared>);
 
 struct Shared {
     waker: Waker,
-    /// Whether the event loop waits for requests. While it does not, a request wakes nobody.
+    /// Whether the event loop waits for requests. Otherwise a request wakes nobody.
     is_awaited: AtomicBool,
     /// Whether the sender is dropped.
     is_closed: AtomicBool,

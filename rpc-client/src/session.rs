@@ -40,8 +40,8 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// Starts to connect. The deadline is that of connecting. If it `needs_consumers`, a request
-    /// queue without them ends it. The `waker` ends a wait of the event loop.
+    /// Starts to connect. The `deadline` is that of connecting. With `needs_consumers`, a request
+    /// queue without consumers ends the session. The `waker` ends a wait of the event loop.
     pub(crate) fn start(
         endpoints: Vec<Endpoint>,
         config: &Config,
@@ -192,7 +192,8 @@ impl Session {
     }
 
     /// Ends the connection, and with it the thread's wait for the consumer: the broker has not
-    /// started it in time. Not if a report has arrived meanwhile: it may say that it has started.
+    /// started the consumer in time. Not if a report has arrived meanwhile: the consumer may have
+    /// started.
     pub(crate) fn give_up(&self) {
         if let Some(link) = self.link.as_ref().filter(|_| self.reports.is_empty()) {
             link.give_up();

@@ -19,7 +19,7 @@ pub struct BackgroundWriter(Sender<Message>);
 
 enum Message {
     Line(String),
-    /// It is dropped when all lines before it are written.
+    /// Dropped when all earlier lines are written.
     Flush(Sender<Infallible>),
 }
 

@@ -73,10 +73,10 @@ pub struct Details<'a> {
     pub message_id: Option<&'a [u8]>,
     /// The kind of the message.
     pub message_type: Option<&'a [u8]>,
-    /// The program that sent it.
+    /// The program that sent the message.
     pub app_id: Option<&'a [u8]>,
-    /// The user that sent it: RabbitMQ refuses a message with another user than that of its
-    /// connection.
+    /// The user that sent the message: RabbitMQ refuses a message with another user than that of
+    /// its connection.
     pub user_id: Option<&'a [u8]>,
 }
 

@@ -32,9 +32,9 @@ pub struct Properties<'a> {
     pub timestamp: Option<u64>,
     /// The kind of the message.
     pub message_type: Option<&'a [u8]>,
-    /// The user that published it, checked by RabbitMQ.
+    /// The user that published the message, checked by RabbitMQ.
     pub user_id: Option<&'a [u8]>,
-    /// The program that published it.
+    /// The program that published the message.
     pub app_id: Option<&'a [u8]>,
 }
 

@@ -14,9 +14,9 @@ use std::time::Duration;
 pub(crate) const BLOCKING_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Timeout of the blocking calls whose answer comes after deliveries: RabbitMQ 4 needs seconds of
-/// CPU time to send one deeply nested header, and whoever does not wait for it gets it again on the
-/// next connection. A dead connection is noticed by its heartbeats, and a stop does not wait for
-/// these calls.
+/// CPU time to send one deeply nested header, and a client that does not wait gets the same header
+/// again on the next connection. A dead connection is noticed by its heartbeats, and a stop does
+/// not wait for these calls.
 const DELIVERY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Maximum number of unread deliveries and returned replies, in addition to twice the prefetch: a
@@ -108,8 +108,8 @@ impl WorkerChannel {
     /// delivery.)
     pub(crate) fn cancel(&self, consumer: Consumer) {
         // Dropping the consumer cancels it. amiquip passes the broker's cancel-ok to the thread
-        // that drops it, and then to the consumer's receiver. If there is none any more, amiquip
-        // ends the connection: so it is received here.
+        // that drops the consumer, and then to the consumer's receiver. Without a receiver, amiquip
+        // ends the connection: so the receiver is kept here.
         let events = consumer.receiver().clone();
         let deadline = Deadline::after(BLOCKING_TIMEOUT);
         // Fails if the channel has ended.

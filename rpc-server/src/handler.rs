@@ -1,4 +1,4 @@
-//! The function that is served: from a request to a reply. It does not know AMQP.
+//! The function that is served: from a request to a reply, without AMQP.
 
 use rpc_common::fib::fib;
 use rpc_common::fib::{parse_number, NumberError};

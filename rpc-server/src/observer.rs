@@ -49,7 +49,7 @@ pub enum Outcome {
     Answered,
     /// An error with this code was sent.
     Failed(ErrorCode),
-    /// The request was rejected: it cannot be answered.
+    /// The request was rejected: it has no `reply_to`, or the broker refuses its replies.
     Rejected,
     /// The broker delivers the request again.
     Requeued,

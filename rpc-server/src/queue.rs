@@ -23,9 +23,9 @@ pub enum QueueType {
 /// declaration.
 const MAX_ATTEMPTS: u32 = 5;
 
-/// Finds the queue, or declares it. Tutorial peers declare it in different ways, and a declaration
-/// that does not match an existing queue is an error, so it is looked for first. Returns the type
-/// that it was declared with, or `None` if it existed.
+/// Finds the queue, or declares it. A passive declaration is first, because tutorial peers declare
+/// the queue in different ways, and a declaration that does not match an existing queue is an
+/// error. Returns the type of the declaration, or `None` if the queue existed.
 ///
 /// # Errors
 /// The broker's error if the queue can be neither used nor declared.
@@ -66,7 +66,7 @@ pub(crate) fn find_or_declare(
             channel.queue_declare(queue, options.clone()).map(drop)
         });
         match declared {
-            // Another server has declared it in another way: look for it again. If that does not
+            // Another server has declared the queue in another way: ask again. If that does not
             // end, retrying cannot help.
             Err(Error {
                 address,

@@ -1,4 +1,4 @@
-//! Publishing a reply, and what it means if the broker returns one.
+//! Publishes replies, and logs those that the broker returns.
 
 use rpc_common::connection::{Publisher, Returned};
 use rpc_common::message::{encode_reply, ErrorCode, Failure, Reply, Request};

@@ -205,7 +205,7 @@ impl Server<'_> {
                     }
                     Err(_) => break, // the workers have ended
                 },
-                // A quiet moment: the isolated connection is closed until it is needed again.
+                // The next redelivered request opens another isolated connection.
                 recv(idle) -> _ => self.service.isolated.close_unused(),
             }
             idle = after(IDLE_TIMEOUT);
@@ -236,7 +236,7 @@ impl Server<'_> {
             Ok((connection, queue::describe(&queue, declared)))
         });
         let Some(connected) = self.wait_for(&connecting, self.service.stop) else {
-            // If it is opened soon, it is closed properly.
+            // A connection that is opened soon is closed properly.
             let _ = connecting.recv_timeout(STOP_TIMEOUT);
             return Ok(None);
         };

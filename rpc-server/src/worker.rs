@@ -27,11 +27,11 @@ pub(crate) struct Service<'a> {
     pub(crate) handler: &'a Handler<'a>,
     pub(crate) stop: &'a Stop,
     pub(crate) observer: &'a dyn Observer,
-    /// Who drives the link while a worker waits: the worker, if it is the only one.
+    /// The driver of the link while a worker waits: the only worker, or the standby thread.
     pub(crate) driving: Driving,
     /// Completed when a worker has consumed for the first time.
     pub(crate) ready: Once,
-    /// Whether the broker blocks the connection: then it answers nothing on it.
+    /// Whether the broker blocks the connection: then the broker answers nothing.
     pub(crate) is_blocked: AtomicBool,
     /// For the replies to redelivered requests.
     pub(crate) isolated: IsolatedPublisher,
@@ -197,7 +197,7 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// The number of ready messages in the queue; 0 while the broker blocks us: it would not
+    /// The number of ready messages in the queue; 0 while the broker blocks us, and would not
     /// answer.
     fn ready_messages(&self, channel: &dyn Channel) -> Result<u32, Error> {
         if self.service.is_blocked.load(Ordering::Relaxed) {

@@ -41,7 +41,7 @@ const BASIC_NACK: (u16, u16) = (60, 120);
 /// Class and method of `confirm.select`.
 const CONFIRM_SELECT: (u16, u16) = (85, 10);
 
-/// An open channel. Its [`Publisher`] publishes and acknowledges on it.
+/// An open channel. A [`Publisher`] publishes and acknowledges on it.
 pub struct OpenChannel {
     /// amiquip's channel, for everything but messages.
     pub amqp: amiquip::Channel,
@@ -98,7 +98,7 @@ impl OpenChannel {
         )
     }
 
-    /// Runs a blocking call of amiquip. `phase` is for the error that it timed out.
+    /// Runs a blocking call of amiquip. `phase` names the call in the error of a timeout.
     ///
     /// # Errors
     /// [`ErrorKind::TimedOut`] when the deadline passes; then the connection has ended. Else the
@@ -163,7 +163,7 @@ impl ChannelInbox {
 }
 
 /// A **publisher** publishes and acknowledges on one channel, without waiting for the broker. It
-/// buffers what it is given until [`flush`](Self::flush).
+/// buffers frames until [`flush`](Self::flush).
 pub struct Publisher {
     link: Arc<Link>,
     inbox: Arc<Inbox>,

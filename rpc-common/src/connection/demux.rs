@@ -20,28 +20,28 @@ const NOTIFICATION_PERIOD: Duration = Duration::from_secs(60);
 /// Whether the broker blocks publishers, each time that this changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Notification {
-    /// It does, for this reason, which is safe to print.
+    /// The broker blocks publishers, for this reason, which is safe to print.
     Blocked(String),
-    /// It no longer does.
+    /// The broker no longer blocks publishers.
     Unblocked,
 }
 
 /// The end of a connection.
 #[derive(Debug)]
 pub(crate) enum End {
-    /// The broker closed it.
+    /// The broker closed the connection.
     Closed { code: u16, text: Vec<u8> },
     /// The socket ended without a word.
     Eof,
     /// The socket failed.
     Io(io::Error),
-    /// The broker sent what it must not send.
+    /// The broker violated the protocol.
     Frame(FrameError),
     /// Nothing came for two heartbeat intervals, or a blocking call was not answered in time.
     Silent,
-    /// amiquip ended it: after we closed it, or because of what it got.
+    /// amiquip ended the connection: after we closed it, or because of a method that amiquip got.
     Amiquip,
-    /// We ended it.
+    /// We ended the connection.
     Local,
 }
 
@@ -129,7 +129,7 @@ impl Demultiplexer {
         }
     }
 
-    /// Takes a frame. Returns what it says of the connection.
+    /// Takes a frame. Returns its consequence for the connection.
     ///
     /// # Errors
     /// The end of the connection, if this frame ends it.

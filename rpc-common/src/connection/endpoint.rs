@@ -84,7 +84,7 @@ impl Endpoint {
     }
 
     /// Checks the password file against the URL, and reads it, so that an error is known before
-    /// anything is tried. A pipe is left to the connection: it can be read only once.
+    /// anything is tried. A pipe can be read only once, and is left to the connection.
     ///
     /// # Errors
     /// [`ErrorKind::Configuration`]

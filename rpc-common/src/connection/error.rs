@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::Duration;
 use thiserror::Error;
 
-/// An **error** of a connection, and the broker that it is about.
+/// An **error** of a connection, and the address of its broker.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub struct Error {
     /// Host and port. `None` if the configuration is wrong before there is a broker to connect to.
@@ -41,7 +41,7 @@ pub enum ErrorKind {
     /// The broker refused an operation: reply codes 403, 405 and 530.
     #[error("refused: {}{}", .0.text, .0.hint())]
     Refused(Reason),
-    /// The broker closed a channel because of what was done on it.
+    /// The broker closed a channel because of a method or a message on it.
     #[error("closed the channel: {}", .0.text)]
     ChannelClosed(Reason),
     /// The broker cancelled a consumer.
@@ -89,7 +89,7 @@ impl Reason {
         }
     }
 
-    /// The meaning of what the broker said. `None` if the reply code says it all.
+    /// The meaning of the broker's sentence. `None` if the reply code says it all.
     pub fn meaning(&self) -> Option<Meaning> {
         Meaning::of(self.code, &self.text)
     }
@@ -137,7 +137,7 @@ impl Error {
         )
     }
 
-    /// The meaning of what the broker said, if it closed the channel or the connection.
+    /// The meaning of the broker's sentence, if the broker closed the channel or the connection.
     pub fn meaning(&self) -> Option<Meaning> {
         match &self.kind {
             ErrorKind::Refused(reason)
@@ -198,7 +198,7 @@ impl ErrorKind {
     pub(crate) fn connection_closed(code: u16, text: &[u8]) -> Self {
         let reason = Reason::new(code, text);
         match code {
-            // It may be right later.
+            // Retrying helps: a connection may end.
             NOT_ALLOWED if reason.meaning() == Some(Meaning::ConnectionLimit) => {
                 ErrorKind::ConnectionClosed(reason)
             }

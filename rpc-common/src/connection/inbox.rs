@@ -19,7 +19,7 @@ use std::time::Instant;
 pub struct Delivery {
     /// The delivery tag, for the acknowledgement.
     pub delivery_tag: u64,
-    /// Whether the broker has delivered it before.
+    /// Whether the broker has delivered the message before.
     pub is_redelivered: bool,
     /// As encoded by [`Properties::encode`].
     pub encoded_properties: Vec<u8>,
@@ -72,7 +72,7 @@ pub struct Confirmed {
     pub first: u64,
     /// The number of the last message.
     pub last: u64,
-    /// Whether it has taken them (ack), or not (nack).
+    /// Whether the broker has taken them (ack), or not (nack).
     pub is_ack: bool,
 }
 

@@ -68,7 +68,7 @@ struct BlockingCalls {
     begun: u64,
     /// End of the driver's current poll.
     wakes_at: Option<Instant>,
-    /// Whether it must end earlier.
+    /// Whether the poll must end earlier.
     is_changed: bool,
 }
 
@@ -110,7 +110,7 @@ impl Link {
         Ok((Arc::new(link), AmiquipStream(amiquips)))
     }
 
-    /// Starts a standby thread. It ends with the connection.
+    /// Starts a standby thread, which ends with the connection.
     pub(crate) fn start_standby(self: &Arc<Self>) -> io::Result<()> {
         let link = self.clone();
         let thread = thread::Builder::new()
@@ -198,7 +198,7 @@ impl Link {
         number
     }
 
-    /// Runs a blocking call of amiquip. `phase` is for the error that it timed out.
+    /// Runs a blocking call of amiquip. `phase` names the call in the error of a timeout.
     pub(crate) fn run_blocking<T>(
         &self,
         deadline: &Deadline,

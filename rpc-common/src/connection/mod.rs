@@ -63,9 +63,9 @@ const MAX_ATTEMPT: Duration = Duration::from_secs(5);
 /// A **connection** is an open AMQP connection whose calls have deadlines. It is closed when it is
 /// dropped.
 pub struct Connection {
-    /// `None` once it is closed.
+    /// `None` once the connection is closed.
     amqp: Option<amiquip::Connection>,
-    /// The endpoint that it is connected to.
+    /// The endpoint of the broker.
     pub endpoint: Endpoint,
     link: Arc<Link>,
 }

@@ -1,4 +1,4 @@
-//! Serves a program: from a request to a reply. It does not know AMQP.
+//! A program as the function: from a request to a reply, without AMQP.
 
 mod run;
 mod run_log;
@@ -79,7 +79,7 @@ impl Program {
     /// Looks the program up on `PATH`. `None` if the options name none.
     ///
     /// # Errors
-    /// The reason why it cannot be run, for a message.
+    /// The reason why the program cannot be run, for a message.
     pub fn find(options: &ProgramOptions, queue: &str) -> Result<Option<Self>, String> {
         let Some(name) = options.command.first() else {
             return Ok(None);

@@ -145,7 +145,7 @@ fn kill(group: Pid, signal: Signal) {
 /// Runs a command with this input. Its standard error goes to the log, with `id`.
 ///
 /// # Errors
-/// The reason why it could not be started.
+/// The reason why the program could not be started.
 pub(crate) fn run(
     command: &mut Command,
     input: &[u8],
@@ -184,7 +184,7 @@ fn log_end(id: &str, status: impl Display, begun: Instant) {
 
 /// The program's process. Its end is also that of its group.
 struct Process<'a> {
-    /// None once it is reaped, or given up.
+    /// `None` once the process is reaped, or given up.
     child: Option<Child>,
     group: Pid,
     groups: &'a Groups,
@@ -386,7 +386,7 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// Stops or kills the program when it is time to.
+    /// Stops or kills the program when a limit or a timer has passed.
     ///
     /// # Errors
     /// The reason of the stop, when it is time to give the program up.

@@ -33,10 +33,10 @@ const MAX_UNREAD: usize = 64;
 
 /// The result of publishing a reply.
 pub(crate) enum Published {
-    /// The broker accepted it.
+    /// The broker accepted the reply.
     Accepted,
-    /// The broker refused it, by closing the channel or the connection; and then also the error
-    /// that was sent in its place.
+    /// The broker refused the reply, by closing the channel or the connection; and then also the
+    /// error that was sent in its place.
     Refused(Error),
     /// The connection could not be opened, or ended for another reason.
     Unknown(Error),

@@ -1,8 +1,8 @@
 //! The parts that only redelivered requests need.
 //!
 //! A request is delivered again when its first delivery got no acknowledgement. Its reply may be
-//! why: so it is published alone, on the [`IsolatedPublisher`]'s connection. And its reply may be
-//! there already: then [`KeptReplies`] has it.
+//! why: so the reply is published alone, on the [`IsolatedPublisher`]'s connection. And the reply
+//! may have been computed already: then [`KeptReplies`] has it.
 
 mod isolated;
 mod kept;

@@ -39,7 +39,7 @@ struct ProgressLine {
 }
 
 impl Progress {
-    /// The line of one call: how long it has waited. None where nothing is shown.
+    /// The line of one call: the time that it has waited. `None` where nothing is shown.
     pub(crate) fn of_single_call(cli: &Cli) -> Option<Self> {
         Self::start(cli, Some(cli.config.queue.clone()), None)
     }

@@ -46,7 +46,7 @@ pub(crate) struct Unreadable {
 pub(crate) const TOO_LARGE: &str = "larger than 512MiB, RabbitMQ's limit";
 
 impl Source {
-    /// Checks that it can be read, and returns its size; 0 if that is not known.
+    /// Checks that the source can be read. Returns its size in bytes; 0 if the size is not known.
     pub(crate) fn validate(&self) -> Result<u64, Unreadable> {
         let Source::File(path) = self else {
             return Ok(0);

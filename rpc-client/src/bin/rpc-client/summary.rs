@@ -78,7 +78,7 @@ impl Summary {
                 serde_json::to_string(&figures).expect("figures are plain JSON") + "\n"
             }
         };
-        // If it cannot be written, the exit code is left.
+        // If this fails, the exit code is left.
         let _ = io::stderr().write_all(text.as_bytes());
     }
 

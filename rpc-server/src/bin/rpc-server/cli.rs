@@ -98,7 +98,7 @@ impl Cli {
     /// The program to serve, if there is one.
     ///
     /// # Errors
-    /// The reason why it cannot be served, for a message.
+    /// The reason why the program cannot be served, for a message.
     pub(crate) fn find_program(&self) -> Result<Option<Program>, String> {
         if self.program.command.is_empty() && env::args_os().any(|arg| arg == "--") {
             return Err("no PROGRAM after '--': is a variable unset? see --help".into());

@@ -61,6 +61,6 @@ impl Observer for Operator<'_> {
 
 /// Tells systemd, if it has started this process with a socket for that.
 fn notify(states: &[NotifyState]) {
-    // Systemd notices itself what it is not told: no READY, no WATCHDOG.
+    // If this fails, systemd notices the missing READY or WATCHDOG.
     let _ = sd_notify::notify(states);
 }

@@ -206,7 +206,7 @@ impl BrokerOptions {
     fn complete(&self, endpoint: &mut Endpoint) -> Result<(), ErrorKind> {
         endpoint.heartbeat = self.heartbeat;
         endpoint.password_file.clone_from(&self.password_file);
-        endpoint.check_password_file()?;
+        endpoint.validate_password_file()?;
         if self.tls != TlsFiles::default() {
             if endpoint.tls.is_none() {
                 let reason = "--ca-file, --cert-file and --key-file need an amqps:// URL";

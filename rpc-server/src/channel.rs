@@ -5,7 +5,7 @@ use crate::reply::{log_return, publish_reply};
 use amiquip::{Consumer, ConsumerOptions};
 use rpc_common::connection::{
     ChannelInbox, Connection, Deadline, Endpoint, Error, ErrorKind, Message, OpenChannel, Phase,
-    Publisher,
+    Publisher, QueueStats,
 };
 use rpc_common::message::{Reply, Request};
 use std::time::Duration;
@@ -53,8 +53,8 @@ pub(crate) trait Channel {
     /// Whether messages or the end have arrived that were not taken.
     fn has_arrived(&self) -> bool;
 
-    /// The number of ready messages of a queue, by a passive declaration.
-    fn ready_messages(&self, queue: &str) -> Result<u32, Error>;
+    /// The numbers of a queue, by a passive declaration.
+    fn queue_stats(&self, queue: &str) -> Result<QueueStats, Error>;
 
     /// Whether the caller of a request has gone.
     fn is_caller_gone(&self, isolated: &IsolatedPublisher, request: &Request) -> bool;
@@ -168,13 +168,9 @@ impl Channel for WorkerChannel {
         self.open.inbox.has_arrived()
     }
 
-    fn ready_messages(&self, queue: &str) -> Result<u32, Error> {
-        let deadline = Deadline::after(DELIVERY_TIMEOUT);
+    fn queue_stats(&self, queue: &str) -> Result<QueueStats, Error> {
         self.open
-            .run_blocking(&deadline, Phase::QueueStats, |amqp| {
-                let queue = amqp.queue_declare_passive(queue)?;
-                Ok(queue.declared_message_count().unwrap_or_default()) // always there
-            })
+            .queue_stats(queue, &Deadline::after(DELIVERY_TIMEOUT))
     }
 
     fn is_caller_gone(&self, isolated: &IsolatedPublisher, request: &Request) -> bool {

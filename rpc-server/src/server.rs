@@ -212,7 +212,7 @@ impl Server<'_> {
         }
         connection
             .link()
-            .limit_calls(&Deadline::after(BLOCKING_TIMEOUT)); // the workers' calls
+            .limit_blocking(&Deadline::after(BLOCKING_TIMEOUT)); // the workers' calls
         connection.link().wake_all(); // the workers that wait
         self.wait_for_workers(); // before the connection is closed
         if let Err(error) = connection.close() {

@@ -203,7 +203,8 @@ impl<'a> Worker<'a> {
         if self.service.is_blocked.load(Ordering::Relaxed) {
             return Ok(0);
         }
-        channel.ready_messages(&self.service.config.queue)
+        let stats = channel.queue_stats(&self.service.config.queue)?;
+        Ok(stats.messages)
     }
 
     /// Handles one request, and tells the observer how it ended.
@@ -358,7 +359,7 @@ fn expired(late_ms: i64) -> Failure {
 mod tests {
     use super::*;
     use crossbeam_channel::{bounded, unbounded};
-    use rpc_common::connection::Reason;
+    use rpc_common::connection::{QueueStats, Reason};
     use rpc_common::properties::Properties;
     use std::cell::{Cell, RefCell};
     use std::sync::atomic::AtomicU32;
@@ -431,9 +432,13 @@ mod tests {
             false
         }
 
-        fn ready_messages(&self, _: &str) -> Result<u32, Error> {
+        fn queue_stats(&self, _: &str) -> Result<QueueStats, Error> {
             self.record("queue_stats".into());
-            Ok(self.ready_messages.get())
+            let messages = self.ready_messages.get();
+            Ok(QueueStats {
+                messages,
+                consumers: 1,
+            })
         }
 
         fn is_caller_gone(&self, _: &IsolatedPublisher, _: &Request) -> bool {

@@ -15,6 +15,7 @@ use super::frames::{put_message, put_method};
 use super::inbox::{Arrived, Inbox, Message};
 use super::link::Link;
 use super::phase::Phase;
+use super::queue_stats::QueueStats;
 use crate::encoding::put_short_string;
 use crate::message::Publish;
 use crate::sync::lock;
@@ -111,6 +112,18 @@ impl OpenChannel {
     ) -> Result<T, Error> {
         let result = self.link.run_blocking(deadline, phase, || call(&self.amqp));
         result.map_err(|kind| Error::new(&self.address, kind))
+    }
+
+    /// The numbers of a queue, by a passive declaration on this channel: if there is no such queue,
+    /// the broker closes the channel.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ChannelClosed`] with code 404 if there is no such queue; else as
+    /// [`run_blocking`](Self::run_blocking).
+    pub fn queue_stats(&self, queue: &str, deadline: &Deadline) -> Result<QueueStats, Error> {
+        self.run_blocking(deadline, Phase::QueueStats, |amqp| {
+            QueueStats::ask(amqp, queue)
+        })
     }
 
     /// Closes the channel.

@@ -88,7 +88,7 @@ impl Endpoint {
     ///
     /// # Errors
     /// [`ErrorKind::Configuration`]
-    pub(crate) fn check_password_file(&self) -> Result<(), ErrorKind> {
+    pub(crate) fn validate_password_file(&self) -> Result<(), ErrorKind> {
         let Some(file) = &self.password_file else {
             return Ok(());
         };

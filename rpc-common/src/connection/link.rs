@@ -50,7 +50,7 @@ pub struct Link {
     wants_to_drive: AtomicUsize,
     standby: OnceLock<Thread>,
     inboxes: Inboxes,
-    calls: Mutex<BlockingCalls>,
+    blocking: Mutex<BlockingCalls>,
     /// The negotiated size of frames; 0 before the login.
     frame_max: AtomicU32,
     /// Whether the peer has sent a frame.
@@ -95,7 +95,7 @@ impl Link {
             wants_to_drive: AtomicUsize::new(0),
             standby: OnceLock::new(),
             inboxes: Inboxes::default(),
-            calls: Mutex::new(BlockingCalls {
+            blocking: Mutex::new(BlockingCalls {
                 deadlines: HashMap::new(),
                 begun: 0,
                 wakes_at: None,
@@ -159,7 +159,7 @@ impl Link {
             driver.turn(self, Some(until), is_ready);
         }
         drop(driver);
-        if self.has_backlog() || !lock(&self.calls).deadlines.is_empty() {
+        if self.has_backlog() || !lock(&self.blocking).deadlines.is_empty() {
             self.wake_standby();
         }
     }
@@ -179,15 +179,22 @@ impl Link {
     /// Runs a blocking call of amiquip, and ends the connection if the call is still running at the
     /// deadline: then it returns within milliseconds, and the result is `None`, whatever the call
     /// returned.
-    pub(crate) fn run_until<T>(&self, deadline: &Deadline, call: impl FnOnce() -> T) -> Option<T> {
-        let number = self.add_call(deadline.instant());
+    pub(crate) fn run_blocking_until<T>(
+        &self,
+        deadline: &Deadline,
+        call: impl FnOnce() -> T,
+    ) -> Option<T> {
+        let number = self.add_blocking(deadline.instant());
         self.wake_standby();
         let result = call();
-        lock(&self.calls).deadlines.remove(&number).map(|_| result)
+        lock(&self.blocking)
+            .deadlines
+            .remove(&number)
+            .map(|_| result)
     }
 
-    fn add_call(&self, deadline: Instant) -> u64 {
-        let mut calls = lock(&self.calls);
+    fn add_blocking(&self, deadline: Instant) -> u64 {
+        let mut calls = lock(&self.blocking);
         calls.begun += 1;
         let number = calls.begun;
         calls.deadlines.insert(number, deadline);
@@ -205,7 +212,7 @@ impl Link {
         phase: Phase,
         call: impl FnOnce() -> amiquip::Result<T>,
     ) -> Result<T, ErrorKind> {
-        match self.run_until(deadline, call) {
+        match self.run_blocking_until(deadline, call) {
             Some(result) => result.map_err(|error| self.explain(error)),
             None => Err(deadline.timed_out(phase)),
         }
@@ -223,8 +230,8 @@ impl Link {
     }
 
     /// Gives the blocking calls that are running no longer than this deadline.
-    pub fn limit_calls(&self, deadline: &Deadline) {
-        let mut calls = lock(&self.calls);
+    pub fn limit_blocking(&self, deadline: &Deadline) {
+        let mut calls = lock(&self.blocking);
         calls
             .deadlines
             .values_mut()
@@ -413,7 +420,7 @@ impl Driver {
     fn turn(&mut self, link: &Link, until: Option<Instant>, is_ready: &dyn Fn() -> bool) -> bool {
         let until = until.into_iter().chain(self.heartbeat.next_timer()).min();
         let until = {
-            let mut calls = lock(&link.calls);
+            let mut calls = lock(&link.blocking);
             calls.wakes_at = calls.deadlines.values().copied().chain(until).min();
             calls.is_changed = false;
             calls.wakes_at
@@ -446,7 +453,7 @@ impl Driver {
         ];
         // A backlog, or an earlier deadline, that has just begun is polled for in the next turn.
         let is_changed =
-            || has_backlog != link.writer.has_backlog() || lock(&link.calls).is_changed;
+            || has_backlog != link.writer.has_backlog() || lock(&link.blocking).is_changed;
         link.waker
             .poll(&mut files, until, &|| is_changed() || is_ready());
         Events {
@@ -546,7 +553,7 @@ impl Driver {
     /// when it is time.
     fn check_timers(&mut self, link: &Link) -> Result<(), End> {
         let now = Instant::now();
-        let mut calls = lock(&link.calls);
+        let mut calls = lock(&link.blocking);
         if calls.wakes_at.is_none_or(|wakes_at| now < wakes_at) {
             return Ok(());
         }
@@ -652,7 +659,7 @@ mod tests {
     fn a_blocking_call_ends_at_its_deadline_and_the_connection_with_it() {
         let (link, amiquip, _broker) = link();
         let deadline = after(20);
-        assert_eq!(link.run_until(&deadline, || block(&amiquip)), None);
+        assert_eq!(link.run_blocking_until(&deadline, || block(&amiquip)), None);
         assert!(deadline.remaining().is_zero());
         assert_eq!(link.cause(), Some(ErrorKind::Silent));
         assert_eq!(link.write(b"x"), Err(ErrorKind::Silent));
@@ -661,7 +668,7 @@ mod tests {
     #[test]
     fn a_call_that_ends_in_time_keeps_its_result_and_its_connection() {
         let (link, _amiquip, _broker) = link();
-        assert_eq!(link.run_until(&after(LONG), || 42), Some(42));
+        assert_eq!(link.run_blocking_until(&after(LONG), || 42), Some(42));
         assert!(!link.has_ended());
     }
 
@@ -674,9 +681,9 @@ mod tests {
             block(&amiquip)
         };
         let result = thread::scope(|scope| {
-            let blocked = scope.spawn(|| link.run_until(&after(LONG), call));
+            let blocked = scope.spawn(|| link.run_blocking_until(&after(LONG), call));
             is_running.recv().unwrap();
-            link.limit_calls(&after(20));
+            link.limit_blocking(&after(20));
             blocked.join().unwrap()
         });
         assert_eq!(result, None);
@@ -690,7 +697,7 @@ mod tests {
                 scope.spawn({
                     let link = &link;
                     let amiquip = &amiquip;
-                    move || link.run_until(&after(millis), || block(amiquip))
+                    move || link.run_blocking_until(&after(millis), || block(amiquip))
                 })
             });
             blocked.map(|thread| thread.join().unwrap())

@@ -19,6 +19,7 @@ mod inbox;
 mod link;
 mod methods;
 mod phase;
+mod queue_stats;
 mod reply_codes;
 mod sentences;
 mod socket;
@@ -36,6 +37,7 @@ pub use error::{Error, ErrorKind, Reason};
 pub use inbox::{Arrived, Confirmed, Delivery, Message, Returned};
 pub use link::Link;
 pub use phase::Phase;
+pub use queue_stats::QueueStats;
 pub use reply_codes::{ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED};
 pub use sentences::Meaning;
 pub use tls::TlsFiles;
@@ -77,15 +79,6 @@ pub enum Owner<'a> {
     /// The receiver of the link, from when the socket is connected; there may be several attempts.
     /// The waker ends its wait.
     Caller(Waker, &'a dyn Fn(&Arc<Link>)),
-}
-
-/// The number of messages and consumers of a queue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct QueueStats {
-    /// Messages that are ready for delivery.
-    pub messages: u32,
-    /// Consumers: the workers of all servers.
-    pub consumers: u32,
 }
 
 impl Connection {
@@ -149,7 +142,7 @@ impl Connection {
             Owner::Caller(_, take_link) => take_link(&link),
         }
         let begun = Instant::now();
-        let handshake = link.run_until(deadline, || {
+        let handshake = link.run_blocking_until(deadline, || {
             let options = options.frame_max(FRAME_MAX);
             amiquip::Connection::insecure_open_stream(stream, options, ConnectionTuning::default())
         });
@@ -300,12 +293,7 @@ impl Connection {
     /// [`run_blocking`](Self::run_blocking).
     pub fn queue_stats(&mut self, queue: &str, deadline: &Deadline) -> Result<QueueStats, Error> {
         self.run_blocking(deadline, Phase::QueueStats, |amqp| {
-            let channel = amqp.open_channel(None)?;
-            let queue = channel.queue_declare_passive(queue)?;
-            Ok(QueueStats {
-                messages: queue.declared_message_count().unwrap_or_default(), // always there
-                consumers: queue.declared_consumer_count().unwrap_or_default(),
-            })
+            QueueStats::ask(&amqp.open_channel(None)?, queue)
         })
     }
 

@@ -86,11 +86,11 @@ pub(crate) struct Cli {
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(crate) struct InputOptions {
     /// The numbers n to ask fib(n) for; `-` reads standard input, one number per line
-    #[arg(required = true, conflicts_with_all = ["data", "lines", "check_queue"], value_name = "N")]
+    #[arg(required = true, conflicts_with_all = ["data", "lines", "check"], value_name = "N")]
     pub(crate) numbers: Vec<Argument>,
 
     /// Any request, repeatable: text, @FILE, or @- for standard input
-    #[arg(long, value_name = "DATA", allow_hyphen_values = true, conflicts_with_all = ["lines", "check_queue"])]
+    #[arg(long, value_name = "DATA", allow_hyphen_values = true, conflicts_with_all = ["lines", "check"])]
     #[arg(value_parser = OsStringValueParser::new().map(Data::from), help_heading = "Calls")]
     pub(crate) data: Vec<Data>,
 
@@ -99,15 +99,15 @@ pub(crate) struct InputOptions {
         long,
         value_name = "FILE",
         help_heading = "Calls",
-        conflicts_with = "check_queue"
+        conflicts_with = "check"
     )]
     #[arg(value_parser = OsStringValueParser::new().map(Source::from))]
     pub(crate) lines: Option<Source>,
 
     /// Make no call: print how many consumers and waiting messages the queue has; exit code 4
     /// without consumers
-    #[arg(long = "check", help_heading = "Calls")]
-    pub(crate) check_queue: bool,
+    #[arg(long, help_heading = "Calls")]
+    pub(crate) check: bool,
 }
 
 /// The options of what is printed.

@@ -51,7 +51,7 @@ fn main() -> process::ExitCode {
 /// code is the largest of the calls' exit codes.
 fn run(cli: &Cli) -> Result<ExitCode, Error> {
     cli.validate()?;
-    if cli.input.check_queue {
+    if cli.input.check {
         return check::print_queue_stats(cli);
     }
     let endpoints = cli.config.broker.endpoints().map_err(CallError::from)?;

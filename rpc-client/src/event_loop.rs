@@ -151,15 +151,22 @@ impl<'a, T> EventLoop<'a, T> {
         self.pending.first_deadline()
     }
 
+    /// Whether a request is to be published. Not while the broker blocks us: requests that are
+    /// published then would be run when their callers have gone.
+    pub(crate) fn has_unsent(&self) -> bool {
+        self.pending.has_unsent()
+            && self.session != SessionState::Connecting
+            && !self.diagnosis.is_blocked()
+    }
+
     /// Publishes the next unsent request by `publish`. A request that cannot be published ends its
-    /// call. Returns false if no request is unsent, or while the broker blocks us: requests that
-    /// are published then would be run when their callers have gone.
+    /// call. Returns false if there is none.
     pub(crate) fn publish_next<E: ToString>(
         &mut self,
         now: Instant,
         publish: impl FnOnce(&Call<T>) -> Result<(), E>,
     ) -> bool {
-        if self.session == SessionState::Connecting || self.diagnosis.is_blocked() {
+        if !self.has_unsent() {
             return false;
         }
         match self.pending.publish_next(now, publish) {

@@ -198,6 +198,9 @@ impl OnConnection {
 
     /// Takes the calls of these requests from the unconfirmed ones.
     fn take_confirmed(&mut self, confirmed: Confirmed) -> Vec<u64> {
+        if confirmed.first == confirmed.last {
+            return Vec::from_iter(self.unconfirmed.remove(&confirmed.last));
+        }
         let mut indexes = Vec::new();
         while let Some((&tag, &index)) = self.unconfirmed.range(confirmed.first..).next() {
             if tag > confirmed.last {
@@ -249,6 +252,11 @@ impl<T> PendingCalls<T> {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.calls.is_empty()
+    }
+
+    /// Whether the request of a pending call may be unsent.
+    pub(crate) fn has_unsent(&self) -> bool {
+        !self.connection.to_send.is_empty()
     }
 
     /// Whether the request of any pending call was ever sent.

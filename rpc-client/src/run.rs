@@ -6,6 +6,7 @@
 use crate::call::{Error, Outcome};
 use crate::config::Config;
 use crate::event_loop::{Command, Event, EventLoop};
+use crate::pending::Call;
 use crate::requests::Requests;
 use crate::session::Session;
 use rpc_common::connection::{start_at, Endpoint};
@@ -165,10 +166,12 @@ impl<T> Run<'_, '_, T> {
         let Some(publisher) = session.publisher() else {
             return;
         };
-        let event_loop = &mut self.event_loop;
-        let mut publish_next =
-            || event_loop.publish_next(Instant::now(), |call| publisher.publish(call));
-        while publisher.is_writable() && publish_next() {}
+        while publisher.is_writable() && self.event_loop.has_unsent() {
+            let publish = |call: &Call<T>| publisher.publish(call);
+            if !self.event_loop.publish_next(Instant::now(), publish) {
+                break;
+            }
+        }
         publisher.flush();
     }
 

@@ -161,17 +161,18 @@ impl Session {
             confirmed,
             end,
         } = connected.inbox.take();
-        let notifications = connected.notifications.try_iter().collect::<Vec<_>>();
-        let messages = messages.into_iter().map(|message| match message {
-            Message::Delivery(delivery) => Event::Reply(delivery),
-            Message::Returned(request) => Event::Returned(request),
-        });
-        let confirmed = confirmed.into_iter().map(Event::Confirmed);
-        let notifications = notifications.into_iter().map(Event::Notification);
-        messages
-            .chain(confirmed)
-            .chain(notifications)
-            .try_for_each(on_event)?;
+        for message in messages {
+            on_event(match message {
+                Message::Delivery(delivery) => Event::Reply(delivery),
+                Message::Returned(request) => Event::Returned(request),
+            })?;
+        }
+        for confirmed in confirmed {
+            on_event(Event::Confirmed(confirmed))?;
+        }
+        for notification in connected.notifications.try_iter() {
+            on_event(Event::Notification(notification))?;
+        }
         Ok(end)
     }
 

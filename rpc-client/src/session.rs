@@ -8,15 +8,14 @@ use crate::config::Config;
 use crate::event_loop::Event;
 use crate::request_publisher::RequestPublisher;
 use crate::requests::Requests;
-use crate::session_thread::{self, Attempt, Command, Connected, LatestLink, Report, Reporter};
+use crate::session_thread::{self, Attempt, Command, Connected, Report, Reporter};
 use crossbeam_channel::{unbounded, Receiver, Sender};
 use rpc_common::connection::{
     close_timeout, Arrived, Deadline, Endpoint, Error as ConnectionError, ErrorKind, Link, Message,
     Waker,
 };
-use rpc_common::sync::lock;
 use std::mem;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
 
@@ -29,8 +28,6 @@ pub(crate) struct Session {
     reports: Receiver<Report>,
     /// The link to drive. `None` until a socket is connected.
     link: Option<Arc<Link>>,
-    /// The same link as soon as the thread has it: the session may end before the report is read.
-    latest_link: Arc<Mutex<LatestLink>>,
     /// `None` until it is connected.
     connected: Option<Connected>,
     /// Whether the thread has not answered [`Command::QueueStats`] yet.
@@ -61,14 +58,11 @@ impl Session {
             reports: report_sender,
             waker: waker.clone(),
         };
-        let latest_link = Arc::new(Mutex::new(LatestLink::None));
-        let latest = latest_link.clone();
-        thread::spawn(move || session_thread::run(&attempt, &latest, &reporter, &commands));
+        thread::spawn(move || session_thread::run(&attempt, &reporter, &commands));
         Session {
             commands: command_sender,
             reports,
             link: None,
-            latest_link,
             connected: None,
             is_stats_pending: false,
             close_deadline: deadline,
@@ -122,7 +116,7 @@ impl Session {
         self.take_arrived(on_event)?;
         while let Ok(report) = self.reports.try_recv() {
             match report {
-                Report::Linked(link) => self.link = Some(link),
+                Report::Linked(link) => self.link = link.claim(),
                 Report::Connected(connected) => {
                     let address = connected.address.clone();
                     self.connected = Some(*connected);
@@ -210,12 +204,15 @@ impl Session {
         while !limit.remaining().is_zero() {
             match self.reports.try_recv() {
                 Ok(Report::ThreadEnded) => break,
-                Ok(Report::Linked(link)) => self.link = Some(link),
+                Ok(Report::Linked(link)) => self.link = link.claim(),
                 Ok(_) => {}
                 Err(_) => self.drive(Some(limit.instant()), waker, &|| false),
             }
         }
-        // If the thread has not ended, this ends its blocking call.
-        lock(&self.latest_link).abandon();
+        // If the thread has not ended, this ends its blocking call. A link that comes later is shut
+        // down unclaimed.
+        if let Some(link) = &self.link {
+            link.shut_down();
+        }
     }
 }

@@ -10,9 +10,7 @@ use rpc_common::connection::{
     ChannelInbox, Connection, Deadline, Endpoint, Error as ConnectionError, ErrorKind, Link,
     Meaning, Notification, Owner, Phase, QueueStats, Waker,
 };
-use rpc_common::sync::lock;
-use std::mem;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -38,7 +36,7 @@ pub(crate) enum Command {
 pub(crate) enum Report {
     /// A socket is connected, and the event loop is to drive its link. (The link of an attempt
     /// before may have ended.)
-    Linked(Arc<Link>),
+    Linked(UnclaimedLink),
     /// Requests can be published.
     Connected(Box<Connected>),
     /// Replies can be received.
@@ -81,25 +79,20 @@ impl Drop for Reporter {
     }
 }
 
-/// The link of a session's latest attempt to connect, for the end of the session.
-pub(crate) enum LatestLink {
-    None,
-    Some(Arc<Link>),
-    /// The event loop has ended: nobody drives a link any more.
-    Abandoned,
+/// A link that nobody drives yet. It is shut down if nobody claims it: the event loop may have ended
+/// meanwhile.
+pub(crate) struct UnclaimedLink(Option<Arc<Link>>);
+
+impl UnclaimedLink {
+    /// Gives the link to the one who drives it.
+    pub(crate) fn claim(mut self) -> Option<Arc<Link>> {
+        self.0.take()
+    }
 }
 
-impl LatestLink {
-    fn replace(&mut self, link: &Arc<Link>) {
-        match self {
-            LatestLink::Abandoned => link.shut_down(),
-            _ => *self = LatestLink::Some(link.clone()),
-        }
-    }
-
-    /// Ends the link, and with it a blocking call of the thread.
-    pub(crate) fn abandon(&mut self) {
-        if let LatestLink::Some(link) = mem::replace(self, LatestLink::Abandoned) {
+impl Drop for UnclaimedLink {
+    fn drop(&mut self) {
+        if let Some(link) = &self.0 {
             link.shut_down();
         }
     }
@@ -116,15 +109,9 @@ pub(crate) struct Attempt {
 }
 
 /// Connects and does what the commands say, until one of them is to close, or the session fails.
-pub(crate) fn run(
-    attempt: &Attempt,
-    latest_link: &Mutex<LatestLink>,
-    reporter: &Reporter,
-    commands: &Receiver<Command>,
-) {
+pub(crate) fn run(attempt: &Attempt, reporter: &Reporter, commands: &Receiver<Command>) {
     let take_link = |link: &Arc<Link>| {
-        lock(latest_link).replace(link);
-        reporter.report(Report::Linked(link.clone()));
+        reporter.report(Report::Linked(UnclaimedLink(Some(link.clone()))));
     };
     let owner = Owner::Caller(reporter.waker.clone(), &take_link);
     match Connection::open_any(&attempt.endpoints, "rpc-client", &attempt.deadline, &owner) {

@@ -356,6 +356,9 @@ impl<'a, T> EventLoop<'a, T> {
                 self.commands.push(Command::GiveUp);
             }
         }
+        if self.session == SessionState::Connecting {
+            return; // the next connection publishes all requests again
+        }
         self.pending.on_timer(now);
         let can_ask = self.session == SessionState::Consuming && !self.pending.is_empty();
         if self.diagnosis.take_stats_due(now, can_ask) {
@@ -800,6 +803,22 @@ mod tests {
             outcomes[0].result,
             Err(Error::RefusedAfterSend(_))
         ));
+    }
+
+    #[test]
+    fn a_request_that_no_queue_took_stays_so_between_two_sessions() {
+        let config = Config {
+            wait: true,
+            ..Config::default()
+        };
+        let mut script = Script::consuming(&config, &["a"]);
+        script.return_request("a");
+        script.end(lost()).unwrap();
+        script.later(Duration::from_secs(1));
+        script.step(Event::Timer);
+        script.later(Duration::from_secs(29));
+        let no_queue = "no queue 'rpc_queue' on rabbit:5672: is rpc-server running?";
+        assert_eq!(script.outcomes(), [format!("a: {no_queue}")]);
     }
 
     #[test]

@@ -77,10 +77,42 @@ enum Stage {
 }
 
 impl Stage {
+    /// The reason of the stop. `None` while the program runs.
     fn stopped(self) -> Option<Stopped> {
         match self {
             Stage::Running => None,
             Stage::Terminating { why, .. } | Stage::Killed { why, .. } => Some(why),
+        }
+    }
+
+    /// The next stage at this instant, and the signal of it. `None` if the stage stays. A program
+    /// that runs is stopped if there is a `reason`.
+    fn next(
+        self,
+        now: Instant,
+        reason: Option<Stopped>,
+        kill_after: Duration,
+    ) -> Option<(Self, Signal)> {
+        match self {
+            Stage::Running => {
+                let kill_at = now.checked_add(kill_after);
+                reason.map(|why| (Stage::Terminating { why, kill_at }, Signal::TERM))
+            }
+            Stage::Terminating { why, kill_at } if kill_at.is_some_and(|at| at <= now) => {
+                let give_up_at = now + GIVE_UP_AFTER;
+                Some((Stage::Killed { why, give_up_at }, Signal::KILL))
+            }
+            Stage::Terminating { .. } | Stage::Killed { .. } => None,
+        }
+    }
+
+    /// The instant of the next stage, or of giving the program up. `None` for a program that runs,
+    /// or that gets no SIGKILL.
+    fn timer(self) -> Option<Instant> {
+        match self {
+            Stage::Running => None,
+            Stage::Terminating { kill_at, .. } => kill_at,
+            Stage::Killed { give_up_at, .. } => Some(give_up_at),
         }
     }
 }
@@ -376,14 +408,9 @@ impl<'a> Run<'a> {
     }
 
     fn next_timer(&self) -> Instant {
-        let timer = match self.stage {
-            Stage::Running => self.stop_at,
-            Stage::Terminating { kill_at, .. } => kill_at,
-            Stage::Killed { give_up_at, .. } => Some(give_up_at),
-        };
-        timer.map_or(self.next_caller_check, |timer| {
-            timer.min(self.next_caller_check)
-        })
+        let limit = self.stop_at.filter(|_| self.stage.stopped().is_none());
+        let timers = limit.into_iter().chain(self.stage.timer());
+        timers.fold(self.next_caller_check, Instant::min)
     }
 
     /// Stops or kills the program when a limit or a timer has passed.
@@ -391,27 +418,20 @@ impl<'a> Run<'a> {
     /// # Errors
     /// The reason of the stop, when it is time to give the program up.
     fn on_timers(&mut self, now: Instant) -> Result<(), Stopped> {
-        let is_due = |timer: Option<Instant>| timer.is_some_and(|timer| timer <= now);
-        match self.stage {
-            Stage::Running => {
-                if let Some(why) = self.reason_to_stop(now) {
-                    kill(self.process.group, Signal::TERM);
-                    let kill_at = now.checked_add(self.limits.kill_after);
-                    self.stage = Stage::Terminating { why, kill_at };
-                }
-            }
-            Stage::Terminating { why, kill_at } if is_due(kill_at) => {
-                kill(self.process.group, Signal::KILL);
-                let give_up_at = now + GIVE_UP_AFTER;
-                self.stage = Stage::Killed { why, give_up_at };
-            }
-            Stage::Killed { why, give_up_at } if give_up_at <= now => return Err(why),
-            Stage::Terminating { .. } | Stage::Killed { .. } => {}
+        let is_running = self.stage.stopped().is_none();
+        let reason = is_running.then(|| self.reason_to_stop(now)).flatten();
+        if let Some((stage, signal)) = self.stage.next(now, reason, self.limits.kill_after) {
+            kill(self.process.group, signal);
+            self.stage = stage;
         }
         if self.next_caller_check <= now {
-            self.next_caller_check = Instant::now() + CALLER_CHECK_INTERVAL; // the check has taken time
+            // Not `now`: the check has taken time.
+            self.next_caller_check = Instant::now() + CALLER_CHECK_INTERVAL;
         }
-        Ok(())
+        match self.stage {
+            Stage::Killed { why, give_up_at } if give_up_at <= now => Err(why),
+            _ => Ok(()),
+        }
     }
 
     fn is_output_too_large(&self) -> bool {
@@ -457,4 +477,70 @@ fn read(pipe: &mut Option<impl Read>, on_bytes: impl FnOnce(&[u8])) {
 
 fn is_not_ready(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_is_terminated_then_killed_then_given_up_for_its_first_reason() {
+        let now = Instant::now();
+        let second = Duration::from_secs(1);
+        let stage = Stage::Running;
+        assert!(stage.next(now, None, second).is_none() && stage.timer().is_none());
+        let (stage, signal) = stage.next(now, Some(Stopped::CallerGone), second).unwrap();
+        assert_eq!((signal, stage.timer()), (Signal::TERM, Some(now + second)));
+        let reason = Some(Stopped::AtTimeLimit); // later
+        assert!(stage.next(now, reason, second).is_none());
+        let (stage, signal) = stage.next(now + second, reason, second).unwrap();
+        let give_up_at = now + second + GIVE_UP_AFTER;
+        assert_eq!((signal, stage.timer()), (Signal::KILL, Some(give_up_at)));
+        assert!(stage.next(give_up_at, reason, second).is_none());
+        assert_eq!(stage.stopped(), Some(Stopped::CallerGone));
+    }
+
+    #[test]
+    fn a_run_is_not_killed_if_the_time_to_kill_it_is_too_far_away() {
+        let now = Instant::now();
+        let reason = Some(Stopped::AtDeadline);
+        let (stage, _) = Stage::Running.next(now, reason, Duration::MAX).unwrap();
+        assert!(stage.timer().is_none() && stage.next(now, None, Duration::ZERO).is_none());
+    }
+
+    fn run_shell(script: &str, input: &[u8], limits: &Limits) -> Ended {
+        let mut command = Command::new("sh");
+        run(
+            command.args(["-c", script]),
+            input,
+            "id",
+            limits,
+            &Groups::default(),
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn a_run_exits_with_its_status_and_output_or_is_stopped_at_a_limit() {
+        let limits = Limits {
+            time: Duration::from_secs(60),
+            deadline: None,
+            kill_after: Duration::from_millis(10),
+            output: 9,
+            is_caller_gone: &|| false,
+        };
+        let exited = run_shell("cat; exit 3", b"to be", &limits);
+        let Ended::Exited(status, output) = exited else {
+            panic!("the program was not stopped");
+        };
+        assert_eq!((status.code(), &output[..]), (Some(3), &b"to be"[..]));
+        let too_large = run_shell("echo 0123456789; trap '' TERM; sleep 60", b"", &limits);
+        assert!(matches!(too_large, Ended::Stopped(Stopped::OutputTooLarge)));
+        let short = Limits {
+            time: Duration::from_millis(10),
+            ..limits
+        };
+        let stopped = run_shell("sleep 60", b"", &short);
+        assert!(matches!(stopped, Ended::Stopped(Stopped::AtTimeLimit)));
+    }
 }

@@ -2,4 +2,4 @@
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| rpc_common::connection::check::check(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| rpc_common::connection::fuzz_check::check(bytes));

@@ -7,14 +7,14 @@
 mod amiquip_stream;
 mod backoff;
 mod channel;
-#[cfg(any(test, fuzzing))]
-#[doc(hidden)]
-pub mod check;
 mod deadline;
 mod demux;
 mod endpoint;
 mod error;
 mod frames;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz_check;
 mod inbox;
 mod link;
 mod methods;

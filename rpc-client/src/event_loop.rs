@@ -8,8 +8,8 @@
 use crate::call::{Error, NoAnswerCause, Outcome, Request};
 use crate::config::Config;
 use crate::diagnosis::Diagnosis;
-use crate::pending::{Call, PendingCalls, Publication, Returned};
-use crate::retry::{ends_run, too_large_reason, MIN_PAUSE};
+use crate::pending::{AfterReturn, Call, PendingCalls, Publication};
+use crate::session_end::{ends_run, too_large_reason, MIN_PAUSE};
 use rpc_common::connection::{
     self, Backoff, Confirmed, Deadline, Delivery, Error as ConnectionError, ErrorKind,
     Notification, Phase, QueueStats,
@@ -40,7 +40,7 @@ pub(crate) enum Event {
     Confirmed(Confirmed),
     /// The broker blocks publishers, or no longer does.
     Notification(Notification),
-    /// The answer to [`Command::QueueStats`].
+    /// The answer to [`SessionCommand::QueueStats`].
     QueueStats(Result<QueueStats, ErrorKind>),
     /// The consumer or its channel has ended.
     ChannelEnded(ErrorKind),
@@ -54,7 +54,7 @@ pub(crate) enum Event {
 
 /// A command to the session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Command {
+pub(crate) enum SessionCommand {
     /// Ask for [`Event::QueueStats`], unless they are still to come.
     QueueStats,
     /// End the connection: the broker has not started the consumer in time.
@@ -79,7 +79,7 @@ pub(crate) struct EventLoop<'a, T> {
     session: SessionState,
     pending: PendingCalls<T>,
     outcomes: Vec<Outcome<T>>,
-    commands: Vec<Command>,
+    commands: Vec<SessionCommand>,
     diagnosis: Diagnosis,
     backoff: Backoff,
     /// Address of the broker that was connected last; before that, of the one that is tried first.
@@ -185,7 +185,7 @@ impl<'a, T> EventLoop<'a, T> {
     }
 
     /// Takes the commands to the session.
-    pub(crate) fn take_commands(&mut self) -> Vec<Command> {
+    pub(crate) fn take_commands(&mut self) -> Vec<SessionCommand> {
         mem::take(&mut self.commands)
     }
 
@@ -219,7 +219,7 @@ impl<'a, T> EventLoop<'a, T> {
             Event::Confirmed(confirmed) if confirmed.is_ack => self.pending.on_ack(confirmed),
             Event::Confirmed(confirmed) => {
                 if self.pending.on_nack(confirmed, now) {
-                    self.commands.push(Command::QueueStats); // is the queue full?
+                    self.commands.push(SessionCommand::QueueStats); // is the queue full?
                 }
             }
             Event::Notification(notification) => self.on_notification(notification, now),
@@ -305,8 +305,8 @@ impl<'a, T> EventLoop<'a, T> {
     fn on_return(&mut self, request: &connection::Returned, now: Instant) {
         let error = self.no_queue();
         match self.pending.on_return(request.correlation_id(), now) {
-            Some(Returned::Ended(call)) => self.end(call, Err(error), now),
-            Some(Returned::WillResend) => log::info!("{error} sending again"),
+            Some(AfterReturn::Ended(call)) => self.end(call, Err(error), now),
+            Some(AfterReturn::WillResend) => log::info!("{error} sending again"),
             None => {}
         }
     }
@@ -353,7 +353,7 @@ impl<'a, T> EventLoop<'a, T> {
             }
             if by <= now || (has_expired && self.pending.is_empty()) {
                 self.session = SessionState::Starting { by: None };
-                self.commands.push(Command::GiveUp);
+                self.commands.push(SessionCommand::GiveUp);
             }
         }
         if self.session == SessionState::Connecting {
@@ -362,7 +362,7 @@ impl<'a, T> EventLoop<'a, T> {
         self.pending.on_timer(now);
         let can_ask = self.session == SessionState::Consuming && !self.pending.is_empty();
         if self.diagnosis.take_stats_due(now, can_ask) {
-            self.commands.push(Command::QueueStats);
+            self.commands.push(SessionCommand::QueueStats);
         }
     }
 
@@ -652,7 +652,10 @@ mod tests {
             let mut script = Script::consuming(&config, &["a", "b"]);
             script.confirm(1, 1, true);
             script.confirm(2, 2, false);
-            assert_eq!(script.event_loop.take_commands(), [Command::QueueStats]);
+            assert_eq!(
+                script.event_loop.take_commands(),
+                [SessionCommand::QueueStats]
+            );
             script.queue_stats(messages);
             assert_eq!(script.outcomes().join(""), expected);
             script.later(Duration::from_millis(250));
@@ -734,14 +737,14 @@ mod tests {
             script.later(Duration::from_secs(seconds - 1));
             assert!(script.event_loop.take_commands().is_empty());
             script.later(Duration::from_secs(1));
-            assert_eq!(script.event_loop.take_commands(), [Command::GiveUp]);
+            assert_eq!(script.event_loop.take_commands(), [SessionCommand::GiveUp]);
             script.end(ErrorKind::Silent).unwrap();
         }
         script.connect();
         script.end(lost()).unwrap();
         script.step(Event::Connected("rabbit:5672".into()));
         script.later(Duration::from_secs(10));
-        assert_eq!(script.event_loop.take_commands(), [Command::GiveUp]);
+        assert_eq!(script.event_loop.take_commands(), [SessionCommand::GiveUp]);
     }
 
     #[test]
@@ -827,7 +830,10 @@ mod tests {
         let mut script = Script::consuming(&config, &["a"]);
         script.confirm(1, 1, true);
         script.later(Duration::from_millis(500));
-        assert_eq!(script.event_loop.take_commands(), [Command::QueueStats]);
+        assert_eq!(
+            script.event_loop.take_commands(),
+            [SessionCommand::QueueStats]
+        );
         let text = "NOT_FOUND - no queue 'rpc_queue'".to_owned();
         let missing = ErrorKind::ChannelClosed(Reason { code: 404, text });
         script.step(Event::QueueStats(Err(missing)));

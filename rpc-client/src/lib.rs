@@ -4,9 +4,9 @@
 //! time. Read in this order: `config` has the options; `call` the requests, outcomes and errors;
 //! `requests` is where they come from; `run` moves events between the `session`, which is one
 //! connection with its reply queue, and the `event_loop`, which decides what they mean. The event
-//! loop has the calls that are `pending`, and a `diagnosis` of why there is no answer; `retry` says
-//! when an error ends a run. The session has a `request_publisher`, and a `session_thread`, which
-//! makes the blocking calls.
+//! loop has the calls that are `pending`, and a `diagnosis` of why there is no answer;
+//! `session_end` says when an error ends the run, too. The session has a `request_publisher`, and a
+//! `session_thread`, which makes the blocking calls.
 
 mod call;
 mod client;
@@ -16,9 +16,9 @@ mod event_loop;
 mod pending;
 mod request_publisher;
 mod requests;
-mod retry;
 mod run;
 mod session;
+mod session_end;
 mod session_thread;
 
 pub use call::{Error, NoAnswerCause, Outcome, Request};

@@ -18,7 +18,7 @@
 //! Pure: no socket, and no clock but the instants that are passed in.
 
 use crate::call::Request;
-use crate::retry::Progress;
+use crate::session_end::CallProgress;
 use rpc_common::connection::{Confirmed, Deadline};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -76,7 +76,7 @@ enum Fate {
 
 /// An event that changes the fate of a call.
 #[derive(Clone, Copy, Debug)]
-enum Event {
+enum FateEvent {
     Published,
     Ack,
     Nack { at: Instant, may_have_run: bool },
@@ -89,24 +89,26 @@ enum Event {
 impl Fate {
     /// The fate after an event, see the table of this file.
     #[allow(clippy::match_same_arms)] // a line for each cell of the table
-    fn after(self, event: Event) -> Self {
+    fn after(self, event: FateEvent) -> Self {
         match (event, self) {
-            (Event::Published, Fate::Unsent) => Fate::Unconfirmed,
-            (Event::Ack, Fate::Unconfirmed) => Fate::Accepted,
-            (Event::Nack { at, may_have_run }, Fate::Unconfirmed) => {
+            (FateEvent::Published, Fate::Unsent) => Fate::Unconfirmed,
+            (FateEvent::Ack, Fate::Unconfirmed) => Fate::Accepted,
+            (FateEvent::Nack { at, may_have_run }, Fate::Unconfirmed) => {
                 if may_have_run {
                     Fate::Lost
                 } else {
                     Fate::Refused(at)
                 }
             }
-            (Event::Return, Fate::Unconfirmed | Fate::Accepted | Fate::Refused(_)) => Fate::Lost,
-            (Event::QueueNotFull, Fate::Refused(_)) => Fate::Lost,
-            (Event::ResendDue { .. }, Fate::Lost) => Fate::Unsent,
-            (Event::ResendDue { was_queue_missing }, Fate::Accepted) if was_queue_missing => {
+            (FateEvent::Return, Fate::Unconfirmed | Fate::Accepted | Fate::Refused(_)) => {
+                Fate::Lost
+            }
+            (FateEvent::QueueNotFull, Fate::Refused(_)) => Fate::Lost,
+            (FateEvent::ResendDue { .. }, Fate::Lost) => Fate::Unsent,
+            (FateEvent::ResendDue { was_queue_missing }, Fate::Accepted) if was_queue_missing => {
                 Fate::Unsent
             }
-            (Event::NewConnection, _) => Fate::Unsent,
+            (FateEvent::NewConnection, _) => Fate::Unsent,
             (_, fate) => fate,
         }
     }
@@ -126,7 +128,7 @@ impl<T> Call<T> {
 
 /// The consequence of a returned request for its call.
 #[derive(Debug)]
-pub(crate) enum Returned<T> {
+pub(crate) enum AfterReturn<T> {
     /// The call has ended: there is no request queue.
     Ended(Call<T>),
     /// The request is resent: there was a queue when it was sent before, and it may come back.
@@ -268,7 +270,7 @@ impl<T> PendingCalls<T> {
     pub(crate) fn on_new_connection(&mut self) {
         for call in self.calls.values_mut() {
             call.may_have_run |= call.sends > 0;
-            call.fate = call.fate.after(Event::NewConnection);
+            call.fate = call.fate.after(FateEvent::NewConnection);
         }
         self.connection = OnConnection::new(self.calls.keys().copied().collect());
     }
@@ -296,7 +298,7 @@ impl<T> PendingCalls<T> {
         }
         call.sends += 1;
         call.first_sent.get_or_insert(now);
-        call.fate = call.fate.after(Event::Published);
+        call.fate = call.fate.after(FateEvent::Published);
         self.connection.published += 1;
         let tag = self.connection.published;
         self.connection.unconfirmed.insert(tag, call.index);
@@ -308,7 +310,7 @@ impl<T> PendingCalls<T> {
         let Some(resend) = self.connection.resend.take_if(|resend| resend.at <= now) else {
             return;
         };
-        let event = Event::ResendDue {
+        let event = FateEvent::ResendDue {
             was_queue_missing: resend.was_queue_missing,
         };
         for call in self.calls.values_mut() {
@@ -342,17 +344,17 @@ impl<T> PendingCalls<T> {
         &mut self,
         correlation_id: Option<&[u8]>,
         now: Instant,
-    ) -> Option<Returned<T>> {
+    ) -> Option<AfterReturn<T>> {
         let id = Uuid::try_parse_ascii(correlation_id?).ok()?;
         let call = self.calls.get_mut(self.index_of.get(&id)?)?;
-        call.fate = call.fate.after(Event::Return);
+        call.fate = call.fate.after(FateEvent::Return);
         let is_first = call.sends == 1 && !self.waits_for_queue;
         self.on_missing_queue(now);
         if is_first {
-            return self.remove(id).map(Returned::Ended);
+            return self.remove(id).map(AfterReturn::Ended);
         }
         self.connection.is_accepting = false;
-        Some(Returned::WillResend)
+        Some(AfterReturn::WillResend)
     }
 
     /// The queue does not exist. The requests that a queue had accepted may be gone with it.
@@ -367,7 +369,7 @@ impl<T> PendingCalls<T> {
                 continue;
             };
             if call.fate == Fate::Unconfirmed {
-                call.fate = call.fate.after(Event::Ack);
+                call.fate = call.fate.after(FateEvent::Ack);
                 call.may_have_run = true;
                 self.connection.is_accepting = true;
             }
@@ -382,7 +384,7 @@ impl<T> PendingCalls<T> {
             let Some(call) = self.calls.get_mut(&index) else {
                 continue;
             };
-            call.fate = call.fate.after(Event::Nack {
+            call.fate = call.fate.after(FateEvent::Nack {
                 at: now,
                 may_have_run: call.may_have_run,
             });
@@ -397,7 +399,7 @@ impl<T> PendingCalls<T> {
     pub(crate) fn resend_refused(&mut self, now: Instant) {
         for call in self.calls.values_mut() {
             if matches!(call.fate, Fate::Refused(_)) {
-                call.fate = call.fate.after(Event::QueueNotFull);
+                call.fate = call.fate.after(FateEvent::QueueNotFull);
                 self.connection.schedule_resend(now);
             }
         }
@@ -464,11 +466,11 @@ impl<T> PendingCalls<T> {
     }
 
     /// The progress of the calls when a session ends.
-    pub(crate) fn progress(&self, was_connected: bool, now: Instant) -> Progress {
+    pub(crate) fn progress(&self, was_connected: bool, now: Instant) -> CallProgress {
         match self.first_deadline() {
-            None => Progress::NoCalls,
-            Some(_) if self.was_any_sent() => Progress::Sent,
-            Some(deadline) => Progress::NothingSent {
+            None => CallProgress::NoCalls,
+            Some(_) if self.was_any_sent() => CallProgress::Sent,
+            Some(deadline) => CallProgress::NothingSent {
                 was_connected,
                 time_left: deadline.remaining_at(now),
             },
@@ -575,7 +577,7 @@ mod tests {
         let mut calls = PendingCalls::new(false);
         begin(&mut calls, ID, 1);
         let returned = calls.on_return(Some(text(ID).as_bytes()), Instant::now());
-        assert!(matches!(returned, Some(Returned::Ended(call)) if call.id == ID));
+        assert!(matches!(returned, Some(AfterReturn::Ended(call)) if call.id == ID));
         assert!(calls.is_empty());
     }
 
@@ -585,7 +587,7 @@ mod tests {
         begin(&mut calls, ID, 2);
         let now = Instant::now();
         let returned = calls.on_return(Some(text(ID).as_bytes()), now);
-        assert!(matches!(returned, Some(Returned::WillResend)));
+        assert!(matches!(returned, Some(AfterReturn::WillResend)));
         assert_eq!(calls.next_timer(), Some(now + RESEND_DELAY));
         assert!(resend(&mut calls, now).is_none());
         assert_eq!(resend(&mut calls, now + RESEND_DELAY), Some(ID));
@@ -620,7 +622,7 @@ mod tests {
         assert!(calls.accepts_calls());
         assert!(matches!(
             calls.on_return(Some(text(ID).as_bytes()), now),
-            Some(Returned::WillResend)
+            Some(AfterReturn::WillResend)
         ));
         calls.on_ack(one(2)); // the broker confirms what it returned
         assert!(!calls.accepts_calls());
@@ -829,22 +831,25 @@ mod tests {
         use Fate::{Accepted, Lost, Refused, Unconfirmed, Unsent};
         let at = Instant::now();
         let before = [Unsent, Unconfirmed, Accepted, Lost, Refused(at)];
-        let nack = |may_have_run| Event::Nack { at, may_have_run };
-        let resend = |was_queue_missing| Event::ResendDue { was_queue_missing };
+        let nack = |may_have_run| FateEvent::Nack { at, may_have_run };
+        let resend = |was_queue_missing| FateEvent::ResendDue { was_queue_missing };
         for (event, after) in [
             (
-                Event::Published,
+                FateEvent::Published,
                 [Unconfirmed, Unconfirmed, Accepted, Lost, Refused(at)],
             ),
-            (Event::Ack, [Unsent, Accepted, Accepted, Lost, Refused(at)]),
+            (
+                FateEvent::Ack,
+                [Unsent, Accepted, Accepted, Lost, Refused(at)],
+            ),
             (
                 nack(false),
                 [Unsent, Refused(at), Accepted, Lost, Refused(at)],
             ),
             (nack(true), [Unsent, Lost, Accepted, Lost, Refused(at)]),
-            (Event::Return, [Unsent, Lost, Lost, Lost, Lost]),
+            (FateEvent::Return, [Unsent, Lost, Lost, Lost, Lost]),
             (
-                Event::QueueNotFull,
+                FateEvent::QueueNotFull,
                 [Unsent, Unconfirmed, Accepted, Lost, Lost],
             ),
             (
@@ -855,7 +860,7 @@ mod tests {
                 resend(true),
                 [Unsent, Unconfirmed, Unsent, Unsent, Refused(at)],
             ),
-            (Event::NewConnection, [Unsent; 5]),
+            (FateEvent::NewConnection, [Unsent; 5]),
         ] {
             assert_eq!(before.map(|fate| fate.after(event)), after, "{event:?}");
         }
@@ -918,10 +923,10 @@ mod tests {
                     Step::Return(nth) => if let Some(call) = model.get_mut(nth) {
                         match calls.on_return(Some(text(call.id).as_bytes()), now) {
                             None => prop_assert!(call.has_ended),
-                            Some(Returned::WillResend) => {
+                            Some(AfterReturn::WillResend) => {
                                 prop_assert!(!call.has_ended && (call.sends > 1 || was_answered));
                             }
-                            Some(Returned::Ended(ended)) => {
+                            Some(AfterReturn::Ended(ended)) => {
                                 prop_assert!(!call.has_ended && call.sends == 1 && !was_answered);
                                 prop_assert_eq!(ended.id, call.id);
                                 call.has_ended = true;

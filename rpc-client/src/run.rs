@@ -5,7 +5,7 @@
 
 use crate::call::{Error, Outcome};
 use crate::config::Config;
-use crate::event_loop::{Command, Event, EventLoop};
+use crate::event_loop::{Event, EventLoop, SessionCommand};
 use crate::pending::Call;
 use crate::requests::Requests;
 use crate::session::Session;
@@ -137,8 +137,8 @@ impl<T> Run<'_, '_, T> {
             self.take_events(session, wake)?;
             for command in self.event_loop.take_commands() {
                 match command {
-                    Command::QueueStats => session.request_queue_stats(),
-                    Command::GiveUp => session.give_up(),
+                    SessionCommand::QueueStats => session.request_queue_stats(),
+                    SessionCommand::GiveUp => session.give_up(),
                 }
             }
         }

@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::event_loop::Event;
 use crate::request_publisher::RequestPublisher;
 use crate::requests::Requests;
-use crate::session_thread::{self, Attempt, Command, Connected, Report, Reporter};
+use crate::session_thread::{self, Attempt, Connected, Report, Reporter, ThreadCommand};
 use crossbeam_channel::{unbounded, Receiver, Sender};
 use rpc_common::connection::{
     close_timeout, Arrived, Deadline, Endpoint, Error as ConnectionError, ErrorKind, Link, Message,
@@ -24,13 +24,13 @@ pub(crate) type OnEvent<'a> = dyn FnMut(Event) -> Result<(), Error> + 'a;
 
 /// A **session**, as the event loop's thread sees it.
 pub(crate) struct Session {
-    commands: Sender<Command>,
+    commands: Sender<ThreadCommand>,
     reports: Receiver<Report>,
     /// The link to drive. `None` until a socket is connected.
     link: Option<Arc<Link>>,
     /// `None` until it is connected.
     connected: Option<Connected>,
-    /// Whether the thread has not answered [`Command::QueueStats`] yet.
+    /// Whether the thread has not answered [`ThreadCommand::QueueStats`] yet.
     is_stats_pending: bool,
     /// Deadline of closing.
     close_deadline: Deadline,
@@ -182,7 +182,7 @@ impl Session {
     /// Asks for [`Event::QueueStats`], unless they are still to come.
     pub(crate) fn request_queue_stats(&mut self) {
         if !mem::replace(&mut self.is_stats_pending, true) {
-            let _ = self.commands.send(Command::QueueStats); // fails if the session has ended
+            let _ = self.commands.send(ThreadCommand::QueueStats); // fails if the session has ended
         }
     }
 
@@ -199,7 +199,9 @@ impl Session {
     /// [`Connection`](rpc_common::connection::Connection) does.
     pub(crate) fn close(mut self, waker: &Waker) {
         // Fails if the thread has ended.
-        let _ = self.commands.send(Command::Close(self.close_deadline));
+        let _ = self
+            .commands
+            .send(ThreadCommand::Close(self.close_deadline));
         let limit = Deadline::after(close_timeout(&self.close_deadline));
         while !limit.remaining().is_zero() {
             match self.reports.try_recv() {

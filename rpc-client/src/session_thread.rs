@@ -25,7 +25,7 @@ const MAX_UNREAD_PER_CALL: usize = 8;
 const MAX_UNREAD: usize = 1_000;
 
 /// A command to the thread.
-pub(crate) enum Command {
+pub(crate) enum ThreadCommand {
     /// Report [`Report::QueueStats`].
     QueueStats,
     /// Close the connection by this deadline, and end.
@@ -109,7 +109,7 @@ pub(crate) struct Attempt {
 }
 
 /// Connects and does what the commands say, until one of them is to close, or the session fails.
-pub(crate) fn run(attempt: &Attempt, reporter: &Reporter, commands: &Receiver<Command>) {
+pub(crate) fn run(attempt: &Attempt, reporter: &Reporter, commands: &Receiver<ThreadCommand>) {
     let take_link = |link: &Arc<Link>| {
         reporter.report(Report::Linked(UnclaimedLink(Some(link.clone()))));
     };
@@ -129,7 +129,7 @@ fn run_session(
     connection: &mut Connection,
     attempt: &Attempt,
     reporter: &Reporter,
-    commands: &Receiver<Command>,
+    commands: &Receiver<ThreadCommand>,
 ) -> Result<(), Error> {
     let Attempt {
         config, deadline, ..
@@ -184,11 +184,11 @@ fn run_session(
 
     for command in commands {
         match command {
-            Command::QueueStats => {
+            ThreadCommand::QueueStats => {
                 let stats = queue_stats(connection, &config.queue)?;
                 reporter.report(Report::QueueStats(stats));
             }
-            Command::Close(deadline) => {
+            ThreadCommand::Close(deadline) => {
                 // Before the consumer is dropped, which would wait for the broker.
                 connection.close_by(&deadline)?;
                 break;

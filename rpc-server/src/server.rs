@@ -11,7 +11,7 @@ use crate::observer::Observer;
 use crate::queue::{self, QueueType};
 use crate::redelivery::{IsolatedPublisher, KeptReplies, IDLE_TIMEOUT};
 use crate::signals::Stop;
-use crate::worker::{Service, Worker, WorkerEvent};
+use crate::worker::{Service, Worker, WorkerReport};
 use crossbeam_channel::{
     after, never, select_biased, tick, unbounded, Receiver, RecvError, Sender,
 };
@@ -117,7 +117,7 @@ struct Server<'a> {
     /// Starts with the broker that was connected last, or with the next one if that was silent.
     endpoints: Vec<Endpoint>,
     /// Disconnected when all workers have ended.
-    events: Receiver<WorkerEvent>,
+    events: Receiver<WorkerReport>,
     channels: Sender<WorkerChannel>,
     /// Number of workers that wait for a channel.
     waiting: usize,
@@ -193,13 +193,13 @@ impl Server<'_> {
                     Err(_) => return Err(connection.cause()),
                 },
                 recv(self.events) -> event => match event {
-                    Ok(WorkerEvent::Consuming) => {
+                    Ok(WorkerReport::Consuming) => {
                         if let Some(report) = queue_report.take() {
                             log::info!("connected to {}; {report}", connection.address());
                             self.service.observer.on_connected(connection.address());
                         }
                     }
-                    Ok(WorkerEvent::LostChannel(error)) => {
+                    Ok(WorkerReport::LostChannel(error)) => {
                         self.waiting += 1;
                         self.recover_queue(&mut connection, error)?;
                     }

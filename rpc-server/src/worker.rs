@@ -47,7 +47,7 @@ impl Service<'_> {
 }
 
 /// A report of a worker to the server.
-pub(crate) enum WorkerEvent {
+pub(crate) enum WorkerReport {
     /// The worker consumes from the queue.
     Consuming,
     /// The worker's channel ended in this way, and the worker waits for another one. If the
@@ -73,7 +73,7 @@ enum Event {
 /// returns.
 pub(crate) struct Worker<'a> {
     service: &'a Service<'a>,
-    events: Sender<WorkerEvent>,
+    reports: Sender<WorkerReport>,
     channels: Receiver<WorkerChannel>,
     check: ConsumerCheck,
     /// Number of requests in a row that the function could not serve.
@@ -85,13 +85,13 @@ pub(crate) struct Worker<'a> {
 impl<'a> Worker<'a> {
     pub(crate) fn new(
         service: &'a Service<'a>,
-        events: Sender<WorkerEvent>,
+        reports: Sender<WorkerReport>,
         channels: Receiver<WorkerChannel>,
     ) -> Self {
         let now = Instant::now();
         Worker {
             service,
-            events,
+            reports,
             channels,
             check: ConsumerCheck::new(now),
             unavailable: 0,
@@ -110,7 +110,8 @@ impl<'a> Worker<'a> {
             // channel.
             let pause = backoff.next_pause(Instant::now());
             let _ = self.service.stop.recv_timeout(pause);
-            let _ = self.events.send(WorkerEvent::LostChannel(error)); // fails if the server has stopped
+            // Fails if the server has stopped.
+            let _ = self.reports.send(WorkerReport::LostChannel(error));
         }
     }
 
@@ -131,7 +132,7 @@ impl<'a> Worker<'a> {
         self.service
             .ready
             .call_once(|| self.service.observer.on_ready());
-        let _ = self.events.send(WorkerEvent::Consuming); // fails if the server has stopped
+        let _ = self.reports.send(WorkerReport::Consuming); // fails if the server has stopped
         self.check.on_consuming(Instant::now());
         let result = self.serve(channel);
         channel.cancel(consumer);

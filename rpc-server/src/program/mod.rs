@@ -140,7 +140,8 @@ impl Program {
             time: self.options.time_limit,
             deadline: request.deadline_ms.and_then(instant_of),
             kill_after: self.options.kill_after,
-            output: self.options.max_reply.max(MAX_SENTENCE), // the text of a failure is not a reply
+            // The text of a failure is not a reply.
+            output: self.options.max_reply.max(MAX_SENTENCE),
             is_caller_gone: &|| caller.is_gone(),
         };
         let id = request.log_id();

@@ -8,7 +8,7 @@ pub(crate) const MIN_PAUSE: Duration = Duration::from_millis(10);
 
 /// The progress of the pending calls.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Progress {
+pub(crate) enum CallProgress {
     NoCalls,
     NothingSent {
         was_connected: bool,
@@ -22,13 +22,13 @@ pub(crate) enum Progress {
 /// Before anything is sent, the run ends at once if it was never connected, and else when retrying
 /// cannot help or the time is up. What was sent may have run: then only a missing permission ends
 /// the run.
-pub(crate) fn ends_run(error: &Error, progress: Progress) -> bool {
+pub(crate) fn ends_run(error: &Error, progress: CallProgress) -> bool {
     match progress {
-        Progress::NoCalls => false, // the next call connects again
-        Progress::Sent => {
+        CallProgress::NoCalls => false, // the next call connects again
+        CallProgress::Sent => {
             matches!(&error.kind, ErrorKind::Refused(reason) if reason.code == ACCESS_REFUSED)
         }
-        Progress::NothingSent {
+        CallProgress::NothingSent {
             was_connected,
             time_left,
         } => error.is_permanent() || !was_connected || time_left <= MIN_PAUSE,
@@ -69,7 +69,7 @@ mod tests {
 
     #[test]
     fn a_run_that_was_never_connected_ends_with_the_first_error() {
-        let progress = Progress::NothingSent {
+        let progress = CallProgress::NothingSent {
             was_connected: false,
             time_left: TIME_LEFT,
         };
@@ -78,7 +78,7 @@ mod tests {
 
     #[test]
     fn a_run_that_was_connected_ends_when_retrying_cannot_help_or_the_time_is_up() {
-        let progress = |time_left| Progress::NothingSent {
+        let progress = |time_left| CallProgress::NothingSent {
             was_connected: true,
             time_left,
         };
@@ -90,9 +90,9 @@ mod tests {
 
     #[test]
     fn after_the_first_publish_only_a_refusal_of_access_ends_the_run() {
-        assert!(!ends_run(&lost(), Progress::Sent));
-        assert!(!ends_run(&refused(530), Progress::Sent));
-        assert!(ends_run(&refused(ACCESS_REFUSED), Progress::Sent));
-        assert!(!ends_run(&refused(ACCESS_REFUSED), Progress::NoCalls));
+        assert!(!ends_run(&lost(), CallProgress::Sent));
+        assert!(!ends_run(&refused(530), CallProgress::Sent));
+        assert!(ends_run(&refused(ACCESS_REFUSED), CallProgress::Sent));
+        assert!(!ends_run(&refused(ACCESS_REFUSED), CallProgress::NoCalls));
     }
 }

@@ -411,17 +411,21 @@ fn the_readme_files_list_the_exit_codes() {
 /// The tables of error codes are complete, and name codes that exist.
 #[test]
 fn the_readme_files_list_the_error_codes() {
-    let codes_of_table = |page, heading: &str| {
+    // The first code in a cell of each row, counted from 0.
+    let codes_of_table = |page, heading: &str, cell: usize| {
         let (_, text) = read(page);
         let (_, table) = text.split_once(heading).expect("the page has the table");
-        let rows = table.lines().skip_while(|line| !line.starts_with("| ---"));
-        let codes = rows
-            .skip(1)
-            .map_while(|row| row.strip_prefix("| `")?.split('`').next());
-        codes.map(str::to_owned).collect::<Vec<_>>()
+        let rows = table.lines().map(str::trim_start);
+        let rows = rows.skip_while(|line| !line.starts_with("| ---")).skip(1);
+        let rows = rows.take_while(|row| row.starts_with('|'));
+        let codes = rows.filter_map(|row| {
+            let cell = row.split('|').nth(cell + 1)?.trim();
+            cell.strip_prefix('`')?.split('`').next().map(str::to_owned)
+        });
+        codes.collect::<Vec<_>>()
     };
     let known = ErrorCode::KNOWN.map(|code| code.as_str().to_owned());
-    let servers = codes_of_table("rpc-common/README.md", "### Error codes");
+    let servers = codes_of_table("rpc-common/README.md", "### Error codes", 0);
     assert_eq!(servers, known);
     let source = fs::read_to_string(format!("{ROOT}/rpc-client/src/bin/rpc-client/error.rs"));
     let source = source.expect("the source is there");
@@ -430,7 +434,7 @@ fn the_readme_files_list_the_error_codes() {
         .expect("it has the codes");
     let (codes, _) = codes.split_once("];").expect("the list ends");
     let clients = codes.split('"').skip(1).step_by(2);
-    let mut listed = codes_of_table("rpc-client/README.md", "| `code` of `error` |");
+    let mut listed = codes_of_table("rpc-client/README.md", "| `code` of `error` |", 0);
     for code in clients {
         let index = listed.iter().position(|listed| listed == code);
         listed.remove(index.unwrap_or_else(|| panic!("rpc-client/README.md has no '{code}'")));
@@ -441,6 +445,16 @@ fn the_readme_files_list_the_error_codes() {
             "rpc-client/README.md has an unknown '{code}'"
         );
     }
+    // `served_programs` shows that these exit codes have these error codes.
+    let heading = "| exit code of the program | error code |";
+    let programs = codes_of_table("rpc-server/README.md", heading, 1);
+    let codes = [
+        ErrorCode::InvalidArgument,
+        ErrorCode::Unavailable,
+        ErrorCode::PermissionDenied,
+        ErrorCode::Failed,
+    ];
+    assert_eq!(programs, codes.map(|code| code.as_str().to_owned()));
 }
 
 /// The label and the target of each link into the repository.

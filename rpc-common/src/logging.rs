@@ -194,15 +194,14 @@ impl<L: Log> RateLimitedLog<L> {
             ..
         } in windows
         {
-            let args = format_args!(
-                "suppressed {} similar lines; the last: {last}",
-                lines - MAX_LINES
-            );
             self.log.log(
                 &Record::builder()
                     .level(level)
                     .target(&target)
-                    .args(args)
+                    .args(format_args!(
+                        "suppressed {} similar lines; the last: {last}",
+                        lines - MAX_LINES
+                    ))
                     .build(),
             );
         }
@@ -337,12 +336,11 @@ mod tests {
     }
 
     fn log_line(log: &dyn Log, target: &str, level: Level, message: &str) {
-        let args = format_args!("{message}");
         log.log(
             &Record::builder()
                 .target(target)
                 .level(level)
-                .args(args)
+                .args(format_args!("{message}"))
                 .build(),
         );
     }

@@ -38,9 +38,12 @@ check: setup-build ## check formatting, lints and documentation; warnings are er
 
 check-deps: setup-deps ## check the licences, sources, duplicates and known defects of the dependencies
 	$(DENY) check licenses sources bans
-	@# The database of known defects is a git repository: without a network it is not at hand.
-	@if $(DENY) fetch db 2>/dev/null; then $(DENY) check advisories; else \
-		echo "check-deps: the database of advisories cannot be fetched: known defects were not checked" >&2; fi
+	@# The database of known defects is a git repository: without a network, an earlier copy serves.
+	@if $(DENY) fetch db 2>/dev/null; then $(DENY) check advisories; \
+	elif ls -d "$${CARGO_HOME:-$$HOME/.cargo}"/advisory-dbs/advisory-db-* >/dev/null 2>&1; then \
+		echo "check-deps: the database of advisories cannot be fetched: an earlier copy is used" >&2; \
+		$(DENY) --offline check advisories; \
+	else echo "check-deps: the database of advisories cannot be fetched: known defects were not checked" >&2; fi
 
 test: check setup-broker setup-peers ## check, then run all tests on private RabbitMQ nodes (or on the broker of AMQP_URL)
 	cargo test --locked

@@ -120,9 +120,9 @@ impl Error {
         let time_left = Duration::from_secs(time_left.as_secs());
         if failure.code == ErrorCode::Expired && !time_left.is_zero() {
             let message = &failure.message;
-            let ahead = format_duration(time_left);
+            let clock_ahead = format_duration(time_left);
             failure.message = format!(
-                "{message}: the server's clock is at least {ahead} ahead of this machine's"
+                "{message}: the server's clock is at least {clock_ahead} ahead of this machine's"
             );
         }
         Error::Failed(failure)

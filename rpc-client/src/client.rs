@@ -2,7 +2,7 @@
 
 use crate::call::{Error, Outcome, Request};
 use crate::config::Config;
-use crate::requests::{requests, RequestSender, Requests};
+use crate::requests::{request_channel, RequestSender, Requests};
 use crate::run::run;
 use crossbeam_channel::{bounded, Sender};
 use rpc_common::connection::Endpoint;
@@ -50,7 +50,7 @@ impl Client {
     /// [`Error::Connection`] when the configuration is wrong.
     pub fn new(config: Config) -> Result<Self, Error> {
         let endpoints = config.broker.endpoints()?;
-        let (requests, received) = requests(None);
+        let (requests, received) = request_channel(None);
         let thread = thread::spawn(move || make_calls(&config, &endpoints, &received));
         Ok(Client {
             requests: Some(requests),

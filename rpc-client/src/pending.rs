@@ -19,7 +19,7 @@
 
 use crate::call::Request;
 use crate::session_end::CallProgress;
-use rpc_common::connection::{Confirmed, Deadline};
+use rpc_common::connection::{Confirmation, Deadline};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 use uuid::Uuid;
@@ -135,8 +135,8 @@ pub(crate) enum AfterReturn<T> {
     WillResend,
 }
 
-/// The result of publishing the next request.
-pub(crate) enum Publication<T, E> {
+/// The result of sending the next request.
+pub(crate) enum SendResult<T, E> {
     Sent,
     /// The request cannot be published, and its call has ended.
     Failed(Call<T>, E),
@@ -152,8 +152,9 @@ pub(crate) struct PendingCalls<T> {
     begun: u64,
     /// Number of calls that were answered.
     answered: u64,
-    /// Whether a queue that does not exist is waited for, also by a call that finds none at first.
-    waits_for_queue: bool,
+    /// Whether the queue is expected to exist: by the option, or because a call was answered. Then
+    /// a call that finds none waits for it.
+    expects_queue: bool,
     connection: OnConnection,
 }
 
@@ -199,13 +200,13 @@ impl OnConnection {
     }
 
     /// Takes the calls of these requests from the unconfirmed ones.
-    fn take_confirmed(&mut self, confirmed: Confirmed) -> Vec<u64> {
-        if confirmed.first == confirmed.last {
-            return Vec::from_iter(self.unconfirmed.remove(&confirmed.last));
+    fn take_confirmed(&mut self, confirmation: Confirmation) -> Vec<u64> {
+        if confirmation.first == confirmation.last {
+            return Vec::from_iter(self.unconfirmed.remove(&confirmation.last));
         }
         let mut indexes = Vec::new();
-        while let Some((&tag, &index)) = self.unconfirmed.range(confirmed.first..).next() {
-            if tag > confirmed.last {
+        while let Some((&tag, &index)) = self.unconfirmed.range(confirmation.first..).next() {
+            if tag > confirmation.last {
                 break;
             }
             self.unconfirmed.remove(&tag);
@@ -216,13 +217,13 @@ impl OnConnection {
 }
 
 impl<T> PendingCalls<T> {
-    pub(crate) fn new(waits_for_queue: bool) -> Self {
+    pub(crate) fn new(expects_queue: bool) -> Self {
         PendingCalls {
             calls: BTreeMap::new(),
             index_of: HashMap::new(),
             begun: 0,
             answered: 0,
-            waits_for_queue,
+            expects_queue,
             connection: OnConnection::new(VecDeque::new()),
         }
     }
@@ -282,7 +283,7 @@ impl<T> PendingCalls<T> {
         &mut self,
         now: Instant,
         publish: impl FnOnce(&Call<T>) -> Result<(), E>,
-    ) -> Option<Publication<T, E>> {
+    ) -> Option<SendResult<T, E>> {
         if self.connection.unconfirmed.len() > 2 * self.calls.len() + MAX_UNCONFIRMED {
             return None;
         }
@@ -294,7 +295,7 @@ impl<T> PendingCalls<T> {
         };
         if let Err(error) = publish(call) {
             let id = call.id;
-            return self.remove(id).map(|call| Publication::Failed(call, error));
+            return self.remove(id).map(|call| SendResult::Failed(call, error));
         }
         call.sends += 1;
         call.first_sent.get_or_insert(now);
@@ -302,7 +303,7 @@ impl<T> PendingCalls<T> {
         self.connection.published += 1;
         let tag = self.connection.published;
         self.connection.unconfirmed.insert(tag, call.index);
-        Some(Publication::Sent)
+        Some(SendResult::Sent)
     }
 
     /// Makes the lost requests unsent, if their resend is due.
@@ -334,7 +335,7 @@ impl<T> PendingCalls<T> {
         let id = Uuid::try_parse_ascii(correlation_id?).ok()?;
         let call = self.remove(id)?;
         self.answered += 1;
-        self.waits_for_queue = true;
+        self.expects_queue = true;
         self.connection.is_accepting = true;
         Some(call)
     }
@@ -348,7 +349,7 @@ impl<T> PendingCalls<T> {
         let id = Uuid::try_parse_ascii(correlation_id?).ok()?;
         let call = self.calls.get_mut(self.index_of.get(&id)?)?;
         call.fate = call.fate.after(FateEvent::Return);
-        let is_first = call.sends == 1 && !self.waits_for_queue;
+        let is_first = call.sends == 1 && !self.expects_queue;
         self.on_missing_queue(now);
         if is_first {
             return self.remove(id).map(AfterReturn::Ended);
@@ -363,8 +364,8 @@ impl<T> PendingCalls<T> {
     }
 
     /// A queue has taken these requests, unless they were returned before.
-    pub(crate) fn on_ack(&mut self, confirmed: Confirmed) {
-        for index in self.connection.take_confirmed(confirmed) {
+    pub(crate) fn on_ack(&mut self, confirmation: Confirmation) {
+        for index in self.connection.take_confirmed(confirmation) {
             let Some(call) = self.calls.get_mut(&index) else {
                 continue;
             };
@@ -378,9 +379,9 @@ impl<T> PendingCalls<T> {
 
     /// The queue has not taken these requests. Returns whether any is refused: then `queue_stats`
     /// decides whether the queue is full.
-    pub(crate) fn on_nack(&mut self, confirmed: Confirmed, now: Instant) -> bool {
+    pub(crate) fn on_nack(&mut self, confirmation: Confirmation, now: Instant) -> bool {
         let mut is_any_refused = false;
-        for index in self.connection.take_confirmed(confirmed) {
+        for index in self.connection.take_confirmed(confirmation) {
             let Some(call) = self.calls.get_mut(&index) else {
                 continue;
             };
@@ -604,8 +605,8 @@ mod tests {
     }
 
     /// The broker's confirmation of one request, by its number on the connection.
-    fn one(number: u64) -> Confirmed {
-        Confirmed {
+    fn one(number: u64) -> Confirmation {
+        Confirmation {
             first: number,
             last: number,
             is_ack: true,
@@ -777,7 +778,7 @@ mod tests {
         for number in 1..=3 {
             begin(&mut calls, Uuid::from_u128(number), 1);
         }
-        calls.on_ack(Confirmed {
+        calls.on_ack(Confirmation {
             first: 1,
             last: 2,
             is_ack: true,
@@ -796,7 +797,7 @@ mod tests {
         begin(&mut calls, OTHER, 1);
         calls.begin(ID, request(2), Deadline::after(Duration::from_secs(9)));
         let failed = calls.publish_next(Instant::now(), |_| Err("too large"));
-        assert!(matches!(failed, Some(Publication::Failed(call, "too large")) if call.id == ID));
+        assert!(matches!(failed, Some(SendResult::Failed(call, "too large")) if call.id == ID));
         let third = Uuid::from_u128(3);
         begin(&mut calls, third, 1);
         calls.on_ack(one(2));

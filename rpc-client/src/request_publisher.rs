@@ -37,7 +37,7 @@ impl RequestPublisher {
     ///
     /// # Errors
     /// [`HeaderTooLarge`]; then the request is not added.
-    pub(crate) fn publish<T>(&self, call: &Call<T>) -> Result<(), HeaderTooLarge> {
+    pub(crate) fn add<T>(&self, call: &Call<T>) -> Result<(), HeaderTooLarge> {
         let mut id = Uuid::encode_buffer();
         let id = call.id.as_hyphenated().encode_lower(&mut id);
         let time_left = call.deadline.remaining();
@@ -51,7 +51,7 @@ impl RequestPublisher {
             ..message::Request::default()
         };
         let message = request.encode(self.queue.as_bytes(), Some(time_left));
-        self.publisher.publish(&message)?;
+        self.publisher.add_message(&message)?;
         if self.publisher.buffered() > MAX_BUFFERED {
             self.flush();
         }

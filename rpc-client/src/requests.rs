@@ -9,7 +9,7 @@ use std::time::Instant;
 
 /// Sends the requests of a run, from any thread. When the sender is dropped there are no more.
 pub struct RequestSender<T> {
-    /// `None` while the sender is dropped.
+    /// `None` once `drop` has begun.
     sender: Option<Sender<Request<T>>>,
     shared: Arc<Shared>,
 }
@@ -38,7 +38,7 @@ struct Shared {
 ///
 /// # Panics
 /// If the system refuses a file descriptor.
-pub fn requests<T>(capacity: Option<usize>) -> (RequestSender<T>, Requests<T>) {
+pub fn request_channel<T>(capacity: Option<usize>) -> (RequestSender<T>, Requests<T>) {
     let (sender, receiver) = capacity.map_or_else(unbounded, bounded);
     let waker = Waker::new().expect("the system provides a file descriptor");
     let [is_awaited, is_closed, is_stopped] = [(); 3].map(|()| AtomicBool::new(false));
@@ -110,17 +110,18 @@ impl<T> Requests<T> {
 
     /// Whether there is a request, or may be one later.
     pub(crate) fn has_more(&self) -> bool {
+        // In this order: a request that was sent before the end is there when the end is.
         !self.shared.is_closed.load(Ordering::SeqCst) || !self.receiver.is_empty()
-        // in this order
     }
 
     pub(crate) fn is_stopped(&self) -> bool {
         self.shared.is_stopped.load(Ordering::SeqCst)
     }
 
-    /// Whether the event loop must not wait: it is stopped; or it `takes_requests`, and one is
-    /// there or there are no more. Else the next request wakes it.
-    pub(crate) fn is_ready(&self, takes_requests: bool) -> bool {
+    /// Called before each wait. Whether the event loop must not wait: it is stopped; or it
+    /// `takes_requests`, and one is there or there are no more. Else the next request wakes it, if
+    /// it `takes_requests`.
+    pub(crate) fn prepare_wait(&self, takes_requests: bool) -> bool {
         self.shared
             .is_awaited
             .store(takes_requests, Ordering::SeqCst);
@@ -128,11 +129,12 @@ impl<T> Requests<T> {
         self.is_stopped() || (takes_requests && has_news())
     }
 
-    /// Waits until [`is_ready`](Self::is_ready), or until this instant. It may end before that.
+    /// Waits until [`prepare_wait`](Self::prepare_wait) says that there is something, or until this
+    /// instant. It may end before that.
     pub(crate) fn wait(&self, until: Option<Instant>, takes_requests: bool) {
         self.shared
             .waker
-            .wait(until, &|| self.is_ready(takes_requests));
+            .wait(until, &|| self.prepare_wait(takes_requests));
     }
 }
 
@@ -150,7 +152,7 @@ mod tests {
 
     #[test]
     fn requests_arrive_in_order_until_the_sender_is_dropped() {
-        let (sender, requests) = requests(None);
+        let (sender, requests) = request_channel(None);
         let sending = thread::spawn(move || (0..100).all(|number| sender.send(request(number))));
         let mut received = Vec::new();
         while requests.has_more() {
@@ -161,18 +163,18 @@ mod tests {
         }
         assert!(sending.join().unwrap());
         assert_eq!(received, (0..100).collect::<Vec<_>>());
-        assert!(requests.is_ready(true) && !requests.is_ready(false));
+        assert!(requests.prepare_wait(true) && !requests.prepare_wait(false));
     }
 
     #[test]
     fn a_stop_ends_a_wait_and_a_run_that_has_ended_takes_nothing() {
-        let (sender, requests) = requests(Some(1));
+        let (sender, requests) = request_channel(Some(1));
         let stopper = requests.stopper();
         thread::spawn(move || stopper.stop());
         while !requests.is_stopped() {
             requests.wait(None, true);
         }
-        assert!(requests.is_ready(false));
+        assert!(requests.prepare_wait(false));
         drop(requests);
         assert!(!sender.send(request(1)));
     }

@@ -1,19 +1,19 @@
 //! A run: makes a call of each request. It moves events, requests and outcomes between the
-//! [`EventLoop`], which decides, the [`Session`], which is the way to the broker, and the caller.
+//! [`RunState`], which decides, the [`Session`], which is the way to the broker, and the caller.
 //!
 //! A run drives the link of the connection, so the thread of the run is the one that a reply wakes.
 
 use crate::call::{Error, Outcome};
 use crate::config::Config;
-use crate::event_loop::{Event, EventLoop, SessionCommand};
 use crate::pending::Call;
 use crate::requests::Requests;
+use crate::run_state::{Event, RunState, SessionCommand};
 use crate::session::Session;
 use rpc_common::connection::{start_at, Endpoint};
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
-/// Maximum number of reads before calls expire, of 64 KiB each.
+/// Maximum number of reads (64 KiB each) before expired calls are ended.
 const MAX_READS: u32 = 256;
 
 /// Receives how calls ended, in the order in which they ended.
@@ -27,13 +27,13 @@ pub type OnOutcomes<'a, T> = dyn FnMut(Vec<Outcome<T>>) + 'a;
 /// unanswered has no outcome.
 ///
 /// ```
-/// use rpc_client::{requests, run, Config, Request};
+/// use rpc_client::{request_channel, run, Config, Request};
 /// use rpc_common::command_line::BrokerOptions;
 ///
 /// let broker = BrokerOptions::from_url("amqp://127.0.0.1:1"); // nobody listens there
 /// let config = Config { broker, ..Config::default() };
 /// let endpoints = config.broker.endpoints()?;
-/// let (sender, requests) = requests(None);
+/// let (sender, requests) = request_channel(None);
 /// sender.send(Request { context: "the first", body: b"30".into() });
 /// drop(sender); // there are no more requests
 /// let mut failed = Vec::new();
@@ -64,7 +64,7 @@ pub fn run<T>(
 ) -> Result<(), Error> {
     let first = endpoints.first().expect("there is an endpoint");
     let mut run = Run {
-        event_loop: EventLoop::new(config, &first.address, Instant::now()),
+        state: RunState::new(config, &first.address, Instant::now()),
         config,
         endpoints,
         requests,
@@ -74,7 +74,7 @@ pub fn run<T>(
 }
 
 struct Run<'a, 'f, T> {
-    event_loop: EventLoop<'a, T>,
+    state: RunState<'a, T>,
     config: &'a Config,
     /// Starts with the broker that was connected last, or with the next one if that was silent.
     endpoints: Vec<Endpoint>,
@@ -84,19 +84,19 @@ struct Run<'a, 'f, T> {
 
 impl<T> Run<'_, '_, T> {
     fn make_calls(&mut self) -> Result<(), Error> {
-        while self.wait_for_call() {
+        while self.begin_first_call() {
             let mut session = Session::start(
                 self.endpoints.clone(),
                 self.config,
-                self.event_loop.needs_consumers(),
-                self.event_loop.connect_deadline(),
+                self.state.needs_consumers(),
+                self.state.connect_deadline(),
                 self.requests.waker(),
             );
             let result = self.use_session(&mut session);
             if result.is_err() {
                 // What has arrived does not arrive again. Its errors come after the first one.
                 let now = Instant::now();
-                let _ = session.take_arrived(&mut |event| self.event_loop.step(event, now));
+                let _ = session.take_arrived(&mut |event| self.state.step(event, now));
             }
             session.close(self.requests.waker());
             self.deliver_outcomes();
@@ -108,34 +108,32 @@ impl<T> Run<'_, '_, T> {
         Ok(())
     }
 
-    /// Waits until a call is pending; begins one if none is. False when there are no more.
-    fn wait_for_call(&mut self) -> bool {
-        while self.event_loop.is_idle() && self.requests.has_more() && !self.requests.is_stopped() {
+    /// Begins the call of the next request, unless calls are pending: waits for a request. False
+    /// when there are no more.
+    fn begin_first_call(&mut self) -> bool {
+        while self.state.is_idle() && self.requests.has_more() && !self.requests.is_stopped() {
             match self.requests.try_take() {
-                Some(request) => self
-                    .event_loop
-                    .begin(Uuid::new_v4(), request, Instant::now()),
+                Some(request) => self.state.begin(Uuid::new_v4(), request, Instant::now()),
                 None => self.requests.wait(None, true),
             }
         }
-        !self.event_loop.is_idle() && !self.requests.is_stopped()
+        !self.state.is_idle() && !self.requests.is_stopped()
     }
 
-    /// Makes calls on one session, until every request has its outcome or the session ends.
+    /// Makes calls on one session, until every request has its outcome or the session ends. Until
+    /// the session is connected, this only waits for its events.
     fn use_session(&mut self, session: &mut Session) -> Result<(), Error> {
-        while (self.requests.has_more() || !self.event_loop.is_idle())
-            && !self.requests.is_stopped()
-        {
+        while (self.requests.has_more() || !self.state.is_idle()) && !self.requests.is_stopped() {
             self.begin_calls();
             self.publish(session);
             self.deliver_outcomes();
-            if let Some(deadline) = self.event_loop.first_deadline() {
+            if let Some(deadline) = self.state.first_deadline() {
                 session.set_close_deadline(deadline);
             }
-            let wake = self.event_loop.next_wake();
+            let wake = self.state.next_wake();
             session.wait(wake, self.requests, self.takes_requests());
             self.take_events(session, wake)?;
-            for command in self.event_loop.take_commands() {
+            for command in self.state.take_commands() {
                 match command {
                     SessionCommand::QueueStats => session.request_queue_stats(),
                     SessionCommand::GiveUp => session.give_up(),
@@ -152,23 +150,26 @@ impl<T> Run<'_, '_, T> {
             let Some(request) = self.requests.try_take() else {
                 return;
             };
-            self.event_loop
-                .begin(Uuid::new_v4(), request, Instant::now());
+            self.state.begin(Uuid::new_v4(), request, Instant::now());
         }
     }
 
     fn takes_requests(&self) -> bool {
-        self.requests.has_more() && self.event_loop.takes_requests()
+        self.requests.has_more() && self.state.takes_requests()
     }
 
     /// Publishes the unsent requests, as long as the broker takes them at once.
+    ///
+    /// `RunState` and its `PendingCalls` choose the call; `RequestPublisher::add` makes the message
+    /// of it, and `Publisher::add_message` its frames, in a buffer. `flush` writes the buffer to
+    /// the socket.
     fn publish(&mut self, session: &Session) {
         let Some(publisher) = session.publisher() else {
             return;
         };
-        while publisher.is_writable() && self.event_loop.has_unsent() {
-            let publish = |call: &Call<T>| publisher.publish(call);
-            if !self.event_loop.publish_next(Instant::now(), publish) {
+        while publisher.is_writable() && self.state.has_unsent() {
+            let add = |call: &Call<T>| publisher.add(call);
+            if !self.state.publish_next(Instant::now(), add) {
                 break;
             }
         }
@@ -187,16 +188,16 @@ impl<T> Run<'_, '_, T> {
             if let Event::Connected(address) = &event {
                 start_at(&mut self.endpoints, address);
             }
-            self.event_loop.step(event, now)
+            self.state.step(event, now)
         })?;
         if is_timer_due {
-            self.event_loop.step(Event::Timer, now)?;
+            self.state.step(Event::Timer, now)?;
         }
         Ok(())
     }
 
     fn deliver_outcomes(&mut self) {
-        let outcomes = self.event_loop.take_outcomes();
+        let outcomes = self.state.take_outcomes();
         if !outcomes.is_empty() {
             (self.on_outcomes)(outcomes);
         }
@@ -207,10 +208,10 @@ impl<T> Run<'_, '_, T> {
         if matches!(&error, Error::Connection(error) if error.is_silence()) {
             self.endpoints.rotate_left(1);
         }
-        let next = self.event_loop.on_session_end(error, Instant::now());
+        let next = self.state.on_session_end(error, Instant::now());
         self.deliver_outcomes();
         self.wait(next?);
-        self.event_loop.step(Event::Timer, Instant::now())?;
+        self.state.step(Event::Timer, Instant::now())?;
         self.deliver_outcomes();
         Ok(())
     }

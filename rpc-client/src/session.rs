@@ -5,9 +5,9 @@
 
 use crate::call::Error;
 use crate::config::Config;
-use crate::event_loop::Event;
 use crate::request_publisher::RequestPublisher;
 use crate::requests::Requests;
+use crate::run_state::Event;
 use crate::session_thread::{self, Attempt, Connected, Report, Reporter, ThreadCommand};
 use crossbeam_channel::{unbounded, Receiver, Sender};
 use rpc_common::connection::{
@@ -90,7 +90,7 @@ impl Session {
         takes_requests: bool,
     ) {
         self.drive(until, requests.waker(), &|| {
-            requests.is_ready(takes_requests)
+            requests.prepare_wait(takes_requests)
         });
     }
 
@@ -98,8 +98,13 @@ impl Session {
     /// never stop sending.
     pub(crate) fn receive(&self, max_reads: u32) {
         let now = Some(Instant::now());
-        let has_input = |link: &Arc<Link>| link.drive(now, &|| true);
-        let _ = (0..max_reads).find(|_| !self.link.as_ref().is_some_and(has_input));
+        let Some(link) = &self.link else { return };
+        for _ in 0..max_reads {
+            let has_input = link.drive(now, &|| true);
+            if !has_input {
+                break;
+            }
+        }
     }
 
     fn drive(&self, until: Option<Instant>, waker: &Waker, is_ready: &dyn Fn() -> bool) {
@@ -110,8 +115,8 @@ impl Session {
         }
     }
 
-    /// Takes all events. Confirmations come before the `queue_stats` that decide with them,
-    /// and the end comes last.
+    /// Takes all events. Order: confirmations, then `queue_stats` (which interpret nacks), then the
+    /// end.
     pub(crate) fn take_events(&mut self, on_event: &mut OnEvent) -> Result<(), Error> {
         self.take_arrived(on_event)?;
         while let Ok(report) = self.reports.try_recv() {
@@ -131,6 +136,7 @@ impl Session {
                 Report::ThreadEnded => on_event(Event::Failed(self.thread_ended()))?,
             }
         }
+        // Again, because the end comes after the reports, and after all that arrived before it.
         if let Some(end) = self.take_arrived(on_event)? {
             on_event(Event::ChannelEnded(end))?;
         }
@@ -152,7 +158,7 @@ impl Session {
         };
         let Arrived {
             messages,
-            confirmed,
+            confirmations,
             end,
         } = connected.inbox.take();
         for message in messages {
@@ -161,8 +167,8 @@ impl Session {
                 Message::Returned(request) => Event::Returned(request),
             })?;
         }
-        for confirmed in confirmed {
-            on_event(Event::Confirmed(confirmed))?;
+        for confirmation in confirmations {
+            on_event(Event::Confirmation(confirmation))?;
         }
         for notification in connected.notifications.try_iter() {
             on_event(Event::Notification(notification))?;

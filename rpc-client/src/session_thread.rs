@@ -79,8 +79,8 @@ impl Drop for Reporter {
     }
 }
 
-/// A link that nobody drives yet. It is shut down if nobody claims it: the event loop may have ended
-/// meanwhile.
+/// A link that nobody drives yet. It is shut down if nobody claims it: the event loop may have
+/// ended meanwhile.
 pub(crate) struct UnclaimedLink(Option<Arc<Link>>);
 
 impl UnclaimedLink {
@@ -113,7 +113,7 @@ pub(crate) fn run(attempt: &Attempt, reporter: &Reporter, commands: &Receiver<Th
     let take_link = |link: &Arc<Link>| {
         reporter.report(Report::Linked(UnclaimedLink(Some(link.clone()))));
     };
-    let owner = Owner::Caller(reporter.waker.clone(), &take_link);
+    let owner = Owner::Receiver(reporter.waker.clone(), &take_link);
     match Connection::open_any(&attempt.endpoints, "rpc-client", &attempt.deadline, &owner) {
         Ok(mut connection) => {
             let result = run_session(&mut connection, attempt, reporter, commands);

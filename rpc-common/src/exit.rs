@@ -22,7 +22,7 @@ pub enum ExitCode {
     /// cannot help.
     Unreachable = 3,
     /// The request queue did not accept the request.
-    NoServer = 4,
+    NotAccepted = 4,
     /// The deadline passed before the answer arrived.
     NoAnswer = 5,
     /// An answer could not be written to standard output.
@@ -42,7 +42,7 @@ pub const CLIENT_EXIT_CODES: &[(ExitCode, &str)] = &[
     (ExitCode::Usage, "the command line, a file that it names, AMQP_URL, or a line of standard input is invalid"),
     (ExitCode::Unreachable, "the broker was not reached or refused us: nothing was sent"),
     (
-        ExitCode::NoServer,
+        ExitCode::NotAccepted,
         "not accepted: the request queue does not exist, is full, or (--no-wait) has no consumers; nothing ran",
     ),
     (ExitCode::NoAnswer, "no answer before the deadline: it may or may not have run"),

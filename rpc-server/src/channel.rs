@@ -1,7 +1,7 @@
 //! The channel of a worker.
 
-use crate::redelivery::{IsolatedPublisher, Published};
-use crate::reply::{log_return, publish_reply};
+use crate::redelivery::{IsolatedPublisher, IsolatedResult};
+use crate::reply::{add_reply, log_return};
 use amiquip::{Consumer, ConsumerOptions};
 use rpc_common::connection::{
     ChannelInbox, Connection, Deadline, Endpoint, Error, ErrorKind, Message, OpenChannel, Phase,
@@ -27,8 +27,8 @@ const MAX_UNREAD: usize = 64;
 /// The operations of a worker on its channel. The unit tests of the worker have one without a
 /// socket.
 pub(crate) trait Channel {
-    /// Adds a reply.
-    fn publish(&self, reply: &Reply, request: &Request);
+    /// Adds a reply. `flush` writes it.
+    fn add_reply(&self, reply: &Reply, request: &Request);
 
     /// Publishes a reply alone, and waits for the broker. An error replaces one that is refused.
     fn publish_isolated(
@@ -36,7 +36,7 @@ pub(crate) trait Channel {
         isolated: &IsolatedPublisher,
         reply: &mut Reply,
         request: &Request,
-    ) -> Published;
+    ) -> IsolatedResult;
 
     /// Adds the acknowledgement of a delivery.
     fn ack(&self, delivery_tag: u64);
@@ -135,8 +135,8 @@ impl WorkerChannel {
 }
 
 impl Channel for WorkerChannel {
-    fn publish(&self, reply: &Reply, request: &Request) {
-        publish_reply(&self.publisher, reply, request);
+    fn add_reply(&self, reply: &Reply, request: &Request) {
+        add_reply(&self.publisher, reply, request);
     }
 
     fn publish_isolated(
@@ -144,7 +144,7 @@ impl Channel for WorkerChannel {
         isolated: &IsolatedPublisher,
         reply: &mut Reply,
         request: &Request,
-    ) -> Published {
+    ) -> IsolatedResult {
         isolated.publish(&self.endpoint, reply, request)
     }
 

@@ -11,7 +11,7 @@ pub trait Observer: Sync {
     fn on_ready(&self);
 
     /// The server consumes on a new connection to this broker.
-    fn on_connected(&self, _broker: &str) {}
+    fn on_consuming(&self, _broker: &str) {}
 
     /// The server has no connection, because of this error, and tries again after a pause.
     fn on_disconnected(&self, _error: &Error) {}

@@ -6,18 +6,18 @@ use rpc_common::text::escape;
 
 /// Adds the reply to a request. An error replaces a reply whose properties do not fit into a frame:
 /// one with an error code of kilobytes.
-pub(crate) fn publish_reply(publisher: &Publisher, reply: &Reply, request: &Request) {
-    let publish = |reply: &Reply| {
-        publisher.publish(&encode_reply(
+pub(crate) fn add_reply(publisher: &Publisher, reply: &Reply, request: &Request) {
+    let add = |reply: &Reply| {
+        publisher.add_message(&encode_reply(
             reply,
             request.reply_to.unwrap_or_default(),
             request.correlation_id,
         ))
     };
-    if let Err(error) = publish(reply) {
+    if let Err(error) = add(reply) {
         log::warn!("cannot publish a reply: {error}");
         let message = "internal error: the properties of the reply are too large";
-        let _ = publish(&Err(Failure::new(ErrorCode::Internal, message))); // it is small
+        let _ = add(&Err(Failure::new(ErrorCode::Internal, message))); // it is small
     }
 }
 

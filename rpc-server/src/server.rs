@@ -2,7 +2,7 @@
 //! workers.
 //!
 //! All workers wait for a channel at first, and again when theirs has ended. They end with the stop
-//! signal, or when `Server::channels` is dropped.
+//! signal, or when `Server::channel_offers` is dropped.
 
 use crate::channel::{WorkerChannel, BLOCKING_TIMEOUT};
 use crate::config::{Config, UrlOrder};
@@ -50,8 +50,8 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 /// ```
 ///
 /// # Errors
-/// When retrying cannot help, before it has served for the first time: credentials, permissions, or
-/// a queue that can be neither used nor declared. After that it retries without end.
+/// When retrying cannot help, before it has consumed for the first time: credentials, permissions,
+/// or a queue that can be neither used nor declared. After that it retries without end.
 /// [`ErrorKind::TooManyChannels`] at any time.
 ///
 /// # Panics
@@ -76,33 +76,31 @@ pub fn serve(
         stop,
         observer,
         driving: if workers == 1 {
-            Driving::Caller
+            Driving::WaitingThread
         } else {
             Driving::Standby
         },
-        ready: Once::new(),
+        has_consumed: Once::new(),
         is_blocked: AtomicBool::new(false),
         isolated: IsolatedPublisher::default(),
         kept: KeptReplies::default(),
     };
-    let (event_sender, events) = unbounded();
-    let (channel_sender, channels) = unbounded();
+    let (report_sender, reports) = unbounded();
+    let (channel_offers, offered_channels) = unbounded();
     thread::scope(|scope| {
         for index in 0..workers {
-            let events = event_sender.clone();
-            let channels = channels.clone();
-            let worker = Worker::new(&service, events, channels);
+            let worker = Worker::new(&service, report_sender.clone(), offered_channels.clone());
             thread::Builder::new()
                 .name(format!("worker-{index}"))
                 .spawn_scoped(scope, move || worker.run())
                 .expect("the system provides a thread");
         }
-        drop(event_sender);
+        drop(report_sender);
         let server = Server {
             service: &service,
             endpoints,
-            events,
-            channels: channel_sender,
+            reports,
+            channel_offers,
             waiting: workers,
             queue_type: config.queue_type,
             backoff: Backoff::new(Instant::now()),
@@ -117,8 +115,9 @@ struct Server<'a> {
     /// Starts with the broker that was connected last, or with the next one if that was silent.
     endpoints: Vec<Endpoint>,
     /// Disconnected when all workers have ended.
-    events: Receiver<WorkerReport>,
-    channels: Sender<WorkerChannel>,
+    reports: Receiver<WorkerReport>,
+    /// Gives AMQP channels to the workers.
+    channel_offers: Sender<WorkerChannel>,
     /// Number of workers that wait for a channel.
     waiting: usize,
     /// As configured, or quorum where the broker does not permit transient queues.
@@ -129,7 +128,7 @@ struct Server<'a> {
 }
 
 /// A connection, and what was found out or done about the queue.
-type Connected = (Connection, String);
+type Opened = (Connection, String);
 
 impl Server<'_> {
     /// Connects, again and again, until it is time to stop.
@@ -142,8 +141,8 @@ impl Server<'_> {
                 continue;
             }
             let cannot_help = error.is_permanent() || forbids_transient;
-            let has_served = self.service.ready.is_completed();
-            if (cannot_help && !has_served) || error.kind == ErrorKind::TooManyChannels {
+            let has_consumed = self.service.has_consumed.is_completed();
+            if (cannot_help && !has_consumed) || error.kind == ErrorKind::TooManyChannels {
                 return Err(error);
             }
             log::warn!("{error}; retrying");
@@ -192,11 +191,11 @@ impl Server<'_> {
                     // an earlier one.
                     Err(_) => return Err(connection.cause()),
                 },
-                recv(self.events) -> event => match event {
+                recv(self.reports) -> report => match report {
                     Ok(WorkerReport::Consuming) => {
                         if let Some(report) = queue_report.take() {
                             log::info!("connected to {}; {report}", connection.address());
-                            self.service.observer.on_connected(connection.address());
+                            self.service.observer.on_consuming(connection.address());
                         }
                     }
                     Ok(WorkerReport::LostChannel(error)) => {
@@ -223,7 +222,7 @@ impl Server<'_> {
 
     /// Connects, and finds or declares the queue, in the background: the stop signal may come
     /// meanwhile. `None` when it is time to stop.
-    fn connect(&self) -> Result<Option<Connected>, Error> {
+    fn connect(&self) -> Result<Option<Opened>, Error> {
         let endpoints = self.endpoints.clone();
         let queue_type = self.queue_type;
         let queue = self.service.config.queue.clone();
@@ -245,7 +244,7 @@ impl Server<'_> {
 
     /// Waits until the workers have ended, which they do when it is time to stop.
     fn wait_for_workers(&self) {
-        while let Some(Ok(_)) = self.wait_for(&self.events, &never()) {}
+        while let Some(Ok(_)) = self.wait_for(&self.reports, &never()) {}
     }
 
     /// Waits for a message. `None` when `stop` says that it is time to stop.
@@ -267,7 +266,7 @@ impl Server<'_> {
         let deadline = Deadline::after(ATTEMPT_TIMEOUT);
         while self.waiting > 0 {
             let channel = WorkerChannel::open(connection, self.service.config.prefetch, &deadline)?;
-            let _ = self.channels.send(channel); // fails if the workers have ended
+            let _ = self.channel_offers.send(channel); // fails if the workers have ended
             self.waiting -= 1;
         }
         Ok(())
@@ -279,7 +278,9 @@ impl Server<'_> {
         let queue = &self.service.config.queue;
         match &error.kind {
             ErrorKind::ConsumerCancelled => {}
-            ErrorKind::Refused(_) if !self.service.ready.is_completed() => return Err(error),
+            ErrorKind::Refused(_) if !self.service.has_consumed.is_completed() => {
+                return Err(error)
+            }
             ErrorKind::ChannelClosed(_) | ErrorKind::ConsumerForgotten | ErrorKind::Refused(_) => {
                 log::warn!("{error}");
             }

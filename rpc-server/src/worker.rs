@@ -1,12 +1,16 @@
-//! A worker: a thread that answers one request after the other, each time on the channel that the
-//! server gives it.
+//! A worker: a thread that answers one request after the other, on the channel that the server
+//! gives it.
+//!
+//! The path of a request: `serve` takes a message from the inbox; `step` decides by the event;
+//! `handle_delivery` decodes the request and reports to the observer; `answer` has `run_handler`
+//! call the function by `handler::call`, adds the reply and the ack, and writes both.
 
 use crate::channel::{Channel, WorkerChannel};
 use crate::config::Config;
 use crate::consumer_check::ConsumerCheck;
 use crate::handler::{self, Caller, Handler};
 use crate::observer::{Observer, Outcome};
-use crate::redelivery::{InHand, IsolatedPublisher, KeptReplies, Published};
+use crate::redelivery::{InHand, IsolatedPublisher, IsolatedResult, KeptReplies};
 use crate::reply::log_return;
 use crate::signals::Stop;
 use crossbeam_channel::{select_biased, Receiver, Sender, TryRecvError};
@@ -30,7 +34,7 @@ pub(crate) struct Service<'a> {
     /// The driver of the link while a worker waits: the only worker, or the standby thread.
     pub(crate) driving: Driving,
     /// Completed when a worker has consumed for the first time.
-    pub(crate) ready: Once,
+    pub(crate) has_consumed: Once,
     /// Whether the broker blocks the connection: then the broker answers nothing.
     pub(crate) is_blocked: AtomicBool,
     /// For the replies to redelivered requests.
@@ -130,7 +134,7 @@ impl<'a> Worker<'a> {
         } = self.service.config;
         let consumer = channel.consume(queue, *prefetch)?;
         self.service
-            .ready
+            .has_consumed
             .call_once(|| self.service.observer.on_ready());
         let _ = self.reports.send(WorkerReport::Consuming); // fails if the server has stopped
         self.check.on_consuming(Instant::now());
@@ -246,15 +250,16 @@ impl<'a> Worker<'a> {
         if request.reply_to.is_none() {
             let body = escape(request.body);
             log::warn!("rejected a request that cannot be answered, it has no reply_to: '{body}'");
-            return reject(channel, tag);
+            return reject_and_flush(channel, tag);
         }
         if request.is_redelivered {
             return self.answer_redelivered(channel, tag, request);
         }
+        // So that a redelivery to another worker waits for this one.
         let in_hand = self.service.kept.begin(request);
         let reply = self.run_handler(channel, request);
-        channel.publish(&reply, request);
-        ack(channel, tag, &in_hand, reply)
+        channel.add_reply(&reply, request);
+        ack_and_flush(channel, tag, &in_hand, reply)
     }
 
     /// Answers a redelivered request. Its reply may be why it was delivered again: so the reply
@@ -273,17 +278,17 @@ impl<'a> Worker<'a> {
         }
         let mut reply = kept.unwrap_or_else(|| self.run_handler(channel, request));
         match channel.publish_isolated(&self.service.isolated, &mut reply, request) {
-            Published::Accepted => {}
-            Published::Refused(error) => {
+            IsolatedResult::Accepted => {}
+            IsolatedResult::Refused(error) => {
                 log::warn!("rejected a request: the broker refuses its replies: {error}");
-                return reject(channel, tag);
+                return reject_and_flush(channel, tag);
             }
-            Published::Unknown(error) => {
+            IsolatedResult::Unknown(error) => {
                 log::info!("{error}; answering without a check");
-                channel.publish(&reply, request);
+                channel.add_reply(&reply, request);
             }
         }
-        ack(channel, tag, &in_hand, reply)
+        ack_and_flush(channel, tag, &in_hand, reply)
     }
 
     /// Runs the function, unless the caller's deadline has passed.
@@ -322,9 +327,15 @@ impl<'a> Worker<'a> {
     }
 }
 
-/// Acknowledges a request whose reply was published. If the channel or the consumer has ended, the
-/// broker ignores the acknowledgement and delivers the request again: then the reply is kept.
-fn ack(channel: &dyn Channel, tag: u64, in_hand: &InHand, reply: Reply) -> Result<Outcome, Error> {
+/// Acknowledges a request whose reply was added, and writes both. If the channel or the consumer
+/// has ended, the broker ignores the acknowledgement and delivers the request again: then the reply
+/// is kept.
+fn ack_and_flush(
+    channel: &dyn Channel,
+    tag: u64,
+    in_hand: &InHand,
+    reply: Reply,
+) -> Result<Outcome, Error> {
     channel.ack(tag);
     let outcome = Outcome::of(&reply);
     let flushed = channel.flush();
@@ -335,7 +346,7 @@ fn ack(channel: &dyn Channel, tag: u64, in_hand: &InHand, reply: Reply) -> Resul
 }
 
 /// Rejects a request: it leaves the queue, for a dead-letter exchange if there is one.
-fn reject(channel: &dyn Channel, tag: u64) -> Result<Outcome, Error> {
+fn reject_and_flush(channel: &dyn Channel, tag: u64) -> Result<Outcome, Error> {
     channel.reject(tag);
     channel.flush().map(|()| Outcome::Rejected)
 }
@@ -345,6 +356,8 @@ fn level(code: &ErrorCode) -> Level {
     use ErrorCode::{Expired, InvalidArgument, OutOfRange, PermissionDenied, TooLarge};
     match code {
         Expired | InvalidArgument | OutOfRange | PermissionDenied | TooLarge => Level::Info,
+        // `Failed`, `Internal`, `TimeLimit`, `Unavailable`, and the codes of a function of your
+        // own.
         _ => Level::Warn,
     }
 }
@@ -373,7 +386,7 @@ mod tests {
         end: RefCell<Option<ErrorKind>>,
         ready_messages: Cell<u32>,
         /// What the broker does with the next reply on the isolated connection.
-        isolated: RefCell<Option<Published>>,
+        isolated: RefCell<Option<IsolatedResult>>,
     }
 
     impl Script {
@@ -394,7 +407,7 @@ mod tests {
     }
 
     impl Channel for Script {
-        fn publish(&self, reply: &Reply, _: &Request) {
+        fn add_reply(&self, reply: &Reply, _: &Request) {
             self.record(format!("publish {}", shown(reply)));
         }
 
@@ -403,9 +416,9 @@ mod tests {
             _: &IsolatedPublisher,
             reply: &mut Reply,
             _: &Request,
-        ) -> Published {
+        ) -> IsolatedResult {
             self.record(format!("publish isolated {}", shown(reply)));
-            self.isolated.take().unwrap_or(Published::Accepted)
+            self.isolated.take().unwrap_or(IsolatedResult::Accepted)
         }
 
         fn ack(&self, tag: u64) {
@@ -484,7 +497,7 @@ mod tests {
             stop: &stop,
             observer: &outcomes,
             driving: Driving::Standby,
-            ready: Once::new(),
+            has_consumed: Once::new(),
             is_blocked: AtomicBool::new(false),
             isolated: IsolatedPublisher::default(),
             kept: KeptReplies::default(),
@@ -591,12 +604,12 @@ mod tests {
         let error = || Error::new("rabbit:5672", closed());
         for (published, done, outcome) in [
             (
-                Published::Refused(error()),
+                IsolatedResult::Refused(error()),
                 vec!["reject 7"],
                 Outcome::Rejected,
             ),
             (
-                Published::Unknown(error()),
+                IsolatedResult::Unknown(error()),
                 vec!["publish 30 in run 1", "ack 7"],
                 Outcome::Answered,
             ),

@@ -1,5 +1,5 @@
-//! What RabbitMQ's sentences mean, `rpc_common::connection::Meaning`: each sentence is provoked at the
-//! broker of the tests, and must be recognised in its words of this version.
+//! What RabbitMQ's sentences mean, `rpc_common::connection::Meaning`: each sentence is provoked at
+//! the broker of the tests, and must be recognised in its words of this version.
 
 use crate::support::broker::{self, exclusive_node};
 use crate::support::broker_features::report_not_applicable;
@@ -40,7 +40,9 @@ fn meaning_of_publish(url: &str, size: usize) -> Option<Meaning> {
         properties: vec![0, 0],
         body: &vec![b'x'; size],
     };
-    publisher.publish(&message).expect("it fits into a frame");
+    publisher
+        .add_message(&message)
+        .expect("it fits into a frame");
     publisher.flush().expect("the channel is open");
     let round_trip = channel.run_blocking(&deadline(), Phase::PublishingReply, |amqp| {
         amqp.qos(0, 0, false)

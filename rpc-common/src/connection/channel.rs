@@ -64,7 +64,7 @@ pub struct ChannelInbox {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Driving {
     /// The thread that waits, in place of the standby thread. There may be one such thread.
-    Caller,
+    WaitingThread,
     /// The standby thread.
     Standby,
 }
@@ -147,7 +147,7 @@ impl ChannelInbox {
     /// it is, use [`Link::wake_all`].
     pub fn wait(&self, driving: Driving, until: Instant, is_ready: &dyn Fn() -> bool) {
         match driving {
-            Driving::Caller => self
+            Driving::WaitingThread => self
                 .link
                 .drive_until(until, &|| self.inbox.has_arrived() || is_ready()),
             Driving::Standby => self.inbox.wait(until, is_ready),
@@ -217,11 +217,11 @@ impl Publisher {
         });
     }
 
-    /// Adds a message to the default exchange.
+    /// Adds a message to the default exchange. [`flush`](Self::flush) writes it.
     ///
     /// # Errors
     /// [`HeaderTooLarge`]; then nothing is added.
-    pub fn publish(&self, message: &Publish) -> Result<(), HeaderTooLarge> {
+    pub fn add_message(&self, message: &Publish) -> Result<(), HeaderTooLarge> {
         let max = self.link.frame_max();
         let mut frames = self.frames.borrow_mut();
         put_message(&mut frames, self.channel, message, max)

@@ -278,7 +278,7 @@ mod tests {
         assert!(
             matches!(&arrived.messages.as_slices().0, [Message::Delivery(delivery)] if delivery.body == b"30")
         );
-        assert_eq!(arrived.confirmed.len(), 1);
+        assert_eq!(arrived.confirmations.len(), 1);
     }
 
     #[test]

@@ -43,7 +43,9 @@ pub fn check(bytes: &[u8]) {
     }
     check_for_amiquip(&demultiplexer.to_amiquip);
     let arrived = inbox.take();
-    assert!(arrived.messages.len() <= MAX_UNREAD + 1 && arrived.confirmed.len() <= MAX_UNREAD + 1);
+    assert!(
+        arrived.messages.len() <= MAX_UNREAD + 1 && arrived.confirmations.len() <= MAX_UNREAD + 1
+    );
     for message in arrived.messages {
         match message {
             Message::Delivery(delivery) => {

@@ -67,7 +67,7 @@ pub enum Message {
 /// Acks or nacks of published messages, by their numbers on the channel, from 1. Neighbours
 /// are merged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Confirmed {
+pub struct Confirmation {
     /// The number of the first message; 1 also if some of them were confirmed before.
     pub first: u64,
     /// The number of the last message.
@@ -81,8 +81,8 @@ pub struct Confirmed {
 pub struct Arrived {
     /// In the order of their arrival.
     pub messages: VecDeque<Message>,
-    /// Those of messages that were returned follow their return in `messages`.
-    pub confirmed: Vec<Confirmed>,
+    /// A returned message is in `messages` before its confirmation is here.
+    pub confirmations: Vec<Confirmation>,
     /// The end of the consumer, the channel or the connection. Nothing arrives after that.
     pub end: Option<ErrorKind>,
 }
@@ -170,7 +170,7 @@ impl Inbox {
             .arrived
             .messages
             .len()
-            .max(state.arrived.confirmed.len())
+            .max(state.arrived.confirmations.len())
             > self.max_unread
         {
             return Err(FrameError::TooManyMessages);
@@ -243,7 +243,7 @@ impl Inbox {
     /// Whether something can be taken.
     pub(crate) fn has_arrived(&self) -> bool {
         let arrived = &lock(&self.state).arrived;
-        !arrived.messages.is_empty() || !arrived.confirmed.is_empty() || arrived.end.is_some()
+        !arrived.messages.is_empty() || !arrived.confirmations.is_empty() || arrived.end.is_some()
     }
 
     /// Takes the next message.
@@ -311,7 +311,7 @@ impl Received {
 impl Arrived {
     fn confirm(&mut self, last: u64, is_multiple: bool, is_ack: bool) {
         let first = if is_multiple { 1 } else { last };
-        match self.confirmed.last_mut() {
+        match self.confirmations.last_mut() {
             Some(before)
                 if before.is_ack == is_ack
                     && first <= before.last.saturating_add(1)
@@ -320,7 +320,7 @@ impl Arrived {
                 before.first = before.first.min(first);
                 before.last = last;
             }
-            _ => self.confirmed.push(Confirmed {
+            _ => self.confirmations.push(Confirmation {
                 first,
                 last,
                 is_ack,
@@ -450,7 +450,7 @@ mod tests {
         ack(7, false);
         ack(9, false);
         ack(8, false);
-        let confirmed = |first, last, is_ack| Confirmed {
+        let confirmed = |first, last, is_ack| Confirmation {
             first,
             last,
             is_ack,
@@ -462,7 +462,7 @@ mod tests {
             confirmed(9, 9, true),
             confirmed(8, 8, true),
         ];
-        assert_eq!(inbox.take().confirmed, expected);
+        assert_eq!(inbox.take().confirmations, expected);
         assert!(!inbox.has_arrived());
     }
 

@@ -451,7 +451,8 @@ impl Driver {
                 interest(!self.demultiplexer.to_amiquip.is_empty()),
             ),
         ];
-        // A backlog, or an earlier deadline, that has just begun is polled for in the next turn.
+        // Ends the poll if a backlog or an earlier deadline appeared meanwhile; the next turn
+        // includes it.
         let is_changed =
             || has_backlog != link.writer.has_backlog() || lock(&link.blocking).is_changed;
         link.waker
@@ -771,7 +772,7 @@ mod tests {
             link.drive_until(Instant::now() + Duration::from_secs(60), &|| {
                 inbox.has_arrived()
             });
-            assert_eq!(inbox.take().confirmed.len(), 1);
+            assert_eq!(inbox.take().confirmations.len(), 1);
         }
         // Nobody waits: the standby thread drives.
         broker

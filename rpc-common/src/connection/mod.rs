@@ -34,7 +34,7 @@ pub use demux::Notification;
 pub(crate) use endpoint::Secret;
 pub use endpoint::{start_at, start_at_random, Endpoint, DEFAULT_HEARTBEAT};
 pub use error::{Error, ErrorKind, Reason};
-pub use inbox::{Arrived, Confirmed, Delivery, Message, Returned};
+pub use inbox::{Arrived, Confirmation, Delivery, Message, Returned};
 pub use link::Link;
 pub use phase::Phase;
 pub use queue_stats::QueueStats;
@@ -60,7 +60,7 @@ const MAX_CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 const MIN_CLOSE_TIMEOUT: Duration = Duration::from_millis(10);
 
 /// Timeout of each of several brokers, or of several addresses of one, but the last.
-const MAX_ATTEMPT: Duration = Duration::from_secs(5);
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A **connection** is an open AMQP connection whose calls have deadlines. It is closed when it is
 /// dropped.
@@ -78,7 +78,7 @@ pub enum Owner<'a> {
     Standby,
     /// The receiver of the link, from when the socket is connected; there may be several attempts.
     /// The waker ends its wait.
-    Caller(Waker, &'a dyn Fn(&Arc<Link>)),
+    Receiver(Waker, &'a dyn Fn(&Arc<Link>)),
 }
 
 impl Connection {
@@ -109,7 +109,7 @@ impl Connection {
         let addresses = socket::resolve(endpoint, deadline)?;
         let (last, others) = addresses.split_last().expect("there is an address");
         for (index, address) in others.iter().enumerate() {
-            let share = deadline.split(addresses.len() - index, MAX_ATTEMPT);
+            let share = deadline.split(addresses.len() - index, ATTEMPT_TIMEOUT);
             match Self::open_address(endpoint, *address, options.clone(), program, &share, owner) {
                 Err(kind) if !kind.is_permanent() => {
                     log::debug!("{address} {kind}; trying the next address");
@@ -132,14 +132,14 @@ impl Connection {
         let no_resources = |error: io::Error| ErrorKind::NotConnected(describe_io_error(&error));
         let waker = match owner {
             Owner::Standby => Waker::new().map_err(no_resources)?,
-            Owner::Caller(waker, _) => waker.clone(),
+            Owner::Receiver(waker, _) => waker.clone(),
         };
         let name = connection_name(program);
         let (link, stream) =
             Link::new(transport, name, endpoint.heartbeat, waker).map_err(no_resources)?;
         match owner {
             Owner::Standby => link.start_standby().map_err(no_resources)?,
-            Owner::Caller(_, take_link) => take_link(&link),
+            Owner::Receiver(_, take_link) => take_link(&link),
         }
         let begun = Instant::now();
         let handshake = link.run_blocking_until(deadline, || {
@@ -193,7 +193,7 @@ impl Connection {
         let mut permanent = None;
         let mut errors = Vec::new();
         for (index, endpoint) in others.iter().enumerate() {
-            let share = deadline.split(endpoints.len() - index, MAX_ATTEMPT);
+            let share = deadline.split(endpoints.len() - index, ATTEMPT_TIMEOUT);
             match Connection::open(endpoint, program, &share, owner) {
                 Ok(connection) => return Ok(connection),
                 Err(error) => {

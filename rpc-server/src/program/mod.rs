@@ -7,7 +7,7 @@ use crate::handler::Caller;
 use rpc_common::message::{Answer, ErrorCode, Failure, Reply, Request};
 use rpc_common::options::{parse_duration, parse_size, parse_timeout};
 use rpc_common::text::{describe_io_error, escape, format_duration};
-use run::{run, Ended, Groups, Limits, Stopped};
+use run::{run_command, Ended, Groups, Limits, Stopped};
 use rustix::fs::{access, Access};
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -146,14 +146,14 @@ impl Program {
         };
         let id = request.log_id();
         let mut command = self.command(request);
-        let ended = run(&mut command, request.body, &id, &limits, &self.groups);
+        let ended = run_command(&mut command, request.body, &id, &limits, &self.groups);
         match ended.map_err(|error| self.not_started(&error))? {
             Ended::Exited(status, output) if !status.success() => Err(failure(status, output)),
             Ended::Exited(_, output) if output.len() <= self.options.max_reply => {
                 let content_type = self.options.content_type.clone();
                 Ok(Answer::new(output).with_content_type(content_type))
             }
-            Ended::Exited(..) => Err(self.stopped(Stopped::OutputTooLarge)),
+            Ended::Exited(..) | Ended::OutputTooLarge => Err(self.reply_too_large()),
             Ended::Stopped(why) => {
                 (self.on_stopped)();
                 Err(self.stopped(why))
@@ -196,6 +196,14 @@ impl Program {
         }
     }
 
+    fn reply_too_large(&self) -> Failure {
+        let message = format!(
+            "the reply is too large: {} bytes are accepted here",
+            self.options.max_reply
+        );
+        Failure::new(ErrorCode::TooLarge, message)
+    }
+
     fn stopped(&self, stopped: Stopped) -> Failure {
         let reason = match stopped {
             Stopped::AtTimeLimit => format!(
@@ -204,14 +212,9 @@ impl Program {
             ),
             Stopped::AtDeadline => "the caller's deadline has passed".into(),
             Stopped::CallerGone => "its caller has gone".into(),
-            Stopped::OutputTooLarge => {
-                let message = format!(
-                    "the reply is too large: {} bytes are accepted here",
-                    self.options.max_reply
-                );
-                return Failure::new(ErrorCode::TooLarge, message);
-            }
+            Stopped::OutputTooLarge => return self.reply_too_large(),
         };
+        // A caller that has gone gets no answer; the code is for the log and the metrics.
         Failure::new(
             ErrorCode::TimeLimit,
             format!("the program was stopped: {reason}"),

@@ -58,6 +58,8 @@ pub(crate) enum Stopped {
 pub(crate) enum Ended {
     /// By itself, with this status and standard output.
     Exited(ExitStatus, Vec<u8>),
+    /// By itself, with more output than the limit.
+    OutputTooLarge,
     /// At one of its limits.
     Stopped(Stopped),
 }
@@ -137,7 +139,7 @@ impl Groups {
         state
             .running
             .iter()
-            .for_each(|group| kill(*group, Signal::KILL));
+            .for_each(|group| signal_group(*group, Signal::KILL));
     }
 
     /// Starts a process in a group of its own.
@@ -170,7 +172,7 @@ impl Groups {
 }
 
 /// Sends a signal to a process group that may have ended.
-fn kill(group: Pid, signal: Signal) {
+fn signal_group(group: Pid, signal: Signal) {
     let _ = kill_process_group(group, signal);
 }
 
@@ -178,7 +180,7 @@ fn kill(group: Pid, signal: Signal) {
 ///
 /// # Errors
 /// The reason why the program could not be started.
-pub(crate) fn run(
+pub(crate) fn run_command(
     command: &mut Command,
     input: &[u8],
     id: &str,
@@ -242,7 +244,7 @@ impl Drop for Process<'_> {
     /// Ends a process that is not reaped, after an error.
     fn drop(&mut self) {
         if self.child.is_some() {
-            kill(self.group, Signal::KILL);
+            signal_group(self.group, Signal::KILL);
             let _ = self.reap();
         }
     }
@@ -318,7 +320,7 @@ impl<'a> Run<'a> {
 
     /// Kills what is left of the group, and reads what is left of the output.
     fn finish_output(&mut self) {
-        kill(self.process.group, Signal::KILL);
+        signal_group(self.process.group, Signal::KILL);
         self.stdin = None;
         // A process that has left the group may still hold the pipes open.
         let until = Instant::now() + OUTPUT_TIMEOUT;
@@ -335,7 +337,7 @@ impl<'a> Run<'a> {
     fn ended(&mut self, status: ExitStatus) -> Ended {
         match self.stage.stopped() {
             Some(why) => Ended::Stopped(why),
-            None if self.is_output_too_large() => Ended::Stopped(Stopped::OutputTooLarge),
+            None if self.is_output_too_large() => Ended::OutputTooLarge,
             None => Ended::Exited(status, mem::take(&mut self.output)),
         }
     }
@@ -421,7 +423,7 @@ impl<'a> Run<'a> {
         let is_running = self.stage.stopped().is_none();
         let reason = is_running.then(|| self.reason_to_stop(now)).flatten();
         if let Some((stage, signal)) = self.stage.next(now, reason, self.limits.kill_after) {
-            kill(self.process.group, signal);
+            signal_group(self.process.group, signal);
             self.stage = stage;
         }
         if self.next_caller_check <= now {
@@ -510,7 +512,7 @@ mod tests {
 
     fn run_shell(script: &str, input: &[u8], limits: &Limits) -> Ended {
         let mut command = Command::new("sh");
-        run(
+        run_command(
             command.args(["-c", script]),
             input,
             "id",

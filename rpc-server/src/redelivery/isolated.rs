@@ -7,7 +7,7 @@
 //! and no other request is affected. Over this connection the server also asks whether a caller has
 //! gone.
 
-use crate::reply::{log_return, publish_reply};
+use crate::reply::{add_reply, log_return};
 use rpc_common::connection::{
     Connection, Deadline, Endpoint, Error, Message, OpenChannel, Owner, Phase, Publisher,
 };
@@ -32,11 +32,11 @@ const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(5);
 const MAX_UNREAD: usize = 64;
 
 /// The result of publishing a reply.
-pub(crate) enum Published {
+pub(crate) enum IsolatedResult {
     /// The broker accepted the reply.
     Accepted,
-    /// The broker refused the reply, by closing the channel or the connection; and then also the
-    /// error that was sent in its place.
+    /// The broker refused the reply, and then also the error sent in its place. (A broker refuses a
+    /// message by closing the channel or the connection.)
     Refused(Error),
     /// The connection could not be opened, or ended for another reason.
     Unknown(Error),
@@ -72,20 +72,20 @@ impl IsolatedPublisher {
         endpoint: &Endpoint,
         reply: &mut Reply,
         request: &Request,
-    ) -> Published {
+    ) -> IsolatedResult {
         let mut state = lock(&self.0);
         if let (true, Some((error, _))) = (state.is_paused(), &state.failure) {
-            return Published::Unknown(error.clone());
+            return IsolatedResult::Unknown(error.clone());
         }
         let mut published = state.publish(endpoint, reply, request);
-        if let Published::Refused(error) = &published {
+        if let IsolatedResult::Refused(error) = &published {
             log::warn!("the broker refused a reply, answering with an error: {error}");
             let message =
                 "internal error: the broker refused the answer, perhaps because of its size";
             *reply = Err(Failure::new(ErrorCode::Internal, message));
             published = state.publish(endpoint, reply, request);
         }
-        if let Published::Unknown(error) = &published {
+        if let IsolatedResult::Unknown(error) = &published {
             state.failure = Some((error.clone(), Instant::now() + PAUSE_AFTER_FAILURE));
         }
         published
@@ -94,12 +94,14 @@ impl IsolatedPublisher {
     /// Whether the broker says that there is no queue of this name. (One that is exclusive to its
     /// caller's connection is refused to us, and exists.)
     pub(crate) fn is_queue_gone(&self, endpoint: &Endpoint, queue: &[u8]) -> bool {
+        // amiquip cannot ask for other names.
         let Ok(queue) = str::from_utf8(queue) else {
             return false;
-        }; // amiquip cannot ask for such a name
+        };
+        // A program waits for this: so a connection that is in use is asked the next time.
         let Ok(mut state) = self.0.try_lock() else {
             return false;
-        }; // another time: a program waits for this
+        };
         if state.is_paused()
             || state
                 .no_checks_until
@@ -148,21 +150,21 @@ impl Isolated {
         open.map_or_else(|| Open::new(endpoint, deadline), Ok)
     }
 
-    fn publish(&mut self, endpoint: &Endpoint, reply: &Reply, request: &Request) -> Published {
+    fn publish(&mut self, endpoint: &Endpoint, reply: &Reply, request: &Request) -> IsolatedResult {
         let deadline = Deadline::after(PUBLISH_TIMEOUT);
         let mut open = match self.open(endpoint, &deadline) {
             Ok(open) => open,
-            Err(error) => return Published::Unknown(error),
+            Err(error) => return IsolatedResult::Unknown(error),
         };
-        publish_reply(&open.publisher, reply, request);
+        add_reply(&open.publisher, reply, request);
         let _ = open.publisher.flush(); // the round trip returns the cause
         match open.make_round_trip(&deadline) {
             Ok(()) => {
                 self.open = Some(open);
-                Published::Accepted
+                IsolatedResult::Accepted
             }
-            Err(error) if error.is_caused_by_message() => Published::Refused(error),
-            Err(error) => Published::Unknown(error),
+            Err(error) if error.is_caused_by_message() => IsolatedResult::Refused(error),
+            Err(error) => IsolatedResult::Unknown(error),
         }
     }
 }

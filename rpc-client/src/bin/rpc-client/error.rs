@@ -66,7 +66,7 @@ impl Error {
                 CallError::NoQueue { .. }
                 | CallError::NoConsumers { .. }
                 | CallError::QueueFull { .. },
-            ) => ExitCode::NoServer,
+            ) => ExitCode::NotAccepted,
             Error::Call(CallError::NoAnswer { .. } | CallError::RefusedAfterSend(_)) => {
                 ExitCode::NoAnswer
             }

@@ -1,4 +1,5 @@
-//! The lines of standard output: what they say, and their formats.
+//! The records of standard output, one for each call: their formats. `check_number` turns a reply
+//! to a number that is not a number into an error.
 
 use crate::cli::Format;
 use crate::error::Error;
@@ -24,29 +25,29 @@ pub(crate) enum Layout {
     Batch,
 }
 
-/// A **line** of output: how a call ended, or bad input. (The reply to data may have several lines,
-/// or no end of a line.)
+/// A **record** of output: how a call ended, or bad input. It is one line, but the reply to data
+/// may have several, or no end of a line.
 #[derive(Debug)]
-pub(crate) struct Line {
+pub(crate) struct Record {
     pub(crate) index: u64,
     /// None for bad input.
     origin: Option<Origin>,
     /// The body of the request; empty unless the format is JSON, so that it takes no memory while
-    /// the line waits.
+    /// the record waits.
     request: Vec<u8>,
     pub(crate) result: Result<Answer, Error>,
     pub(crate) latency: Option<Duration>,
     correlation_id: Option<Uuid>,
 }
 
-impl Line {
+impl Record {
     pub(crate) fn from_outcome(outcome: Outcome<Input>, format: Format) -> Self {
         let Request {
             context: Input { index, origin },
             body,
         } = outcome.request;
         let result = outcome.result.map_err(Error::Call);
-        Line {
+        Record {
             index,
             origin: Some(origin),
             request: if format == Format::Json {
@@ -65,7 +66,7 @@ impl Line {
 
     pub(crate) fn from_bad_input(index: u64, bad_input: BadInput) -> Self {
         let result = Err(bad_input.into());
-        Line {
+        Record {
             index,
             origin: None,
             request: Vec::new(),
@@ -75,7 +76,7 @@ impl Line {
         }
     }
 
-    /// No answer is longer than this as a line, in bytes. `None` for an error.
+    /// Upper bound of the record's length in bytes; `None` for an error.
     pub(crate) fn max_len(&self, format: Format) -> Option<usize> {
         const MAX_ESCAPED: usize = 10; // as \u{10ffff}
         const MAX_LABEL: usize = 512;
@@ -87,7 +88,7 @@ impl Line {
         })
     }
 
-    /// Writes the line, if the format has one for it.
+    /// Writes the record, if the format has one for it.
     pub(crate) fn write(
         &self,
         output: &mut impl Write,
@@ -172,8 +173,8 @@ pub(crate) fn millis(duration: Duration) -> f64 {
     duration.as_micros() as f64 / 1_000.0
 }
 
-/// The object of a line in JSON.
-impl Serialize for Line {
+/// The JSON object of a record.
+impl Serialize for Record {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut object = serializer.serialize_map(None)?;
         match &self.origin {
@@ -255,8 +256,8 @@ impl Formatter for TerminalSafe {
             let plain = part.trim_end_matches(is_control);
             output.write_all(plain.as_bytes())?;
             let mut controls = part[plain.len()..].chars();
+            // All are below 2^16.
             controls.try_for_each(|char| write!(output, "\\u{:04x}", u32::from(char)))?;
-            // all are below 2^16
         }
         Ok(())
     }
@@ -269,17 +270,17 @@ mod tests {
     use rpc_common::fib::NumberError;
     use rpc_common::message::ErrorCode;
 
-    fn written(line: &Line, format: Format) -> String {
-        written_as(Layout::Batch, line, format)
+    fn written(record: &Record, format: Format) -> String {
+        written_as(Layout::Batch, record, format)
     }
 
-    fn written_as(layout: Layout, line: &Line, format: Format) -> String {
+    fn written_as(layout: Layout, record: &Record, format: Format) -> String {
         let mut output = Vec::new();
-        line.write(&mut output, format, layout).unwrap();
+        record.write(&mut output, format, layout).unwrap();
         String::from_utf8(output).unwrap()
     }
 
-    fn line(n: u64, input_line: Option<u64>, reply: &str) -> Line {
+    fn record(n: u64, input_line: Option<u64>, reply: &str) -> Record {
         let origin = Origin::Number {
             n,
             line: input_line,
@@ -291,7 +292,7 @@ mod tests {
         )
     }
 
-    fn line_of(origin: Origin, request: &[u8], result: Result<Answer, CallError>) -> Line {
+    fn line_of(origin: Origin, request: &[u8], result: Result<Answer, CallError>) -> Record {
         let outcome = Outcome {
             request: Request {
                 context: Input { index: 0, origin },
@@ -301,23 +302,23 @@ mod tests {
             latency: Some(Duration::from_micros(1_500)),
             result,
         };
-        Line::from_outcome(outcome, Format::Json)
+        Record::from_outcome(outcome, Format::Json)
     }
 
-    fn replied(origin: Origin, request: &[u8], reply: &[u8], content_type: Option<&str>) -> Line {
+    fn replied(origin: Origin, request: &[u8], reply: &[u8], content_type: Option<&str>) -> Record {
         let mut answer = Answer::new(reply.into());
         answer.content_type = content_type.map(Into::into);
         line_of(origin, request, Ok(answer))
     }
 
-    fn failed(origin: Origin) -> Line {
+    fn failed(origin: Origin) -> Record {
         let failure = Failure::new(ErrorCode::Failed, "wc failed").with_exit_code(3);
         line_of(origin, b"x", Err(CallError::Failed(failure)))
     }
 
-    fn bad_line() -> Line {
+    fn bad_line() -> Record {
         let problem = NumberError::Malformed;
-        Line::from_bad_input(
+        Record::from_bad_input(
             0,
             BadInput::NotANumber {
                 line: 2,
@@ -329,8 +330,8 @@ mod tests {
 
     #[test]
     fn of_several_calls_text_names_each_and_raw_has_an_empty_line_for_one_that_failed() {
-        let answered = line(7, None, "13");
-        let failed = line(7, None, "NaN");
+        let answered = record(7, None, "13");
+        let failed = record(7, None, "NaN");
         assert_eq!(written(&answered, Format::Raw), "13\n");
         assert_eq!(written(&failed, Format::Raw), "\n");
         assert_eq!(written(&answered, Format::Text), " [.] fib(7) = 13\n");
@@ -339,8 +340,8 @@ mod tests {
 
     #[test]
     fn of_the_only_call_text_is_that_of_the_tutorial_and_nothing_is_printed_if_it_failed() {
-        let answered = line(7, None, "13");
-        let failed = line(7, None, "NaN");
+        let answered = record(7, None, "13");
+        let failed = record(7, None, "NaN");
         assert_eq!(written_as(Layout::Single, &answered, Format::Raw), "13\n");
         assert_eq!(written_as(Layout::Single, &failed, Format::Raw), "");
         assert_eq!(
@@ -356,13 +357,13 @@ mod tests {
         let expected = format!(
             "{{\"n\":7,\"result\":\"13\",\"latency_ms\":1.5,\"correlation_id\":\"{id}\"}}\n"
         );
-        assert_eq!(written(&line(7, None, "13"), Format::Json), expected);
+        assert_eq!(written(&record(7, None, "13"), Format::Json), expected);
         let message = "the reply '?' is not a number: does another program serve this queue?";
         let expected = format!(
             "{{\"n\":8,\"error\":{{\"code\":\"bad-reply\",\"message\":\"{message}\"}},\
              \"latency_ms\":1.5,\"correlation_id\":\"{id}\"}}\n"
         );
-        assert_eq!(written(&line(8, None, "?"), Format::Json), expected);
+        assert_eq!(written(&record(8, None, "?"), Format::Json), expected);
         let expected = format!(
             "{{\"input\":\"a\\\"b\",\"error\":{{\"code\":\"usage\",\"message\":\"line 2: 'a\\\"b' is {}\"}}}}\n",
             NumberError::Malformed
@@ -411,8 +412,8 @@ mod tests {
 
     #[test]
     fn json_has_bytes_as_text_or_base64_and_what_is_said_of_them() {
-        let json = |line: &Line| {
-            written(line, Format::Json)
+        let json = |record: &Record| {
+            written(record, Format::Json)
                 .split(",\"latency_ms\"")
                 .next()
                 .unwrap()
@@ -444,11 +445,11 @@ mod tests {
 
     #[test]
     fn a_message_names_the_call_and_its_line_of_input() {
-        let message = |line: Line| line.error_message(line.result.as_ref().unwrap_err());
+        let message = |record: Record| record.error_message(record.result.as_ref().unwrap_err());
         let error = "the reply '' is not a number: does another program serve this queue?";
-        assert_eq!(message(line(7, None, "")), format!("fib(7): {error}"));
+        assert_eq!(message(record(7, None, "")), format!("fib(7): {error}"));
         assert_eq!(
-            message(line(7, Some(3), "")),
+            message(record(7, Some(3), "")),
             format!("line 3: fib(7): {error}")
         );
         assert_eq!(message(failed(Origin::SingleData)), "wc failed");

@@ -1,10 +1,10 @@
-//! The printer: lines of output in the order asked, errors on standard error, the summary and the
+//! The printer: records of output in the order asked, errors on standard error, the summary and the
 //! exit code.
 
 use crate::cli::{Format, OutputOptions};
 use crate::error::Error;
 use crate::input::{BadInput, Input};
-use crate::output::{Layout, Line};
+use crate::output::{Layout, Record};
 use crate::progress::Progress;
 use crate::source::Unreadable;
 use crate::summary::Summary;
@@ -23,11 +23,11 @@ use std::sync::Mutex;
 
 /// A message to the printer.
 pub(crate) enum Event {
-    /// Lines of calls that have ended.
-    Lines(Vec<Line>),
+    /// Records of calls that have ended.
+    Records(Vec<Record>),
     /// The event loop could not write to standard output.
     WriteError(io::Error),
-    /// Bad input in place of a request, with the index of its line of output.
+    /// Bad input in place of a request, with the index of its record.
     BadInput(u64, BadInput),
     /// The rest of the input cannot be read.
     ReadError(Unreadable),
@@ -43,12 +43,12 @@ pub(crate) struct Printer<W> {
     output: W,
     options: OutputOptions,
     layout: Layout,
-    /// Lines that wait for a line before them, by index.
-    waiting: BTreeMap<u64, Line>,
-    /// Number of printed lines. If lines are ordered, this is the index of the next one.
+    /// Records that wait for a record before them, by index.
+    waiting: BTreeMap<u64, Record>,
+    /// Number of printed records. If they are ordered, this is the index of the next one.
     printed: u64,
     last_error: Option<String>,
-    /// Whether lines were printed that are not flushed.
+    /// Whether records were printed that are not flushed.
     is_unflushed: bool,
     /// The largest one so far.
     exit_code: ExitCode,
@@ -78,13 +78,13 @@ impl<W: Write> Printer<W> {
     }
 
     pub(crate) fn print_outcomes(&mut self, outcomes: Vec<Outcome<Input>>) -> io::Result<()> {
-        self.print_lines(lines(outcomes, self.options.format))
+        self.print_records(records(outcomes, self.options.format))
     }
 
-    fn print_lines(&mut self, lines: Vec<Line>) -> io::Result<()> {
-        lines
+    fn print_records(&mut self, records: Vec<Record>) -> io::Result<()> {
+        records
             .into_iter()
-            .try_for_each(|line| self.print_in_order(line))
+            .try_for_each(|record| self.print_in_order(record))
     }
 
     pub(crate) fn flush(&mut self) -> io::Result<()> {
@@ -109,31 +109,31 @@ impl<W: Write> Printer<W> {
         Ok(self.exit_code)
     }
 
-    /// Counts a line, and prints it when all lines before it are printed.
-    fn print_in_order(&mut self, line: Line) -> io::Result<()> {
+    /// Counts a record, and prints it when all records before it are printed.
+    fn print_in_order(&mut self, record: Record) -> io::Result<()> {
         if let Some(summary) = &mut self.summary {
-            summary.count(&line);
+            summary.count(&record);
         }
         if let Some(progress) = &self.progress {
-            progress.count(line.result.is_err());
+            progress.count(record.result.is_err());
         }
-        if !self.options.unordered && line.index != self.printed {
-            self.waiting.insert(line.index, line);
+        if !self.options.unordered && record.index != self.printed {
+            self.waiting.insert(record.index, record);
             return Ok(());
         }
-        self.print(&line)?;
-        while let Some(line) = self.waiting.remove(&self.printed) {
-            self.print(&line)?;
+        self.print(&record)?;
+        while let Some(record) = self.waiting.remove(&self.printed) {
+            self.print(&record)?;
         }
         Ok(())
     }
 
-    fn print(&mut self, line: &Line) -> io::Result<()> {
-        if let Err(error) = &line.result {
+    fn print(&mut self, record: &Record) -> io::Result<()> {
+        if let Err(error) = &record.result {
             self.flush()?; // on a terminal the error then stands where the answer would
-            self.print_error(error, line.error_message(error));
+            self.print_error(error, record.error_message(error));
         }
-        line.write(&mut self.output, self.options.format, self.layout)?;
+        record.write(&mut self.output, self.options.format, self.layout)?;
         self.is_unflushed = true;
         self.printed += 1;
         Ok(())
@@ -168,7 +168,7 @@ impl Permits {
         }
     }
 
-    /// Gives a permit for as many lines as it allows.
+    /// Gives a permit for as many records as it allows.
     fn give_for(&mut self, printed: u64) {
         let earned = printed / self.requests_per_permit;
         for _ in self.given..earned {
@@ -213,10 +213,10 @@ impl<W: Write> SharedPrinter<W> {
             })?;
             let (printer, permits) = &mut *lock(&self.shared);
             match event {
-                Event::Lines(lines) => printer.print_lines(lines)?,
+                Event::Records(records) => printer.print_records(records)?,
                 Event::WriteError(error) => return Err(error),
                 Event::BadInput(index, bad_input) => {
-                    printer.print_in_order(Line::from_bad_input(index, bad_input))?;
+                    printer.print_in_order(Record::from_bad_input(index, bad_input))?;
                 }
                 Event::ReadError(error) => {
                     let error = Error::BadInput(error.into());
@@ -239,35 +239,40 @@ impl<W: Write> SharedPrinter<W> {
     /// wake that thread costs one of three context switches of a call, when calls are made one at a
     /// time.
     pub(crate) fn print(&self, outcomes: Vec<Outcome<Input>>, events: &EventSender<Event>) {
-        let lines = lines(outcomes, self.format);
+        let records = records(outcomes, self.format);
         let event = match try_lock(&self.shared) {
-            Some(mut shared) if shared.0.can_print_at_once(&lines) && self.sink.takes_output() => {
+            Some(mut shared)
+                if shared.0.can_print_at_once(&records) && self.sink.takes_output() =>
+            {
                 let (printer, permits) = &mut *shared;
-                let Err(error) = printer.print_lines(lines).and_then(|()| printer.flush()) else {
+                let Err(error) = printer
+                    .print_records(records)
+                    .and_then(|()| printer.flush())
+                else {
                     return permits.give_for(printer.printed);
                 };
                 Event::WriteError(error)
             }
-            _ => Event::Lines(lines),
+            _ => Event::Records(records),
         };
         let _ = events.send(event); // fails if the printer has ended
     }
 }
 
-fn lines(outcomes: Vec<Outcome<Input>>, format: Format) -> Vec<Line> {
+fn records(outcomes: Vec<Outcome<Input>>, format: Format) -> Vec<Record> {
     outcomes
         .into_iter()
-        .map(|outcome| Line::from_outcome(outcome, format))
+        .map(|outcome| Record::from_outcome(outcome, format))
         .collect()
 }
 
 impl<W> Printer<W> {
-    /// Whether these lines can be printed without the printer's thread: errors, progress, and lines
+    /// Whether these records can be printed without the printer's thread: errors, progress, and records
     /// that wait for others or are many are left to it.
-    fn can_print_at_once(&self, lines: &[Line]) -> bool {
-        let len = lines
+    fn can_print_at_once(&self, records: &[Record]) -> bool {
+        let len = records
             .iter()
-            .map(|line| line.max_len(self.options.format))
+            .map(|record| record.max_len(self.options.format))
             .sum::<Option<usize>>();
         self.progress.is_none()
             && self.waiting.is_empty()
@@ -347,7 +352,7 @@ mod tests {
         };
         let correlation_id = Uuid::nil();
         let latency = None;
-        Event::Lines(lines(
+        Event::Records(records(
             vec![Outcome {
                 request,
                 correlation_id,
@@ -397,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_printed_in_the_order_asked() {
+    fn records_are_printed_in_the_order_asked() {
         let events = || {
             vec![
                 answered(2, "34"),
@@ -413,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn unordered_lines_are_printed_as_they_come() {
+    fn unordered_records_are_printed_as_they_come() {
         let options = ["-o", "json", "--unordered"];
         let (output, _) = printed(&options, vec![answered(1, "21"), answered(0, "13")]);
         assert!(output.find("\"21\"") < output.find("\"13\""), "{output}");
@@ -435,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn the_reader_gets_a_permit_when_lines_are_printed_not_when_they_wait() {
+    fn the_reader_gets_a_permit_when_records_are_printed_not_when_they_wait() {
         for (indexes, count) in [(vec![1, 2, 3], 0), (vec![1, 2, 3, 0], 2), (vec![0], 0)] {
             let (permits, reader_permits) = bounded(9);
             let events = indexes.iter().map(|index| answered(*index, "13")).collect();

@@ -20,7 +20,7 @@ pub(crate) fn requests(cli: &Cli) -> (RequestSender<Input>, Requests<Input>) {
     // With a capacity, a request is announced not long before it is sent. Else the permits bound
     // the requests.
     let capacity = cli.output.announces().then(|| cli.config.in_flight.into());
-    rpc_client::requests(capacity)
+    rpc_client::request_channel(capacity)
 }
 
 /// Starts to read the input on a thread of its own. Bad input goes to the printer directly.
@@ -201,7 +201,7 @@ mod tests {
             numbers: arguments.into(),
             ..InputOptions::default()
         };
-        let (requests, taken_requests) = rpc_client::requests(None);
+        let (requests, taken_requests) = rpc_client::request_channel(None);
         let (events, printer_events) = mpsc::channel();
         let permits = {
             let (sender, receiver) = crossbeam_channel::bounded(permits);

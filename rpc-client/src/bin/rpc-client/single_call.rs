@@ -8,23 +8,23 @@ use crate::printer::Printer;
 use crate::progress::Progress;
 use crate::reader;
 use crate::source::Unreadable;
-use rpc_client::{requests, Request};
+use rpc_client::{request_channel, Request};
 use rpc_common::connection::Endpoint;
 use rpc_common::exit::ExitCode;
 use std::io::{self, BufWriter};
 
 /// The request of a command line that asks for one call. `None` if it asks for several.
 pub(crate) fn request(cli: &Cli) -> Result<Option<Request<Input>>, Unreadable> {
-    let request = |origin, body| {
+    let with_origin = |origin, body| {
         let context = Input { index: 0, origin };
         Some(Request { context, body })
     };
     let input = &cli.input;
     Ok(match (&input.numbers[..], &input.data[..], cli.repeat) {
         (&[Argument::Number(n)], _, 1) => {
-            request(Origin::Number { n, line: None }, n.to_string().into())
+            with_origin(Origin::Number { n, line: None }, n.to_string().into())
         }
-        (_, [data], 1) => request(Origin::SingleData, data.read()?),
+        (_, [data], 1) => with_origin(Origin::SingleData, data.read()?),
         _ => None,
     })
 }
@@ -35,7 +35,7 @@ pub(crate) fn make_call(
     endpoints: Vec<Endpoint>,
     request: Request<Input>,
 ) -> io::Result<ExitCode> {
-    let (request_sender, requests) = requests(None);
+    let (request_sender, requests) = request_channel(None);
     let stdout = BufWriter::new(io::stdout());
     let progress = Progress::of_single_call(cli);
     let mut printer = Printer::new(stdout, cli.output.clone(), Layout::Single, progress);
@@ -45,8 +45,8 @@ pub(crate) fn make_call(
     request_sender.send(request);
     drop(request_sender);
     let mut result = Ok(());
-    // An error of the run is the outcome of the call, too. An answer is printed before the
-    // connection is closed.
+    // `run` gives its error to the printer as the outcome of the call, too. An answer is printed
+    // before the connection is closed.
     let _ = rpc_client::run(&cli.config, endpoints, &requests, &mut |outcomes| {
         let outcome = printer.print_outcomes(outcomes);
         result = outcome.and_then(|()| printer.flush());

@@ -2,7 +2,7 @@
 
 use crate::cli::SummaryFormat;
 use crate::error::Error;
-use crate::output::{millis, Line};
+use crate::output::{millis, Record};
 use hdrhistogram::Histogram;
 use rpc_client::Error as CallError;
 use rpc_common::message::{ErrorCode, Failure};
@@ -31,7 +31,7 @@ const MIN_WIDTH: u16 = 60;
 /// Maximum length of a bar, in columns.
 const MAX_BAR: usize = 50;
 
-/// Counts the lines of output.
+/// Counts the records of output.
 pub(crate) struct Summary {
     format: SummaryFormat,
     begun: Instant,
@@ -53,10 +53,10 @@ impl Summary {
         }
     }
 
-    /// Counts a line, and the latency if it has an answer.
-    pub(crate) fn count(&mut self, line: &Line) {
+    /// Counts a record, and the latency if it has an answer.
+    pub(crate) fn count(&mut self, record: &Record) {
         self.calls += 1;
-        match (&line.result, line.latency) {
+        match (&record.result, record.latency) {
             (Ok(_), Some(latency)) => {
                 let micros = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX);
                 self.latencies.saturating_record(micros);

@@ -64,16 +64,16 @@ fn run(cli: &Cli, stdout: &BackgroundWriter) -> Result<(), Error> {
         }
         Some(mut program) => {
             let command_line = program.command_line();
-            let stopped_runs = statistics.programs_killed.clone();
+            let runs_stopped = statistics.runs_stopped.clone();
             program.on_stopped(move || {
-                stopped_runs.inc();
+                runs_stopped.inc();
             });
             let program = Arc::new(program);
             log::info!(
                 "serving {}",
                 escape(program.path().as_os_str().as_encoded_bytes())
             );
-            let killed = program.clone();
+            let program_to_kill = program.clone();
             let handler = |request: &Request, caller: &Caller| {
                 announce(format!(
                     "{command_line} ({})",
@@ -84,7 +84,7 @@ fn run(cli: &Cli, stdout: &BackgroundWriter) -> Result<(), Error> {
             serve_until_stopped(
                 cli,
                 &handler,
-                stop_signal_with(move || killed.kill_all()),
+                stop_signal_with(move || program_to_kill.kill_all()),
                 &operator,
             )
         }

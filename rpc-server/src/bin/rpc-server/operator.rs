@@ -21,7 +21,7 @@ impl Observer for Operator<'_> {
         notify(&[Ready]);
     }
 
-    fn on_connected(&self, address: &str) {
+    fn on_consuming(&self, address: &str) {
         self.statistics.connected.set(1);
         notify(&[Status(&format!("connected to {address}"))]);
     }

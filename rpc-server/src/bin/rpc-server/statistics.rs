@@ -25,7 +25,7 @@ pub(crate) struct Statistics {
     pub(crate) connected: Gauge,
     pub(crate) reconnects: Counter,
     /// Number of runs of a program that were stopped at a limit.
-    pub(crate) programs_killed: Counter,
+    pub(crate) runs_stopped: Counter,
 }
 
 impl Statistics {
@@ -50,7 +50,7 @@ impl Statistics {
             in_flight: Gauge::default(),
             connected: Gauge::default(),
             reconnects: Counter::default(),
-            programs_killed: Counter::default(),
+            runs_stopped: Counter::default(),
         }
     }
 
@@ -84,7 +84,7 @@ impl Statistics {
         registry.register(
             "programs_killed",
             "Programs that were stopped at a limit",
-            self.programs_killed.clone(),
+            self.runs_stopped.clone(),
         );
         registry
     }

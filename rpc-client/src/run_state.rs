@@ -1,17 +1,17 @@
-//! The event loop: the decisions of a run. Pure: [`run`](crate::run) moves messages
-//! between it and the broker.
+//! The state of a run, and its decisions. Pure: the event loop in [`run`](mod@crate::run) moves
+//! messages between this state and the broker.
 //!
-//! [`EventLoop::step`] takes one [`Event`]. The results are taken by
+//! [`RunState::step`] takes one [`Event`]. The results are taken by
 //! [`publish_next`](EventLoop::publish_next), [`take_outcomes`](EventLoop::take_outcomes),
 //! [`take_commands`](EventLoop::take_commands) and [`next_wake`](EventLoop::next_wake).
 
 use crate::call::{Error, NoAnswerCause, Outcome, Request};
 use crate::config::Config;
 use crate::diagnosis::Diagnosis;
-use crate::pending::{AfterReturn, Call, PendingCalls, Publication};
+use crate::pending::{AfterReturn, Call, PendingCalls, SendResult};
 use crate::session_end::{ends_run, too_large_reason, MIN_PAUSE};
 use rpc_common::connection::{
-    self, Backoff, Confirmed, Deadline, Delivery, Error as ConnectionError, ErrorKind,
+    self, Backoff, Confirmation, Deadline, Delivery, Error as ConnectionError, ErrorKind,
     Notification, Phase, QueueStats,
 };
 use rpc_common::message::{decode_reply, Answer};
@@ -37,7 +37,7 @@ pub(crate) enum Event {
     /// A request that the broker could not route to a queue.
     Returned(connection::Returned),
     /// Acks or nacks of requests.
-    Confirmed(Confirmed),
+    Confirmation(Confirmation),
     /// The broker blocks publishers, or no longer does.
     Notification(Notification),
     /// The answer to [`SessionCommand::QueueStats`].
@@ -65,8 +65,9 @@ pub(crate) enum SessionCommand {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum SessionState {
     Connecting,
-    /// Requests can be published. The consumer must start `by` this instant; while the broker
-    /// blocks us there is none: the calls wait until it unblocks us.
+    /// Requests can be published, while the consumer is being started: that saves a round trip,
+    /// and replies wait in the reply queue. The consumer must start `by` this instant; while the
+    /// broker blocks us there is none: the calls wait until it unblocks us.
     Starting {
         by: Option<Instant>,
     },
@@ -74,7 +75,7 @@ enum SessionState {
 }
 
 /// The state of a run, over all of its sessions.
-pub(crate) struct EventLoop<'a, T> {
+pub(crate) struct RunState<'a, T> {
     config: &'a Config,
     session: SessionState,
     pending: PendingCalls<T>,
@@ -91,10 +92,10 @@ pub(crate) struct EventLoop<'a, T> {
     discarded: u64,
 }
 
-impl<'a, T> EventLoop<'a, T> {
+impl<'a, T> RunState<'a, T> {
     /// `address` is that of the broker that is tried first.
     pub(crate) fn new(config: &'a Config, address: &str, now: Instant) -> Self {
-        EventLoop {
+        RunState {
             config,
             session: SessionState::Connecting,
             pending: PendingCalls::new(config.wait),
@@ -171,8 +172,8 @@ impl<'a, T> EventLoop<'a, T> {
         }
         match self.pending.publish_next(now, publish) {
             None => return false,
-            Some(Publication::Sent) => {}
-            Some(Publication::Failed(call, error)) => {
+            Some(SendResult::Sent) => {}
+            Some(SendResult::Failed(call, error)) => {
                 self.end_too_large(call, &error.to_string(), now);
             }
         }
@@ -216,9 +217,11 @@ impl<'a, T> EventLoop<'a, T> {
             }
             Event::Reply(delivery) => self.on_reply(delivery, now),
             Event::Returned(request) => self.on_return(&request, now),
-            Event::Confirmed(confirmed) if confirmed.is_ack => self.pending.on_ack(confirmed),
-            Event::Confirmed(confirmed) => {
-                if self.pending.on_nack(confirmed, now) {
+            Event::Confirmation(confirmation) if confirmation.is_ack => {
+                self.pending.on_ack(confirmation);
+            }
+            Event::Confirmation(confirmation) => {
+                if self.pending.on_nack(confirmation, now) {
                     self.commands.push(SessionCommand::QueueStats); // is the queue full?
                 }
             }
@@ -228,11 +231,10 @@ impl<'a, T> EventLoop<'a, T> {
                 let reason = "the reply queue was deleted".into();
                 return Err(self.error(ErrorKind::ConnectionLost(reason)));
             }
-            // Before that, the session's thread learns why the broker has closed the channel, and
-            // what that means.
             Event::ChannelEnded(kind) if self.session == SessionState::Consuming => {
                 return Err(self.error(kind));
             }
+            // Ignored while starting: the session's thread reports the cause as `Failed`.
             Event::ChannelEnded(_) => {}
             Event::ConnectionEnded(kind) => return Err(self.error(kind)),
             Event::Failed(error) => return Err(error),
@@ -366,9 +368,8 @@ impl<'a, T> EventLoop<'a, T> {
         }
     }
 
-    /// Whether calls expire by the timer: when we are connected, or a request was sent before. Else
-    /// nothing was sent yet: then connecting has their deadline, and its error, which ends the run,
-    /// says why.
+    /// Whether calls expire by the timer: when we are connected, or a request was sent before.
+    /// Before anything is sent, only connecting times out. Its error ends the run.
     fn calls_can_expire(&self) -> bool {
         self.session != SessionState::Connecting || self.pending.was_any_sent()
     }
@@ -448,9 +449,9 @@ mod tests {
     use std::collections::BTreeMap;
     use std::convert::Infallible;
 
-    /// A **script** plays events to an event loop, at instants of its own. Calls have names.
+    /// A **script** plays events to the state of a run, at instants of its own. Calls have names.
     struct Script<'a> {
-        event_loop: EventLoop<'a, &'static str>,
+        state: RunState<'a, &'static str>,
         now: Instant,
         ids: BTreeMap<&'static str, Uuid>,
     }
@@ -459,7 +460,7 @@ mod tests {
         fn new(config: &'a Config) -> Self {
             let now = Instant::now();
             Script {
-                event_loop: EventLoop::new(config, "rabbit:5672", now),
+                state: RunState::new(config, "rabbit:5672", now),
                 now,
                 ids: BTreeMap::new(),
             }
@@ -481,12 +482,11 @@ mod tests {
             let body = name.into();
             let context = name;
             self.ids.insert(name, id);
-            self.event_loop
-                .begin(id, Request { context, body }, self.now);
+            self.state.begin(id, Request { context, body }, self.now);
         }
 
         fn step(&mut self, event: Event) {
-            self.event_loop
+            self.state
                 .step(event, self.now)
                 .expect("the session goes on");
         }
@@ -498,17 +498,13 @@ mod tests {
 
         /// Ends the session. Returns the pause before the next one, or how the run ended.
         fn end(&mut self, kind: ErrorKind) -> Result<Duration, Error> {
-            let end = self.event_loop.step(Event::ConnectionEnded(kind), self.now);
-            self.event_loop.on_session_end(end.unwrap_err(), self.now)
+            let end = self.state.step(Event::ConnectionEnded(kind), self.now);
+            self.state.on_session_end(end.unwrap_err(), self.now)
         }
 
         fn later(&mut self, duration: Duration) {
             self.now += duration;
-            if self
-                .event_loop
-                .next_wake()
-                .is_some_and(|wake| wake <= self.now)
-            {
+            if self.state.next_wake().is_some_and(|wake| wake <= self.now) {
                 self.step(Event::Timer);
             }
         }
@@ -540,7 +536,7 @@ mod tests {
         }
 
         fn confirm(&mut self, first: u64, last: u64, is_ack: bool) {
-            self.step(Event::Confirmed(Confirmed {
+            self.step(Event::Confirmation(Confirmation {
                 first,
                 last,
                 is_ack,
@@ -558,7 +554,7 @@ mod tests {
         /// Publishes all unsent requests. Returns their calls.
         fn published(&mut self) -> Vec<&'static str> {
             let mut names = Vec::new();
-            while self.event_loop.publish_next(self.now, |call| {
+            while self.state.publish_next(self.now, |call| {
                 assert_eq!(self.ids[call.request.context], call.id, "the id stays");
                 names.push(call.request.context);
                 Ok::<_, Infallible>(())
@@ -568,7 +564,7 @@ mod tests {
 
         /// The calls that have ended, with the answer or the error.
         fn outcomes(&mut self) -> Vec<String> {
-            let outcomes = self.event_loop.take_outcomes().into_iter().map(|outcome| {
+            let outcomes = self.state.take_outcomes().into_iter().map(|outcome| {
                 let name = outcome.request.context;
                 match outcome.result {
                     Ok(answer) => format!("{name}: {}", String::from_utf8(answer.body).unwrap()),
@@ -596,14 +592,14 @@ mod tests {
         let config = Config::default();
         let mut script = Script::new(&config);
         script.begin("a");
-        assert!(script.published().is_empty() && script.event_loop.next_wake().is_none());
+        assert!(script.published().is_empty() && script.state.next_wake().is_none());
         script.connect();
         assert_eq!(script.published(), ["a"]);
         script.confirm(1, 1, true);
         script.reply("a");
         script.reply("a"); // is discarded
         assert_eq!(script.outcomes(), ["a: a!"]);
-        assert!(script.event_loop.is_idle());
+        assert!(script.state.is_idle());
     }
 
     #[test]
@@ -613,13 +609,13 @@ mod tests {
             ..Config::default()
         };
         let mut script = Script::new(&config);
-        assert!(script.event_loop.takes_requests());
+        assert!(script.state.takes_requests());
         script.begin("a");
-        assert!(!script.event_loop.takes_requests());
+        assert!(!script.state.takes_requests());
         script.connect();
-        assert!(script.event_loop.takes_requests());
+        assert!(script.state.takes_requests());
         script.begin("b");
-        assert!(!script.event_loop.takes_requests(), "two are in flight");
+        assert!(!script.state.takes_requests(), "two are in flight");
     }
 
     #[test]
@@ -633,7 +629,7 @@ mod tests {
         script.begin("c");
         assert_eq!(script.published(), ["c"]);
         script.return_request("c");
-        assert!(!script.event_loop.takes_requests() && script.published().is_empty());
+        assert!(!script.state.takes_requests() && script.published().is_empty());
         script.later(Duration::from_millis(250));
         assert_eq!(script.published(), ["c"]);
         assert_eq!(script.outcomes(), ["b: b!"]);
@@ -652,10 +648,7 @@ mod tests {
             let mut script = Script::consuming(&config, &["a", "b"]);
             script.confirm(1, 1, true);
             script.confirm(2, 2, false);
-            assert_eq!(
-                script.event_loop.take_commands(),
-                [SessionCommand::QueueStats]
-            );
+            assert_eq!(script.state.take_commands(), [SessionCommand::QueueStats]);
             script.queue_stats(messages);
             assert_eq!(script.outcomes().join(""), expected);
             script.later(Duration::from_millis(250));
@@ -675,10 +668,7 @@ mod tests {
         script.connect();
         assert_eq!(script.published(), ["a", "c"]);
         script.confirm(1, 2, false);
-        assert!(
-            script.event_loop.take_commands().is_empty(),
-            "they may have run"
-        );
+        assert!(script.state.take_commands().is_empty(), "they may have run");
         script.later(Duration::from_millis(250));
         assert_eq!(script.published(), ["a", "c"]);
         script.reply("c");
@@ -714,9 +704,9 @@ mod tests {
         script.step(Event::Notification(Notification::Blocked(reason)));
         script.later(Duration::from_secs(25));
         assert!(script.published().is_empty());
-        assert!(script.event_loop.take_commands().is_empty());
+        assert!(script.state.take_commands().is_empty());
         assert!(
-            script.event_loop.takes_requests(),
+            script.state.takes_requests(),
             "calls begin and expire as usual"
         );
         script.step(Event::Notification(Notification::Unblocked));
@@ -735,16 +725,16 @@ mod tests {
         for seconds in [10, 20, 40] {
             script.step(Event::Connected("rabbit:5672".into()));
             script.later(Duration::from_secs(seconds - 1));
-            assert!(script.event_loop.take_commands().is_empty());
+            assert!(script.state.take_commands().is_empty());
             script.later(Duration::from_secs(1));
-            assert_eq!(script.event_loop.take_commands(), [SessionCommand::GiveUp]);
+            assert_eq!(script.state.take_commands(), [SessionCommand::GiveUp]);
             script.end(ErrorKind::Silent).unwrap();
         }
         script.connect();
         script.end(lost()).unwrap();
         script.step(Event::Connected("rabbit:5672".into()));
         script.later(Duration::from_secs(10));
-        assert_eq!(script.event_loop.take_commands(), [SessionCommand::GiveUp]);
+        assert_eq!(script.state.take_commands(), [SessionCommand::GiveUp]);
     }
 
     #[test]
@@ -752,8 +742,8 @@ mod tests {
         let config = Config::default();
         let mut script = Script::consuming(&config, &["a", "large", "bb"]);
         let closed = Event::ChannelEnded(closed_as_too_large());
-        let end = script.event_loop.step(closed, script.now).unwrap_err();
-        let pause = script.event_loop.on_session_end(end, script.now);
+        let end = script.state.step(closed, script.now).unwrap_err();
+        let pause = script.state.on_session_end(end, script.now);
         assert_eq!(pause, Ok(Duration::ZERO));
         assert!(script.outcomes()[0].starts_with("large: the request of 5 bytes is too large"));
         script.connect();
@@ -766,9 +756,7 @@ mod tests {
         let mut script = Script::new(&config);
         script.begin("a");
         script.connect();
-        assert!(script
-            .event_loop
-            .publish_next(script.now, |_| Err("no room")));
+        assert!(script.state.publish_next(script.now, |_| Err("no room")));
         let expected = "a: the request of 1 bytes is too large for rabbit:5672: no room";
         assert_eq!(script.outcomes(), [expected]);
     }
@@ -780,9 +768,9 @@ mod tests {
         script.begin("a");
         script.begin("b");
         let error = ConnectionError::new("rabbit:5672", lost()).into();
-        let end = script.event_loop.step(Event::Failed(error), script.now);
+        let end = script.state.step(Event::Failed(error), script.now);
         assert!(script
-            .event_loop
+            .state
             .on_session_end(end.unwrap_err(), script.now)
             .is_err());
         let expected =
@@ -801,7 +789,7 @@ mod tests {
             text,
         });
         assert!(matches!(script.end(refused), Err(Error::Connection(_))));
-        let outcomes = script.event_loop.take_outcomes();
+        let outcomes = script.state.take_outcomes();
         assert!(matches!(
             outcomes[0].result,
             Err(Error::RefusedAfterSend(_))
@@ -830,10 +818,7 @@ mod tests {
         let mut script = Script::consuming(&config, &["a"]);
         script.confirm(1, 1, true);
         script.later(Duration::from_millis(500));
-        assert_eq!(
-            script.event_loop.take_commands(),
-            [SessionCommand::QueueStats]
-        );
+        assert_eq!(script.state.take_commands(), [SessionCommand::QueueStats]);
         let text = "NOT_FOUND - no queue 'rpc_queue'".to_owned();
         let missing = ErrorKind::ChannelClosed(Reason { code: 404, text });
         script.step(Event::QueueStats(Err(missing)));

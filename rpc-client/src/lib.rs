@@ -3,9 +3,9 @@
 //! [`run()`] makes calls; [`Client`] is a thread that does so, for programs that make one call at a
 //! time. Read in this order: `config` has the options; `call` the requests, outcomes and errors;
 //! `requests` is where they come from; `run` moves events between the `session`, which is one
-//! connection with its reply queue, and the `run_state`, which decides what they mean. The state has
-//! the calls that are `pending`, and a `diagnosis` of why there is no answer; `session_end` says when
-//! an error ends the run, too. The session has a `request_publisher`, and a
+//! connection with its reply queue, and the `run_state`, which decides what they mean. The state
+//! has the calls that are `pending`, and a `diagnosis` of why there is no answer; `session_end`
+//! says when an error ends the run, too. The session has a `request_publisher`, and a
 //! `session_thread`, which makes the blocking calls.
 
 mod call;

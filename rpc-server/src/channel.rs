@@ -1,5 +1,6 @@
 //! The channel of a worker.
 
+use crate::callers::QueueState;
 use crate::redelivery::{IsolatedPublisher, IsolatedResult};
 use crate::reply::{add_reply, log_return};
 use amiquip::{Consumer, ConsumerOptions};
@@ -44,6 +45,9 @@ pub(crate) trait Channel {
     /// Adds the rejection of a delivery, without requeue.
     fn reject(&self, delivery_tag: u64);
 
+    /// Adds that a delivery goes back to the queue.
+    fn requeue(&self, delivery_tag: u64);
+
     /// Writes what was added.
     fn flush(&self) -> Result<(), Error>;
 
@@ -56,8 +60,8 @@ pub(crate) trait Channel {
     /// The numbers of a queue, by a passive declaration.
     fn queue_stats(&self, queue: &str) -> Result<QueueStats, Error>;
 
-    /// Whether the caller of a request has gone.
-    fn is_caller_gone(&self, isolated: &IsolatedPublisher, request: &Request) -> bool;
+    /// Asks the broker for the reply queue of a request.
+    fn ask_for_caller(&self, isolated: &IsolatedPublisher, request: &Request) -> QueueState;
 
     /// An error of the channel's broker.
     fn error(&self, kind: ErrorKind) -> Error;
@@ -101,6 +105,11 @@ impl WorkerChannel {
                 amqp.qos(0, prefetch, false)?;
                 amqp.basic_consume(queue, ConsumerOptions::default())
             })
+    }
+
+    /// Waits until the broker has taken the replies, as long as it takes some of them.
+    pub(crate) fn drain(&self) {
+        self.open.drain(BLOCKING_TIMEOUT);
     }
 
     /// Cancels the consumer, and gives the deliveries back that were not begun. (When a channel is
@@ -156,6 +165,10 @@ impl Channel for WorkerChannel {
         self.publisher.reject(delivery_tag);
     }
 
+    fn requeue(&self, delivery_tag: u64) {
+        self.publisher.requeue(delivery_tag);
+    }
+
     fn flush(&self) -> Result<(), Error> {
         self.publisher.flush().map_err(|kind| self.error(kind))
     }
@@ -173,8 +186,8 @@ impl Channel for WorkerChannel {
             .queue_stats(queue, &Deadline::after(DELIVERY_TIMEOUT))
     }
 
-    fn is_caller_gone(&self, isolated: &IsolatedPublisher, request: &Request) -> bool {
-        isolated.is_queue_gone(&self.endpoint, request.reply_to.unwrap_or_default())
+    fn ask_for_caller(&self, isolated: &IsolatedPublisher, request: &Request) -> QueueState {
+        isolated.ask(&self.endpoint, request.reply_to.unwrap_or_default())
     }
 
     fn error(&self, kind: ErrorKind) -> Error {

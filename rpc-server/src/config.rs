@@ -2,7 +2,8 @@
 
 use crate::queue::QueueType;
 use rpc_common::command_line::{self, BrokerOptions};
-use rpc_common::options::parse_name;
+use rpc_common::options::{parse_duration, parse_name};
+use std::time::Duration;
 
 /// The options of a server. The defaults are those of the command line.
 #[derive(Clone, Debug, clap::Args)]
@@ -28,6 +29,11 @@ pub struct Config {
     /// Unacknowledged requests per worker (basic.qos)
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     pub prefetch: u16,
+
+    /// At a stop, give up what has begun after this: programs get SIGTERM, and their requests go
+    /// back to the queue
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub stop_after: Option<Duration>,
 
     /// The brokers to connect to.
     #[command(flatten)]

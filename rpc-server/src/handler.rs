@@ -1,45 +1,110 @@
 //! The function that is served: from a request to a reply, without AMQP.
 
+use crate::cancel::Cancel;
 use rpc_common::fib::fib;
 use rpc_common::fib::{parse_number, NumberError};
 use rpc_common::message::{ErrorCode, Failure, Reply, Request};
 use rpc_common::text::escape;
+use std::cell::Cell;
+use std::os::fd::BorrowedFd;
 use std::panic::{self, AssertUnwindSafe};
-use std::thread;
 use std::time::Duration;
 
 /// A **handler** is a function that can be served: it turns a request into a reply, on any thread.
+/// A closure is a handler.
 ///
 /// ```
 /// use rpc_common::message::{Failure, Request};
 /// use rpc_server::{Caller, Handler};
 ///
-/// let upper: &Handler = &|request: &Request, _: &Caller| {
+/// let upper: &dyn Handler = &|request: &Request, _: &Caller| {
 ///     let text = request.text()?; // not UTF-8: the error invalid-argument
 ///     if text.is_empty() {
 ///         return Err(Failure::new("empty".into(), "there is no text"));
 ///     }
 ///     Ok(text.to_uppercase().into())
 /// };
+/// assert_eq!(upper.check(), Ok(()));
 /// ```
-pub type Handler<'a> = dyn Fn(&Request, &Caller) -> Reply + Sync + 'a;
+pub trait Handler: Sync {
+    /// Handles a request.
+    ///
+    /// # Errors
+    /// The failure that the caller gets. After [`ErrorCode::Unavailable`] without an exit code the
+    /// server consumes nothing until [`check`](Self::check) succeeds.
+    fn handle(&self, request: &Request, caller: &Caller) -> Reply;
+
+    /// Checks whether the function can run.
+    ///
+    /// # Errors
+    /// The reason why it cannot, for the log.
+    fn check(&self) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+impl<Function: Fn(&Request, &Caller) -> Reply + Sync> Handler for Function {
+    fn handle(&self, request: &Request, caller: &Caller) -> Reply {
+        self(request, caller)
+    }
+}
 
 /// The **caller** of a request, for functions that take long.
-pub struct Caller<'a>(pub(crate) &'a dyn Fn() -> bool);
+pub struct Caller<'a> {
+    is_gone: &'a dyn Fn() -> bool,
+    cancel: &'a Cancel,
+    is_given_back: Cell<bool>,
+}
 
-impl Caller<'_> {
+impl<'a> Caller<'a> {
+    pub(crate) fn new(is_gone: &'a dyn Fn() -> bool, cancel: &'a Cancel) -> Self {
+        Caller {
+            is_gone,
+            cancel,
+            is_given_back: Cell::new(false),
+        }
+    }
+
     /// Whether the caller has gone: the broker says that the queue for the reply no longer exists.
-    /// Asks the broker; a caller whose broker does not answer is not known to have gone.
+    /// Asks the broker, but not more often than is of use; a caller whose broker does not answer is
+    /// not known to have gone.
     pub fn is_gone(&self) -> bool {
-        (self.0)()
+        (self.is_gone)()
+    }
+
+    /// Whether the server gives this request up, because it stops. A function that takes long may
+    /// end early then, and [give the request back](Self::give_back).
+    pub fn is_cancelled(&self) -> bool {
+        self.cancel.is_cancelled()
+    }
+
+    /// A file descriptor that poll(2) reports as ready once [`is_cancelled`](Self::is_cancelled).
+    pub fn cancelled(&self) -> BorrowedFd<'_> {
+        self.cancel.reader()
+    }
+
+    /// Sleeps for this duration. Returns false if the request [`is_cancelled`](Self::is_cancelled).
+    pub fn sleep(&self, duration: Duration) -> bool {
+        self.cancel.wait(duration);
+        !self.is_cancelled()
+    }
+
+    /// Gives the request back to the queue, for another server. The reply to it is dropped.
+    pub fn give_back(&self) {
+        self.is_given_back.set(true);
+    }
+
+    pub(crate) fn is_given_back(&self) -> bool {
+        self.is_given_back.get()
     }
 }
 
 /// Calls the handler. A panic becomes the failure `internal`; its message is in the server's log
 /// only.
-pub(crate) fn call(handler: &Handler, request: &Request, caller: &Caller) -> Reply {
+pub(crate) fn call(handler: &dyn Handler, request: &Request, caller: &Caller) -> Reply {
     // A handler whose state a panic can break must handle that itself, as with a poisoned mutex.
-    panic::catch_unwind(AssertUnwindSafe(|| handler(request, caller))).unwrap_or_else(|_| {
+    let reply = panic::catch_unwind(AssertUnwindSafe(|| handler.handle(request, caller)));
+    reply.unwrap_or_else(|_| {
         Err(Failure::new(
             ErrorCode::Internal,
             "internal error: the function failed, see the server's log",
@@ -51,15 +116,13 @@ pub(crate) fn call(handler: &Handler, request: &Request, caller: &Caller) -> Rep
 ///
 /// It calls `on_request` with each n that it serves, and sleeps for `delay`, so that fair dispatch
 /// can be watched.
-pub fn fib_handler(
-    max_n: u64,
-    delay: Duration,
-    on_request: impl Fn(u64) + Sync,
-) -> impl Fn(&Request, &Caller) -> Reply + Sync {
-    move |request, _| {
+pub fn fib_handler(max_n: u64, delay: Duration, on_request: impl Fn(u64) + Sync) -> impl Handler {
+    move |request: &Request, caller: &Caller| -> Reply {
         let n = parse_argument(request.body, max_n)?;
         on_request(n);
-        thread::sleep(delay);
+        if !delay.is_zero() && !caller.sleep(delay) {
+            caller.give_back();
+        }
         Ok(fib(n).to_string().into())
     }
 }
@@ -91,14 +154,14 @@ mod tests {
     use super::*;
     use std::sync::atomic::{AtomicU64, Ordering};
 
-    fn ask(handler: &Handler, body: &[u8]) -> Reply {
+    fn ask(handler: &dyn Handler, body: &[u8]) -> Reply {
         call(
             handler,
             &Request {
                 body,
                 ..Request::default()
             },
-            &Caller(&|| false),
+            &Caller::new(&|| false, &Cancel::new().unwrap()),
         )
     }
 
@@ -141,7 +204,7 @@ mod tests {
 
     #[test]
     fn a_panic_is_contained() {
-        let failure = ask(&|_, _| panic!("on purpose"), b"1").unwrap_err();
+        let failure = ask(&|_: &Request, _: &Caller| panic!("on purpose"), b"1").unwrap_err();
         assert_eq!(failure.code, ErrorCode::Internal);
         assert!(
             !failure.message.contains("on purpose"),

@@ -6,6 +6,8 @@
 //! or declares the request queue; `worker` takes requests to the handler and publishes its replies;
 //! `redelivery` has what only redelivered requests need.
 
+mod callers;
+mod cancel;
 mod channel;
 mod config;
 mod consumer_check;

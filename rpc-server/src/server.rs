@@ -4,12 +4,14 @@
 //! All workers wait for a channel at first, and again when theirs has ended. They end with the stop
 //! signal, or when `Server::channel_offers` is dropped.
 
+use crate::callers::Callers;
+use crate::cancel::Cancel;
 use crate::channel::{WorkerChannel, BLOCKING_TIMEOUT};
 use crate::config::{Config, UrlOrder};
 use crate::handler::Handler;
 use crate::observer::Observer;
 use crate::queue::{self, QueueType};
-use crate::redelivery::{IsolatedPublisher, KeptReplies, IDLE_TIMEOUT};
+use crate::redelivery::{IsolatedPublisher, KeptReplies};
 use crate::signals::Stop;
 use crate::worker::{Service, Worker, WorkerReport};
 use crossbeam_channel::{
@@ -17,8 +19,11 @@ use crossbeam_channel::{
 };
 use rpc_common::connection::{
     run_in_background, start_at, start_at_random, Backoff, Connection, Deadline, Driving, Endpoint,
-    Error, ErrorKind, Meaning, Notification, Owner,
+    Error, ErrorKind, Meaning, Notification, Owner, Phase,
 };
+use rpc_common::message::Publish;
+use rpc_common::properties::Properties;
+use rpc_common::text::describe_io_error;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Once;
@@ -28,6 +33,12 @@ use std::time::{Duration, Instant};
 /// Timeout of each broker's attempt to connect and to find or declare the queue; and of opening
 /// channels.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Interval at which an isolated connection that is not used is looked for.
+const IDLE_CHECK_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Maximum number of unread messages of the check of permissions: one returned message.
+const MAX_UNREAD: usize = 64;
 
 /// Maximum time that a stop waits for a connection that is being opened.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
@@ -58,7 +69,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 /// If the system refuses a thread.
 pub fn serve(
     config: &Config,
-    handler: &Handler,
+    handler: &dyn Handler,
     stop: &Stop,
     observer: &dyn Observer,
 ) -> Result<(), Error> {
@@ -82,8 +93,14 @@ pub fn serve(
         },
         has_consumed: Once::new(),
         is_blocked: AtomicBool::new(false),
+        is_unavailable: AtomicBool::new(false),
         isolated: IsolatedPublisher::default(),
         kept: KeptReplies::default(),
+        callers: Callers::default(),
+        cancel: Cancel::new().map_err(|error| {
+            let reason = format!("cannot serve: {}", describe_io_error(&error));
+            Error::configuration(ErrorKind::Configuration(reason))
+        })?,
     };
     let (report_sender, reports) = unbounded();
     let (channel_offers, offered_channels) = unbounded();
@@ -108,6 +125,24 @@ pub fn serve(
         };
         server.run()
     })
+}
+
+/// Checks that the user may publish replies, by a message that no queue takes: without that
+/// permission each reply would be refused, and its request run again.
+fn check_may_reply(connection: &mut Connection, deadline: &Deadline) -> Result<(), Error> {
+    let (channel, publisher) = connection.open_channel(MAX_UNREAD, deadline)?;
+    let probe = Publish {
+        routing_key: b"rpc.reply.probe",
+        mandatory: true, // else the broker drops the message without checking
+        properties: Properties::default().encode(),
+        body: b"",
+    };
+    publisher.add_message(&probe).expect("it has no properties");
+    let _ = publisher.flush(); // the round trip returns the cause
+    channel.run_blocking(deadline, Phase::PublishingReply, |amqp| {
+        amqp.qos(0, 0, false)
+    })?;
+    channel.close(deadline)
 }
 
 struct Server<'a> {
@@ -155,7 +190,9 @@ impl Server<'_> {
                 break;
             }
         }
-        self.wait_for_workers();
+        // The replies can go nowhere.
+        self.service.cancel.cancel();
+        self.wait_for_workers(&never(), &never());
         Ok(())
     }
 
@@ -169,15 +206,12 @@ impl Server<'_> {
         self.service.is_blocked.store(false, Ordering::Relaxed);
         self.service.isolated.close_unused(); // it may have lost its broker, too
         let mut queue_report = Some(queue_report); // until it is logged
-        let mut idle = after(IDLE_TIMEOUT);
+        let idle_checks = tick(IDLE_CHECK_INTERVAL);
         loop {
             self.open_channels(&mut connection)?;
             select_biased! {
                 recv(self.service.stop) -> _ => break self.service.observer.on_stopping(),
-                recv(self.ticks) -> _ => {
-                    self.service.observer.on_alive();
-                    continue;
-                }
+                recv(self.ticks) -> _ => self.service.observer.on_alive(),
                 recv(notifications) -> notification => match notification {
                     Ok(Notification::Blocked(reason)) => {
                         self.service.is_blocked.store(true, Ordering::Relaxed);
@@ -204,16 +238,16 @@ impl Server<'_> {
                     }
                     Err(_) => break, // the workers have ended
                 },
-                // The next redelivered request opens another isolated connection.
-                recv(idle) -> _ => self.service.isolated.close_unused(),
+                // The next reply that needs an isolated connection opens another one.
+                recv(idle_checks) -> _ => self.service.isolated.close_idle(),
             }
-            idle = after(IDLE_TIMEOUT);
         }
         connection
             .link()
             .limit_blocking(&Deadline::after(BLOCKING_TIMEOUT)); // the workers' calls
         connection.link().wake_all(); // the workers that wait
-        self.wait_for_workers(); // before the connection is closed
+        let stop_after = self.service.config.stop_after.map_or_else(never, after);
+        self.wait_for_workers(&stop_after, &notifications); // before the connection is closed
         if let Err(error) = connection.close() {
             log::warn!("{error}"); // what was not acknowledged is in the queue again
         }
@@ -232,6 +266,7 @@ impl Server<'_> {
             let mut connection =
                 Connection::open_any(&endpoints, "rpc-server", &deadline, &Owner::Standby)?;
             let declared = queue::find_or_declare(&mut connection, &queue, queue_type, &deadline)?;
+            check_may_reply(&mut connection, &deadline)?;
             Ok((connection, queue::describe(&queue, declared)))
         });
         let Some(connected) = self.wait_for(&connecting, self.service.stop) else {
@@ -242,9 +277,32 @@ impl Server<'_> {
         connected.expect("connecting does not panic").map(Some)
     }
 
-    /// Waits until the workers have ended, which they do when it is time to stop.
-    fn wait_for_workers(&self) {
-        while let Some(Ok(_)) = self.wait_for(&self.reports, &never()) {}
+    /// Waits until the workers have ended, which they do when it is time to stop. Gives up the
+    /// requests in hand after `stop_after`, or when the connection ends.
+    fn wait_for_workers(
+        &self,
+        stop_after: &Receiver<Instant>,
+        connection: &Receiver<Notification>,
+    ) {
+        let connection_never = never();
+        let mut connection = connection;
+        loop {
+            select_biased! {
+                recv(self.ticks) -> _ => self.service.observer.on_alive(),
+                recv(self.reports) -> report => if report.is_err() {
+                    return; // the workers have ended
+                },
+                recv(stop_after) -> _ => {
+                    log::info!("giving up the requests that have begun, after --stop-after");
+                    self.service.cancel.cancel();
+                }
+                recv(connection) -> notification => if notification.is_err() {
+                    log::info!("giving up the requests that have begun: the connection has ended");
+                    self.service.cancel.cancel();
+                    connection = &connection_never;
+                },
+            }
+        }
     }
 
     /// Waits for a message. `None` when `stop` says that it is time to stop.

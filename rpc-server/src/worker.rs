@@ -5,30 +5,39 @@
 //! `handle_delivery` decodes the request and reports to the observer; `answer` has `run_handler`
 //! call the function by `handler::call`, adds the reply and the ack, and writes both.
 
+use crate::callers::Callers;
+use crate::cancel::Cancel;
 use crate::channel::{Channel, WorkerChannel};
 use crate::config::Config;
 use crate::consumer_check::ConsumerCheck;
 use crate::handler::{self, Caller, Handler};
 use crate::observer::{Observer, Outcome};
-use crate::redelivery::{InHand, IsolatedPublisher, IsolatedResult, KeptReplies};
+use crate::redelivery::{Begun, InHand, IsolatedPublisher, IsolatedResult, KeptReplies, Sent};
 use crate::reply::log_return;
 use crate::signals::Stop;
-use crossbeam_channel::{select_biased, Receiver, Sender, TryRecvError};
+use crossbeam_channel::{select_biased, Receiver, RecvTimeoutError, Sender, TryRecvError};
 use log::Level;
 use rpc_common::connection::{Backoff, Delivery, Driving, Error, ErrorKind, Message, Returned};
 use rpc_common::message::{unix_time_ms, ErrorCode, Failure, Reply, Request};
-use rpc_common::text::{escape, format_duration};
+use rpc_common::text::{escape, escape_up_to, format_duration};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Once;
 use std::time::{Duration, Instant, SystemTime};
 
-/// Number of failures to run the function in a row after which a worker pauses.
-const MAX_UNAVAILABLE: u32 = 5;
+/// Pause before a request is given back that this worker cannot answer at the moment.
+const GIVE_BACK_PAUSE: Duration = Duration::from_secs(1);
+
+/// Maximum length of the body of a rejected request in the log, in bytes.
+const MAX_LOGGED_BODY: usize = 100;
+
+/// Maximum size in bytes of the reply that a worker holds until the broker has got its
+/// acknowledgement.
+const MAX_SENT: usize = 64 << 10;
 
 /// The function and its options, and the state that the server and its workers share.
 pub(crate) struct Service<'a> {
     pub(crate) config: &'a Config,
-    pub(crate) handler: &'a Handler<'a>,
+    pub(crate) handler: &'a dyn Handler,
     pub(crate) stop: &'a Stop,
     pub(crate) observer: &'a dyn Observer,
     /// The driver of the link while a worker waits: the only worker, or the standby thread.
@@ -37,10 +46,16 @@ pub(crate) struct Service<'a> {
     pub(crate) has_consumed: Once,
     /// Whether the broker blocks the connection: then the broker answers nothing.
     pub(crate) is_blocked: AtomicBool,
-    /// For the replies to redelivered requests.
+    /// Whether the function cannot run: then the workers consume nothing.
+    pub(crate) is_unavailable: AtomicBool,
+    /// For the replies that may end a connection.
     pub(crate) isolated: IsolatedPublisher,
-    /// Computed replies whose acknowledgement came too late.
+    /// The requests in hand, and replies that may be needed again.
     pub(crate) kept: KeptReplies,
+    /// The callers' reply queues.
+    pub(crate) callers: Callers,
+    /// Whether the requests in hand are given up.
+    pub(crate) cancel: Cancel,
 }
 
 impl Service<'_> {
@@ -57,6 +72,14 @@ pub(crate) enum WorkerReport {
     /// The worker's channel ended in this way, and the worker waits for another one. If the
     /// connection has ended, too, the server learns that by itself.
     LostChannel(Error),
+}
+
+/// The reason why a worker stops to consume.
+enum Served {
+    /// It is time to stop.
+    Stopping,
+    /// The function cannot run at the moment.
+    Unavailable,
 }
 
 /// An event on the channel of a worker.
@@ -80,10 +103,10 @@ pub(crate) struct Worker<'a> {
     reports: Sender<WorkerReport>,
     channels: Receiver<WorkerChannel>,
     check: ConsumerCheck,
-    /// Number of requests in a row that the function could not serve.
-    unavailable: u32,
-    /// The pauses after them.
+    /// The pauses while the function is unavailable.
     pauses: Backoff,
+    /// The latest reply, until the broker has got its acknowledgement.
+    sent: Option<Sent>,
 }
 
 impl<'a> Worker<'a> {
@@ -98,8 +121,8 @@ impl<'a> Worker<'a> {
             reports,
             channels,
             check: ConsumerCheck::new(now),
-            unavailable: 0,
             pauses: Backoff::new(now),
+            sent: None,
         }
     }
 
@@ -127,29 +150,73 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Consumes until it is time to stop or the channel ends.
+    /// Consumes until it is time to stop or the channel ends. While the function is unavailable,
+    /// consumes nothing.
     fn use_channel(&mut self, channel: &WorkerChannel) -> Result<(), Error> {
         let Config {
             queue, prefetch, ..
         } = self.service.config;
-        let consumer = channel.consume(queue, *prefetch)?;
-        self.service
-            .has_consumed
-            .call_once(|| self.service.observer.on_ready());
-        let _ = self.reports.send(WorkerReport::Consuming); // fails if the server has stopped
-        self.check.on_consuming(Instant::now());
-        let result = self.serve(channel);
-        channel.cancel(consumer);
-        result
+        loop {
+            let consumer = channel.consume(queue, *prefetch)?;
+            self.service
+                .has_consumed
+                .call_once(|| self.service.observer.on_ready());
+            let _ = self.reports.send(WorkerReport::Consuming); // fails if the server has stopped
+            self.check.on_consuming(Instant::now());
+            let result = self.serve(channel);
+            if self.service.is_stopping() {
+                channel.drain();
+            }
+            channel.cancel(consumer);
+            self.keep_sent(channel);
+            match result? {
+                Served::Stopping => return Ok(()),
+                Served::Unavailable => self.wait_until_available(channel)?,
+            }
+            if self.service.is_stopping() {
+                return Ok(());
+            }
+        }
     }
 
-    fn serve(&mut self, channel: &WorkerChannel) -> Result<(), Error> {
+    /// Keeps the latest reply if the channel has ended: perhaps the broker has not got the
+    /// acknowledgement.
+    fn keep_sent(&mut self, channel: &dyn Channel) {
+        let sent = self.sent.take();
+        if let (Some(sent), Some(_)) = (sent, end_of(channel)) {
+            self.service.kept.keep_sent(sent);
+        }
+    }
+
+    /// Pauses, longer each time, until the function can run.
+    ///
+    /// # Errors
+    /// The channel has ended.
+    fn wait_until_available(&mut self, channel: &dyn Channel) -> Result<(), Error> {
+        loop {
+            let pause = self.pauses.next_pause(Instant::now());
+            log::warn!("the function is unavailable: taking no request for {pause:.1?}");
+            let is_stopping =
+                self.service.stop.recv_timeout(pause) == Err(RecvTimeoutError::Disconnected);
+            if let Some(kind) = channel.ended() {
+                return Err(channel.error(kind));
+            }
+            match self.service.handler.check() {
+                Err(reason) if !is_stopping => log::warn!("the function cannot run: {reason}"),
+                _ => break,
+            }
+        }
+        self.service.is_unavailable.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn serve(&mut self, channel: &WorkerChannel) -> Result<Served, Error> {
         let inbox = channel.inbox();
         let is_stopping = || self.service.is_stopping();
         loop {
             inbox.wait(self.service.driving, self.check.next(), &is_stopping);
             if is_stopping() {
-                return Ok(());
+                return Ok(Served::Stopping);
             }
             // What was delivered before the end is not begun: the broker delivers it again.
             let event = match inbox.ended() {
@@ -162,6 +229,9 @@ impl<'a> Worker<'a> {
                 },
             };
             self.step(channel, event)?;
+            if self.service.is_unavailable.load(Ordering::Relaxed) {
+                return Ok(Served::Unavailable);
+            }
         }
     }
 
@@ -171,9 +241,10 @@ impl<'a> Worker<'a> {
     /// The channel has ended, or is of no use.
     fn step(&mut self, channel: &dyn Channel, event: Event) -> Result<(), Error> {
         match event {
+            // Another worker has found the function unavailable: `cancel` gives the request back.
+            Event::Delivery(_) if self.service.is_unavailable.load(Ordering::Relaxed) => {}
             Event::Delivery(delivery) => {
                 self.handle_delivery(channel, &delivery)?;
-                self.pause_if_unavailable();
                 self.check.on_delivery(Instant::now());
             }
             Event::Returned(reply) => log_return(&reply),
@@ -190,16 +261,6 @@ impl<'a> Worker<'a> {
             }
         }
         Ok(())
-    }
-
-    /// Pauses, longer each time, while the function cannot run.
-    fn pause_if_unavailable(&mut self) {
-        let count = self.unavailable;
-        if count >= MAX_UNAVAILABLE {
-            let pause = self.pauses.next_pause(Instant::now());
-            log::warn!("the function was unavailable {count} times in a row: taking no request for {pause:.1?}");
-            let _ = self.service.stop.recv_timeout(pause);
-        }
     }
 
     /// The number of ready messages in the queue; 0 while the broker blocks us, and would not
@@ -247,52 +308,153 @@ impl<'a> Worker<'a> {
         tag: u64,
         request: &Request,
     ) -> Result<Outcome, Error> {
-        if request.reply_to.is_none() {
-            let body = escape(request.body);
-            log::warn!("rejected a request that cannot be answered, it has no reply_to: '{body}'");
+        let service = self.service;
+        if service.config.prefetch == 1 {
+            self.sent = None; // the broker delivers when it has got the acknowledgement
+        }
+        if let Some((level, reason)) = self.reason_to_reject(channel, request) {
+            let body = escape_up_to(MAX_LOGGED_BODY, request.body);
+            log::log!(
+                level,
+                "rejected a request that cannot be answered, {reason}: '{body}'"
+            );
             return reject_and_flush(channel, tag);
         }
-        if request.is_redelivered {
-            return self.answer_redelivered(channel, tag, request);
+        // The wait for another worker is of no use then.
+        let is_interrupted = || service.is_stopping() || channel.ended().is_some();
+        match service.kept.begin(request, &is_interrupted) {
+            Begun::New(_) if request.is_redelivered && service.is_stopping() => {
+                give_back(channel, tag)
+            }
+            Begun::New(in_hand) => match self.run_handler(channel, request) {
+                Some(reply) => self.send(channel, tag, request, &in_hand, reply),
+                None => give_back(channel, tag),
+            },
+            Begun::Kept(in_hand, reply) => {
+                log::info!(
+                    "request[{}]: answered with the kept reply",
+                    request.log_id()
+                );
+                self.send(channel, tag, request, &in_hand, reply)
+            }
+            Begun::EndsConnections => {
+                let id = request.log_id();
+                log::warn!("request[{id}]: rejected, the connection ended twice after its reply");
+                reject_and_flush(channel, tag)
+            }
+            Begun::Busy => {
+                self.pause(GIVE_BACK_PAUSE);
+                give_back(channel, tag)
+            }
+            Begun::Interrupted => give_back(channel, tag),
         }
-        // So that a redelivery to another worker waits for this one.
-        let in_hand = self.service.kept.begin(request);
-        let reply = self.run_handler(channel, request);
-        channel.add_reply(&reply, request);
-        ack_and_flush(channel, tag, &in_hand, reply)
     }
 
-    /// Answers a redelivered request. Its reply may be why it was delivered again: so the reply
-    /// goes over the isolated connection, and the request is acknowledged when the broker has
-    /// accepted the reply.
-    fn answer_redelivered(
+    /// The reason why a request cannot be answered. Of one that may be of a caller that has gone,
+    /// the broker is asked. With the level at which the reason is logged.
+    fn reason_to_reject(
+        &self,
+        channel: &dyn Channel,
+        request: &Request,
+    ) -> Option<(Level, &'static str)> {
+        let callers = &self.service.callers;
+        let Some(reply_to) = request.reply_to else {
+            return Some((Level::Warn, "it has no reply_to"));
+        };
+        if callers.is_refused(reply_to) {
+            return Some((Level::Warn, "the broker refuses its reply_to"));
+        }
+        let may_be_gone = request.is_redelivered || callers.was_gone(reply_to);
+        let is_gone = may_be_gone && self.is_gone(channel, request, reply_to);
+        is_gone.then_some((Level::Info, "its caller has gone"))
+    }
+
+    fn is_gone(&self, channel: &dyn Channel, request: &Request, reply_to: &[u8]) -> bool {
+        let ask = || channel.ask_for_caller(&self.service.isolated, request);
+        self.service.callers.is_gone(reply_to, Instant::now(), ask)
+    }
+
+    /// Sends a reply, unless the channel has ended: then the reply is kept for when the request
+    /// comes again.
+    ///
+    /// The reply to a redelivered request may be why it was delivered again: so the reply goes over
+    /// the isolated connection, and the request is acknowledged when the broker has accepted the
+    /// reply. A reply to an untried name of direct reply-to goes there, too, and only there.
+    fn send(
         &mut self,
         channel: &dyn Channel,
         tag: u64,
         request: &Request,
+        in_hand: &InHand,
+        mut reply: Reply,
     ) -> Result<Outcome, Error> {
-        // This may wait for another worker.
-        let (in_hand, kept) = self.service.kept.begin_redelivered(request);
-        if kept.is_none() && self.service.is_stopping() {
-            return Ok(Outcome::Requeued); // the request is not begun, and goes back to the queue
+        if let Some(kind) = end_of(channel) {
+            in_hand.keep(reply);
+            return Err(channel.error(kind));
         }
-        let mut reply = kept.unwrap_or_else(|| self.run_handler(channel, request));
-        match channel.publish_isolated(&self.service.isolated, &mut reply, request) {
-            IsolatedResult::Accepted => {}
+        let service = self.service;
+        let reply_to = request.reply_to.unwrap_or_default();
+        let is_untried = service.callers.is_untried(reply_to);
+        if !request.is_redelivered && !is_untried {
+            channel.add_reply(&reply, request);
+            return self.ack_and_flush(channel, tag, in_hand, reply);
+        }
+        match channel.publish_isolated(&service.isolated, &mut reply, request) {
+            IsolatedResult::Accepted => service.callers.on_reply(reply_to, Instant::now()),
             IsolatedResult::Refused(error) => {
                 log::warn!("rejected a request: the broker refuses its replies: {error}");
+                if is_untried && error.ends_connection() {
+                    service.callers.on_refused(reply_to, Instant::now());
+                }
                 return reject_and_flush(channel, tag);
+            }
+            IsolatedResult::Unknown(error) if is_untried => {
+                log::info!("{error}; trying the reply again");
+                service.kept.keep_sent(in_hand.sent(reply, usize::MAX));
+                self.pause(GIVE_BACK_PAUSE);
+                return give_back(channel, tag);
             }
             IsolatedResult::Unknown(error) => {
                 log::info!("{error}; answering without a check");
                 channel.add_reply(&reply, request);
             }
         }
-        ack_and_flush(channel, tag, &in_hand, reply)
+        self.ack_and_flush(channel, tag, in_hand, reply)
     }
 
-    /// Runs the function, unless the caller's deadline has passed.
-    fn run_handler(&mut self, channel: &dyn Channel, request: &Request) -> Reply {
+    /// Acknowledges a request whose reply was added, and writes both. If the channel or the
+    /// consumer has ended, the broker ignores the acknowledgement and delivers the request again:
+    /// then the reply is kept.
+    fn ack_and_flush(
+        &mut self,
+        channel: &dyn Channel,
+        tag: u64,
+        in_hand: &InHand,
+        reply: Reply,
+    ) -> Result<Outcome, Error> {
+        channel.ack(tag);
+        let outcome = Outcome::of(&reply);
+        let flushed = channel.flush();
+        let ended = channel.ended();
+        if flushed.is_err() || ended.is_some() {
+            in_hand.keep(reply);
+        } else {
+            self.sent = Some(in_hand.sent(reply, MAX_SENT));
+        }
+        flushed?;
+        match end_of(channel) {
+            Some(kind) => Err(channel.error(kind)),
+            None => Ok(outcome),
+        }
+    }
+
+    fn pause(&self, pause: Duration) {
+        let _ = self.service.stop.recv_timeout(pause); // a stop ends the pause
+    }
+
+    /// Runs the function, unless the caller's deadline has passed. `None` if the function gives the
+    /// request back.
+    fn run_handler(&mut self, channel: &dyn Channel, request: &Request) -> Option<Reply> {
         let service = self.service;
         let now_ms = unix_time_ms(SystemTime::now());
         let reply = match request
@@ -301,20 +463,23 @@ impl<'a> Worker<'a> {
         {
             Some(late_ms) if late_ms > 0 => Err(expired(late_ms)),
             _ => {
-                let is_gone = || channel.is_caller_gone(&service.isolated, request);
-                handler::call(service.handler, request, &Caller(&is_gone))
+                let reply_to = request.reply_to.unwrap_or_default();
+                let is_gone = || self.is_gone(channel, request, reply_to);
+                let caller = Caller::new(&is_gone, &service.cancel);
+                let reply = handler::call(service.handler, request, &caller);
+                if caller.is_given_back() {
+                    let id = request.log_id();
+                    log::info!("request[{id}]: given back to the queue, the server stops");
+                    return None;
+                }
+                reply
             }
         };
-        // A program that says so itself has an exit code, and can answer the next request.
-        let is_unavailable = |failure: &Failure| {
-            failure.code == ErrorCode::Unavailable && failure.exit_code.is_none()
-        };
-        if reply.as_ref().is_err_and(is_unavailable) {
-            self.unavailable += 1;
-        } else {
-            self.unavailable = 0;
-        }
         if let Err(failure) = &reply {
+            // A program that says so itself has an exit code, and can answer the next request.
+            if failure.code == ErrorCode::Unavailable && failure.exit_code.is_none() {
+                service.is_unavailable.store(true, Ordering::Relaxed);
+            }
             let code = failure.code.as_str();
             let message = escape(failure.message.as_bytes());
             log::log!(
@@ -323,26 +488,21 @@ impl<'a> Worker<'a> {
                 request.log_id()
             );
         }
-        reply
+        Some(reply)
     }
 }
 
-/// Acknowledges a request whose reply was added, and writes both. If the channel or the consumer
-/// has ended, the broker ignores the acknowledgement and delivers the request again: then the reply
-/// is kept.
-fn ack_and_flush(
-    channel: &dyn Channel,
-    tag: u64,
-    in_hand: &InHand,
-    reply: Reply,
-) -> Result<Outcome, Error> {
-    channel.ack(tag);
-    let outcome = Outcome::of(&reply);
-    let flushed = channel.flush();
-    if flushed.is_err() || channel.ended().is_some() {
-        in_hand.keep(reply);
-    }
-    flushed.map(|()| outcome)
+/// The end of the channel or the connection. A consumer that was cancelled can still answer.
+fn end_of(channel: &dyn Channel) -> Option<ErrorKind> {
+    channel
+        .ended()
+        .filter(|kind| *kind != ErrorKind::ConsumerCancelled)
+}
+
+/// Gives a request back to the queue.
+fn give_back(channel: &dyn Channel, tag: u64) -> Result<Outcome, Error> {
+    channel.requeue(tag);
+    channel.flush().map(|()| Outcome::Requeued)
 }
 
 /// Rejects a request: it leaves the queue, for a dead-letter exchange if there is one.
@@ -372,6 +532,7 @@ fn expired(late_ms: i64) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::callers::QueueState;
     use crossbeam_channel::{bounded, unbounded};
     use rpc_common::connection::{QueueStats, Reason};
     use rpc_common::properties::Properties;
@@ -455,8 +616,16 @@ mod tests {
             })
         }
 
-        fn is_caller_gone(&self, _: &IsolatedPublisher, _: &Request) -> bool {
-            false
+        fn requeue(&self, tag: u64) {
+            self.record(format!("requeue {tag}"));
+        }
+
+        fn ask_for_caller(&self, _: &IsolatedPublisher, request: &Request) -> QueueState {
+            self.record("ask for the caller".into());
+            match request.reply_to {
+                Some(b"gone") => QueueState::Gone,
+                _ => QueueState::Exists,
+            }
         }
 
         fn error(&self, kind: ErrorKind) -> Error {
@@ -482,8 +651,13 @@ mod tests {
         let outcomes = Outcomes::default();
         let config = Config::default();
         let runs = AtomicU32::new(0);
-        let handler = |request: &Request, _: &Caller| match request.body {
+        let handler = |request: &Request, caller: &Caller| match request.body {
             b"unavailable" => Err(Failure::new(ErrorCode::Unavailable, "later")),
+            b"slow" => {
+                assert!(!caller.sleep(Duration::from_secs(60)));
+                caller.give_back();
+                Ok("too late".to_owned().into())
+            }
             body => {
                 let run = runs.fetch_add(1, Ordering::Relaxed) + 1;
                 let body = String::from_utf8_lossy(body);
@@ -499,8 +673,11 @@ mod tests {
             driving: Driving::Standby,
             has_consumed: Once::new(),
             is_blocked: AtomicBool::new(false),
+            is_unavailable: AtomicBool::new(false),
             isolated: IsolatedPublisher::default(),
             kept: KeptReplies::default(),
+            callers: Callers::default(),
+            cancel: Cancel::new().unwrap(),
         };
         let mut worker = Worker::new(&service, unbounded().0, unbounded().1);
         with(&mut worker, &service, &mut Some(running));
@@ -511,8 +688,13 @@ mod tests {
     type Running = Sender<std::convert::Infallible>;
 
     fn delivery(tag: u64, body: &str, is_redelivered: bool) -> Event {
+        delivery_to(b"to", tag, body, is_redelivered)
+    }
+
+    fn delivery_to(reply_to: &[u8], tag: u64, body: &str, is_redelivered: bool) -> Event {
         let properties = Properties {
-            reply_to: Some(b"to"),
+            reply_to: Some(reply_to),
+            correlation_id: Some(b"id"),
             ..Properties::default()
         };
         Event::Delivery(Delivery {
@@ -551,7 +733,6 @@ mod tests {
                 body: b"unavailable".into(),
             };
             worker.step(&channel, Event::Delivery(request)).unwrap();
-            assert_eq!(worker.unavailable, 0);
         });
         assert_eq!(channel.done(), ["reject 7"]);
         assert_eq!(outcomes, [Outcome::Rejected]);
@@ -581,22 +762,70 @@ mod tests {
     }
 
     #[test]
-    fn a_reply_whose_channel_or_consumer_has_ended_is_kept_for_the_redelivery() {
-        for (end, expected) in [
-            (ErrorKind::ConsumerCancelled, Outcome::Answered),
-            (closed(), Outcome::Requeued),
-        ] {
-            let channel = Script::default();
-            let outcomes = play(|worker, _, _| {
-                *channel.end.borrow_mut() = Some(end);
-                let _ = worker.step(&channel, delivery(7, "30", false));
-                channel.done();
-                let next = Script::default();
-                worker.step(&next, delivery(1, "30", true)).unwrap();
-                assert_eq!(next.done(), ["publish isolated 30 in run 1", "ack 1"]);
-            });
-            assert_eq!(outcomes, [expected, Outcome::Answered]);
-        }
+    fn a_reply_whose_channel_has_ended_is_kept_for_the_redelivery_and_not_sent() {
+        let channel = Script::default();
+        let outcomes = play(|worker, _, _| {
+            *channel.end.borrow_mut() = Some(closed());
+            worker.step(&channel, delivery(7, "30", false)).unwrap_err();
+            assert!(channel.done().is_empty(), "nobody would get it");
+            let next = Script::default();
+            worker.step(&next, delivery(1, "30", true)).unwrap();
+            let isolated = [
+                "ask for the caller",
+                "publish isolated 30 in run 1",
+                "ack 1",
+            ];
+            assert_eq!(next.done(), isolated);
+        });
+        assert_eq!(outcomes, [Outcome::Requeued, Outcome::Answered]);
+    }
+
+    /// The queue was deleted, and nobody delivers the request again; or the request took longer
+    /// than the consumer timeout, and is delivered again.
+    #[test]
+    fn a_reply_whose_consumer_was_cancelled_is_sent_and_kept() {
+        let channel = Script::default();
+        let outcomes = play(|worker, _, _| {
+            *channel.end.borrow_mut() = Some(ErrorKind::ConsumerCancelled);
+            worker.step(&channel, delivery(7, "30", false)).unwrap();
+            assert_eq!(channel.done(), ["publish 30 in run 1", "ack 7"]);
+            let next = Script::default();
+            worker.step(&next, delivery(1, "30", true)).unwrap();
+            assert_eq!(next.done()[1], "publish isolated 30 in run 1");
+        });
+        assert_eq!(outcomes, [Outcome::Answered, Outcome::Answered]);
+    }
+
+    #[test]
+    fn a_reply_that_was_sent_just_before_the_connection_ended_is_kept() {
+        let channel = Script::default();
+        play(|worker, _, _| {
+            worker.step(&channel, delivery(7, "30", false)).unwrap();
+            *channel.end.borrow_mut() = Some(closed());
+            worker.keep_sent(&channel);
+            let next = Script::default();
+            worker.step(&next, delivery(1, "30", true)).unwrap();
+            assert_eq!(next.done()[1], "publish isolated 30 in run 1");
+        });
+    }
+
+    #[test]
+    fn a_request_after_whose_reply_two_connections_ended_is_rejected_and_not_run() {
+        let channel = Script::default();
+        let outcomes = play(|worker, _, _| {
+            for end in [false, true] {
+                let channel = Script::default();
+                *channel.isolated.borrow_mut() =
+                    end.then(|| IsolatedResult::Unknown(Error::new("rabbit:5672", closed())));
+                worker.step(&channel, delivery(7, "30", end)).unwrap();
+                *channel.end.borrow_mut() = Some(closed());
+                worker.keep_sent(&channel);
+            }
+            worker.step(&channel, delivery(1, "30", true)).unwrap();
+        });
+        assert_eq!(channel.done(), ["reject 1"]);
+        let expected = [Outcome::Answered, Outcome::Answered, Outcome::Rejected];
+        assert_eq!(outcomes, expected);
     }
 
     #[test]
@@ -619,7 +848,7 @@ mod tests {
                 *channel.isolated.borrow_mut() = Some(published);
                 worker.step(&channel, delivery(7, "30", true)).unwrap();
             });
-            assert_eq!(channel.done()[1..], done);
+            assert_eq!(channel.done()[2..], done);
             assert_eq!(outcomes, [outcome]);
         }
     }
@@ -631,7 +860,70 @@ mod tests {
             drop(running.take());
             worker.step(&channel, delivery(7, "30", true)).unwrap();
         });
-        assert!(channel.done().is_empty());
+        assert_eq!(channel.done(), ["ask for the caller", "requeue 7"]);
+        assert_eq!(outcomes, [Outcome::Requeued]);
+    }
+
+    #[test]
+    fn a_redelivered_request_of_a_caller_that_has_gone_is_rejected_and_so_are_its_others() {
+        let channel = Script::default();
+        let outcomes = play(|worker, _, _| {
+            let to = |tag, is_redelivered| delivery_to(b"gone", tag, "30", is_redelivered);
+            worker.step(&channel, to(1, false)).unwrap();
+            assert_eq!(channel.done(), ["publish 30 in run 1", "ack 1"]);
+            worker.step(&channel, to(2, true)).unwrap();
+            assert_eq!(channel.done(), ["ask for the caller", "reject 2"]);
+            worker.step(&channel, to(3, false)).unwrap();
+            assert_eq!(channel.done(), ["reject 3"]);
+        });
+        let rejected = Outcome::Rejected;
+        assert_eq!(outcomes, [Outcome::Answered, rejected.clone(), rejected]);
+    }
+
+    #[test]
+    fn a_name_of_direct_reply_to_is_tried_on_the_isolated_connection_and_only_there() {
+        let direct = b"amq.rabbitmq.reply-to.x";
+        let channel = Script::default();
+        let play_twice = |result: Option<IsolatedResult>| {
+            play(|worker, _, _| {
+                *channel.isolated.borrow_mut() = result;
+                for tag in [1, 2] {
+                    let request = delivery_to(direct, tag, "30", false);
+                    worker.step(&channel, request).unwrap();
+                }
+            });
+            channel.done()
+        };
+        let works = [
+            "publish isolated 30 in run 1",
+            "ack 1",
+            "publish 30 in run 2",
+            "ack 2",
+        ];
+        assert_eq!(play_twice(None), works);
+        let lost = ErrorKind::ConnectionClosed(Reason {
+            code: 541,
+            text: "INTERNAL_ERROR".into(),
+        });
+        let refused = IsolatedResult::Refused(Error::new("rabbit:5672", lost));
+        let refused = play_twice(Some(refused));
+        assert_eq!(
+            refused,
+            ["publish isolated 30 in run 1", "reject 1", "reject 2"]
+        );
+        let unknown = IsolatedResult::Unknown(Error::new("rabbit:5672", closed()));
+        let unknown = play_twice(Some(unknown));
+        assert_eq!(unknown[..2], ["publish isolated 30 in run 1", "requeue 1"]);
+    }
+
+    #[test]
+    fn a_request_that_the_function_gives_back_is_not_answered() {
+        let channel = Script::default();
+        let outcomes = play(|worker, service, _| {
+            service.cancel.cancel();
+            worker.step(&channel, delivery(7, "slow", false)).unwrap();
+        });
+        assert_eq!(channel.done(), ["requeue 7"]);
         assert_eq!(outcomes, [Outcome::Requeued]);
     }
 
@@ -653,18 +945,17 @@ mod tests {
     }
 
     #[test]
-    fn failures_to_run_the_function_are_counted_until_it_runs() {
+    fn after_the_function_was_unavailable_nothing_is_begun() {
         let channel = Script::default();
-        play(|worker, _, running| {
-            drop(running.take()); // the pauses end at once
-            for count in 1..=6 {
-                worker
-                    .step(&channel, delivery(count, "unavailable", false))
-                    .unwrap();
-                assert_eq!(u64::from(worker.unavailable), count);
-            }
-            worker.step(&channel, delivery(7, "30", false)).unwrap();
-            assert_eq!(worker.unavailable, 0);
+        let outcomes = play(|worker, service, _| {
+            worker
+                .step(&channel, delivery(1, "unavailable", false))
+                .unwrap();
+            assert_eq!(channel.done(), ["publish unavailable", "ack 1"]);
+            assert!(service.is_unavailable.load(Ordering::Relaxed));
+            worker.step(&channel, delivery(2, "30", false)).unwrap();
+            assert!(channel.done().is_empty(), "`cancel` gives it back");
         });
+        assert_eq!(outcomes, [Outcome::Failed(ErrorCode::Unavailable)]);
     }
 }

@@ -20,7 +20,7 @@ use fastrand::Rng;
 use rpc_common::command_line::{from_args, BrokerOptions};
 use rpc_common::fib::fib;
 use rpc_common::message::{unix_time_ms, Request};
-use rpc_server::{fib_handler, serve, Caller, Config, QueueType, Stop};
+use rpc_server::{fib_handler, serve, Caller, Config, Handler, QueueType, Stop};
 use rustix::process::Signal;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -389,7 +389,7 @@ fn serve_and_watch_deadlines(
                 Ordering::Relaxed,
             );
         }
-        fib(request, caller)
+        fib.handle(request, caller)
     };
     serve(&config, &handler, stop, &|| {}).expect("it serves until it is stopped");
 }

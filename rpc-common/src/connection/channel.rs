@@ -22,7 +22,7 @@ use crate::sync::lock;
 use std::cell::RefCell;
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Maximum size of the buffer that a publisher keeps for its next frames, in bytes.
 const MAX_KEPT: usize = 64 << 10;
@@ -124,6 +124,12 @@ impl OpenChannel {
         self.run_blocking(deadline, Phase::QueueStats, |amqp| {
             QueueStats::ask(amqp, queue)
         })
+    }
+
+    /// Waits until the broker has taken what was sent, as long as it takes some within each
+    /// `timeout`.
+    pub fn drain(&self, timeout: Duration) {
+        self.link.drain(timeout);
     }
 
     /// Closes the channel.
@@ -237,6 +243,12 @@ impl Publisher {
     /// is one.
     pub fn reject(&self, delivery_tag: u64) {
         self.put_method(BASIC_REJECT, |to| put_tag(to, delivery_tag, 0));
+    }
+
+    /// Adds that a delivery goes back to the queue.
+    pub fn requeue(&self, delivery_tag: u64) {
+        let requeue = 1;
+        self.put_method(BASIC_REJECT, |to| put_tag(to, delivery_tag, requeue));
     }
 
     /// Adds that all unacknowledged deliveries go back to the queue.

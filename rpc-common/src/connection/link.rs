@@ -272,6 +272,19 @@ impl Link {
         self.writer.has_backlog()
     }
 
+    /// Waits until the broker has taken what was sent, as long as it takes some within each
+    /// `timeout`.
+    pub fn drain(&self, timeout: Duration) {
+        while self.has_backlog() && !self.has_ended() {
+            let before = self.writer.backlog_len();
+            let is_taken = || self.writer.backlog_len() != before;
+            self.drive_until(Instant::now() + timeout, &is_taken);
+            if !is_taken() {
+                return;
+            }
+        }
+    }
+
     /// The size of frames in bytes.
     pub(crate) fn frame_max(&self) -> usize {
         self.frame_max.load(Ordering::Relaxed) as usize

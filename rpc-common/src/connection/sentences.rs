@@ -2,7 +2,9 @@
 //!
 //! `tests/integration/sentences.rs` provokes each sentence at the broker of the tests.
 
-use super::reply_codes::{ACCESS_REFUSED, INTERNAL_ERROR, NOT_ALLOWED, PRECONDITION_FAILED};
+use super::reply_codes::{
+    ACCESS_REFUSED, INTERNAL_ERROR, NOT_ALLOWED, NOT_FOUND, PRECONDITION_FAILED,
+};
 
 /// The **meaning** of a sentence with which RabbitMQ closes a channel or a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +22,8 @@ pub enum Meaning {
     OtherDurability,
     /// A queue exists and has another type than its declaration.
     OtherQueueType,
+    /// There is no such queue. (A durable queue whose node is down has the same code.)
+    NoQueue,
 }
 
 /// The pattern of a sentence: its reply code, its start and its end. Names of users, vhosts
@@ -32,7 +36,7 @@ struct Sentence {
 }
 
 /// The sentences that are recognised.
-const SENTENCES: [Sentence; 6] = [
+const SENTENCES: [Sentence; 7] = [
     Sentence {
         meaning: Meaning::MessageTooLarge,
         code: PRECONDITION_FAILED,
@@ -71,6 +75,12 @@ const SENTENCES: [Sentence; 6] = [
         meaning: Meaning::OtherQueueType,
         code: PRECONDITION_FAILED,
         starts: &["PRECONDITION_FAILED - inequivalent arg 'x-queue-type' "],
+        end: "",
+    },
+    Sentence {
+        meaning: Meaning::NoQueue,
+        code: NOT_FOUND,
+        starts: &["NOT_FOUND - no queue '"],
         end: "",
     },
 ];

@@ -55,6 +55,11 @@ impl SocketWriter {
         self.has_backlog.load(Ordering::SeqCst)
     }
 
+    /// Number of bytes that the socket has not taken yet.
+    pub(crate) fn backlog_len(&self) -> usize {
+        lock(&self.state).backlog.len()
+    }
+
     /// Takes all of these frames, and writes what the socket takes now. Returns whether a backlog
     /// has begun.
     ///

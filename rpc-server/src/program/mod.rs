@@ -1,21 +1,23 @@
 //! A program as the function: from a request to a reply, without AMQP.
 
+mod executable;
+mod process;
 mod run;
 mod run_log;
 
 use crate::handler::Caller;
+use executable::{check_executable, find_executable};
+use process::{Groups, Invocation};
 use rpc_common::message::{Answer, ErrorCode, Failure, Reply, Request};
 use rpc_common::options::{parse_duration, parse_size, parse_timeout};
 use rpc_common::text::{describe_io_error, escape, format_duration};
-use run::{run_command, Ended, Groups, Limits, Stopped};
-use rustix::fs::{access, Access};
+use run::{run_command, Ended, Limits, Stopped};
 use std::env;
-use std::ffi::{OsStr, OsString};
+use std::ffi::{CStr, CString, OsString};
 use std::io;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus};
+use std::process::ExitStatus;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Maximum size in bytes of a variable of the program's environment.
@@ -69,8 +71,11 @@ pub struct Program {
     options: ProgramOptions,
     path: PathBuf,
     queue: String,
-    /// Variables of the server's environment that the program does not get.
-    hidden: Vec<OsString>,
+    /// The path, the arguments and the variables of the server's environment, as execve(2) takes
+    /// them.
+    path_c: CString,
+    args: Vec<CString>,
+    environment: Vec<CString>,
     groups: Groups,
     on_stopped: Box<dyn Fn() + Send + Sync>,
 }
@@ -91,14 +96,23 @@ impl Program {
             HIDDEN.iter().any(|hidden| name == hidden)
                 || name.as_encoded_bytes().starts_with(b"RPC_")
         };
+        let c_string = |text: &OsString| {
+            CString::new(text.as_encoded_bytes()).map_err(|error| error.to_string())
+        };
+        let environment = env::vars_os()
+            .filter(|(name, _)| !is_hidden(name))
+            .map(|(name, value)| c_string(&variable(name, &value)));
         Ok(Some(Program {
+            path_c: c_string(&path.clone().into_os_string())?,
+            args: options
+                .command
+                .iter()
+                .map(c_string)
+                .collect::<Result<_, _>>()?,
+            environment: environment.collect::<Result<_, _>>()?,
             options: options.clone(),
             path,
             queue: queue.into(),
-            hidden: env::vars_os()
-                .map(|(name, _)| name)
-                .filter(is_hidden)
-                .collect(),
             groups: Groups::default(),
             on_stopped: Box::new(|| {}),
         }))
@@ -142,11 +156,17 @@ impl Program {
             kill_after: self.options.kill_after,
             // The text of a failure is not a reply.
             output: self.options.max_reply.max(MAX_SENTENCE),
-            is_caller_gone: &|| caller.is_gone(),
+            caller,
         };
         let id = request.log_id();
-        let mut command = self.command(request);
-        let ended = run_command(&mut command, request.body, &id, &limits, &self.groups);
+        let variables = environment(request, &self.queue);
+        let all = self.environment.iter().chain(&variables);
+        let invocation = Invocation {
+            path: &self.path_c,
+            args: &self.args,
+            environment: &all.map(CString::as_c_str).collect::<Vec<&CStr>>(),
+        };
+        let ended = run_command(&invocation, request.body, &id, &limits, &self.groups);
         match ended.map_err(|error| self.not_started(&error))? {
             Ended::Exited(status, output) if !status.success() => Err(failure(status, output)),
             Ended::Exited(_, output) if output.len() <= self.options.max_reply => {
@@ -155,6 +175,9 @@ impl Program {
             }
             Ended::Exited(..) | Ended::OutputTooLarge => Err(self.reply_too_large()),
             Ended::Stopped(why) => {
+                if why == Stopped::Cancelled {
+                    caller.give_back();
+                }
                 (self.on_stopped)();
                 Err(self.stopped(why))
             }
@@ -166,19 +189,12 @@ impl Program {
         self.groups.kill_all();
     }
 
-    fn command(&self, request: &Request) -> Command {
-        let mut command = Command::new(&self.path);
-        let (name, args) = self
-            .options
-            .command
-            .split_first()
-            .expect("it names a program");
-        command.arg0(name).args(args);
-        for name in &self.hidden {
-            command.env_remove(name);
-        }
-        command.envs(environment(request, &self.queue));
-        command
+    /// Checks whether the program can be started.
+    ///
+    /// # Errors
+    /// The reason why it cannot.
+    pub fn check(&self) -> Result<(), String> {
+        check_executable(&self.path)
     }
 
     fn not_started(&self, error: &io::Error) -> Failure {
@@ -212,6 +228,7 @@ impl Program {
             ),
             Stopped::AtDeadline => "the caller's deadline has passed".into(),
             Stopped::CallerGone => "its caller has gone".into(),
+            Stopped::Cancelled => "the server stops".into(), // the reply is dropped
             Stopped::OutputTooLarge => return self.reply_too_large(),
         };
         // A caller that has gone gets no answer; the code is for the log and the metrics.
@@ -222,50 +239,23 @@ impl Program {
     }
 }
 
-/// Finds a program as a shell does: a name with a slash is a path, any other is looked up on
-/// `PATH`.
-fn find_executable(name: &OsStr) -> Result<PathBuf, String> {
-    if name.is_empty() {
-        return Err("its name is empty".into());
-    }
-    if name.as_encoded_bytes().contains(&b'/') {
-        return check_executable(Path::new(name)).map(|()| name.into());
-    }
-    let path = env::var_os("PATH").unwrap_or_default();
-    let mut reason = "not found on PATH".to_owned();
-    for folder in env::split_paths(&path) {
-        // An empty one is the current folder.
-        let candidate = if folder.as_os_str().is_empty() {
-            Path::new(".").join(name)
-        } else {
-            folder.join(name)
-        };
-        match check_executable(&candidate) {
-            Ok(()) => return Ok(candidate),
-            Err(error) if candidate.is_file() => reason = error,
-            Err(_) => {}
-        }
-    }
-    Err(reason)
-}
-
-fn check_executable(path: &Path) -> Result<(), String> {
-    let metadata = path.metadata().map_err(|error| describe_io_error(&error))?;
-    if metadata.is_dir() {
-        return Err("it is a directory".into());
-    }
-    access(path, Access::EXEC_OK).map_err(|_| "it is not executable".into())
-}
-
 /// The instant of a Unix time in milliseconds, if an [`Instant`] can be so far away.
 fn instant_of(unix_ms: i64) -> Option<Instant> {
     let time = UNIX_EPOCH.checked_add(Duration::from_millis(unix_ms.try_into().ok()?))?;
     Instant::now().checked_add(time.duration_since(SystemTime::now()).unwrap_or_default())
 }
 
+/// A variable as execve(2) takes it.
+fn variable(name: OsString, value: &OsString) -> OsString {
+    let mut variable = name;
+    variable.push("=");
+    variable.push(value);
+    variable
+}
+
 /// The variables that describe a request to the program. Values that an environment cannot hold, or
 /// that are too long, are left out.
-fn environment(request: &Request, queue: &str) -> Vec<(String, OsString)> {
+fn environment(request: &Request, queue: &str) -> Vec<CString> {
     let details = &request.details;
     let deadline = request.deadline_ms.map(|deadline| deadline.to_string());
     let properties = [
@@ -302,7 +292,11 @@ fn environment(request: &Request, queue: &str) -> Vec<(String, OsString)> {
     properties
         .chain(headers)
         .filter(|(_, value)| value.len() <= MAX_VALUE && !value.contains(&0))
-        .map(|(name, value)| (format!("RPC_REQUEST_{name}"), OsString::from_vec(value)))
+        .map(|(name, value)| {
+            let name = OsString::from(format!("RPC_REQUEST_{name}"));
+            variable(name, &OsString::from_vec(value))
+        })
+        .filter_map(|variable| CString::new(variable.into_vec()).ok())
         .collect()
 }
 

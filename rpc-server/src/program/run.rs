@@ -4,20 +4,19 @@
 //! A pidfd shows that the program has exited. The program is reaped last: until then its process
 //! id, which is also that of its group, belongs to nobody else.
 
+use super::process::{Groups, Invocation, Pipes, Process};
 use super::run_log::RunLog;
-use rpc_common::sync::lock;
+use crate::handler::Caller;
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::fs::{fcntl_setfl, OFlags};
-use rustix::process::{kill_process_group, pidfd_open, Pid, PidfdFlags, Signal};
-use std::collections::HashSet;
+use rustix::process::{pidfd_open, PidfdFlags, Signal};
 use std::fmt::Display;
+use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
+use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
-use std::sync::{Mutex, MutexGuard};
+use std::process::ExitStatus;
 use std::time::{Duration, Instant};
-use std::{mem, thread};
 
 /// Maximum time in which output is read after the program has exited: a process outside its group
 /// may hold the pipes open.
@@ -42,7 +41,7 @@ pub(crate) struct Limits<'a> {
     pub(crate) kill_after: Duration,
     /// The largest output, in bytes.
     pub(crate) output: usize,
-    pub(crate) is_caller_gone: &'a dyn Fn() -> bool,
+    pub(crate) caller: &'a Caller<'a>,
 }
 
 /// The reason to stop a run.
@@ -52,6 +51,8 @@ pub(crate) enum Stopped {
     AtDeadline,
     CallerGone,
     OutputTooLarge,
+    /// The server gives the request up.
+    Cancelled,
 }
 
 /// The end of a run.
@@ -119,81 +120,20 @@ impl Stage {
     }
 }
 
-/// The process groups of the runs.
-#[derive(Default)]
-pub(crate) struct Groups(Mutex<RunningGroups>);
-
-#[derive(Default)]
-struct RunningGroups {
-    running: HashSet<Pid>,
-    /// Whether [`Groups::kill_all`] was called.
-    is_killed: bool,
-}
-
-impl Groups {
-    /// Kills all runs. None of them returns, and none begins: the process is about to end, and
-    /// their requests must not be answered.
-    pub(crate) fn kill_all(&self) {
-        let mut state = self.lock();
-        state.is_killed = true;
-        state
-            .running
-            .iter()
-            .for_each(|group| signal_group(*group, Signal::KILL));
-    }
-
-    /// Starts a process in a group of its own.
-    fn start(&self, command: &mut Command) -> io::Result<Child> {
-        let mut state = self.lock_or_park(); // also while it starts, so that `kill_all` knows it
-        let child = command.spawn()?;
-        state.running.insert(Pid::from_child(&child));
-        Ok(child)
-    }
-
-    /// Removes a group before its number can belong to others.
-    fn remove(&self, group: Pid) {
-        self.lock_or_park().running.remove(&group);
-    }
-
-    fn lock_or_park(&self) -> MutexGuard<'_, RunningGroups> {
-        let state = self.lock();
-        if !state.is_killed {
-            return state;
-        }
-        drop(state);
-        loop {
-            thread::park(); // until the process ends
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, RunningGroups> {
-        lock(&self.0)
-    }
-}
-
-/// Sends a signal to a process group that may have ended.
-fn signal_group(group: Pid, signal: Signal) {
-    let _ = kill_process_group(group, signal);
-}
-
 /// Runs a command with this input. Its standard error goes to the log, with `id`.
 ///
 /// # Errors
 /// The reason why the program could not be started.
 pub(crate) fn run_command(
-    command: &mut Command,
+    command: &Invocation,
     input: &[u8],
     id: &str,
     limits: &Limits,
     groups: &Groups,
 ) -> io::Result<Ended> {
-    command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .process_group(0);
     let begun = Instant::now();
-    let mut run = Run::new(Process::start(command, groups)?, input, id, limits)?;
+    let (process, pipes) = Process::start(command, groups)?;
+    let mut run = Run::new(process, pipes, input, id, limits)?;
     match run.wait_for_exit() {
         Ok(()) => {
             run.finish_output();
@@ -216,49 +156,15 @@ fn log_end(id: &str, status: impl Display, begun: Instant) {
     );
 }
 
-/// The program's process. Its end is also that of its group.
-struct Process<'a> {
-    /// `None` once the process is reaped, or given up.
-    child: Option<Child>,
-    group: Pid,
-    groups: &'a Groups,
-}
-
-impl<'a> Process<'a> {
-    fn start(command: &mut Command, groups: &'a Groups) -> io::Result<Self> {
-        let child = groups.start(command)?;
-        Ok(Process {
-            group: Pid::from_child(&child),
-            child: Some(child),
-            groups,
-        })
-    }
-
-    fn reap(&mut self) -> io::Result<ExitStatus> {
-        self.groups.remove(self.group);
-        self.child.take().expect("it is reaped once").wait()
-    }
-}
-
-impl Drop for Process<'_> {
-    /// Ends a process that is not reaped, after an error.
-    fn drop(&mut self) {
-        if self.child.is_some() {
-            signal_group(self.group, Signal::KILL);
-            let _ = self.reap();
-        }
-    }
-}
-
 struct Run<'a> {
     process: Process<'a>,
     /// Readable when the program has exited.
     pidfd: OwnedFd,
     has_exited: bool,
     /// The pipes, until they are closed.
-    stdin: Option<ChildStdin>,
-    stdout: Option<ChildStdout>,
-    stderr: Option<ChildStderr>,
+    stdin: Option<File>,
+    stdout: Option<File>,
+    stderr: Option<File>,
     unwritten: &'a [u8],
     output: Vec<u8>,
     log: RunLog,
@@ -271,19 +177,19 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     fn new(
-        mut process: Process<'a>,
+        process: Process<'a>,
+        pipes: Pipes,
         input: &'a [u8],
         id: &str,
         limits: &'a Limits,
     ) -> io::Result<Self> {
         let now = Instant::now();
-        let child = process.child.as_mut().expect("it is not reaped yet");
         let run = Run {
-            pidfd: pidfd_open(process.group, PidfdFlags::empty())?,
+            pidfd: pidfd_open(process.id, PidfdFlags::empty())?,
             has_exited: false,
-            stdin: child.stdin.take().filter(|_| !input.is_empty()),
-            stdout: child.stdout.take(),
-            stderr: child.stderr.take(),
+            stdin: Some(pipes.stdin).filter(|_| !input.is_empty()),
+            stdout: Some(pipes.stdout),
+            stderr: Some(pipes.stderr),
             process,
             unwritten: input,
             output: Vec::new(),
@@ -320,7 +226,7 @@ impl<'a> Run<'a> {
 
     /// Kills what is left of the group, and reads what is left of the output.
     fn finish_output(&mut self) {
-        signal_group(self.process.group, Signal::KILL);
+        self.process.signal(Signal::KILL);
         self.stdin = None;
         // A process that has left the group may still hold the pipes open.
         let until = Instant::now() + OUTPUT_TIMEOUT;
@@ -352,7 +258,7 @@ impl<'a> Run<'a> {
 
     /// Writes and reads once what is ready by `until`, and notices that the program has exited.
     fn transfer(&mut self, until: Instant) {
-        let [has_exited, stdin, stdout, stderr] = self.ready(until);
+        let [has_exited, stdin, stdout, stderr, _] = self.ready(until);
         self.has_exited |= has_exited;
         if stdin {
             self.write_input();
@@ -371,15 +277,20 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Which of the pidfd and the pipes are ready. Waits for one, but no longer than `until`.
-    fn ready(&self, until: Instant) -> [bool; 4] {
+    /// Which of the pidfd, the pipes and the caller's cancellation are ready. Waits for one, but no
+    /// longer than `until`.
+    fn ready(&self, until: Instant) -> [bool; 5] {
         let [stdin, stdout, stderr] = self.pipes();
         let pidfd = Some(self.pidfd.as_fd()).filter(|_| !self.has_exited);
+        // While the program runs: after that the pipe stays ready.
+        let is_running = self.stage.stopped().is_none() && !self.has_exited;
+        let cancelled = Some(self.limits.caller.cancelled()).filter(|_| is_running);
         let all = [
             (pidfd, PollFlags::IN),
             (stdin, PollFlags::OUT),
             (stdout, PollFlags::IN),
             (stderr, PollFlags::IN),
+            (cancelled, PollFlags::IN),
         ];
         let open = all
             .iter()
@@ -390,7 +301,7 @@ impl<'a> Run<'a> {
             .unzip();
         let timeout = Timespec::try_from(until.saturating_duration_since(Instant::now())).ok();
         let _ = poll(&mut polled, timeout.as_ref()); // interrupted by a signal, nothing is ready
-        let mut ready = [false; 4];
+        let mut ready = [false; 5];
         for (index, polled) in indexes.into_iter().zip(polled) {
             ready[index] = !polled.revents().is_empty();
         }
@@ -423,7 +334,7 @@ impl<'a> Run<'a> {
         let is_running = self.stage.stopped().is_none();
         let reason = is_running.then(|| self.reason_to_stop(now)).flatten();
         if let Some((stage, signal)) = self.stage.next(now, reason, self.limits.kill_after) {
-            signal_group(self.process.group, signal);
+            self.process.signal(signal);
             self.stage = stage;
         }
         if self.next_caller_check <= now {
@@ -443,23 +354,21 @@ impl<'a> Run<'a> {
     /// A program that belongs to another user, or hangs in the kernel, cannot be killed: it is
     /// reaped when it ends.
     fn leave_alone(&mut self) {
-        let group = self.process.group;
-        let number = group.as_raw_nonzero();
+        let number = self.process.id.as_raw_nonzero();
         log::warn!("process {number} cannot be killed, and is left alone");
-        self.process.groups.remove(group);
-        if let Some(mut child) = self.process.child.take() {
-            thread::spawn(move || child.wait());
-        }
+        self.process.leave_alone();
     }
 
     fn reason_to_stop(&self, now: Instant) -> Option<Stopped> {
-        if self.is_output_too_large() {
+        if self.limits.caller.is_cancelled() {
+            Some(Stopped::Cancelled)
+        } else if self.is_output_too_large() {
             Some(Stopped::OutputTooLarge)
         } else if self.limits.deadline.is_some_and(|deadline| deadline <= now) {
             Some(Stopped::AtDeadline)
         } else if self.stop_at.is_some_and(|stop_at| stop_at <= now) {
             Some(Stopped::AtTimeLimit)
-        } else if self.next_caller_check <= now && (self.limits.is_caller_gone)() {
+        } else if self.next_caller_check <= now && self.limits.caller.is_gone() {
             Some(Stopped::CallerGone)
         } else {
             None
@@ -484,6 +393,8 @@ fn is_not_ready(error: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cancel::Cancel;
+    use std::ffi::CString;
 
     #[test]
     fn a_run_is_terminated_then_killed_then_given_up_for_its_first_reason() {
@@ -511,25 +422,25 @@ mod tests {
     }
 
     fn run_shell(script: &str, input: &[u8], limits: &Limits) -> Ended {
-        let mut command = Command::new("sh");
-        run_command(
-            command.args(["-c", script]),
-            input,
-            "id",
-            limits,
-            &Groups::default(),
-        )
-        .unwrap()
+        let args = ["sh", "-c", script].map(|arg| CString::new(arg).unwrap());
+        let command = Invocation {
+            path: c"/bin/sh",
+            args: &args,
+            environment: &[c"PATH=/usr/bin:/bin"],
+        };
+        run_command(&command, input, "id", limits, &Groups::default()).unwrap()
     }
 
     #[test]
     fn a_run_exits_with_its_status_and_output_or_is_stopped_at_a_limit() {
+        let cancel = Cancel::new().unwrap();
+        let caller = Caller::new(&|| false, &cancel);
         let limits = Limits {
             time: Duration::from_secs(60),
             deadline: None,
             kill_after: Duration::from_millis(10),
             output: 9,
-            is_caller_gone: &|| false,
+            caller: &caller,
         };
         let exited = run_shell("cat; exit 3", b"to be", &limits);
         let Ended::Exited(status, output) = exited else {
@@ -544,5 +455,8 @@ mod tests {
         };
         let stopped = run_shell("sleep 60", b"", &short);
         assert!(matches!(stopped, Ended::Stopped(Stopped::AtTimeLimit)));
+        cancel.cancel();
+        let cancelled = run_shell("sleep 60", b"", &limits);
+        assert!(matches!(cancelled, Ended::Stopped(Stopped::Cancelled)));
     }
 }

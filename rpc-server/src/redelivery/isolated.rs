@@ -1,4 +1,5 @@
-//! Publishes replies to redelivered requests, each alone on a connection of its own.
+//! Publishes replies that may end a connection, each alone on a connection of its own: those to
+//! redelivered requests, and those to a name of direct reply-to that no reply has gone to yet.
 //!
 //! The broker may close the channel, or the whole connection, because of a reply: it is too large,
 //! or its reply_to is a name that the broker does not accept. Then the request is delivered again,
@@ -7,17 +8,19 @@
 //! and no other request is affected. Over this connection the server also asks whether a caller has
 //! gone.
 
+use crate::callers::{is_direct_reply_to, QueueState};
 use crate::reply::{add_reply, log_return};
 use rpc_common::connection::{
-    Connection, Deadline, Endpoint, Error, Message, OpenChannel, Owner, Phase, Publisher,
+    Connection, Deadline, Endpoint, Error, Meaning, Message, OpenChannel, Owner, Phase, Publisher,
 };
 use rpc_common::message::{ErrorCode, Failure, Reply, Request};
 use rpc_common::sync::lock;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-/// Time without events of the server's loop after which the isolated connection is closed.
-pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time without use after which the isolated connection is closed: longer than the interval at
+/// which it is asked whether a caller has gone.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
 
 /// Timeout of one reply.
 const PUBLISH_TIMEOUT: Duration = Duration::from_secs(5);
@@ -42,6 +45,15 @@ pub(crate) enum IsolatedResult {
     Unknown(Error),
 }
 
+impl IsolatedResult {
+    fn refusal(&self) -> Option<&Error> {
+        match self {
+            IsolatedResult::Refused(error) => Some(error),
+            IsolatedResult::Accepted | IsolatedResult::Unknown(_) => None,
+        }
+    }
+}
+
 /// Publishes replies one at a time, for all workers.
 #[derive(Default)]
 pub(crate) struct IsolatedPublisher(Mutex<Isolated>);
@@ -62,6 +74,7 @@ struct Open {
     connection: Connection,
     channel: OpenChannel,
     publisher: Publisher,
+    used: Instant,
 }
 
 impl IsolatedPublisher {
@@ -73,12 +86,15 @@ impl IsolatedPublisher {
         reply: &mut Reply,
         request: &Request,
     ) -> IsolatedResult {
+        let is_direct = request.reply_to.is_some_and(is_direct_reply_to);
         let mut state = lock(&self.0);
         if let (true, Some((error, _))) = (state.is_paused(), &state.failure) {
             return IsolatedResult::Unknown(error.clone());
         }
         let mut published = state.publish(endpoint, reply, request);
-        if let IsolatedResult::Refused(error) = &published {
+        // A name that ends the connection ends the next one, too.
+        let is_of_name = |error: &Error| is_direct && error.ends_connection();
+        if let Some(error) = published.refusal().filter(|error| !is_of_name(error)) {
             log::warn!("the broker refused a reply, answering with an error: {error}");
             let message =
                 "internal error: the broker refused the answer, perhaps because of its size";
@@ -91,36 +107,53 @@ impl IsolatedPublisher {
         published
     }
 
-    /// Whether the broker says that there is no queue of this name. (One that is exclusive to its
+    /// Asks the broker whether there is a queue of this name. (One that is exclusive to its
     /// caller's connection is refused to us, and exists.)
-    pub(crate) fn is_queue_gone(&self, endpoint: &Endpoint, queue: &[u8]) -> bool {
+    pub(crate) fn ask(&self, endpoint: &Endpoint, queue: &[u8]) -> QueueState {
         // amiquip cannot ask for other names.
         let Ok(queue) = str::from_utf8(queue) else {
-            return false;
+            return QueueState::Exists;
         };
-        // A program waits for this: so a connection that is in use is asked the next time.
-        let Ok(mut state) = self.0.try_lock() else {
-            return false;
-        };
+        let mut state = lock(&self.0);
         if state.is_paused()
             || state
                 .no_checks_until
                 .is_some_and(|until| Instant::now() < until)
         {
-            return false;
+            return QueueState::Exists;
         }
         let deadline = Deadline::after(CHECK_TIMEOUT);
-        let answer = state.open(endpoint, &deadline).and_then(|mut open| {
-            let answer = open.connection.queue_stats(queue, &deadline);
-            if !answer.as_ref().is_err_and(Error::ends_connection) {
-                state.open = Some(open);
-            }
-            answer
-        });
-        if state.open.is_none() {
+        let Ok(mut open) = state.open(endpoint, &deadline) else {
             state.no_checks_until = Some(Instant::now() + PAUSE_AFTER_FAILURE);
+            return QueueState::Exists;
+        };
+        let answer = open.connection.queue_stats(queue, &deadline);
+        match answer {
+            Err(error) if error.ends_connection() => {
+                if error.is_caused_by_message() {
+                    return QueueState::Refused;
+                }
+                state.no_checks_until = Some(Instant::now() + PAUSE_AFTER_FAILURE);
+                QueueState::Exists
+            }
+            answer => {
+                state.open = Some(open);
+                // Another 404 says that the node of a durable queue is down.
+                if answer.is_err_and(|error| error.meaning() == Some(Meaning::NoQueue)) {
+                    QueueState::Gone
+                } else {
+                    QueueState::Exists
+                }
+            }
         }
-        answer.is_err_and(|error| error.is_not_found())
+    }
+
+    /// Closes a connection that was not used for a while.
+    pub(crate) fn close_idle(&self) {
+        if let Ok(mut state) = self.0.try_lock() {
+            let is_idle = |open: &mut Open| open.used.elapsed() >= IDLE_TIMEOUT;
+            state.open.take_if(is_idle);
+        }
     }
 
     /// Closes the connection, if it is not in use. The next reply opens another one.
@@ -177,6 +210,7 @@ impl Open {
             connection,
             channel,
             publisher,
+            used: Instant::now(),
         })
     }
 
@@ -184,6 +218,7 @@ impl Open {
     /// was published before. (A publisher confirm would tell the same, and would have to be enabled
     /// by another round trip.)
     fn make_round_trip(&mut self, deadline: &Deadline) -> Result<(), Error> {
+        self.used = Instant::now();
         let result = self
             .channel
             .run_blocking(deadline, Phase::PublishingReply, |amqp| {

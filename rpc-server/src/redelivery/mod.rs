@@ -7,5 +7,5 @@
 mod isolated;
 mod kept;
 
-pub(crate) use isolated::{IsolatedPublisher, IsolatedResult, IDLE_TIMEOUT};
-pub(crate) use kept::{InHand, KeptReplies};
+pub(crate) use isolated::{IsolatedPublisher, IsolatedResult};
+pub(crate) use kept::{Begun, InHand, KeptReplies, Sent};

@@ -267,8 +267,8 @@ fn records(outcomes: Vec<Outcome<Input>>, format: Format) -> Vec<Record> {
 }
 
 impl<W> Printer<W> {
-    /// Whether these records can be printed without the printer's thread: errors, progress, and records
-    /// that wait for others or are many are left to it.
+    /// Whether these records can be printed without the printer's thread: errors, progress, and
+    /// records that wait for others or are many are left to it.
     fn can_print_at_once(&self, records: &[Record]) -> bool {
         let len = records
             .iter()

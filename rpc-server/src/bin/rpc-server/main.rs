@@ -11,10 +11,12 @@ use operator::Operator;
 use rpc_common::background_writer::BackgroundWriter;
 use rpc_common::connection::{Error, ErrorKind};
 use rpc_common::exit::{print_message, ExitCode};
-use rpc_common::message::Request;
+use rpc_common::message::{Reply, Request};
 use rpc_common::text::escape;
 use rpc_common::{command_line, logging};
-use rpc_server::{fib_handler, serve, stop_signal, stop_signal_with, Caller, Handler, Stop};
+use rpc_server::{
+    fib_handler, serve, stop_signal, stop_signal_with, Caller, Handler, Program, Stop,
+};
 use statistics::Statistics;
 use std::sync::Arc;
 use std::{io, process};
@@ -63,7 +65,6 @@ fn run(cli: &Cli, stdout: &BackgroundWriter) -> Result<(), Error> {
             serve_until_stopped(cli, &fib, stop_signal(), &operator)
         }
         Some(mut program) => {
-            let command_line = program.command_line();
             let runs_stopped = statistics.runs_stopped.clone();
             program.on_stopped(move || {
                 runs_stopped.inc();
@@ -74,12 +75,10 @@ fn run(cli: &Cli, stdout: &BackgroundWriter) -> Result<(), Error> {
                 escape(program.path().as_os_str().as_encoded_bytes())
             );
             let program_to_kill = program.clone();
-            let handler = |request: &Request, caller: &Caller| {
-                announce(format!(
-                    "{command_line} ({})",
-                    format_bytes(request.body.len())
-                ));
-                program.run(request, caller)
+            let handler = AnnouncedProgram {
+                program: &program,
+                command_line: program.command_line(),
+                announce: &announce,
             };
             serve_until_stopped(
                 cli,
@@ -91,9 +90,28 @@ fn run(cli: &Cli, stdout: &BackgroundWriter) -> Result<(), Error> {
     }
 }
 
+/// A program whose requests are announced on standard output.
+struct AnnouncedProgram<'a> {
+    program: &'a Program,
+    command_line: String,
+    announce: &'a (dyn Fn(String) + Sync),
+}
+
+impl Handler for AnnouncedProgram<'_> {
+    fn handle(&self, request: &Request, caller: &Caller) -> Reply {
+        let size = format_bytes(request.body.len());
+        (self.announce)(format!("{} ({size})", self.command_line));
+        self.program.run(request, caller)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        self.program.check()
+    }
+}
+
 fn serve_until_stopped(
     cli: &Cli,
-    handler: &Handler,
+    handler: &dyn Handler,
     stop: io::Result<Stop>,
     operator: &Operator,
 ) -> Result<(), Error> {

@@ -32,7 +32,7 @@ const MAX_LOGGED_BODY: usize = 100;
 
 /// Maximum size in bytes of the reply that a worker holds until the broker has got its
 /// acknowledgement.
-const MAX_SENT: usize = 64 << 10;
+const MAX_SENT: usize = 1 << 20;
 
 /// The function and its options, and the state that the server and its workers share.
 pub(crate) struct Service<'a> {
@@ -247,7 +247,13 @@ impl<'a> Worker<'a> {
                 self.handle_delivery(channel, &delivery)?;
                 self.check.on_delivery(Instant::now());
             }
-            Event::Returned(reply) => log_return(&reply),
+            Event::Returned(reply) => {
+                log_return(&reply);
+                let id = reply.correlation_id();
+                if let Some(sent) = self.sent.take_if(|sent| sent.has_id(id)) {
+                    self.service.kept.keep_returned(sent);
+                }
+            }
             Event::Ended(kind) => return Err(channel.error(kind)),
             Event::Idle => {
                 let messages = self.ready_messages(channel)?;
@@ -265,11 +271,12 @@ impl<'a> Worker<'a> {
 
     /// The number of ready messages in the queue; 0 while the broker blocks us, and would not
     /// answer.
-    fn ready_messages(&self, channel: &dyn Channel) -> Result<u32, Error> {
+    fn ready_messages(&mut self, channel: &dyn Channel) -> Result<u32, Error> {
         if self.service.is_blocked.load(Ordering::Relaxed) {
             return Ok(0);
         }
         let stats = channel.queue_stats(&self.service.config.queue)?;
+        self.sent = None; // the broker, which answers in order, has got its acknowledgement
         Ok(stats.messages)
     }
 

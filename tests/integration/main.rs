@@ -14,6 +14,7 @@ mod connection_loss;
 mod every_wait_ends;
 mod expired_requests;
 mod graceful_stop;
+mod no_work_is_lost;
 mod overload;
 mod refused_replies;
 mod served_programs;

@@ -3,16 +3,15 @@
 //! Whatever it does, the caller gets an answer, and nothing is left behind.
 
 use crate::support::broker;
-use crate::support::eventually;
 use crate::support::peer::{call, Peer, Queue};
 use crate::support::programs::{assert_output, bash, client, command, program_folder, Program};
+use crate::support::{eventually, Folder};
 use amiquip::{AmqpProperties, AmqpValue, Delivery, FieldTable};
 use rpc_common::message::{decode_reply, Answer, ErrorCode, Failure, Reply};
 use rpc_common::properties::{Properties, TableBuilder};
 use rustix::process::{test_kill_process, Pid, Signal};
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
-use std::{env, fs, process};
+use std::{fs, process};
 
 /// A queue that is served by a program.
 struct Served {
@@ -78,44 +77,6 @@ fn decode(reply: Delivery) -> Reply {
 
 fn failure(code: ErrorCode, message: &str) -> Failure {
     Failure::new(code, message)
-}
-
-/// A folder for the files of one test, which is removed when this is dropped.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(test: &str) -> Self {
-        let folder = env::temp_dir().join(format!("rpc-tests-{test}-{}", process::id()));
-        fs::create_dir(&folder).expect("the folder is new");
-        Folder(folder)
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.0
-            .join(name)
-            .to_str()
-            .expect("the temporary folder is UTF-8")
-            .to_owned()
-    }
-
-    /// The process ids that programs have written to a file, once there are this many.
-    fn process_ids(&self, name: &str, count: usize) -> Vec<Pid> {
-        eventually("the process ids", || {
-            let text = fs::read_to_string(self.0.join(name)).unwrap_or_default();
-            let is_complete = text.lines().count() == count && text.ends_with('\n');
-            is_complete.then(|| {
-                text.lines()
-                    .map(|id| Pid::from_raw(id.parse().unwrap()).unwrap())
-                    .collect()
-            })
-        })
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
 }
 
 fn wait_until_ended(pids: &[Pid]) {
@@ -611,7 +572,7 @@ fn a_program_that_cannot_run_is_exit_code_2() {
 }
 
 #[test]
-fn a_program_that_cannot_be_started_any_more_is_unavailable_until_it_can() {
+fn a_server_whose_program_cannot_be_started_any_more_takes_no_request_until_it_can() {
     let folder = Folder::new("removed");
     let script = folder.path("script");
     let write_script = || {
@@ -626,15 +587,97 @@ fn a_program_that_cannot_be_started_any_more_is_unavailable_until_it_can() {
         ErrorCode::Unavailable,
         "the program cannot be started at the moment",
     );
-    for _ in 0..6 {
-        assert_eq!(served.ask(b"6"), Err(unavailable.clone()));
+    assert_eq!(served.ask(b"6"), Err(unavailable));
+    let log = |text: &str| served.server.wait_for_log(text);
+    log(&format!("cannot start {script}: no such file or directory"));
+    log("the function is unavailable: taking no request for ");
+    log("the function cannot run: no such file or directory");
+    let mut peer = Peer::connect();
+    peer.wait_for_consumers(&served.queue, 0);
+    // Another server can take the requests meanwhile.
+    let healthy = Program::start_server(&served.queue, &["--", "printf", "9"]);
+    for _ in 0..20 {
+        served.assert_answer(b"6", b"9");
     }
-    served
-        .server
-        .wait_for_log(&format!("cannot start {script}: no such file or directory"));
-    served
-        .server
-        .wait_for_log("the function was unavailable 5 times in a row: taking no request for ");
+    healthy.stop();
     write_script();
+    peer.wait_for_consumers(&served.queue, 1);
     served.assert_answer(b"6", b"8");
+}
+
+/// They start well, and then each request is answered with "try later".
+#[test]
+fn a_script_that_cannot_be_executed_is_exit_code_2() {
+    let folder = Folder::new("scripts");
+    let path = folder.path("script");
+    let crlf = "'/bin/sh\\r': no such file or directory (the script has CRLF line ends)";
+    let env_crlf = "'sh\\r': not found on PATH (the script has CRLF line ends)";
+    for (text, reason) in [
+        (
+            "echo hello\n",
+            "it is not a program, and has no first line such as #!/bin/sh".into(),
+        ),
+        (
+            "",
+            "it is not a program, and has no first line such as #!/bin/sh".into(),
+        ),
+        (
+            "#!/bin/sh\r\necho hello\r\n",
+            format!("its interpreter {crlf}"),
+        ),
+        (
+            "#!/usr/bin/env sh\r\necho\r\n",
+            format!("its interpreter {env_crlf}"),
+        ),
+        (
+            "#!/no/such/python3 -u\n",
+            "its interpreter '/no/such/python3': no such file or directory".into(),
+        ),
+        (
+            "#!/usr/bin/env no-such-python\n",
+            "its interpreter 'no-such-python': not found on PATH".into(),
+        ),
+    ] {
+        fs::write(&path, text).unwrap();
+        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let error = format!("rpc-server: cannot run '{path}': {reason}\n");
+        assert_output(command("rpc-server").args(["--", &path]), 2, "", &error);
+    }
+}
+
+/// The kernel stops a background process that reads from its terminal.
+#[test]
+fn a_program_that_asks_on_the_terminal_of_the_server_gets_an_error() {
+    let queue = Queue::named("terminal");
+    let server = program_folder().join("rpc-server").display().to_string();
+    // `script` gives the server a terminal.
+    let line = format!(
+        "exec {server} --queue {queue} -q -- sh -c 'read x </dev/tty; echo $?'",
+        queue = &*queue
+    );
+    let mut command = process::Command::new("script");
+    command
+        .args(["-qec", &line, "/dev/null"])
+        .env("AMQP_URL", broker::url());
+    let server = Program::spawn_command(&command);
+    Peer::connect().wait_for_consumers(&queue, 1);
+    let reply = decode(call(&queue, b"", AmqpProperties::default()));
+    assert_eq!(
+        String::from_utf8(reply.unwrap().body).unwrap(),
+        "2\n",
+        "as sh says"
+    );
+    drop(server);
+}
+
+#[test]
+fn a_program_that_has_stopped_itself_is_continued_to_handle_sigterm() {
+    let script = "trap 'exit 0' TERM; kill -STOP $$; sleep 1000 & wait";
+    let served = Served::script(
+        "stopped",
+        &["--time-limit", "1s", "--kill-after", "1000s"],
+        script,
+    );
+    let message = "the program was stopped: it ran longer than 1s";
+    assert_eq!(served.ask(b""), Err(failure(ErrorCode::TimeLimit, message)));
 }

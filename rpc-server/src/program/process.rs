@@ -246,3 +246,41 @@ fn is_temporary(error: &io::Error) -> bool {
         Some(Errno::EAGAIN | Errno::ENOMEM | Errno::EMFILE | Errno::ENFILE | Errno::ETXTBSY)
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crossbeam_channel::bounded;
+    use std::process::Command;
+
+    /// A process in a group of its own, as posix_spawn(3) makes it.
+    fn sleeping() -> Pid {
+        use std::os::unix::process::CommandExt;
+        let child = Command::new("sleep").arg("1000").process_group(0).spawn();
+        Pid::from_child(&child.unwrap())
+    }
+
+    #[test]
+    fn a_start_that_takes_long_stops_neither_the_others_nor_the_second_signal() {
+        let groups: &Groups = Box::leak(Box::default()); // the threads below never end
+        let (begun, has_begun) = bounded(0);
+        let (end, has_ended) = bounded::<()>(0);
+        let (slow_id, slow_ids) = bounded(1);
+        thread::spawn(move || {
+            groups.start(|| {
+                begun.send(()).unwrap();
+                has_ended.recv().unwrap();
+                let id = sleeping();
+                slow_id.send(id).unwrap();
+                Ok(id)
+            })
+        });
+        has_begun.recv().unwrap();
+        let id = groups.start(|| Ok(sleeping())).unwrap();
+        groups.kill_all();
+        assert_eq!(wait(id).unwrap().signal(), Some(9));
+        // The start that was in progress is killed by its thread.
+        end.send(()).unwrap();
+        assert_eq!(wait(slow_ids.recv().unwrap()).unwrap().signal(), Some(9));
+    }
+}

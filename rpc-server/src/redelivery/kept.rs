@@ -76,9 +76,8 @@ struct Key(u64);
 pub(crate) struct InHand<'a> {
     replies: &'a KeptReplies,
     key: Key,
-    /// Whether a reply may be kept: without a correlation id the request cannot be told from
-    /// others.
-    has_id: bool,
+    /// Without one no reply is kept: the request cannot be told from others.
+    correlation_id: Option<Vec<u8>>,
 }
 
 /// The state of a request that a worker begins.
@@ -136,7 +135,7 @@ impl KeptReplies {
         let in_hand = InHand {
             replies: self,
             key,
-            has_id,
+            correlation_id: request.correlation_id.map(<[u8]>::to_vec),
         };
         match reply {
             Some(reply) => Begun::Kept(in_hand, reply),
@@ -169,6 +168,14 @@ impl KeptReplies {
                 .0;
         }
         state
+    }
+
+    /// Keeps a reply that the broker returned: rpc-client, whose connection has ended, sends the
+    /// request again.
+    pub(crate) fn keep_returned(&self, sent: Sent) {
+        if let Some(reply) = sent.reply {
+            self.lock().keep(sent.key, reply);
+        }
     }
 
     /// Keeps a reply that was sent just before the connection ended: perhaps the broker has not got
@@ -213,26 +220,45 @@ impl KeptReplies {
     }
 }
 
-/// A reply that was sent, and whose acknowledgement the broker may not have got.
+/// A reply that was sent, and that perhaps nobody has got.
 pub(crate) struct Sent {
     key: Key,
+    correlation_id: Vec<u8>,
     reply: Option<Reply>,
+}
+
+impl Sent {
+    /// Whether this is the reply with this correlation id.
+    pub(crate) fn has_id(&self, correlation_id: Option<&[u8]>) -> bool {
+        correlation_id == Some(&self.correlation_id)
+    }
 }
 
 impl InHand<'_> {
     /// Keeps the reply to this request for when the request comes again.
     pub(crate) fn keep(&self, reply: Reply) {
-        if self.has_id {
+        if self.correlation_id.is_some() {
             self.replies.lock().keep(self.key, reply);
         }
     }
 
     /// The reply to this request after it was sent. One of more than `max_size` bytes is not held.
+    /// If another worker waits for this one, the reply is kept for that worker.
     pub(crate) fn sent(&self, reply: Reply, max_size: usize) -> Sent {
-        let reply = Some(reply).filter(|reply| self.has_id && size(reply) <= max_size);
+        let id = self.correlation_id.as_deref();
+        let reply = Some(reply).filter(|_| id.is_some());
+        let mut state = self.replies.lock();
+        let is_awaited = state
+            .in_hand
+            .get(&self.key)
+            .is_some_and(|in_hand| in_hand.waiting > 0);
+        if let Some(reply) = reply.as_ref().filter(|_| is_awaited) {
+            state.keep(self.key, reply.clone());
+        }
         Sent {
             key: self.key,
-            reply,
+            correlation_id: id.unwrap_or_default().into(),
+            reply: reply.filter(|reply| size(reply) <= max_size),
         }
     }
 }
@@ -499,6 +525,44 @@ mod tests {
             assert_eq!(waiting.join().unwrap(), Some(Ok(answer("1"))));
         });
         assert!(replies.lock().in_hand.is_empty());
+    }
+
+    #[test]
+    fn a_worker_that_waits_gets_the_reply_that_was_sent_to_an_earlier_reply_queue() {
+        let replies = KeptReplies::default();
+        let Begun::New(in_hand) = begin(&replies, &of_client("a", "first")) else {
+            panic!("the request is new")
+        };
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| kept(&replies, &of_client("a", "second")));
+            while !replies
+                .lock()
+                .in_hand
+                .values()
+                .any(|count| count.waiting > 0)
+            {
+                thread::yield_now();
+            }
+            in_hand.sent(Ok(answer("1")), 100);
+            drop(in_hand);
+            assert_eq!(waiting.join().unwrap(), Some(Ok(answer("1"))));
+        });
+    }
+
+    #[test]
+    fn a_reply_that_is_returned_is_kept() {
+        let replies = KeptReplies::default();
+        let Begun::New(in_hand) = begin(&replies, &of_client("a", "first")) else {
+            panic!("the request is new")
+        };
+        let sent = in_hand.sent(Ok(answer("1")), 100);
+        drop(in_hand);
+        assert!(sent.has_id(Some(b"a")) && !sent.has_id(Some(b"b")) && !sent.has_id(None));
+        replies.keep_returned(sent);
+        assert_eq!(
+            kept(&replies, &of_client("a", "second")),
+            Some(Ok(answer("1")))
+        );
     }
 
     #[test]

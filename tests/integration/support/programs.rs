@@ -253,6 +253,17 @@ impl Program {
     }
 
     /// Stops it by SIGTERM, checks that its exit code is 0, and returns the lines of its standard
+    /// output and of its log that were not returned before.
+    #[track_caller]
+    pub(crate) fn send_stop_and_wait(mut self) -> (Vec<String>, Vec<String>) {
+        self.send_signal(Signal::TERM);
+        let code = self.wait().code();
+        let (stdout, log) = self.remaining_output();
+        assert_eq!(code, Some(0), "its log: {log:#?}");
+        (stdout, log)
+    }
+
+    /// Stops it by SIGTERM, checks that its exit code is 0, and returns the lines of its standard
     /// output that were not returned before.
     #[track_caller]
     pub(crate) fn stop(mut self) -> Vec<String> {

@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::consumer_check::ConsumerCheck;
 use crate::handler::{self, Caller, Handler};
 use crate::observer::{Observer, Outcome};
-use crate::redelivery::{Begun, InHand, IsolatedPublisher, IsolatedResult, KeptReplies, Sent};
+use crate::redelivery::{Begun, End, InHand, IsolatedPublisher, IsolatedResult, KeptReplies, Sent};
 use crate::reply::log_return;
 use crate::signals::Stop;
 use crossbeam_channel::{select_biased, Receiver, RecvTimeoutError, Sender, TryRecvError};
@@ -183,8 +183,13 @@ impl<'a> Worker<'a> {
     /// acknowledgement.
     fn keep_sent(&mut self, channel: &dyn Channel) {
         let sent = self.sent.take();
-        if let (Some(sent), Some(_)) = (sent, end_of(channel)) {
-            self.service.kept.keep_sent(sent);
+        if let (Some(sent), Some(kind)) = (sent, end_of(channel)) {
+            let end = if channel.error(kind).ends_connection() {
+                End::Connection
+            } else {
+                End::Channel
+            };
+            self.service.kept.keep_sent(sent, end);
         }
     }
 
@@ -337,6 +342,13 @@ impl<'a> Worker<'a> {
                 Some(reply) => self.send(channel, tag, request, &in_hand, reply),
                 None => give_back(channel, tag),
             },
+            Begun::Kept(..) if late_ms(request).is_some() => {
+                log::info!(
+                    "request[{}]: rejected, its deadline has passed",
+                    request.log_id()
+                );
+                reject_and_flush(channel, tag)
+            }
             Begun::Kept(in_hand, reply) => {
                 log::info!(
                     "request[{}]: answered with the kept reply",
@@ -417,7 +429,9 @@ impl<'a> Worker<'a> {
             }
             IsolatedResult::Unknown(error) if is_untried => {
                 log::info!("{error}; trying the reply again");
-                service.kept.keep_sent(in_hand.sent(reply, usize::MAX));
+                service
+                    .kept
+                    .keep_sent(in_hand.sent(reply, usize::MAX), End::Connection);
                 self.pause(GIVE_BACK_PAUSE);
                 return give_back(channel, tag);
             }
@@ -463,24 +477,19 @@ impl<'a> Worker<'a> {
     /// request back.
     fn run_handler(&mut self, channel: &dyn Channel, request: &Request) -> Option<Reply> {
         let service = self.service;
-        let now_ms = unix_time_ms(SystemTime::now());
-        let reply = match request
-            .deadline_ms
-            .map(|deadline| now_ms.saturating_sub(deadline))
-        {
-            Some(late_ms) if late_ms > 0 => Err(expired(late_ms)),
-            _ => {
-                let reply_to = request.reply_to.unwrap_or_default();
-                let is_gone = || self.is_gone(channel, request, reply_to);
-                let caller = Caller::new(&is_gone, &service.cancel);
-                let reply = handler::call(service.handler, request, &caller);
-                if caller.is_given_back() {
-                    let id = request.log_id();
-                    log::info!("request[{id}]: given back to the queue, the server stops");
-                    return None;
-                }
-                reply
+        let reply = if let Some(late_ms) = late_ms(request) {
+            Err(expired(late_ms))
+        } else {
+            let reply_to = request.reply_to.unwrap_or_default();
+            let is_gone = || self.is_gone(channel, request, reply_to);
+            let caller = Caller::new(&is_gone, &service.cancel);
+            let reply = handler::call(service.handler, request, &caller);
+            if caller.is_given_back() {
+                let id = request.log_id();
+                log::info!("request[{id}]: given back to the queue, the server stops");
+                return None;
             }
+            reply
         };
         if let Err(failure) = &reply {
             // A program that says so itself has an exit code, and can answer the next request.
@@ -527,6 +536,13 @@ fn level(code: &ErrorCode) -> Level {
         // own.
         _ => Level::Warn,
     }
+}
+
+/// Milliseconds since the deadline of a request. `None` if it has not passed.
+fn late_ms(request: &Request) -> Option<i64> {
+    let now_ms = unix_time_ms(SystemTime::now());
+    let late_ms = now_ms.saturating_sub(request.deadline_ms?);
+    Some(late_ms).filter(|late_ms| *late_ms > 0)
 }
 
 /// The answer to a request whose deadline has passed `late_ms` ago.
@@ -825,7 +841,7 @@ mod tests {
                 *channel.isolated.borrow_mut() =
                     end.then(|| IsolatedResult::Unknown(Error::new("rabbit:5672", closed())));
                 worker.step(&channel, delivery(7, "30", end)).unwrap();
-                *channel.end.borrow_mut() = Some(closed());
+                *channel.end.borrow_mut() = Some(ErrorKind::Silent);
                 worker.keep_sent(&channel);
             }
             worker.step(&channel, delivery(1, "30", true)).unwrap();

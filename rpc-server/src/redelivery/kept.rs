@@ -20,10 +20,11 @@ const MAX_KEPT: usize = 4_096;
 /// Maximum size of all kept replies in bytes.
 const MAX_KEPT_BYTES: usize = 64 << 20;
 
-/// Number of connections that may end after the reply to one request; then the reply may be why.
-const MAX_ENDS: u32 = 2;
+/// Maximum sum of the [weights](End::weight) of the ends after the reply to one request; then the
+/// reply may be why.
+const MAX_ENDS: u32 = 10;
 
-/// Maximum number of requests whose [`MAX_ENDS`] are counted; the latest are.
+/// Maximum number of requests whose ends are counted; the latest are.
 const MAX_COUNTED: usize = 4_096;
 
 /// Number of deliveries before which a request that another worker has in hand is given back.
@@ -55,8 +56,27 @@ struct State {
     kept_order: VecDeque<Key>,
     /// Size of the kept replies in bytes.
     kept_bytes: usize,
-    /// Number of connections that ended after the reply to a request, the latest first.
+    /// Sum of the ends after the reply to a request, the latest first.
     ends: VecDeque<(Key, u32)>,
+}
+
+/// What ended after a reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// The connection, and with it the work of all workers.
+    Connection,
+    /// The channel only: perhaps a permission was taken away, and comes back.
+    Channel,
+}
+
+impl End {
+    /// Two connections, or ten channels.
+    fn weight(self) -> u32 {
+        match self {
+            End::Connection => MAX_ENDS / 2,
+            End::Channel => 1,
+        }
+    }
 }
 
 /// The workers that have the same request.
@@ -178,11 +198,11 @@ impl KeptReplies {
         }
     }
 
-    /// Keeps a reply that was sent just before the connection ended: perhaps the broker has not got
-    /// the acknowledgement. Counts that end.
-    pub(crate) fn keep_sent(&self, sent: Sent) {
+    /// Keeps a reply that was sent just before this end: perhaps the broker has not got the
+    /// acknowledgement. Counts the end.
+    pub(crate) fn keep_sent(&self, sent: Sent, end: End) {
         let mut state = self.lock();
-        let ends = state.ends(sent.key) + 1;
+        let ends = state.ends(sent.key) + end.weight();
         state.ends.retain(|(counted, _)| *counted != sent.key);
         state.ends.push_front((sent.key, ends));
         state.ends.truncate(MAX_COUNTED);
@@ -568,16 +588,25 @@ mod tests {
     #[test]
     fn a_request_is_rejected_when_connections_ended_after_its_reply() {
         let replies = KeptReplies::default();
-        for _ in 0..MAX_ENDS {
+        for _ in 0..2 {
             let (Begun::New(in_hand) | Begun::Kept(in_hand, _)) =
                 begin(&replies, &redelivered("a"))
             else {
                 panic!("the request may be answered")
             };
-            replies.keep_sent(in_hand.sent(Ok(answer("1")), 100));
+            replies.keep_sent(in_hand.sent(Ok(answer("1")), 100), End::Connection);
         }
         let begun = begin(&replies, &redelivered("a"));
         assert!(matches!(begun, Begun::EndsConnections));
+        for _ in 0..9 {
+            let (Begun::New(in_hand) | Begun::Kept(in_hand, _)) =
+                begin(&replies, &redelivered("b"))
+            else {
+                panic!("the request may be answered")
+            };
+            replies.keep_sent(in_hand.sent(Ok(answer("1")), 100), End::Channel);
+        }
+        assert_eq!(kept(&replies, &redelivered("b")), Some(Ok(answer("1"))));
         assert_eq!(kept(&replies, &request("a")), None, "another request");
     }
 }

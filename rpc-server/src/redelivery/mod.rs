@@ -8,4 +8,4 @@ mod isolated;
 mod kept;
 
 pub(crate) use isolated::{IsolatedPublisher, IsolatedResult};
-pub(crate) use kept::{Begun, InHand, KeptReplies, Sent};
+pub(crate) use kept::{Begun, End, InHand, KeptReplies, Sent};

@@ -17,7 +17,7 @@ FUZZ_SECONDS ?= 600
 # The benchmark program expects the optimised programs in its own folder.
 BENCH = cargo run --release --locked --quiet -p rpc-benches --bin compare --
 DENY = cargo deny --config .cargo/deny.toml
-CARGO_DOC = RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet
+CARGO_DOC = RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet --document-private-items
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

@@ -1,19 +1,19 @@
 //! The pending calls: which are unanswered, and what happens to them.
 //!
-//! The fate of a call is what the broker did with its latest request. Events change the fate:
+//! The state of a call is what the broker did with its latest request. Events change the state:
 //!
-//! | event | unsent | unconfirmed | accepted | lost | refused |
+//! | event | unsent | unconfirmed | accepted | to resend | nacked |
 //! | --- | --- | --- | --- | --- | --- |
 //! | published | unconfirmed | | | | |
 //! | ack | | accepted | | | |
-//! | nack | | refused; lost if it may have run | | | |
-//! | return | | lost; a first request ends its call | lost | lost | lost |
+//! | nack | | nacked; to resend if it may have run | | | |
+//! | return | | to resend; a first request ends its call | to resend | to resend | to resend |
 //! | `queue_stats`: the queue is full | | | | | the call ends |
-//! | `queue_stats`: not full, or the answer is late | | | | | lost |
+//! | `queue_stats`: not full, or the answer is late | | | | | to resend |
 //! | the resend is due | | | unsent if the queue was missing | unsent | |
 //! | a new connection | unsent | unsent | unsent | unsent | unsent |
 //!
-//! An empty cell: the fate stays. A reply, or the deadline, ends a call of any fate.
+//! An empty cell: the state stays. A reply, or the deadline, ends a call of any state.
 //!
 //! Pure: no socket, and no clock but the instants that are passed in.
 
@@ -29,7 +29,7 @@ use uuid::Uuid;
 /// at once.
 const MAX_UNCONFIRMED: usize = 1_000;
 
-/// Pause before a lost request is resent.
+/// Pause before a request is resent.
 const RESEND_DELAY: Duration = Duration::from_millis(250);
 
 /// Longest `queue_stats` round trip still trusted to explain a nack. (A durable classic queue
@@ -55,28 +55,28 @@ pub(crate) struct Call<T> {
     answered_before: u64,
     /// Whether a queue has taken the request, or an earlier connection has ended with it.
     may_have_run: bool,
-    fate: Fate,
+    state: RequestState,
 }
 
-/// The **fate** of a call: what the broker did with its latest request.
+/// The **state** of a call: what the broker did with its latest request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fate {
+enum RequestState {
     /// To be published on this connection.
     Unsent,
     /// Published, and neither confirmed nor returned.
     Unconfirmed,
     /// The queue has taken the request.
     Accepted,
-    /// No queue has taken the request, which is resent.
-    Lost,
+    /// No queue has taken the request, which waits for its resend.
+    ToResend,
     /// The queue nacked the first request of the call at this instant: the queue is full, or
     /// the queue's process has died. `queue_stats` decides.
-    Refused(Instant),
+    Nacked(Instant),
 }
 
-/// An event that changes the fate of a call.
+/// An event that changes the state of a call.
 #[derive(Clone, Copy, Debug)]
-enum FateEvent {
+enum StateEvent {
     Published,
     Ack,
     Nack { at: Instant, may_have_run: bool },
@@ -86,30 +86,33 @@ enum FateEvent {
     NewConnection,
 }
 
-impl Fate {
-    /// The fate after an event, see the table of this file.
+impl RequestState {
+    /// The state after an event, see the table of this file.
     #[allow(clippy::match_same_arms)] // a line for each cell of the table
-    fn after(self, event: FateEvent) -> Self {
+    fn after(self, event: StateEvent) -> Self {
         match (event, self) {
-            (FateEvent::Published, Fate::Unsent) => Fate::Unconfirmed,
-            (FateEvent::Ack, Fate::Unconfirmed) => Fate::Accepted,
-            (FateEvent::Nack { at, may_have_run }, Fate::Unconfirmed) => {
+            (StateEvent::Published, RequestState::Unsent) => RequestState::Unconfirmed,
+            (StateEvent::Ack, RequestState::Unconfirmed) => RequestState::Accepted,
+            (StateEvent::Nack { at, may_have_run }, RequestState::Unconfirmed) => {
                 if may_have_run {
-                    Fate::Lost
+                    RequestState::ToResend
                 } else {
-                    Fate::Refused(at)
+                    RequestState::Nacked(at)
                 }
             }
-            (FateEvent::Return, Fate::Unconfirmed | Fate::Accepted | Fate::Refused(_)) => {
-                Fate::Lost
+            (
+                StateEvent::Return,
+                RequestState::Unconfirmed | RequestState::Accepted | RequestState::Nacked(_),
+            ) => RequestState::ToResend,
+            (StateEvent::QueueNotFull, RequestState::Nacked(_)) => RequestState::ToResend,
+            (StateEvent::ResendDue { .. }, RequestState::ToResend) => RequestState::Unsent,
+            (StateEvent::ResendDue { was_queue_missing }, RequestState::Accepted)
+                if was_queue_missing =>
+            {
+                RequestState::Unsent
             }
-            (FateEvent::QueueNotFull, Fate::Refused(_)) => Fate::Lost,
-            (FateEvent::ResendDue { .. }, Fate::Lost) => Fate::Unsent,
-            (FateEvent::ResendDue { was_queue_missing }, Fate::Accepted) if was_queue_missing => {
-                Fate::Unsent
-            }
-            (FateEvent::NewConnection, _) => Fate::Unsent,
-            (_, fate) => fate,
+            (StateEvent::NewConnection, _) => RequestState::Unsent,
+            (_, state) => state,
         }
     }
 }
@@ -117,7 +120,7 @@ impl Fate {
 impl<T> Call<T> {
     /// Whether each of its requests was returned or refused: nothing ran.
     pub(crate) fn was_never_accepted(&self) -> bool {
-        self.fate == Fate::Lost && !self.may_have_run
+        self.state == RequestState::ToResend && !self.may_have_run
     }
 
     /// Whether a queue may have taken a request of this call.
@@ -167,12 +170,12 @@ struct OnConnection {
     published: u64,
     /// Indexes of the calls whose requests are unconfirmed, by delivery tag.
     unconfirmed: BTreeMap<u64, u64>,
-    /// False from a request that was returned or refused until the queue takes one.
+    /// False after a return or a nack whose request is resent, until an ack or a reply.
     is_accepting: bool,
     resend: Option<Resend>,
 }
 
-/// The resend of lost requests.
+/// The resend of the requests that no queue has taken.
 #[derive(Debug)]
 struct Resend {
     at: Instant,
@@ -241,7 +244,7 @@ impl<T> PendingCalls<T> {
             ahead: self.calls.len(),
             answered_before: self.answered,
             may_have_run: false,
-            fate: Fate::Unsent,
+            state: RequestState::Unsent,
         };
         self.begun += 1;
         self.index_of.insert(id, index);
@@ -271,7 +274,7 @@ impl<T> PendingCalls<T> {
     pub(crate) fn on_new_connection(&mut self) {
         for call in self.calls.values_mut() {
             call.may_have_run |= call.sends > 0;
-            call.fate = call.fate.after(FateEvent::NewConnection);
+            call.state = call.state.after(StateEvent::NewConnection);
         }
         self.connection = OnConnection::new(self.calls.keys().copied().collect());
     }
@@ -299,25 +302,25 @@ impl<T> PendingCalls<T> {
         }
         call.sends += 1;
         call.first_sent.get_or_insert(now);
-        call.fate = call.fate.after(FateEvent::Published);
+        call.state = call.state.after(StateEvent::Published);
         self.connection.published += 1;
         let tag = self.connection.published;
         self.connection.unconfirmed.insert(tag, call.index);
         Some(SendResult::Sent)
     }
 
-    /// Makes the lost requests unsent, if their resend is due.
+    /// Makes the requests that are to be resent unsent, if their resend is due.
     pub(crate) fn on_timer(&mut self, now: Instant) {
         let Some(resend) = self.connection.resend.take_if(|resend| resend.at <= now) else {
             return;
         };
-        let event = FateEvent::ResendDue {
+        let event = StateEvent::ResendDue {
             was_queue_missing: resend.was_queue_missing,
         };
         for call in self.calls.values_mut() {
-            let fate = call.fate.after(event);
-            if fate != call.fate {
-                call.fate = fate;
+            let state = call.state.after(event);
+            if state != call.state {
+                call.state = state;
                 self.connection.to_send.push_back(call.index);
             }
         }
@@ -326,7 +329,11 @@ impl<T> PendingCalls<T> {
     /// Whether the queue takes further calls, as far as is known. If it does not, one call at a
     /// time tries it.
     pub(crate) fn accepts_calls(&self) -> bool {
-        let is_tried = || self.calls.values().any(|call| call.fate != Fate::Accepted);
+        let is_tried = || {
+            self.calls
+                .values()
+                .any(|call| call.state != RequestState::Accepted)
+        };
         self.connection.is_accepting || (self.connection.resend.is_none() && !is_tried())
     }
 
@@ -348,7 +355,7 @@ impl<T> PendingCalls<T> {
     ) -> Option<AfterReturn<T>> {
         let id = Uuid::try_parse_ascii(correlation_id?).ok()?;
         let call = self.calls.get_mut(self.index_of.get(&id)?)?;
-        call.fate = call.fate.after(FateEvent::Return);
+        call.state = call.state.after(StateEvent::Return);
         let is_first = call.sends == 1 && !self.expects_queue;
         self.on_missing_queue(now);
         if is_first {
@@ -369,47 +376,46 @@ impl<T> PendingCalls<T> {
             let Some(call) = self.calls.get_mut(&index) else {
                 continue;
             };
-            if call.fate == Fate::Unconfirmed {
-                call.fate = call.fate.after(FateEvent::Ack);
+            if call.state == RequestState::Unconfirmed {
+                call.state = call.state.after(StateEvent::Ack);
                 call.may_have_run = true;
                 self.connection.is_accepting = true;
             }
         }
     }
 
-    /// The queue has not taken these requests. Returns whether any is refused: then `queue_stats`
-    /// decides whether the queue is full.
+    /// The queue has not taken these requests. Returns whether any state is `Nacked`: then
+    /// `queue_stats` decides whether the queue is full.
     pub(crate) fn on_nack(&mut self, confirmation: Confirmation, now: Instant) -> bool {
-        let mut is_any_refused = false;
+        let mut is_any_nacked = false;
         for index in self.connection.take_confirmed(confirmation) {
             let Some(call) = self.calls.get_mut(&index) else {
                 continue;
             };
-            call.fate = call.fate.after(FateEvent::Nack {
+            call.state = call.state.after(StateEvent::Nack {
                 at: now,
                 may_have_run: call.may_have_run,
             });
-            is_any_refused |= matches!(call.fate, Fate::Refused(_));
+            is_any_nacked |= matches!(call.state, RequestState::Nacked(_));
             self.connection.is_accepting = false;
             self.connection.schedule_resend(now);
         }
-        is_any_refused
+        is_any_nacked
     }
 
-    /// The queue is not full, or was asked too late: refused requests are resent.
-    pub(crate) fn resend_refused(&mut self, now: Instant) {
+    /// The queue is not full, or was asked too late: nacked requests are resent.
+    pub(crate) fn resend_nacked(&mut self, now: Instant) {
         for call in self.calls.values_mut() {
-            if matches!(call.fate, Fate::Refused(_)) {
-                call.fate = call.fate.after(FateEvent::QueueNotFull);
+            if matches!(call.state, RequestState::Nacked(_)) {
+                call.state = call.state.after(StateEvent::QueueNotFull);
                 self.connection.schedule_resend(now);
             }
         }
     }
 
-    /// Ends a call whose request was refused a short time ago: the queue is full.
-    pub(crate) fn pop_refused(&mut self, now: Instant) -> Option<Call<T>> {
-        let is_recent =
-            |call: &&Call<T>| matches!(call.fate, Fate::Refused(at) if now < at + MAX_STATS_TIME);
+    /// Ends a call whose request was nacked a short time ago: the queue is full.
+    pub(crate) fn pop_nacked(&mut self, now: Instant) -> Option<Call<T>> {
+        let is_recent = |call: &&Call<T>| matches!(call.state, RequestState::Nacked(at) if now < at + MAX_STATS_TIME);
         let id = self.calls.values().find(is_recent)?.id;
         self.remove(id)
     }
@@ -418,7 +424,7 @@ impl<T> PendingCalls<T> {
     /// call of the largest unconfirmed request. It is too large, whether or not it is the refused
     /// one.
     pub(crate) fn pop_too_large(&mut self) -> Option<Call<T>> {
-        let is_unconfirmed = |call: &&Call<T>| call.fate == Fate::Unconfirmed;
+        let is_unconfirmed = |call: &&Call<T>| call.state == RequestState::Unconfirmed;
         let unconfirmed = self.calls.values().filter(is_unconfirmed);
         let id = unconfirmed.max_by_key(|call| call.request.body.len())?.id;
         self.remove(id)
@@ -658,7 +664,7 @@ mod tests {
         publish(&mut calls).unwrap();
         begin(&mut calls, ID, 1);
         assert!(!calls.on_nack(one(1), now));
-        assert!(calls.pop_refused(now).is_none());
+        assert!(calls.pop_nacked(now).is_none());
         assert!(calls.on_nack(one(2), now));
         assert!(!calls.accepts_calls());
         let late = now + 2 * RESEND_DELAY;
@@ -667,8 +673,8 @@ mod tests {
             Some(OTHER),
             "the first one waits for queue_stats"
         );
-        assert_eq!(calls.pop_refused(now).map(|call| call.id), Some(ID));
-        assert!(calls.pop_refused(now).is_none());
+        assert_eq!(calls.pop_nacked(now).map(|call| call.id), Some(ID));
+        assert!(calls.pop_nacked(now).is_none());
     }
 
     #[test]
@@ -678,13 +684,13 @@ mod tests {
         let refused = Instant::now();
         assert!(calls.on_nack(one(1), refused));
         let late = refused + MAX_STATS_TIME;
-        assert!(calls.pop_refused(late).is_none());
-        calls.resend_refused(late);
+        assert!(calls.pop_nacked(late).is_none());
+        calls.resend_nacked(late);
         let resent = late + RESEND_DELAY;
         calls.on_timer(resent);
         publish(&mut calls).unwrap();
         assert!(calls.on_nack(one(2), resent));
-        assert_eq!(calls.pop_refused(resent).map(|call| call.id), Some(ID));
+        assert_eq!(calls.pop_nacked(resent).map(|call| call.id), Some(ID));
     }
 
     #[test]
@@ -694,7 +700,7 @@ mod tests {
         begin(&mut calls, ID, 1);
         assert!(calls.on_nack(one(1), now));
         assert!(resend(&mut calls, now + RESEND_DELAY).is_none());
-        calls.resend_refused(now);
+        calls.resend_nacked(now);
         assert_eq!(resend(&mut calls, now + RESEND_DELAY), Some(ID));
     }
 
@@ -746,7 +752,7 @@ mod tests {
         let now = Instant::now();
         begin(&mut calls, ID, 1);
         calls.on_nack(one(1), now);
-        calls.pop_refused(now).unwrap();
+        calls.pop_nacked(now).unwrap();
         assert!(!calls.accepts_calls(), "not before the delay has passed");
         assert!(resend(&mut calls, now + RESEND_DELAY).is_none());
         assert!(calls.accepts_calls());
@@ -829,41 +835,47 @@ mod tests {
 
     #[test]
     fn events_change_the_fate_as_the_table_of_this_file_says() {
-        use Fate::{Accepted, Lost, Refused, Unconfirmed, Unsent};
+        use RequestState::{Accepted, Nacked, ToResend, Unconfirmed, Unsent};
         let at = Instant::now();
-        let before = [Unsent, Unconfirmed, Accepted, Lost, Refused(at)];
-        let nack = |may_have_run| FateEvent::Nack { at, may_have_run };
-        let resend = |was_queue_missing| FateEvent::ResendDue { was_queue_missing };
+        let before = [Unsent, Unconfirmed, Accepted, ToResend, Nacked(at)];
+        let nack = |may_have_run| StateEvent::Nack { at, may_have_run };
+        let resend = |was_queue_missing| StateEvent::ResendDue { was_queue_missing };
         for (event, after) in [
             (
-                FateEvent::Published,
-                [Unconfirmed, Unconfirmed, Accepted, Lost, Refused(at)],
+                StateEvent::Published,
+                [Unconfirmed, Unconfirmed, Accepted, ToResend, Nacked(at)],
             ),
             (
-                FateEvent::Ack,
-                [Unsent, Accepted, Accepted, Lost, Refused(at)],
+                StateEvent::Ack,
+                [Unsent, Accepted, Accepted, ToResend, Nacked(at)],
             ),
             (
                 nack(false),
-                [Unsent, Refused(at), Accepted, Lost, Refused(at)],
+                [Unsent, Nacked(at), Accepted, ToResend, Nacked(at)],
             ),
-            (nack(true), [Unsent, Lost, Accepted, Lost, Refused(at)]),
-            (FateEvent::Return, [Unsent, Lost, Lost, Lost, Lost]),
             (
-                FateEvent::QueueNotFull,
-                [Unsent, Unconfirmed, Accepted, Lost, Lost],
+                nack(true),
+                [Unsent, ToResend, Accepted, ToResend, Nacked(at)],
+            ),
+            (
+                StateEvent::Return,
+                [Unsent, ToResend, ToResend, ToResend, ToResend],
+            ),
+            (
+                StateEvent::QueueNotFull,
+                [Unsent, Unconfirmed, Accepted, ToResend, ToResend],
             ),
             (
                 resend(false),
-                [Unsent, Unconfirmed, Accepted, Unsent, Refused(at)],
+                [Unsent, Unconfirmed, Accepted, Unsent, Nacked(at)],
             ),
             (
                 resend(true),
-                [Unsent, Unconfirmed, Unsent, Unsent, Refused(at)],
+                [Unsent, Unconfirmed, Unsent, Unsent, Nacked(at)],
             ),
-            (FateEvent::NewConnection, [Unsent; 5]),
+            (StateEvent::NewConnection, [Unsent; 5]),
         ] {
-            assert_eq!(before.map(|fate| fate.after(event)), after, "{event:?}");
+            assert_eq!(before.map(|state| state.after(event)), after, "{event:?}");
         }
     }
 

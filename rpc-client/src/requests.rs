@@ -14,13 +14,13 @@ pub struct RequestSender<T> {
     shared: Arc<Shared>,
 }
 
-/// The requests of a [`run`](crate::run).
+/// The requests of a [`run`](crate::run()).
 pub struct Requests<T> {
     receiver: Receiver<Request<T>>,
     shared: Arc<Shared>,
 }
 
-/// Stops a [`run`](crate::run), from any thread.
+/// Stops a [`run`](crate::run()), from any thread.
 #[derive(Clone)]
 pub struct Stopper(Arc<Shared>);
 
@@ -118,9 +118,9 @@ impl<T> Requests<T> {
         self.shared.is_stopped.load(Ordering::SeqCst)
     }
 
-    /// Called before each wait. Whether the event loop must not wait: it is stopped; or it
-    /// `takes_requests`, and one is there or there are no more. Else the next request wakes it, if
-    /// it `takes_requests`.
+    /// Prepares a wait. Returns true if the event loop must not wait: the run is stopped; or the
+    /// loop `takes_requests`, and there is one, or the sender is dropped. If this returns false and
+    /// the loop takes requests, the next request wakes the loop.
     pub(crate) fn prepare_wait(&self, takes_requests: bool) -> bool {
         self.shared
             .is_awaited

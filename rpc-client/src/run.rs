@@ -1,5 +1,6 @@
-//! A run: makes a call of each request. It moves events, requests and outcomes between the
-//! [`RunState`], which decides, the [`Session`], which is the way to the broker, and the caller.
+//! A run: makes a call of each request. The **event loop** of the client is `Run::use_session`: it
+//! moves events, requests and outcomes between the [`RunState`], which decides, the [`Session`],
+//! which is the way to the broker, and the caller.
 //!
 //! A run drives the link of the connection, so the thread of the run is the one that a reply wakes.
 
@@ -94,7 +95,8 @@ impl<T> Run<'_, '_, T> {
             );
             let result = self.use_session(&mut session);
             if result.is_err() {
-                // What has arrived does not arrive again. Its errors come after the first one.
+                // The session has failed. Replies that are already in its inbox will not be
+                // delivered again, so they are processed before closing. The first error counts.
                 let now = Instant::now();
                 let _ = session.take_arrived(&mut |event| self.state.step(event, now));
             }

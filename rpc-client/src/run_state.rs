@@ -2,8 +2,8 @@
 //! messages between this state and the broker.
 //!
 //! [`RunState::step`] takes one [`Event`]. The results are taken by
-//! [`publish_next`](EventLoop::publish_next), [`take_outcomes`](EventLoop::take_outcomes),
-//! [`take_commands`](EventLoop::take_commands) and [`next_wake`](EventLoop::next_wake).
+//! [`publish_next`](RunState::publish_next), [`take_outcomes`](RunState::take_outcomes),
+//! [`take_commands`](RunState::take_commands) and [`next_wake`](RunState::next_wake).
 
 use crate::call::{Error, NoAnswerCause, Outcome, Request};
 use crate::config::Config;
@@ -48,7 +48,7 @@ pub(crate) enum Event {
     ConnectionEnded(ErrorKind),
     /// The session has failed.
     Failed(Error),
-    /// The instant of [`EventLoop::next_wake`] has come.
+    /// The instant of [`RunState::next_wake`] has come.
     Timer,
 }
 
@@ -334,7 +334,7 @@ impl<'a, T> RunState<'a, T> {
         }
         if stats.as_ref().is_ok_and(|stats| stats.messages > 0) {
             // The queue is full. An empty one that refuses requests has lost its process.
-            while let Some(call) = self.pending.pop_refused(now) {
+            while let Some(call) = self.pending.pop_nacked(now) {
                 let error = Error::QueueFull {
                     queue: self.config.queue.clone(),
                     address: self.address.clone(),
@@ -342,10 +342,10 @@ impl<'a, T> RunState<'a, T> {
                 self.end(call, Err(error), now);
             }
         }
-        self.pending.resend_refused(now);
+        self.pending.resend_nacked(now);
     }
 
-    /// Ends expired calls, gives up a late consumer, makes lost requests unsent, and asks for
+    /// Ends expired calls, gives up a late consumer, makes requests to resend unsent, and asks for
     /// `queue_stats`.
     fn on_timer(&mut self, now: Instant) {
         let has_expired = self.calls_can_expire() && self.expire(now);

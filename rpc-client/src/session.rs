@@ -118,7 +118,7 @@ impl Session {
     /// Takes all events. Order: confirmations, then `queue_stats` (which interpret nacks), then the
     /// end.
     pub(crate) fn take_events(&mut self, on_event: &mut OnEvent) -> Result<(), Error> {
-        self.take_arrived(on_event)?;
+        self.take_arrived(on_event)?; // the end stays in the inbox, and is taken below
         while let Ok(report) = self.reports.try_recv() {
             match report {
                 Report::Linked(link) => self.link = link.claim(),

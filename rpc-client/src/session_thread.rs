@@ -113,7 +113,7 @@ pub(crate) fn run(attempt: &Attempt, reporter: &Reporter, commands: &Receiver<Th
     let take_link = |link: &Arc<Link>| {
         reporter.report(Report::Linked(UnclaimedLink(Some(link.clone()))));
     };
-    let owner = Owner::Receiver(reporter.waker.clone(), &take_link);
+    let owner = Owner::EventLoop(reporter.waker.clone(), &take_link);
     match Connection::open_any(&attempt.endpoints, "rpc-client", &attempt.deadline, &owner) {
         Ok(mut connection) => {
             let result = run_session(&mut connection, attempt, reporter, commands);
@@ -172,10 +172,10 @@ fn run_session(
         reporter.report(connected);
         consumer
     } else {
-        // Requests are published meanwhile, and their replies wait in the queue. This has no
-        // deadline: a broker that blocks publishers answers when it unblocks them. If it does not
-        // block them, and has not answered in time or when all calls have expired, the event loop
-        // ends this wait by shutting the socket down.
+        // Requests are published while the consumer is being started; replies wait in the reply
+        // queue. This call has no deadline, because a broker that blocks publishers answers only
+        // when it unblocks them. For other brokers the event loop sets the limit:
+        // `SessionCommand::GiveUp` ends the connection, and this call returns with an error.
         reporter.report(connected);
         let consumer = consume(&Deadline::after(Duration::MAX));
         consumer.map_err(|error| explain_refusal(connection, &reply_queue, error, deadline))?

@@ -187,6 +187,7 @@ impl Link {
         let number = self.add_blocking(deadline.instant());
         self.wake_standby();
         let result = call();
+        // `check_timers` removes the entry at the deadline: without one, the call timed out.
         lock(&self.blocking)
             .deadlines
             .remove(&number)
@@ -300,7 +301,7 @@ impl Link {
         self.notifications.clone()
     }
 
-    /// The end of the connection, if it has ended.
+    /// How the connection ended, if it has.
     pub(crate) fn ended(&self) -> Option<&End> {
         self.end.get()
     }
@@ -310,7 +311,7 @@ impl Link {
         self.end.get().is_some()
     }
 
-    /// The end of the connection, if it has ended.
+    /// The end of the connection as an error, if it has ended.
     pub fn cause(&self) -> Option<ErrorKind> {
         self.end.get().map(ErrorKind::from)
     }

@@ -74,11 +74,11 @@ pub struct Connection {
 
 /// Who drives the [`Link`] of a connection.
 pub enum Owner<'a> {
-    /// A standby thread, while nobody else does.
+    /// A standby thread, and in its place a worker that waits, see [`Driving`].
     Standby,
-    /// The receiver of the link, from when the socket is connected; there may be several attempts.
-    /// The waker ends its wait.
-    Receiver(Waker, &'a dyn Fn(&Arc<Link>)),
+    /// The event loop that receives the link when the socket is connected; there may be several
+    /// attempts. The waker ends its wait.
+    EventLoop(Waker, &'a dyn Fn(&Arc<Link>)),
 }
 
 impl Connection {
@@ -132,14 +132,14 @@ impl Connection {
         let no_resources = |error: io::Error| ErrorKind::NotConnected(describe_io_error(&error));
         let waker = match owner {
             Owner::Standby => Waker::new().map_err(no_resources)?,
-            Owner::Receiver(waker, _) => waker.clone(),
+            Owner::EventLoop(waker, _) => waker.clone(),
         };
         let name = connection_name(program);
         let (link, stream) =
             Link::new(transport, name, endpoint.heartbeat, waker).map_err(no_resources)?;
         match owner {
             Owner::Standby => link.start_standby().map_err(no_resources)?,
-            Owner::Receiver(_, take_link) => take_link(&link),
+            Owner::EventLoop(_, take_link) => take_link(&link),
         }
         let begun = Instant::now();
         let handshake = link.run_blocking_until(deadline, || {

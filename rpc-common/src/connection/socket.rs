@@ -13,8 +13,8 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
-/// Maximum number of bytes that the kernel holds of what it has not sent yet. More stays with us, so
-/// that a server that stops sees whether the broker still takes its replies.
+/// Maximum number of bytes that the kernel holds of what it has not sent yet. More stays with us,
+/// so that a server that stops sees whether the broker still takes its replies.
 const MAX_UNSENT: u32 = 256 << 10;
 
 /// A connection to the peer, with or without TLS, that does not block.

@@ -32,8 +32,9 @@ impl Waker {
         })))
     }
 
-    /// Ends the wait. What this is about must have been stored before, where the waiting thread's
-    /// `is_ready` looks.
+    /// Wakes the thread that waits. Before calling this, store the news where `is_ready` of that
+    /// thread reads them: a thread that is about to sleep checks `is_ready` once more, and a thread
+    /// that is awake gets no signal.
     pub fn wake(&self) {
         if self.0.is_waiting.swap(false, Ordering::SeqCst) {
             let _ = write(&self.0.event, &1u64.to_ne_bytes()); // fails if it is readable already

@@ -11,7 +11,7 @@ use process::{Groups, Invocation};
 use rpc_common::message::{Answer, ErrorCode, Failure, Reply, Request};
 use rpc_common::options::{parse_duration, parse_size, parse_timeout};
 use rpc_common::text::{describe_io_error, escape, format_duration};
-use run::{run_command, Ended, Limits, Stopped};
+use run::{run_command, Ended, Limits, StopReason};
 use std::env;
 use std::ffi::{CStr, CString, OsString};
 use std::io;
@@ -119,7 +119,7 @@ impl Program {
     }
 
     /// Calls `on_stopped` for each run that is stopped at a limit.
-    pub fn on_stopped(&mut self, on_stopped: impl Fn() + Send + Sync + 'static) {
+    pub fn set_stop_callback(&mut self, on_stopped: impl Fn() + Send + Sync + 'static) {
         self.on_stopped = Box::new(on_stopped);
     }
 
@@ -154,7 +154,7 @@ impl Program {
             time: self.options.time_limit,
             deadline: request.deadline_ms.and_then(instant_of),
             kill_after: self.options.kill_after,
-            // The text of a failure is not a reply.
+            // The text of a program that fails may be longer than its reply.
             output: self.options.max_reply.max(MAX_SENTENCE),
             caller,
         };
@@ -175,11 +175,11 @@ impl Program {
             }
             Ended::Exited(..) | Ended::OutputTooLarge => Err(self.reply_too_large()),
             Ended::Stopped(why) => {
-                if why == Stopped::Cancelled {
+                if why == StopReason::Cancelled {
                     caller.give_back();
                 }
                 (self.on_stopped)();
-                Err(self.stopped(why))
+                Err(self.stop_failure(why))
             }
         }
     }
@@ -220,16 +220,16 @@ impl Program {
         Failure::new(ErrorCode::TooLarge, message)
     }
 
-    fn stopped(&self, stopped: Stopped) -> Failure {
-        let reason = match stopped {
-            Stopped::AtTimeLimit => format!(
+    fn stop_failure(&self, reason: StopReason) -> Failure {
+        let reason = match reason {
+            StopReason::AtTimeLimit => format!(
                 "it ran longer than {}",
                 format_duration(self.options.time_limit)
             ),
-            Stopped::AtDeadline => "the caller's deadline has passed".into(),
-            Stopped::CallerGone => "its caller has gone".into(),
-            Stopped::Cancelled => "the server stops".into(), // the reply is dropped
-            Stopped::OutputTooLarge => return self.reply_too_large(),
+            StopReason::AtDeadline => "the caller's deadline has passed".into(),
+            StopReason::CallerGone => "its caller has gone".into(),
+            StopReason::Cancelled => "the server stops".into(), // the reply is dropped
+            StopReason::OutputTooLarge => return self.reply_too_large(),
         };
         // A caller that has gone gets no answer; the code is for the log and the metrics.
         Failure::new(

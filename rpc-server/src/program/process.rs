@@ -61,7 +61,7 @@ struct State {
 }
 
 impl Groups {
-    /// Kills all runs. None of them returns, and none begins: the process is about to end, and
+    /// Kills all runs. None of them returns, and none begins: rpc-server is about to exit, and
     /// their requests must not be answered.
     pub(crate) fn kill_all(&self) {
         let mut state = lock(&self.state);
@@ -107,7 +107,7 @@ impl Groups {
         }
         drop(state);
         loop {
-            thread::park(); // until the process ends
+            thread::park(); // until rpc-server exits
         }
     }
 }

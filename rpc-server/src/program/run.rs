@@ -46,7 +46,7 @@ pub(crate) struct Limits<'a> {
 
 /// The reason to stop a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Stopped {
+pub(crate) enum StopReason {
     AtTimeLimit,
     AtDeadline,
     CallerGone,
@@ -59,10 +59,10 @@ pub(crate) enum Stopped {
 pub(crate) enum Ended {
     /// By itself, with this status and standard output.
     Exited(ExitStatus, Vec<u8>),
-    /// By itself, with more output than the limit.
+    /// By itself, with more output than the limit, before it could be stopped.
     OutputTooLarge,
     /// At one of its limits.
-    Stopped(Stopped),
+    Stopped(StopReason),
 }
 
 /// The stage of a run that has not exited.
@@ -72,16 +72,19 @@ enum Stage {
     Running,
     /// The group got SIGTERM. It gets SIGKILL at `kill_at`; `None` is never.
     Terminating {
-        why: Stopped,
+        why: StopReason,
         kill_at: Option<Instant>,
     },
     /// The group got SIGKILL. It is left alone at `give_up_at`.
-    Killed { why: Stopped, give_up_at: Instant },
+    Killed {
+        why: StopReason,
+        give_up_at: Instant,
+    },
 }
 
 impl Stage {
     /// The reason of the stop. `None` while the program runs.
-    fn stopped(self) -> Option<Stopped> {
+    fn stop_reason(self) -> Option<StopReason> {
         match self {
             Stage::Running => None,
             Stage::Terminating { why, .. } | Stage::Killed { why, .. } => Some(why),
@@ -93,7 +96,7 @@ impl Stage {
     fn next(
         self,
         now: Instant,
-        reason: Option<Stopped>,
+        reason: Option<StopReason>,
         kill_after: Duration,
     ) -> Option<(Self, Signal)> {
         match self {
@@ -214,7 +217,7 @@ impl<'a> Run<'a> {
     ///
     /// # Errors
     /// The reason of the stop, if the program cannot be killed.
-    fn wait_for_exit(&mut self) -> Result<(), Stopped> {
+    fn wait_for_exit(&mut self) -> Result<(), StopReason> {
         loop {
             self.transfer(self.next_timer());
             if self.has_exited {
@@ -241,7 +244,7 @@ impl<'a> Run<'a> {
 
     /// The end of a run whose program has exited with this status.
     fn ended(&mut self, status: ExitStatus) -> Ended {
-        match self.stage.stopped() {
+        match self.stage.stop_reason() {
             Some(why) => Ended::Stopped(why),
             None if self.is_output_too_large() => Ended::OutputTooLarge,
             None => Ended::Exited(status, mem::take(&mut self.output)),
@@ -264,7 +267,7 @@ impl<'a> Run<'a> {
             self.write_input();
         }
         if stdout {
-            let keeps = self.stage.stopped().is_none() && !self.is_output_too_large();
+            let keeps = self.stage.stop_reason().is_none() && !self.is_output_too_large();
             let output = &mut self.output;
             read(&mut self.stdout, |bytes| {
                 if keeps {
@@ -283,7 +286,7 @@ impl<'a> Run<'a> {
         let [stdin, stdout, stderr] = self.pipes();
         let pidfd = Some(self.pidfd.as_fd()).filter(|_| !self.has_exited);
         // While the program runs: after that the pipe stays ready.
-        let is_running = self.stage.stopped().is_none() && !self.has_exited;
+        let is_running = self.stage.stop_reason().is_none() && !self.has_exited;
         let cancelled = Some(self.limits.caller.cancelled()).filter(|_| is_running);
         let all = [
             (pidfd, PollFlags::IN),
@@ -321,7 +324,7 @@ impl<'a> Run<'a> {
     }
 
     fn next_timer(&self) -> Instant {
-        let limit = self.stop_at.filter(|_| self.stage.stopped().is_none());
+        let limit = self.stop_at.filter(|_| self.stage.stop_reason().is_none());
         let timers = limit.into_iter().chain(self.stage.timer());
         timers.fold(self.next_caller_check, Instant::min)
     }
@@ -330,8 +333,8 @@ impl<'a> Run<'a> {
     ///
     /// # Errors
     /// The reason of the stop, when it is time to give the program up.
-    fn on_timers(&mut self, now: Instant) -> Result<(), Stopped> {
-        let is_running = self.stage.stopped().is_none();
+    fn on_timers(&mut self, now: Instant) -> Result<(), StopReason> {
+        let is_running = self.stage.stop_reason().is_none();
         let reason = is_running.then(|| self.reason_to_stop(now)).flatten();
         if let Some((stage, signal)) = self.stage.next(now, reason, self.limits.kill_after) {
             self.process.signal(signal);
@@ -359,17 +362,17 @@ impl<'a> Run<'a> {
         self.process.leave_alone();
     }
 
-    fn reason_to_stop(&self, now: Instant) -> Option<Stopped> {
+    fn reason_to_stop(&self, now: Instant) -> Option<StopReason> {
         if self.limits.caller.is_cancelled() {
-            Some(Stopped::Cancelled)
+            Some(StopReason::Cancelled)
         } else if self.is_output_too_large() {
-            Some(Stopped::OutputTooLarge)
+            Some(StopReason::OutputTooLarge)
         } else if self.limits.deadline.is_some_and(|deadline| deadline <= now) {
-            Some(Stopped::AtDeadline)
+            Some(StopReason::AtDeadline)
         } else if self.stop_at.is_some_and(|stop_at| stop_at <= now) {
-            Some(Stopped::AtTimeLimit)
+            Some(StopReason::AtTimeLimit)
         } else if self.next_caller_check <= now && self.limits.caller.is_gone() {
-            Some(Stopped::CallerGone)
+            Some(StopReason::CallerGone)
         } else {
             None
         }
@@ -402,21 +405,23 @@ mod tests {
         let second = Duration::from_secs(1);
         let stage = Stage::Running;
         assert!(stage.next(now, None, second).is_none() && stage.timer().is_none());
-        let (stage, signal) = stage.next(now, Some(Stopped::CallerGone), second).unwrap();
+        let (stage, signal) = stage
+            .next(now, Some(StopReason::CallerGone), second)
+            .unwrap();
         assert_eq!((signal, stage.timer()), (Signal::TERM, Some(now + second)));
-        let reason = Some(Stopped::AtTimeLimit); // later
+        let reason = Some(StopReason::AtTimeLimit); // later
         assert!(stage.next(now, reason, second).is_none());
         let (stage, signal) = stage.next(now + second, reason, second).unwrap();
         let give_up_at = now + second + GIVE_UP_AFTER;
         assert_eq!((signal, stage.timer()), (Signal::KILL, Some(give_up_at)));
         assert!(stage.next(give_up_at, reason, second).is_none());
-        assert_eq!(stage.stopped(), Some(Stopped::CallerGone));
+        assert_eq!(stage.stop_reason(), Some(StopReason::CallerGone));
     }
 
     #[test]
     fn a_run_is_not_killed_if_the_time_to_kill_it_is_too_far_away() {
         let now = Instant::now();
-        let reason = Some(Stopped::AtDeadline);
+        let reason = Some(StopReason::AtDeadline);
         let (stage, _) = Stage::Running.next(now, reason, Duration::MAX).unwrap();
         assert!(stage.timer().is_none() && stage.next(now, None, Duration::ZERO).is_none());
     }
@@ -448,15 +453,18 @@ mod tests {
         };
         assert_eq!((status.code(), &output[..]), (Some(3), &b"to be"[..]));
         let too_large = run_shell("echo 0123456789; trap '' TERM; sleep 60", b"", &limits);
-        assert!(matches!(too_large, Ended::Stopped(Stopped::OutputTooLarge)));
+        assert!(matches!(
+            too_large,
+            Ended::Stopped(StopReason::OutputTooLarge)
+        ));
         let short = Limits {
             time: Duration::from_millis(10),
             ..limits
         };
         let stopped = run_shell("sleep 60", b"", &short);
-        assert!(matches!(stopped, Ended::Stopped(Stopped::AtTimeLimit)));
+        assert!(matches!(stopped, Ended::Stopped(StopReason::AtTimeLimit)));
         cancel.cancel();
         let cancelled = run_shell("sleep 60", b"", &limits);
-        assert!(matches!(cancelled, Ended::Stopped(Stopped::Cancelled)));
+        assert!(matches!(cancelled, Ended::Stopped(StopReason::Cancelled)));
     }
 }

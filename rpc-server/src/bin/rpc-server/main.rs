@@ -66,7 +66,7 @@ fn run(cli: &Cli, stdout: &BackgroundWriter) -> Result<(), Error> {
         }
         Some(mut program) => {
             let runs_stopped = statistics.runs_stopped.clone();
-            program.on_stopped(move || {
+            program.set_stop_callback(move || {
                 runs_stopped.inc();
             });
             let program = Arc::new(program);

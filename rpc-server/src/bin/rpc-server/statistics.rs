@@ -24,7 +24,7 @@ pub(crate) struct Statistics {
     pub(crate) in_flight: Gauge,
     pub(crate) connected: Gauge,
     pub(crate) reconnects: Counter,
-    /// Number of runs of a program that were stopped at a limit.
+    /// Number of runs of a program that were stopped at a limit; the metric `programs_killed`.
     pub(crate) runs_stopped: Counter,
 }
 

@@ -23,6 +23,7 @@ Serves fib(n), or a program, to rpc-client and other clients over RabbitMQ.
       --workers <N>           requests served at once; 0: one per core [1]
       --prefetch <N>          unacknowledged requests per worker [1]
       --time-limit <DURATION> stop a run of the program after this [25m]
+      --stop-after <DURATION> at a stop, give up what has begun after this
       --metrics <ADDRESS>     serve Prometheus metrics; a bare port: loopback
   -q, --quiet                 do not print a line for each request
   -v, --verbose               more log

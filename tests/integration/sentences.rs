@@ -53,6 +53,20 @@ fn meaning_of_publish(url: &str, size: usize) -> Option<Meaning> {
 }
 
 #[test]
+fn a_queue_that_does_not_exist_is_told_from_one_that_is_exclusive_to_its_owner() {
+    let mut connection = connect(broker::url()).expect("the broker is running");
+    let mut meaning_of = |queue: &str| {
+        let stats = connection.queue_stats(queue, &deadline());
+        stats.expect_err("the broker refuses it").meaning()
+    };
+    let queue = Queue::named("sentences.missing");
+    assert_eq!(meaning_of(&queue), Some(Meaning::NoQueue));
+    let owner = Peer::connect();
+    let exclusive = owner.declare_exclusive();
+    assert_eq!(meaning_of(&exclusive), None);
+}
+
+#[test]
 fn a_durable_queue_is_told_from_a_transient_one_and_a_quorum_queue_from_a_classic_one() {
     let queue = Queue::named("sentences");
     Peer::connect().declare(&queue, "classic");

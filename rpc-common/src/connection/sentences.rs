@@ -130,6 +130,16 @@ mod tests {
                 Some(Meaning::ConnectionLimit),
             ),
             (530, "NOT_ALLOWED - vhost connection limit not found", None),
+            (
+                404,
+                "NOT_FOUND - no queue 'replies' in vhost '/'",
+                Some(Meaning::NoQueue),
+            ),
+            (
+                404,
+                "NOT_FOUND - home node 'rabbit@b' of durable queue 'replies' in vhost '/' is down or inaccessible",
+                None,
+            ),
         ] {
             assert_eq!(Meaning::of(code, text), meaning, "{text}");
         }

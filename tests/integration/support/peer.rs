@@ -121,6 +121,16 @@ impl Peer {
         exchange
     }
 
+    /// Declares a queue that is exclusive to this peer's connection. Returns its name.
+    pub(crate) fn declare_exclusive(&self) -> String {
+        let options = QueueDeclareOptions {
+            exclusive: true,
+            ..QueueDeclareOptions::default()
+        };
+        let queue = self.channel.queue_declare("", options);
+        queue.expect("the queue can be declared").name().to_owned()
+    }
+
     pub(crate) fn delete_queue(&self, queue: &str) {
         let _ = self
             .channel

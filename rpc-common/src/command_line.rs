@@ -1,13 +1,15 @@
 //! The command line: what both programs do alike.
 
-use crate::connection::{Endpoint, Error, ErrorKind, Secret, TlsFiles, DEFAULT_HEARTBEAT};
+use crate::connection::{
+    Deadline, Endpoint, Error, ErrorKind, OptionFile, Secret, TlsFiles, DEFAULT_HEARTBEAT,
+};
 use crate::exit::{print_message, ExitCode};
 use clap::error::{ContextKind, ContextValue, ErrorKind as ClapErrorKind};
 use std::env;
 use std::error::Error as _;
 use std::ffi::OsString;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::time::Duration;
 
 /// Parses the command line. Prints an error as one line, and help in clap's format; or
 /// `short_help`, if the first argument is `-h`.
@@ -150,6 +152,9 @@ pub fn from_args<Options: clap::Args>(args: &[&str]) -> Options {
     .expect("clap has checked them")
 }
 
+/// Timeout of checking the files: a file may have become a pipe since its type was looked at.
+const VALIDATION_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// The options that say where the broker is, and how to log in.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Broker")]
@@ -160,9 +165,9 @@ pub struct BrokerOptions {
     #[arg(long = "url", value_name = "URL", action = clap::ArgAction::Append)]
     urls: Vec<Secret>,
 
-    /// Read the password from FILE, again for every connection
+    /// Read the password from FILE, again for every connection; from a pipe only once
     #[arg(long, value_name = "FILE")]
-    password_file: Option<PathBuf>,
+    password_file: Option<OptionFile>,
 
     #[command(flatten)]
     tls: TlsFiles,
@@ -206,13 +211,14 @@ impl BrokerOptions {
     fn complete(&self, endpoint: &mut Endpoint) -> Result<(), ErrorKind> {
         endpoint.heartbeat = self.heartbeat;
         endpoint.password_file.clone_from(&self.password_file);
-        endpoint.validate_password_file()?;
-        if self.tls != TlsFiles::default() {
+        let deadline = Deadline::after(VALIDATION_TIMEOUT);
+        endpoint.validate_password_file(&deadline)?;
+        if !self.tls.is_empty() {
             if endpoint.tls.is_none() {
                 let reason = "--ca-file, --cert-file and --key-file need an amqps:// URL";
                 return Err(ErrorKind::bad_url(endpoint.source_name, reason));
             }
-            self.tls.client_config()?;
+            self.tls.validate(&deadline)?;
             endpoint.tls = Some(self.tls.clone());
         }
         Ok(())

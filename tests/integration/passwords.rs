@@ -1,10 +1,16 @@
 //! Where a password comes from, and that no log shows it.
 
 use crate::support::broker::{self, private_node};
+use crate::support::eventually;
 use crate::support::peer::Queue;
-use crate::support::programs::{assert_output, bash, client, command, Program};
-use std::fs;
-use std::path::Path;
+use crate::support::programs::{assert_output, bash, client, command, program_folder, Program};
+use rustix::fs::OFlags;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{fs, process};
 
 #[test]
 fn a_password_on_the_command_line_causes_a_warning() {
@@ -92,6 +98,105 @@ fn a_password_file_may_be_a_pipe() {
         .code(0)
         .stdout("832040\n")
         .stderr("");
+}
+
+/// `<(command)` is empty when it is read again.
+#[test]
+fn a_password_from_a_pipe_is_kept_for_the_next_connection() {
+    let node = private_node();
+    let user = "piped";
+    let queue = Queue::named("kept_password");
+    node.add_user(user, "sesame");
+    let server = program_folder().join("rpc-server");
+    let script = format!(
+        "exec {} --queue {} --password-file <(echo sesame)",
+        server.display(),
+        &*queue
+    );
+    let url = format!("amqp://{user}@{}", node.authority());
+    let mut bash = Command::new("bash");
+    let server = Program::spawn_command(bash.args(["-c", &script]).env("AMQP_URL", url));
+    assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
+    node.rabbitmqctl(&["close_all_user_connections", user, "test"]);
+    server.wait_for_log("retrying");
+    server.wait_for_log("connected to");
+    server.stop();
+    node.rabbitmqctl(&["delete_user", user]);
+}
+
+/// A FIFO, removed when this is dropped.
+struct Fifo(PathBuf);
+
+impl Fifo {
+    fn new(name: &str) -> Self {
+        let name = format!("{name}.{}", process::id());
+        let fifo = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+        let made = Command::new("mkfifo").arg(&fifo).status();
+        assert!(made.expect("mkfifo, of coreutils, runs").success());
+        Fifo(fifo)
+    }
+
+    fn path(&self) -> &str {
+        self.0.to_str().expect("the target folder is UTF-8")
+    }
+
+    /// Waits until a program has opened it for reading, and opens it for writing.
+    fn open_for_writing(&self) -> File {
+        let mut options = OpenOptions::new();
+        // Without NONBLOCK, opening waits without a limit.
+        let flags = OFlags::NONBLOCK.bits().cast_signed();
+        options.write(true).custom_flags(flags);
+        eventually("a reader of the FIFO", || options.open(&self.0).ok())
+    }
+}
+
+impl Drop for Fifo {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// Opening such a FIFO blocks.
+#[test]
+fn a_call_whose_files_are_pipes_without_a_writer_ends_by_its_timeout() {
+    let fifo = Fifo::new("silent-file");
+    let path = fifo.path();
+    let cert = ["--cert-file", path, "--key-file", path];
+    for (url, options) in [
+        ("amqp://localhost:1", &["--password-file", path][..]),
+        ("amqps://localhost:1", &["--ca-file", path]),
+        ("amqps://localhost:1", &cert),
+    ] {
+        let mut call = client("any", &[options, &["-t", "200ms", "30"]].concat());
+        let error = format!(
+            "rpc-client: {} {path}: timed out after 200ms while reading it: does a program write to it, and close it?\n",
+            options[0]
+        );
+        assert_output(call.env("AMQP_URL", url), 2, "", &error);
+    }
+}
+
+#[test]
+fn a_server_waits_for_the_writer_of_its_password_file_and_can_be_stopped_meanwhile() {
+    let fifo = Fifo::new("late-password");
+    let queue = Queue::named("late_password");
+    let (user, password) = broker::credentials()
+        .split_once(':')
+        .expect("both are in the URL");
+    let url = broker::url_with_credentials(user);
+    let args = ["--queue", &queue, "--password-file", fifo.path()];
+    let server = Program::spawn_at(&url, "rpc-server", &args);
+    let silent_writer = fifo.open_for_writing();
+    server.stop();
+    drop(silent_writer);
+    let server = Program::spawn_at(&url, "rpc-server", &args);
+    let mut writer = fifo.open_for_writing();
+    writer
+        .write_all(password.as_bytes())
+        .expect("the server has opened it");
+    drop(writer);
+    assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
+    server.stop();
 }
 
 /// RabbitMQ closes the socket after 3 s, without a reason, if a client does not announce that it

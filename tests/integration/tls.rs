@@ -4,9 +4,10 @@
 use crate::support::broker::{private_node, Node};
 use crate::support::certificates::Authority;
 use crate::support::peer::Queue;
-use crate::support::programs::{assert_output, client, Program};
+use crate::support::programs::{assert_output, client, program_folder, Program};
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::sync::OnceLock;
 
 /// The TLS listeners of the private node: their ports, and the certificate files of clients.
@@ -174,4 +175,34 @@ fn the_files_are_read_again_for_every_connection() {
     fs::copy(ca, &file).expect("the folder is writable");
     assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
     server.stop();
+}
+
+/// The check of the options must leave a pipe to the connection, and the next connection needs its
+/// contents again.
+#[test]
+fn files_that_are_pipes_are_read_once_and_kept() {
+    let Listeners {
+        ca,
+        client: (cert, key),
+        mutual,
+        ..
+    } = listeners();
+    let node = private_node();
+    let user = "piped-files";
+    node.add_user(user, "sesame");
+    let queue = Queue::named("tls_pipes");
+    let script = format!(
+        "exec {} --queue {} --ca-file <(cat {ca}) --cert-file <(cat {cert}) --key-file <(cat {key})",
+        program_folder().join("rpc-server").display(),
+        &*queue
+    );
+    let url = format!("amqps://{user}:sesame@localhost:{mutual}");
+    let mut bash = Command::new("bash");
+    let server = Program::spawn_command(bash.args(["-c", &script]).env("AMQP_URL", url));
+    assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
+    node.rabbitmqctl(&["close_all_user_connections", user, "test"]);
+    server.wait_for_log("retrying");
+    server.wait_for_log("connected to");
+    server.stop();
+    node.rabbitmqctl(&["delete_user", user]);
 }

@@ -3,6 +3,10 @@
 use super::error::ErrorKind;
 use super::phase::Phase;
 use crossbeam_channel::{bounded, Receiver};
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+use std::io;
+use std::os::fd::AsFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -55,6 +59,22 @@ impl Deadline {
     /// The instant at which the deadline passes.
     pub fn instant(&self) -> Instant {
         self.instant
+    }
+
+    /// Waits until the file or socket is ready. Fails with `TimedOut` when the deadline passes.
+    pub(crate) fn wait_for(&self, file: impl AsFd, events: PollFlags) -> io::Result<()> {
+        let mut files = [PollFd::new(&file, events)];
+        loop {
+            let timeout = self.remaining();
+            if timeout.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            match poll(&mut files, Timespec::try_from(timeout).ok().as_ref()) {
+                Ok(0) | Err(Errno::INTR) => {}
+                Ok(_) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// The time that is left; zero when the deadline has passed.

@@ -1,16 +1,16 @@
 //! The address of a broker and the login: a URL, and the options beside it.
 
+use super::deadline::Deadline;
 use super::error::ErrorKind;
+use super::option_file::OptionFile;
 use super::tls::TlsFiles;
 use crate::options::parse_name;
-use crate::text::{describe_io_error, escape};
+use crate::text::escape;
 use amiquip::{Auth, ConnectionOptions};
 use percent_encoding::percent_decode_str;
+use rustls::ClientConfig;
 use std::fmt::{self, Debug};
-use std::fs;
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::os::unix::fs::FileTypeExt;
-use std::path::PathBuf;
 use url::{Host, ParseError, Url};
 
 /// Default interval of heartbeats in seconds.
@@ -42,13 +42,24 @@ pub struct Endpoint {
     uses_certificate_login: bool,
     /// The origin of the URL, for messages.
     pub(crate) source_name: &'static str,
-    /// Read again for every connection.
-    pub(crate) password_file: Option<PathBuf>,
+    /// Read again for every connection, unless it is a pipe.
+    pub(crate) password_file: Option<OptionFile>,
     /// Seconds.
     pub(crate) heartbeat: u16,
     /// `None`: without TLS.
     pub(crate) tls: Option<TlsFiles>,
 }
+
+/// What an attempt to connect to an endpoint needs of its files.
+pub(super) struct Login {
+    /// amiquip's options of the handshake.
+    pub(super) options: ConnectionOptions<Auth>,
+    /// `None`: without TLS.
+    pub(super) tls: Option<ClientConfig>,
+}
+
+/// Option of the password file, in errors.
+const PASSWORD_FILE: &str = "--password-file";
 
 impl Endpoint {
     /// Reads a URL by the rules of the [RabbitMQ URI
@@ -72,15 +83,20 @@ impl Endpoint {
         self.password.is_some()
     }
 
-    /// amiquip's options of the handshake. Reads the password file.
+    /// Reads the files, by the deadline.
     ///
     /// # Errors
-    /// [`ErrorKind::Configuration`]
-    pub(crate) fn options(&self) -> Result<ConnectionOptions<Auth>, ErrorKind> {
-        Ok(ConnectionOptions::default()
-            .auth(self.auth()?)
+    /// [`ErrorKind::Configuration`] or [`ErrorKind::NoCaCertificates`].
+    pub(super) fn read_login(&self, deadline: &Deadline) -> Result<Login, ErrorKind> {
+        let options = ConnectionOptions::default()
+            .auth(self.auth(deadline)?)
             .virtual_host(&self.vhost)
-            .heartbeat(self.heartbeat))
+            .heartbeat(self.heartbeat);
+        let files = self.tls.as_ref();
+        let tls = files
+            .map(|files| files.client_config(deadline))
+            .transpose()?;
+        Ok(Login { options, tls })
     }
 
     /// Checks the password file against the URL, and reads it, so that an error is known before
@@ -88,30 +104,28 @@ impl Endpoint {
     ///
     /// # Errors
     /// [`ErrorKind::Configuration`]
-    pub(crate) fn validate_password_file(&self) -> Result<(), ErrorKind> {
+    pub(crate) fn validate_password_file(&self, deadline: &Deadline) -> Result<(), ErrorKind> {
         let Some(file) = &self.password_file else {
             return Ok(());
         };
-        let bad = |reason| Err(ErrorKind::bad_file("--password-file", file, reason));
+        let bad = |reason| Err(file.bad(PASSWORD_FILE, reason));
         if self.has_password() {
             return bad("the URL has a password, too: remove one of them");
         }
         if self.uses_certificate_login {
             return bad("auth_mechanism=external uses no password");
         }
-        let is_pipe = fs::metadata(file).is_ok_and(|metadata| metadata.file_type().is_fifo());
-        if is_pipe {
-            return Ok(());
+        if file.is_rereadable(PASSWORD_FILE)? {
+            self.auth(deadline)?;
         }
-        self.auth().map(drop)
+        Ok(())
     }
 
-    fn auth(&self) -> Result<Auth, ErrorKind> {
+    fn auth(&self, deadline: &Deadline) -> Result<Auth, ErrorKind> {
         let password = match &self.password_file {
             Some(file) => {
-                let text = fs::read_to_string(file).map_err(|error| {
-                    ErrorKind::bad_file("--password-file", file, &describe_io_error(&error))
-                })?;
+                let text = String::from_utf8(file.read(PASSWORD_FILE, deadline)?)
+                    .map_err(|_| file.bad(PASSWORD_FILE, "is not valid UTF-8"))?;
                 text.strip_suffix('\n').unwrap_or(&text).to_owned()
             }
             None if self.uses_certificate_login => return Ok(Auth::External),
@@ -268,10 +282,11 @@ impl Debug for Secret {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
 
     fn parts(url: &str) -> (String, String, String, String) {
         let endpoint = Endpoint::parse(url, "--url").unwrap();
-        let (user, password) = match endpoint.auth().unwrap() {
+        let (user, password) = match endpoint.auth(&Deadline::after(Duration::ZERO)).unwrap() {
             Auth::Plain { username, password } => (username, password),
             Auth::External => ("(external)".into(), String::new()),
         };

@@ -18,6 +18,7 @@ pub mod fuzz_check;
 mod inbox;
 mod link;
 mod methods;
+mod option_file;
 mod phase;
 mod queue_stats;
 mod reply_codes;
@@ -31,11 +32,13 @@ pub use backoff::Backoff;
 pub use channel::{ChannelInbox, Driving, HeaderTooLarge, OpenChannel, Publisher};
 pub use deadline::{run_in_background, Deadline};
 pub use demux::Notification;
+use endpoint::Login;
 pub(crate) use endpoint::Secret;
 pub use endpoint::{start_at, start_at_random, Endpoint, DEFAULT_HEARTBEAT};
 pub use error::{Error, ErrorKind, Reason};
 pub use inbox::{Arrived, Confirmation, Delivery, Message, Returned};
 pub use link::Link;
+pub(crate) use option_file::OptionFile;
 pub use phase::Phase;
 pub use queue_stats::QueueStats;
 pub use reply_codes::{ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED};
@@ -44,7 +47,7 @@ pub use tls::TlsFiles;
 pub use wake::Waker;
 
 use crate::text::{describe_io_error, escape};
-use amiquip::{AmqpValue, Auth, ConnectionOptions, ConnectionTuning};
+use amiquip::{AmqpValue, ConnectionTuning};
 use demux::End;
 use frames::{FrameError, FRAME_MAX};
 use std::net::SocketAddr;
@@ -105,30 +108,31 @@ impl Connection {
         deadline: &Deadline,
         owner: &Owner,
     ) -> Result<Self, ErrorKind> {
-        let options = endpoint.options()?;
+        // Before a socket is connected: the broker does not wait long for the handshake.
+        let login = endpoint.read_login(deadline)?;
         let addresses = socket::resolve(endpoint, deadline)?;
         let (last, others) = addresses.split_last().expect("there is an address");
         for (index, address) in others.iter().enumerate() {
             let share = deadline.split(addresses.len() - index, ATTEMPT_TIMEOUT);
-            match Self::open_address(endpoint, *address, options.clone(), program, &share, owner) {
+            match Self::open_address(endpoint, *address, &login, program, &share, owner) {
                 Err(kind) if !kind.is_permanent() => {
                     log::debug!("{address} {kind}; trying the next address");
                 }
                 result => return result,
             }
         }
-        Self::open_address(endpoint, *last, options, program, deadline, owner)
+        Self::open_address(endpoint, *last, &login, program, deadline, owner)
     }
 
     fn open_address(
         endpoint: &Endpoint,
         address: SocketAddr,
-        options: ConnectionOptions<Auth>,
+        login: &Login,
         program: &str,
         deadline: &Deadline,
         owner: &Owner,
     ) -> Result<Self, ErrorKind> {
-        let transport = socket::connect(endpoint, address, deadline)?;
+        let transport = socket::connect(endpoint, address, login.tls.as_ref(), deadline)?;
         let no_resources = |error: io::Error| ErrorKind::NotConnected(describe_io_error(&error));
         let waker = match owner {
             Owner::Standby => Waker::new().map_err(no_resources)?,
@@ -143,7 +147,7 @@ impl Connection {
         }
         let begun = Instant::now();
         let handshake = link.run_blocking_until(deadline, || {
-            let options = options.frame_max(FRAME_MAX);
+            let options = login.options.clone().frame_max(FRAME_MAX);
             amiquip::Connection::insecure_open_stream(stream, options, ConnectionTuning::default())
         });
         let Some(amqp) = handshake else {

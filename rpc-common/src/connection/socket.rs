@@ -8,6 +8,8 @@ use super::phase::Phase;
 use super::tls::{describe_tls_error, TlsStream};
 use crate::text::describe_io_error;
 use crossbeam_channel::RecvTimeoutError;
+
+use rustls::ClientConfig;
 use socket2::SockRef;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
@@ -67,10 +69,11 @@ impl Transport {
     }
 }
 
-/// Connects to an address of an endpoint, with TLS if its URL says so.
+/// Connects to an address of an endpoint, with TLS if there is a configuration of TLS.
 pub(crate) fn connect(
     endpoint: &Endpoint,
     address: SocketAddr,
+    tls: Option<&ClientConfig>,
     deadline: &Deadline,
 ) -> Result<Transport, ErrorKind> {
     let begun = Instant::now();
@@ -91,13 +94,12 @@ pub(crate) fn connect(
         "{address} accepted the connection, after {:.1?}",
         begun.elapsed()
     );
-    let Some(files) = &endpoint.tls else {
+    let Some(config) = tls else {
         return Ok(Transport::Plain(socket));
     };
-    let config = files.client_config()?;
     let host = &endpoint.host;
     let begun = Instant::now();
-    match TlsStream::handshake(config, host, socket, deadline) {
+    match TlsStream::handshake(config.clone(), host, socket, deadline) {
         Ok(stream) => {
             log::debug!(
                 "{host} proved its name by a certificate, {}, after {:.1?}",

@@ -3,51 +3,87 @@
 
 use super::deadline::Deadline;
 use super::error::ErrorKind;
-use crate::text::describe_io_error;
-use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use rustix::io::Errno;
+use super::option_file::OptionFile;
+use rustix::event::PollFlags;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{AlertDescription, CertificateError, ClientConfig, ClientConnection, RootCertStore};
 use rustls_native_certs::load_native_certs;
 use std::io::{self, Read, Write};
+use std::mem;
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::{fs, mem};
+
+/// Option of the CA certificates, in errors.
+const CA: &str = "--ca-file";
+
+/// Option of the client certificate, in errors.
+const CERT: &str = "--cert-file";
+
+/// Option of the client certificate's key, in errors.
+const KEY: &str = "--key-file";
 
 /// The files for TLS. By default the system's CA certificates are trusted, and there is no client
 /// certificate.
-#[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args)]
+#[derive(Clone, Debug, Default, clap::Args)]
 pub struct TlsFiles {
     /// Trust these CA certificates, not the system's
     #[arg(long = "ca-file", value_name = "PEM")]
-    ca: Option<PathBuf>,
+    ca: Option<OptionFile>,
 
     /// Client certificate, with its chain
     #[arg(long = "cert-file", value_name = "PEM", requires = "key")]
-    cert: Option<PathBuf>,
+    cert: Option<OptionFile>,
 
     /// Key of the client certificate
     #[arg(long = "key-file", value_name = "PEM", requires = "cert")]
-    key: Option<PathBuf>,
+    key: Option<OptionFile>,
 }
 
 impl TlsFiles {
+    /// Whether no file is named.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.named().next().is_none()
+    }
+
+    /// The files that are named, and their options.
+    fn named(&self) -> impl Iterator<Item = (&'static str, &OptionFile)> {
+        let files = [(CA, &self.ca), (CERT, &self.cert), (KEY, &self.key)];
+        files
+            .into_iter()
+            .filter_map(|(option, file)| Some((option, file.as_ref()?)))
+    }
+
+    /// Checks the files, so that an error is known before anything is tried. A pipe can be read
+    /// only once, and is left to the connection.
+    ///
+    /// # Errors
+    /// As [`client_config`](Self::client_config).
+    pub(crate) fn validate(&self, deadline: &Deadline) -> Result<(), ErrorKind> {
+        let mut are_rereadable = true;
+        for (option, file) in self.named() {
+            are_rereadable &= file.is_rereadable(option)?;
+        }
+        if are_rereadable {
+            self.client_config(deadline)?;
+        }
+        Ok(())
+    }
+
     /// Reads the files. Done for every connection, so that a server uses renewed certificates
     /// without a restart.
     ///
     /// # Errors
     /// [`ErrorKind::Configuration`] or [`ErrorKind::NoCaCertificates`].
-    pub(crate) fn client_config(&self) -> Result<ClientConfig, ErrorKind> {
-        let builder = ClientConfig::builder().with_root_certificates(self.roots()?);
+    pub(crate) fn client_config(&self, deadline: &Deadline) -> Result<ClientConfig, ErrorKind> {
+        let builder = ClientConfig::builder().with_root_certificates(self.roots(deadline)?);
         let (Some(cert_file), Some(key_file)) = (&self.cert, &self.key) else {
             return Ok(builder.with_no_client_auth());
         };
-        let bad_cert = |reason: &str| ErrorKind::bad_file("--cert-file", cert_file, reason);
-        let bad_key = |reason: &str| ErrorKind::bad_file("--key-file", key_file, reason);
-        let chain = read_certificates("--cert-file", cert_file)?;
-        let key = PrivateKeyDer::from_pem_slice(&read("--key-file", key_file)?)
+        let bad_cert = |reason: &str| cert_file.bad(CERT, reason);
+        let bad_key = |reason: &str| key_file.bad(KEY, reason);
+        let chain = read_certificates(CERT, cert_file, deadline)?;
+        let key = PrivateKeyDer::from_pem_slice(&key_file.read(KEY, deadline)?)
             .map_err(|_| bad_key("contains no unencrypted PEM private key"))?;
         builder
             .with_client_auth_cert(chain, key)
@@ -60,13 +96,13 @@ impl TlsFiles {
             })
     }
 
-    fn roots(&self) -> Result<RootCertStore, ErrorKind> {
+    fn roots(&self, deadline: &Deadline) -> Result<RootCertStore, ErrorKind> {
         let mut roots = RootCertStore::empty();
         if let Some(file) = &self.ca {
-            for certificate in read_certificates("--ca-file", file)? {
-                roots.add(certificate).map_err(|_| {
-                    ErrorKind::bad_file("--ca-file", file, "contains a damaged certificate")
-                })?;
+            for certificate in read_certificates(CA, file, deadline)? {
+                roots
+                    .add(certificate)
+                    .map_err(|_| file.bad(CA, "contains a damaged certificate"))?;
             }
         } else {
             // A system's store may contain some that cannot be parsed; the others are enough.
@@ -80,22 +116,15 @@ impl TlsFiles {
 }
 
 fn read_certificates(
-    option: &'static str,
-    file: &Path,
+    option: &str,
+    file: &OptionFile,
+    deadline: &Deadline,
 ) -> Result<Vec<CertificateDer<'static>>, ErrorKind> {
-    let pem = read(option, file)?;
+    let pem = file.read(option, deadline)?;
     match CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>() {
         Ok(certificates) if !certificates.is_empty() => Ok(certificates),
-        _ => Err(ErrorKind::bad_file(
-            option,
-            file,
-            "contains no PEM certificate",
-        )),
+        _ => Err(file.bad(option, "contains no PEM certificate")),
     }
-}
-
-fn read(option: &'static str, file: &Path) -> Result<Vec<u8>, ErrorKind> {
-    fs::read(file).map_err(|error| ErrorKind::bad_file(option, file, &describe_io_error(&error)))
 }
 
 /// A TCP connection with TLS.
@@ -131,7 +160,7 @@ impl TlsStream {
                     } else {
                         PollFlags::IN
                     };
-                    wait_for(&socket, events, deadline)?;
+                    deadline.wait_for(&socket, events)?;
                 }
                 result => drop(result?),
             }
@@ -200,21 +229,6 @@ impl TlsStream {
             Some(Err(cause)) if cause.kind() == io::ErrorKind::InvalidData => cause,
             _ => error,
         }
-    }
-}
-
-/// Waits until the socket is ready.
-fn wait_for(socket: &TcpStream, events: PollFlags, deadline: &Deadline) -> io::Result<()> {
-    let timeout = deadline.remaining();
-    if timeout.is_zero() {
-        return Err(io::ErrorKind::TimedOut.into());
-    }
-    match poll(
-        &mut [PollFd::new(socket, events)],
-        Timespec::try_from(timeout).ok().as_ref(),
-    ) {
-        Ok(_) | Err(Errno::INTR) => Ok(()),
-        Err(error) => Err(error.into()),
     }
 }
 

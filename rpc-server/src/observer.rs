@@ -13,6 +13,13 @@ pub trait Observer: Sync {
     /// The server consumes on a new connection to this broker.
     fn on_consuming(&self, _broker: &str) {}
 
+    /// A worker begins to consume. Called on the worker's thread.
+    fn on_consumer_started(&self) {}
+
+    /// A worker no longer consumes. Called on the worker's thread. A worker that answers a request
+    /// when its connection ends calls it after the request, and after `on_disconnected`.
+    fn on_consumer_ended(&self) {}
+
     /// The server has no connection, because of this error, and tries again after a pause.
     fn on_disconnected(&self, _error: &Error) {}
 

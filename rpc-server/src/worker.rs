@@ -158,12 +158,14 @@ impl<'a> Worker<'a> {
         } = self.service.config;
         loop {
             let consumer = channel.consume(queue, *prefetch)?;
+            self.service.observer.on_consumer_started();
             self.service
                 .has_consumed
                 .call_once(|| self.service.observer.on_ready());
             let _ = self.reports.send(WorkerReport::Consuming); // fails if the server has stopped
             self.check.on_consuming(Instant::now());
             let result = self.serve(channel);
+            self.service.observer.on_consumer_ended();
             if self.service.is_stopping() {
                 channel.drain();
             }

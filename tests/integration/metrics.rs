@@ -1,13 +1,14 @@
 //! `--metrics`: what Prometheus reads from a server.
 
-use crate::support::broker;
+use crate::support::broker::{self, private_node};
 use crate::support::eventually;
-use crate::support::peer::Queue;
+use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{assert_output, client, command, program_folder, Program};
 use crate::support::proxy::Proxy;
 use assert_cmd::Command;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
 use std::{fs, process};
 
 /// An address of one test: no other process uses it.
@@ -77,6 +78,7 @@ fn the_page_shows_what_the_server_does() {
         r#"rpc_server_request_duration_seconds_bucket{le="+Inf"} 3"#,
         "rpc_server_requests_in_flight 0",
         "rpc_server_connected 1",
+        "rpc_server_consuming_workers 1",
         "rpc_server_reconnects_total 0",
     ];
     wait_for_lines(&address, &killed);
@@ -101,6 +103,7 @@ fn the_page_shows_what_the_server_does() {
         &address,
         &[
             "rpc_server_connected 0",
+            "rpc_server_consuming_workers 0",
             "rpc_server_requests_in_flight 0",
             "rpc_server_reconnects_total 1",
         ],
@@ -129,17 +132,76 @@ fn promtool_accepts_the_page() {
         "",
         "",
     );
-    let (status, text) = get(&address, "/");
-    assert_eq!(
-        (&*status, &*text),
-        ("HTTP/1.1 404 Not Found", "the metrics are at /metrics\n")
+    assert_eq!(get(&address, "/metrics?name=x").0, "HTTP/1.1 200 OK");
+    assert_page(
+        &address,
+        "/",
+        NOT_FOUND,
+        "the pages are /metrics, /ready and /live\n",
     );
     server.stop();
 }
 
-/// It serves one after the other, each for two seconds at most.
+const OK: &str = "HTTP/1.1 200 OK";
+const NOT_FOUND: &str = "HTTP/1.1 404 Not Found";
+const UNAVAILABLE: &str = "HTTP/1.1 503 Service Unavailable";
+
+#[track_caller]
+fn assert_page(address: &str, path: &str, status: &str, text: &str) {
+    assert_eq!(get(address, path), (status.into(), text.into()), "{path}");
+}
+
+/// The broker is away at first; later it is there, but refuses the consumers.
 #[test]
-fn silent_scrapers_block_no_call_and_others_for_seconds() {
+fn a_server_is_ready_while_a_worker_consumes() {
+    let node = private_node();
+    let user = "probed";
+    node.add_user(user, "page");
+    let queue = Queue::named("metrics_probes");
+    let address = address(5);
+    let proxy = Proxy::start_to(node.authority());
+    proxy.refuse(true);
+    let args = ["--queue", &queue, "--workers", "2", "--metrics", &address];
+    let url = format!("amqp://{user}:page@{}", proxy.authority());
+    let server = Program::spawn_at(&url, "rpc-server", &args);
+    server.wait_for_log("retrying");
+    let assert_not_ready = || {
+        wait_for_lines(
+            &address,
+            &["rpc_server_connected 0", "rpc_server_consuming_workers 0"],
+        );
+        assert_page(&address, "/ready", UNAVAILABLE, "no worker consumes\n");
+        assert_page(&address, "/live", OK, "live\n");
+    };
+    assert_not_ready();
+    proxy.refuse(false);
+    assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
+    wait_for_lines(
+        &address,
+        &["rpc_server_connected 1", "rpc_server_consuming_workers 2"],
+    );
+    assert_page(&address, "/ready?verbose=1", OK, "ready\n");
+    assert_page(&address, "/live", OK, "live\n");
+    node.rabbitmqctl(&["set_permissions", user, "^$", ".*", "^$"]);
+    Peer::connect_to(node.url()).delete_queue(&queue);
+    assert_not_ready();
+    node.rabbitmqctl(&["set_permissions", user, ".*", ".*", ".*"]);
+    wait_for_lines(
+        &address,
+        &[
+            "rpc_server_connected 1",
+            "rpc_server_consuming_workers 2",
+            "rpc_server_reconnects_total 0",
+        ],
+    );
+    assert_page(&address, "/ready", OK, "ready\n");
+    server.stop();
+    node.rabbitmqctl(&["delete_user", user]);
+}
+
+/// Sixteen threads answer scrapers, each for two seconds at most.
+#[test]
+fn silent_scrapers_block_no_call_and_no_other_scraper() {
     let queue = Queue::named("metrics_silent");
     let address = address(3);
     let server = Program::start_server(&queue, &["--metrics", &address]);
@@ -150,7 +212,11 @@ fn silent_scrapers_block_no_call_and_others_for_seconds() {
             .expect("the server reads");
         connection
     };
-    let silent: Vec<_> = (0..4).map(connect).collect();
+    let mut silent: Vec<_> = (0..12).map(connect).collect();
+    let begun = Instant::now();
+    assert_eq!(get(&address, "/metrics").0, "HTTP/1.1 200 OK");
+    assert!(begun.elapsed() < Duration::from_secs(10)); // one after the other they take 12 s
+    silent.extend((0..30).map(connect)); // more than there are threads
     assert_output(&mut client(&queue, &["30"]), 0, "832040\n", "");
     assert_eq!(get(&address, "/metrics").0, "HTTP/1.1 200 OK");
     drop(silent);

@@ -64,8 +64,8 @@ pub(crate) struct Cli {
     #[command(flatten, next_help_heading = "Output")]
     pub(crate) log: LogOptions,
 
-    /// Serve Prometheus metrics on this address, such as 9394 (a bare port is on loopback) or
-    /// 0.0.0.0:9394
+    /// Serve Prometheus metrics, /ready and /live on this address, such as 9394 (a bare port is on
+    /// loopback) or 0.0.0.0:9394
     #[arg(long, value_name = "ADDRESS", help_heading = "Output", value_parser = parse_address)]
     pub(crate) metrics: Option<SocketAddr>,
 

@@ -44,13 +44,14 @@ fn main() -> process::ExitCode {
 fn run(cli: &Cli, stdout: &BackgroundWriter) -> Result<(), Error> {
     let configuration_error = |reason| Error::configuration(ErrorKind::Configuration(reason));
     let program = cli.find_program().map_err(configuration_error)?;
-    let statistics = Statistics::new(cli.metrics.is_some());
+    let statistics = Arc::new(Statistics::new(cli.metrics.is_some()));
     if let Some(address) = cli.metrics {
-        metrics::serve(address, statistics.registry()).map_err(configuration_error)?;
+        metrics::serve(address, statistics.clone()).map_err(configuration_error)?;
     }
     let operator = Operator {
         stdout,
         statistics: &statistics,
+        live_interval: cli.metrics.map(|_| metrics::LIVE_INTERVAL),
     };
     let announce = |request: String| {
         if !cli.quiet {

@@ -7,12 +7,14 @@ use rpc_common::connection::Error;
 use rpc_server::{Observer, Outcome};
 use sd_notify::NotifyState::{self, Ready, Status, Stopping, Watchdog};
 use std::env;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Reports to the operator.
 pub(crate) struct Operator<'a> {
     pub(crate) stdout: &'a BackgroundWriter,
     pub(crate) statistics: &'a Statistics,
+    /// Interval at which the metrics must learn that the server's loop is alive.
+    pub(crate) live_interval: Option<Duration>,
 }
 
 impl Observer for Operator<'_> {
@@ -22,14 +24,20 @@ impl Observer for Operator<'_> {
     }
 
     fn on_consuming(&self, address: &str) {
-        self.statistics.connected.set(1);
+        self.statistics.on_connected();
         notify(&[Status(&format!("connected to {address}"))]);
     }
 
+    fn on_consumer_started(&self) {
+        self.statistics.consumers.on_started();
+    }
+
+    fn on_consumer_ended(&self) {
+        self.statistics.consumers.on_ended();
+    }
+
     fn on_disconnected(&self, error: &Error) {
-        if self.statistics.connected.set(0) == 1 {
-            self.statistics.reconnects.inc();
-        }
+        self.statistics.on_disconnected();
         let address = error.address.as_deref().unwrap_or("a broker");
         notify(&[Status(&format!("waiting for {address}: {error}"))]);
     }
@@ -50,13 +58,24 @@ impl Observer for Operator<'_> {
     }
 
     fn alive_interval(&self) -> Option<Duration> {
-        let limit = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero())?;
-        env::var_os("NOTIFY_SOCKET").map(|_| limit / 2)
+        [watchdog_interval(), self.live_interval]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     fn on_alive(&self) {
-        notify(&[Watchdog]);
+        self.statistics.on_alive(Instant::now());
+        if watchdog_interval().is_some() {
+            notify(&[Watchdog]);
+        }
     }
+}
+
+/// Interval at which systemd must learn that the server's loop is alive.
+fn watchdog_interval() -> Option<Duration> {
+    let limit = sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero())?;
+    env::var_os("NOTIFY_SOCKET").map(|_| limit / 2)
 }
 
 /// Tells systemd, if it has started this process with a socket for that.

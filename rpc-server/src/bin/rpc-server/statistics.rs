@@ -5,7 +5,12 @@ use prometheus_client::metrics::{
 };
 use prometheus_client::registry::{Registry, Unit};
 use rpc_common::message::ErrorCode;
+use rpc_common::sync::lock;
 use rpc_common::text::format_duration;
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Mutex;
+use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
 /// Bounds of the histogram's buckets in seconds: from fib to a program at its time limit.
@@ -22,8 +27,12 @@ pub(crate) struct Statistics {
     /// `None` where nobody reads them: a histogram has a lock.
     durations: Option<Histogram>,
     pub(crate) in_flight: Gauge,
-    pub(crate) connected: Gauge,
-    pub(crate) reconnects: Counter,
+    pub(crate) consumers: Consumers,
+    /// Whether the server has a connection on which a worker has consumed.
+    has_connection: AtomicBool,
+    reconnects: Counter,
+    /// The last instant at which the server's loop was alive.
+    alive: Mutex<Instant>,
     /// Number of runs of a program that were stopped at a limit; the metric `programs_killed`.
     pub(crate) runs_stopped: Counter,
 }
@@ -48,8 +57,10 @@ impl Statistics {
             requests,
             durations: with_durations.then(|| Histogram::new(BUCKETS)),
             in_flight: Gauge::default(),
-            connected: Gauge::default(),
+            consumers: Consumers::default(),
+            has_connection: AtomicBool::new(false),
             reconnects: Counter::default(),
+            alive: Mutex::new(Instant::now()),
             runs_stopped: Counter::default(),
         }
     }
@@ -73,8 +84,13 @@ impl Statistics {
         );
         registry.register(
             "connected",
-            "Whether the server consumes, 1 or 0",
-            self.connected.clone(),
+            "Whether at least one worker consumes, 1 or 0",
+            self.consumers.connected.clone(),
+        );
+        registry.register(
+            "consuming_workers",
+            "Workers that consume",
+            self.consumers.count.clone(),
         );
         registry.register(
             "reconnects",
@@ -87,6 +103,29 @@ impl Statistics {
             self.runs_stopped.clone(),
         );
         registry
+    }
+
+    /// A worker consumes on a new connection.
+    pub(crate) fn on_connected(&self) {
+        self.has_connection.store(true, Ordering::Relaxed);
+    }
+
+    /// The server has no connection.
+    pub(crate) fn on_disconnected(&self) {
+        self.consumers.on_disconnected();
+        if self.has_connection.swap(false, Ordering::Relaxed) {
+            self.reconnects.inc();
+        }
+    }
+
+    /// The server's loop is alive.
+    pub(crate) fn on_alive(&self, now: Instant) {
+        *lock(&self.alive) = now;
+    }
+
+    /// Whether the server's loop was alive less than this time ago.
+    pub(crate) fn was_alive(&self, limit: Duration, now: Instant) -> bool {
+        now.saturating_duration_since(*lock(&self.alive)) < limit
     }
 
     pub(crate) fn on_outcome(&self, outcome: &str, time: Duration) {
@@ -115,5 +154,96 @@ impl Statistics {
             - expired;
         let uptime = format_duration(Duration::from_secs(self.started.elapsed().as_secs()));
         format!("{served} served, {failed} failed, {expired} expired, {rejected} rejected, up for {uptime}")
+    }
+}
+
+/// The workers that consume, by their threads.
+///
+/// A number would not do: a worker that answers a request when its connection ends reports the end
+/// of its consumer later, perhaps when others consume on the next connection.
+#[derive(Default)]
+pub(crate) struct Consumers {
+    threads: Mutex<HashSet<ThreadId>>,
+    count: Gauge,
+    connected: Gauge,
+}
+
+impl Consumers {
+    /// The worker of this thread begins to consume.
+    pub(crate) fn on_started(&self) {
+        let worker = thread::current().id();
+        self.update(|threads| {
+            threads.insert(worker);
+        });
+    }
+
+    /// The worker of this thread no longer consumes.
+    pub(crate) fn on_ended(&self) {
+        let worker = thread::current().id();
+        self.update(|threads| {
+            threads.remove(&worker);
+        });
+    }
+
+    /// No worker consumes: the connection has ended.
+    fn on_disconnected(&self) {
+        self.update(HashSet::clear);
+    }
+
+    /// Whether at least one worker consumes.
+    pub(crate) fn is_any(&self) -> bool {
+        !lock(&self.threads).is_empty()
+    }
+
+    fn update(&self, change: impl FnOnce(&mut HashSet<ThreadId>)) {
+        let mut threads = lock(&self.threads);
+        change(&mut threads);
+        // There are 1,024 workers at most.
+        self.count
+            .set(i64::try_from(threads.len()).unwrap_or(i64::MAX));
+        self.connected.set((!threads.is_empty()).into());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_of_an_earlier_connection_does_not_count() {
+        let consumers = Consumers::default();
+        let numbers = || (consumers.count.get(), consumers.connected.get());
+        consumers.on_started();
+        thread::scope(|scope| {
+            scope.spawn(|| consumers.on_started());
+        });
+        assert_eq!(numbers(), (2, 1));
+        consumers.on_disconnected();
+        assert_eq!(numbers(), (0, 0));
+        thread::scope(|scope| {
+            scope.spawn(|| consumers.on_started()); // on the next connection
+        });
+        consumers.on_ended(); // on the earlier connection
+        assert_eq!(numbers(), (1, 1));
+    }
+
+    #[test]
+    fn a_connection_that_is_lost_counts_once() {
+        let statistics = Statistics::new(true);
+        statistics.on_disconnected(); // there was none
+        statistics.on_connected();
+        statistics.on_disconnected();
+        statistics.on_disconnected();
+        assert_eq!(statistics.reconnects.get(), 1);
+    }
+
+    #[test]
+    fn the_loop_is_alive_until_a_limit_after_its_last_report() {
+        let statistics = Statistics::new(true);
+        let limit = Duration::from_secs(60);
+        let now = Instant::now();
+        statistics.on_alive(now);
+        assert!(statistics.was_alive(limit, now + Duration::from_secs(59)));
+        assert!(!statistics.was_alive(limit, now + limit));
     }
 }

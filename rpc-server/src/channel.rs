@@ -3,10 +3,10 @@
 use crate::callers::QueueState;
 use crate::redelivery::{IsolatedPublisher, IsolatedResult};
 use crate::reply::{add_reply, log_return};
-use amiquip::{Consumer, ConsumerOptions};
+use amiquip::{AmqpValue, Consumer, ConsumerOptions, FieldTable};
 use rpc_common::connection::{
-    ChannelInbox, Connection, Deadline, Endpoint, Error, ErrorKind, Message, OpenChannel, Phase,
-    Publisher, QueueStats,
+    ChannelInbox, Connection, Deadline, Endpoint, Error, ErrorKind, Meaning, Message, OpenChannel,
+    Phase, Publisher, QueueStats,
 };
 use rpc_common::message::{Reply, Request};
 use std::time::Duration;
@@ -98,13 +98,30 @@ impl WorkerChannel {
     }
 
     /// Starts to consume. RabbitMQ 4.3 refuses a global prefetch: this one is of the consumer.
+    ///
+    /// The priority is the default one. A stream has no priorities, and is refused therefore: this
+    /// costs no round trip and no permission, and is known before the first delivery. (A
+    /// declaration needs a permission. The header `x-stream-offset` of a delivery may have been set
+    /// by its publisher.)
+    ///
+    /// # Errors
+    /// [`ErrorKind::StreamQueue`] if the queue is a stream; else the broker's error.
     pub(crate) fn consume(&self, queue: &str, prefetch: u16) -> Result<Consumer<'_>, Error> {
         let deadline = Deadline::after(DELIVERY_TIMEOUT);
-        self.open
+        let options = ConsumerOptions {
+            arguments: FieldTable::from([("x-priority".to_owned(), AmqpValue::LongInt(0))]),
+            ..ConsumerOptions::default()
+        };
+        let consumer = self
+            .open
             .run_blocking(&deadline, Phase::StartingConsumer, |amqp| {
                 amqp.qos(0, prefetch, false)?;
-                amqp.basic_consume(queue, ConsumerOptions::default())
-            })
+                amqp.basic_consume(queue, options)
+            });
+        consumer.map_err(|error| match error.meaning() {
+            Some(Meaning::NoConsumerPriority) => self.error(ErrorKind::StreamQueue(queue.into())),
+            _ => error,
+        })
     }
 
     /// Waits until the broker has taken the replies, as long as it takes some of them.

@@ -336,10 +336,15 @@ impl Server<'_> {
         let queue = &self.service.config.queue;
         match &error.kind {
             ErrorKind::ConsumerCancelled => {}
-            ErrorKind::Refused(_) if !self.service.has_consumed.is_completed() => {
+            ErrorKind::Refused(_) | ErrorKind::StreamQueue(_)
+                if !self.service.has_consumed.is_completed() =>
+            {
                 return Err(error)
             }
-            ErrorKind::ChannelClosed(_) | ErrorKind::ConsumerForgotten | ErrorKind::Refused(_) => {
+            ErrorKind::ChannelClosed(_)
+            | ErrorKind::ConsumerForgotten
+            | ErrorKind::Refused(_)
+            | ErrorKind::StreamQueue(_) => {
                 log::warn!("{error}");
             }
             _ => return Ok(()), // the connection that it was about has ended

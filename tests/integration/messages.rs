@@ -71,6 +71,7 @@ impl Setup {
         let peer = Peer::connect_to(node.url());
         peer.declare_default("page.idle");
         peer.declare_default("page.nonsense");
+        peer.declare("page.stream", "stream");
         let nonsense = |request: &[u8]| {
             if request == b"30" {
                 "NaN"

@@ -1,10 +1,10 @@
 //! The request queue: existing, missing, deleted, not permitted, or without consumers.
 
-use crate::support::broker::{self, exclusive_node};
+use crate::support::broker::{self, exclusive_node, private_node};
 use crate::support::broker_features::{permitted_queue_types, report_not_applicable};
-use crate::support::peer::{default_queue_type, permits_transient_queues, Peer, Queue};
+use crate::support::peer::{call, default_queue_type, permits_transient_queues, Peer, Queue};
 use crate::support::programs::{assert_output, client, command, Program};
-use amiquip::AmqpProperties;
+use amiquip::{AmqpProperties, AmqpValue, FieldTable};
 use std::thread;
 
 #[test]
@@ -49,8 +49,83 @@ fn what_others_have_set_besides_the_type_of_a_queue_is_accepted() {
     let queue = Queue::named("limited");
     Peer::connect().declare_with_max_length(&queue, "classic", 10);
     let server = Program::start_server(&queue, &["--queue-type", "classic"]);
+    for argument in ["x-max-length", "x-overflow"] {
+        let warning = server.wait_for_log("differs from its declaration, and is used as it is");
+        let sentence = format!("PRECONDITION_FAILED - inequivalent arg '{argument}' for queue");
+        assert!(warning.contains(&sentence), "{warning}");
+    }
     assert_output(&mut client(&queue, &["30"]), 0, "832040\n", "");
     server.stop();
+}
+
+/// The broker names the other arguments first.
+#[test]
+fn another_type_is_noticed_behind_other_differences() {
+    for (declared, asked) in [("classic", "quorum"), ("quorum", "classic")] {
+        let queue = Queue::named(&format!("limited_{declared}"));
+        Peer::connect().declare_with_max_length(&queue, declared, 10);
+        let mut server = command("rpc-server");
+        server.args(["--queue", &queue, "--queue-type", asked]);
+        let output = server.assert().code(3).stdout("").get_output().clone();
+        let log = String::from_utf8_lossy(&output.stderr);
+        let sentence = "refused: PRECONDITION_FAILED - inequivalent arg 'x-queue-type'";
+        assert!(log.contains(sentence), "{log}");
+    }
+}
+
+/// Every worker would get every request.
+#[test]
+fn a_stream_is_exit_code_3() {
+    let queue = Queue::named("stream");
+    let limited = Queue::named("stream_with_limits");
+    let peer = Peer::connect();
+    peer.declare(&queue, "stream");
+    peer.declare_stream_with_limits(&limited);
+    for queue in [&*queue, &*limited] {
+        for asked in [&["auto"], &permitted_queue_types()[..]].concat() {
+            let error = format!(
+                "rpc-server: {} has queue '{queue}' as a stream, which delivers every request to every worker: use a classic or a quorum queue\n",
+                broker::authority()
+            );
+            let mut server = command("rpc-server");
+            server.args(["--queue", queue, "--queue-type", asked]);
+            assert_output(&mut server, 3, "", &error);
+        }
+    }
+}
+
+/// A message may have been in a stream before.
+#[test]
+fn a_request_with_the_header_of_a_stream_is_answered() {
+    let queue = Queue::named("stream_header");
+    let server = Program::start_server(&queue, &[]);
+    let header = ("x-stream-offset".to_owned(), AmqpValue::LongLongInt(7));
+    let properties = AmqpProperties::default().with_headers(FieldTable::from([header]));
+    assert_eq!(call(&queue, b"30", properties).body, b"832040");
+    server.stop();
+}
+
+#[test]
+fn a_classic_queue_is_classic_in_a_vhost_whose_default_type_is_quorum() {
+    let node = private_node();
+    let vhost = "default-quorum";
+    node.rabbitmqctl(&["add_vhost", vhost, "--default-queue-type", "quorum"]);
+    node.rabbitmqctl(&["set_permissions", "-p", vhost, "guest", ".*", ".*", ".*"]);
+    let url = format!("{}/{vhost}", node.url());
+    let server = Program::start_server_at(&url, "durable", &["--queue-type", "classic"]);
+    server.wait_for_log("declared queue 'durable' (classic)");
+    let queues = node.rabbitmqctl(&[
+        "list_queues",
+        "-p",
+        vhost,
+        "--no-table-headers",
+        "name",
+        "type",
+        "durable",
+    ]);
+    assert!(queues.contains("durable\tclassic\ttrue"), "{queues}");
+    server.stop();
+    node.rabbitmqctl(&["delete_vhost", vhost]);
 }
 
 /// A second declaration with the same arguments succeeds; with other arguments the broker answers

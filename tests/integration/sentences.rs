@@ -5,9 +5,9 @@ use crate::support::broker::{self, exclusive_node};
 use crate::support::broker_features::report_not_applicable;
 use crate::support::peer::{permits_transient_queues, Peer, Queue};
 use crate::support::programs::{client, Program};
-use amiquip::{AmqpValue, FieldTable, QueueDeclareOptions};
+use amiquip::{AmqpValue, ConsumerOptions, FieldTable, QueueDeclareOptions};
 use rpc_common::command_line::BrokerOptions;
-use rpc_common::connection::{Connection, Deadline, Error, Meaning, Owner, Phase};
+use rpc_common::connection::{Connection, Deadline, Error, ErrorKind, Meaning, Owner, Phase};
 use rpc_common::message::Publish;
 use std::time::Duration;
 
@@ -22,12 +22,17 @@ fn deadline() -> Deadline {
 
 /// The meaning of what the broker says to a declaration of `queue`.
 fn meaning_of_declaration(queue: &str, options: QueueDeclareOptions) -> Option<Meaning> {
+    error_of_declaration(queue, options).meaning()
+}
+
+/// What the broker says to a declaration of `queue`.
+fn error_of_declaration(queue: &str, options: QueueDeclareOptions) -> Error {
     let mut connection = connect(broker::url()).expect("the broker is running");
     let declared = connection.run_blocking(&deadline(), Phase::DeclaringQueue, |amqp| {
         let channel = amqp.open_channel(None)?;
         channel.queue_declare(queue, options).map(drop)
     });
-    declared.expect_err("the broker refuses it").meaning()
+    declared.expect_err("the broker refuses it")
 }
 
 /// The meaning of what the broker says to a message of `size` bytes to the default exchange.
@@ -83,6 +88,50 @@ fn a_durable_queue_is_told_from_a_transient_one_and_a_quorum_queue_from_a_classi
     assert_eq!(meaning, Some(Meaning::OtherQueueType));
     let meaning = meaning_of_declaration(&queue, QueueDeclareOptions::default());
     assert_eq!(meaning, Some(Meaning::OtherDurability));
+}
+
+/// The broker says it in two forms: with the type of the value, and without.
+#[test]
+fn a_difference_has_the_value_that_the_queue_has() {
+    let queue = Queue::named("sentences.limited");
+    Peer::connect().declare_with_max_length(&queue, "classic", 10);
+    for declared in [None, Some(9)] {
+        let arguments = declared.map(|value| ("x-max-length".into(), AmqpValue::LongInt(value)));
+        let options = QueueDeclareOptions {
+            durable: true,
+            arguments: arguments.into_iter().collect(),
+            ..QueueDeclareOptions::default()
+        };
+        let error = error_of_declaration(&queue, options);
+        let ErrorKind::ChannelClosed(reason) = error.kind else {
+            panic!("{error}");
+        };
+        let difference = reason.difference().expect("it is one");
+        assert_eq!(difference.name, "x-max-length");
+        let expected = match declared {
+            None => AmqpValue::LongLongInt(10),
+            Some(_) => AmqpValue::LongString("10".into()), // the sentence does not tell the type
+        };
+        assert_eq!(difference.current, Some(expected));
+    }
+}
+
+#[test]
+fn a_stream_refuses_a_consumer_with_a_priority() {
+    let queue = Queue::named("sentences.stream");
+    Peer::connect().declare(&queue, "stream");
+    let mut connection = connect(broker::url()).expect("the broker is running");
+    let consumed = connection.run_blocking(&deadline(), Phase::StartingConsumer, |amqp| {
+        let channel = amqp.open_channel(None)?;
+        channel.qos(0, 1, false)?;
+        let options = ConsumerOptions {
+            arguments: FieldTable::from([("x-priority".to_owned(), AmqpValue::LongInt(0))]),
+            ..ConsumerOptions::default()
+        };
+        channel.basic_consume(&*queue, options).map(drop)
+    });
+    let meaning = consumed.expect_err("the broker refuses it").meaning();
+    assert_eq!(meaning, Some(Meaning::NoConsumerPriority));
 }
 
 #[test]

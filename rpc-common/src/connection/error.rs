@@ -4,8 +4,8 @@ use super::phase::Phase;
 use super::reply_codes::{
     ACCESS_REFUSED, CONNECTION_FORCED, NOT_ALLOWED, NOT_FOUND, PRECONDITION_FAILED, RESOURCE_LOCKED,
 };
-use super::sentences::Meaning;
-use crate::text::{escape, format_duration};
+use super::sentences::{Difference, Meaning};
+use crate::text::{escape, escape_up_to, format_duration};
 use std::fmt::{self, Display};
 use std::path::Path;
 use std::time::Duration;
@@ -44,6 +44,9 @@ pub enum ErrorKind {
     /// The broker closed a channel because of a method or a message on it.
     #[error("closed the channel: {}", .0.text)]
     ChannelClosed(Reason),
+    /// The request queue of this name is a stream.
+    #[error("has queue '{0}' as a stream, which delivers every request to every worker: use a classic or a quorum queue")]
+    StreamQueue(String),
     /// The broker cancelled a consumer.
     #[error("cancelled the consumer")]
     ConsumerCancelled,
@@ -72,6 +75,9 @@ pub enum ErrorKind {
     },
 }
 
+/// Maximum size of a broker's sentence in bytes: a short string of AMQP 0-9-1.
+const MAX_REPLY_TEXT: usize = 255;
+
 /// The broker's reason to close a channel or a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reason {
@@ -85,13 +91,18 @@ impl Reason {
     fn new(code: u16, text: &[u8]) -> Self {
         Reason {
             code,
-            text: escape(text).to_string(),
+            text: escape_up_to(MAX_REPLY_TEXT, text).to_string(),
         }
     }
 
     /// The meaning of the broker's sentence. `None` if the reply code says it all.
     pub fn meaning(&self) -> Option<Meaning> {
         Meaning::of(self.code, &self.text)
+    }
+
+    /// The difference between the queue that exists and its declaration, if that is the reason.
+    pub fn difference(&self) -> Option<Difference> {
+        Difference::of(self.code, &self.text)
     }
 
     fn hint(&self) -> &'static str {
@@ -180,7 +191,8 @@ impl Display for Error {
 
 impl ErrorKind {
     pub(crate) fn is_permanent(&self) -> bool {
-        matches!(self, ErrorKind::Credentials(_) | ErrorKind::Refused(_))
+        use ErrorKind::{Credentials, Refused, StreamQueue};
+        matches!(self, Credentials(_) | Refused(_) | StreamQueue(_))
     }
 
     pub(crate) fn bad_url(source_name: &str, reason: &str) -> Self {

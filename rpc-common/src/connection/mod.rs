@@ -42,7 +42,7 @@ pub(crate) use option_file::OptionFile;
 pub use phase::Phase;
 pub use queue_stats::QueueStats;
 pub use reply_codes::{ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED};
-pub use sentences::Meaning;
+pub use sentences::{Difference, Meaning};
 pub use tls::TlsFiles;
 pub use wake::Waker;
 

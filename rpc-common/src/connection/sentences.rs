@@ -5,6 +5,7 @@
 use super::reply_codes::{
     ACCESS_REFUSED, INTERNAL_ERROR, NOT_ALLOWED, NOT_FOUND, PRECONDITION_FAILED,
 };
+use amiquip::AmqpValue;
 
 /// The **meaning** of a sentence with which RabbitMQ closes a channel or a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +25,18 @@ pub enum Meaning {
     OtherQueueType,
     /// There is no such queue. (A durable queue whose node is down has the same code.)
     NoQueue,
+    /// The queue's consumers have no priority. Of all types of queues, only a stream's have none.
+    NoConsumerPriority,
+}
+
+/// A **difference** between a queue that exists and its declaration.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Difference {
+    /// What differs: `durable`, `auto_delete` or an argument of the queue.
+    pub name: String,
+    /// What the queue has. `None`: the queue does not have this argument, or the sentence does not
+    /// tell.
+    pub current: Option<AmqpValue>,
 }
 
 /// The pattern of a sentence: its reply code, its start and its end. Names of users, vhosts
@@ -36,7 +49,7 @@ struct Sentence {
 }
 
 /// The sentences that are recognised.
-const SENTENCES: [Sentence; 7] = [
+const SENTENCES: [Sentence; 8] = [
     Sentence {
         meaning: Meaning::MessageTooLarge,
         code: PRECONDITION_FAILED,
@@ -83,6 +96,13 @@ const SENTENCES: [Sentence; 7] = [
         starts: &["NOT_FOUND - no queue '"],
         end: "",
     },
+    Sentence {
+        meaning: Meaning::NoConsumerPriority,
+        code: PRECONDITION_FAILED,
+        // With a priority that is an integer, that is.
+        starts: &["PRECONDITION_FAILED - invalid arg 'x-priority' for queue "],
+        end: "",
+    },
 ];
 
 impl Meaning {
@@ -95,6 +115,39 @@ impl Meaning {
                 && text.ends_with(sentence.end)
         });
         sentence.map(|sentence| sentence.meaning)
+    }
+}
+
+impl Difference {
+    /// The first difference that the broker names. `None` for every other sentence.
+    ///
+    /// The forms are `… but current is 'VALUE'`, `… but current is the value 'VALUE' of type
+    /// 'TYPE'`, and `… but current is none`. A sentence is cut after 255 bytes.
+    pub(crate) fn of(code: u16, text: &str) -> Option<Self> {
+        let rest = text.strip_prefix("PRECONDITION_FAILED - inequivalent arg '")?;
+        let (name, rest) = rest.split_once("' for queue '")?;
+        let current = rest.rsplit_once(" but current is ");
+        (code == PRECONDITION_FAILED).then(|| Difference {
+            name: name.into(),
+            current: current.and_then(|(_, current)| parse_value(current)),
+        })
+    }
+}
+
+/// Parses a value of an argument in the words of the broker. `None` for `none`, and for types that
+/// no argument of a queue has.
+fn parse_value(text: &str) -> Option<AmqpValue> {
+    let quoted = text.strip_prefix("the value ").unwrap_or(text);
+    let (value, value_type) = match quoted.rsplit_once(" of type ") {
+        Some((value, value_type)) => (value, value_type),
+        None => (quoted, "'longstr'"),
+    };
+    let value = value.strip_prefix('\'')?.strip_suffix('\'')?;
+    match value_type {
+        "'longstr'" => Some(AmqpValue::LongString(value.into())),
+        "'bool'" => value.parse().ok().map(AmqpValue::Boolean),
+        // The broker compares numbers of different types by their values.
+        _ => value.parse().ok().map(AmqpValue::LongLongInt),
     }
 }
 
@@ -140,8 +193,62 @@ mod tests {
                 "NOT_FOUND - home node 'rabbit@b' of durable queue 'replies' in vhost '/' is down or inaccessible",
                 None,
             ),
+            (
+                406,
+                "PRECONDITION_FAILED - invalid arg 'x-priority' for queue 's' in vhost '/' of queue type rabbit_stream_queue",
+                Some(Meaning::NoConsumerPriority),
+            ),
         ] {
             assert_eq!(Meaning::of(code, text), meaning, "{text}");
         }
+    }
+
+    #[test]
+    fn a_difference_has_the_value_of_the_queue() {
+        let long_string = |text: &str| Some(AmqpValue::LongString(text.into()));
+        for (end, value) in [
+            (
+                "received 'true' but current is 'false'",
+                long_string("false"),
+            ),
+            (
+                "received 'classic' but current is 'stream'",
+                long_string("stream"),
+            ),
+            (
+                "received none but current is the value '10' of type 'signedint'",
+                Some(AmqpValue::LongLongInt(10)),
+            ),
+            (
+                "received none but current is the value 'true' of type 'bool'",
+                Some(AmqpValue::Boolean(true)),
+            ),
+            (
+                "received none but current is the value 'a 'b' of type 'c'' of type 'longstr'",
+                long_string("a 'b' of type 'c'"),
+            ),
+            (
+                "received the value 'quorum' of type 'longstr' but current is none",
+                None,
+            ),
+            (
+                "received none but current is the value '1.5' of type 'double'",
+                None,
+            ),
+            ("received none but current is the val", None),
+            ("recei", None),
+        ] {
+            let text = format!(
+                "PRECONDITION_FAILED - inequivalent arg 'x-a' for queue 'q' in vhost '/': {end}"
+            );
+            let difference = Difference {
+                name: "x-a".into(),
+                current: value,
+            };
+            assert_eq!(Difference::of(406, &text), Some(difference), "{end}");
+            assert_eq!(Difference::of(405, &text), None);
+        }
+        let other = "PRECONDITION_FAILED - invalid arg 'x-priority' for queue 's' in vhost '/'";
+        assert_eq!(Difference::of(406, other), None);
     }
 }

@@ -52,7 +52,7 @@ impl Peer {
         self.declare(queue, default_queue_type(&self.url));
     }
 
-    /// Declares a queue as `rpc-server --queue-type` does.
+    /// Declares a queue as `rpc-server --queue-type` does; or a `stream`.
     pub(crate) fn declare(&self, queue: &str, queue_type: &str) {
         self.declare_with(queue, queue_type, &[]);
     }
@@ -85,10 +85,20 @@ impl Peer {
         );
     }
 
+    /// Declares a stream with a maximum age and a maximum size.
+    pub(crate) fn declare_stream_with_limits(&self, queue: &str) {
+        let arguments = [
+            ("x-max-age", long_string("1h")),
+            ("x-max-length-bytes", AmqpValue::LongLongInt(1_000_000)),
+        ];
+        self.declare_with(queue, "stream", &arguments);
+    }
+
     fn declare_with(&self, queue: &str, queue_type: &str, arguments: &[(&str, AmqpValue)]) {
-        let quorum = (queue_type == "quorum").then(|| ("x-queue-type", long_string("quorum")));
+        let typed = ["quorum", "stream"].contains(&queue_type);
+        let typed = typed.then(|| ("x-queue-type", long_string(queue_type)));
         let mut table = FieldTable::new();
-        for (name, value) in arguments.iter().chain(&quorum) {
+        for (name, value) in arguments.iter().chain(&typed) {
             table.insert((*name).into(), value.clone());
         }
         let durable = queue_type != "transient";

@@ -58,7 +58,7 @@ pub const SERVER_EXIT_CODES: &[(ExitCode, &str)] = &[
     (ExitCode::Usage, "the command line, a file that it names, or AMQP_URL is invalid"),
     (
         ExitCode::Unreachable,
-        "retrying cannot help: credentials, vhost, permission, or the queue cannot be used or declared",
+        "retrying cannot help: credentials (refused twice), vhost, permission, or the queue cannot be used or declared",
     ),
     (ExitCode::Interrupted, "ended at once by a second signal, SIGINT"),
     (ExitCode::Terminated, "ended at once by a second signal, SIGTERM"),

@@ -23,7 +23,8 @@ use rpc_common::connection::{
 };
 use rpc_common::message::Publish;
 use rpc_common::properties::Properties;
-use rpc_common::text::describe_io_error;
+use rpc_common::text::{describe_io_error, format_duration};
+use std::mem;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Once;
@@ -43,6 +44,9 @@ const MAX_UNREAD: usize = 64;
 /// Maximum time that a stop waits for a connection that is being opened.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// Pause after a login that was refused, before the server has served.
+const LOGIN_PAUSE: Duration = Duration::from_secs(3);
+
 /// Serves until `stop` is disconnected: connects, has `handler` answer the requests, and connects
 /// again when the connection ends. `observer` is told what happens.
 ///
@@ -61,8 +65,9 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 /// ```
 ///
 /// # Errors
-/// When retrying cannot help, before it has consumed for the first time: credentials, permissions,
-/// or a queue that can be neither used nor declared. After that it retries without end.
+/// When retrying cannot help, before it has consumed for the first time: credentials that are
+/// refused twice, permissions, or a queue that can be neither used nor declared. After that it
+/// retries without end.
 /// [`ErrorKind::TooManyChannels`] at any time.
 ///
 /// # Panics
@@ -120,6 +125,7 @@ pub fn serve(
             channel_offers,
             waiting: workers,
             queue_type: config.queue_type,
+            has_refused_login: false,
             backoff: Backoff::new(Instant::now()),
             ticks: observer.alive_interval().map_or_else(never, tick),
         };
@@ -157,6 +163,9 @@ struct Server<'a> {
     waiting: usize,
     /// As configured, or quorum where the broker does not permit transient queues.
     queue_type: QueueType,
+    /// Whether a broker has refused the login. What checks logins (LDAP) may start later than this
+    /// server: so the second refusal is final.
+    has_refused_login: bool,
     backoff: Backoff,
     /// The instants at which the observer learns that the loop is alive.
     ticks: Receiver<Instant>,
@@ -175,17 +184,31 @@ impl Server<'_> {
                 self.queue_type = QueueType::Quorum;
                 continue;
             }
-            let cannot_help = error.is_permanent() || forbids_transient;
             let has_consumed = self.service.has_consumed.is_completed();
-            if (cannot_help && !has_consumed) || error.kind == ErrorKind::TooManyChannels {
+            let is_final = match error.kind {
+                ErrorKind::TooManyChannels => true,
+                _ if has_consumed => false,
+                ErrorKind::Credentials(_) => mem::replace(&mut self.has_refused_login, true),
+                _ => error.is_permanent() || forbids_transient,
+            };
+            if is_final {
                 return Err(error);
             }
-            log::warn!("{error}; retrying");
+            let pause = match error.kind {
+                ErrorKind::Credentials(_) if !has_consumed => {
+                    let pause = format_duration(LOGIN_PAUSE);
+                    log::warn!("{error}; retrying once, in {pause}");
+                    LOGIN_PAUSE
+                }
+                _ => {
+                    log::warn!("{error}; retrying");
+                    self.backoff.next_pause(Instant::now())
+                }
+            };
             if error.is_silence() {
                 self.endpoints.rotate_left(1);
             }
             self.service.observer.on_disconnected(&error);
-            let pause = self.backoff.next_pause(Instant::now());
             if self.wait_for(&after(pause), self.service.stop).is_none() {
                 break;
             }

@@ -1,9 +1,11 @@
 //! Where a password comes from, and that no log shows it.
 
+use crate::server_log::level_and_text;
 use crate::support::broker::{self, private_node};
 use crate::support::eventually;
-use crate::support::peer::Queue;
+use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{assert_output, bash, client, command, program_folder, Program};
+use crate::support::proxy::Proxy;
 use rustix::fs::OFlags;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -205,7 +207,7 @@ fn a_server_waits_for_the_writer_of_its_password_file_and_can_be_stopped_meanwhi
 fn a_wrong_password_is_reported_at_once() {
     let url = broker::url_with_credentials("nobody:wrong");
     let error = format!(
-        "{} refused user 'nobody': is the password right?\n",
+        "{} refused user 'nobody': is the password right?",
         broker::authority()
     );
     let mut call = client("any", &["-t", "2500ms", "30"]);
@@ -213,14 +215,48 @@ fn a_wrong_password_is_reported_at_once() {
         call.env("AMQP_URL", &url),
         3,
         "",
-        &format!("rpc-client: {error}"),
+        &format!("rpc-client: {error}\n"),
     );
-    assert_output(
-        command("rpc-server").env("AMQP_URL", &url),
-        3,
-        "",
-        &format!("rpc-server: {error}"),
+    let server = Program::spawn_at(&url, "rpc-server", &[]);
+    let warning = server.wait_for_log(&error);
+    let retrying = format!("{error}; retrying once, in 3s");
+    assert_eq!(level_and_text(&warning), Some(("WARN", &*retrying)));
+}
+
+/// What checks logins, such as LDAP, may start later than the server does.
+#[test]
+fn a_server_tries_a_refused_login_once_more() {
+    let node = private_node();
+    let queue = Queue::named("refused_login");
+    node.add_user("early-server", "other");
+    let proxy = Proxy::start_to(node.authority());
+    let url = format!("amqp://early-server:secret@{}", proxy.authority());
+    let server = Program::spawn_at(&url, "rpc-server", &["--queue", &queue]);
+    server.wait_for_log("refused user 'early-server'");
+    proxy.refuse(true); // until the password is right, however long that takes
+    node.rabbitmqctl(&["change_password", "early-server", "secret"]);
+    proxy.refuse(false);
+    assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
+    server.stop();
+    Peer::connect_to(node.url()).delete_queue(&queue);
+}
+
+#[test]
+fn a_login_that_is_refused_twice_ends_the_server() {
+    let url = broker::url_with_credentials("nobody:wrong");
+    let mut server = Program::spawn_at(&url, "rpc-server", &[]);
+    assert_eq!(server.wait().code(), Some(3));
+    let (lines, log) = server.remaining_output();
+    assert_eq!(lines, [""; 0]);
+    let error = format!(
+        "rpc-server: {} refused user 'nobody': is the password right?",
+        broker::authority()
     );
+    let [warning, last] = &log[..] else {
+        panic!("{log:#?}")
+    };
+    assert!(warning.contains("retrying once"), "{log:#?}");
+    assert_eq!(*last, error);
 }
 
 #[test]

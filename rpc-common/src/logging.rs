@@ -2,7 +2,7 @@
 
 use crate::background_writer::BackgroundWriter;
 use crate::sync::lock;
-use crate::text::escape;
+use crate::text::{escape, escape_up_to};
 use env_logger::{Builder, Target};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use std::collections::HashMap;
@@ -132,8 +132,16 @@ pub fn log_panics() {
             Some("amiquip-io") => Level::Debug,
             _ => Level::Error,
         };
-        log::log!(level, "{}", panic.to_string().replace('\n', " "));
+        log::log!(level, "{}", describe_panic(&panic.to_string()));
     }));
+}
+
+/// Maximum length in bytes of a panic's text that is logged.
+const MAX_PANIC: usize = 1_000;
+
+/// The text of a panic as one line, escaped: its message may contain what came from the wire.
+fn describe_panic(text: &str) -> String {
+    escape_up_to(MAX_PANIC, text.replace('\n', " ").as_bytes()).to_string()
 }
 
 /// Logs the counts of suppressed lines that are still pending, and waits until the log is written,
@@ -365,6 +373,12 @@ mod tests {
         let lines = log.log.0.lock().unwrap();
         assert_eq!(lines[0], r"\u{1b}[2J");
         assert_eq!(lines.len(), 1 + 5 + 9);
+    }
+
+    #[test]
+    fn a_panic_is_one_escaped_line() {
+        let text = describe_panic("panicked at src/a.rs:1:\n\x1b[2J");
+        assert_eq!(text, r"panicked at src/a.rs:1: \u{1b}[2J");
     }
 
     #[test]

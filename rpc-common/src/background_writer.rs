@@ -7,9 +7,6 @@ use std::io::{self, BufWriter, Write};
 use std::thread;
 use std::time::Duration;
 
-/// Maximum number of lines that wait for the reader. Further lines are dropped.
-const MAX_WAITING: usize = 10_000;
-
 /// Maximum time that [`BackgroundWriter::flush`] waits for the reader.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -24,13 +21,16 @@ enum Message {
 }
 
 impl BackgroundWriter {
+    /// Maximum number of lines that wait for the reader. Further lines are dropped.
+    pub const CAPACITY: usize = 10_000;
+
     /// Starts the thread. It ends when the last clone is dropped, or when the output cannot be
     /// written.
     ///
     /// # Panics
     /// If the system refuses a thread.
     pub fn start(output: impl Write + Send + 'static) -> Self {
-        let (sender, messages) = bounded(MAX_WAITING);
+        let (sender, messages) = bounded(Self::CAPACITY);
         let write = move || write_lines(output, &messages);
         thread::Builder::new()
             .name("writer".into())
@@ -43,6 +43,11 @@ impl BackgroundWriter {
     pub fn write_line(&self, line: String) {
         // Fails if the reader has stopped, or went away.
         let _ = self.0.try_send(Message::Line(line));
+    }
+
+    /// The number of lines that wait for the reader.
+    pub fn waiting(&self) -> usize {
+        self.0.len()
     }
 
     /// Waits until the lines are written, but a second at most.
@@ -108,7 +113,7 @@ mod tests {
     fn a_reader_that_has_stopped_stops_nobody() {
         let (_reader, writer) = io::pipe().unwrap();
         let lines = BackgroundWriter::start(writer);
-        for _ in 0..2 * MAX_WAITING {
+        for _ in 0..2 * BackgroundWriter::CAPACITY {
             lines.write_line("x".repeat(100)); // more than a pipe and the queue take
         }
         let start = Instant::now();

@@ -1,16 +1,18 @@
-//! The log of both programs: on standard error, without passwords, and limited in rate.
+//! The log of both programs: on standard error, without passwords, and limited in rate. What it
+//! leaves out is counted.
 
 use crate::background_writer::BackgroundWriter;
+use crate::log_limits::{Dropped, Line, QueueShare, RateLimiter, Repetitions, Source, Suppressed};
 use crate::sync::lock;
 use crate::text::{escape, escape_up_to};
 use env_logger::{Builder, Target};
+use log::kv::Key;
 use log::{Level, LevelFilter, Log, Metadata, Record};
-use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 use std::{env, panic, thread};
 
@@ -112,15 +114,15 @@ fn priority(level: Level) -> u8 {
 fn start(builder: &mut Builder, writer: Option<BackgroundWriter>) {
     let log = builder.build();
     log::set_max_level(log.filter());
-    let limiter = RateLimiter {
-        counts_repetitions: writer.is_some(),
-        ..RateLimiter::default()
-    };
-    let log = RateLimitedLog {
-        log,
-        writer,
-        limiter: Mutex::new(limiter),
-    };
+    let is_for_operator = writer.is_some();
+    let log = Arc::new(LimitedLog::new(log, writer));
+    if is_for_operator {
+        let log = log.clone();
+        thread::Builder::new()
+            .name("log".into())
+            .spawn(move || log.report_when_due())
+            .expect("the system provides a thread");
+    }
     log::set_boxed_logger(Box::new(log)).expect("a program starts its log once");
 }
 
@@ -153,70 +155,146 @@ pub fn flush() {
 /// Target of the lines that a served program wrote. Their rate is limited for each run.
 pub const PROGRAM_TARGET: &str = "program";
 
-/// Maximum number of lines that a call site logs in each window. (DEBUG and TRACE lines are not
-/// limited: the user asked for them.)
-const MAX_LINES: u64 = 5;
+/// Key of the outcome of a request, in a line about that request. The rate of such lines is limited
+/// for each outcome.
+pub const OUTCOME_KEY: &str = "outcome";
 
-/// Length of a window.
-const WINDOW_LENGTH: Duration = Duration::from_secs(60);
+/// Maximum number of lines that wait for the reader. The rest of the queue is for the counts of
+/// dropped lines.
+const MAX_WAITING: usize = BackgroundWriter::CAPACITY - 100;
 
-/// Time for which a repeated line, with no other line between, is counted before it is logged
-/// again.
-const REPETITION_LENGTH: Duration = Duration::from_secs(300);
+/// Maximum number of lines in the queue when a served program's line is added: the program cannot
+/// displace the server's own lines.
+const MAX_WAITING_FOR_PROGRAM: usize = BackgroundWriter::CAPACITY / 2;
+
+/// Interval at which pending counts are looked at.
+const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A log that a peer cannot flood: it limits the rate of each call site, and counts a line that is
-/// repeated.
-struct RateLimitedLog<L> {
+/// repeated. And a log that does not wait for its reader: lines are dropped and counted.
+struct LimitedLog<L> {
     log: L,
     /// The writer of the log, if it has a thread of its own.
     writer: Option<BackgroundWriter>,
-    limiter: Mutex<RateLimiter>,
+    limits: Mutex<Limits>,
+    /// Notified when the first count is pending.
+    is_pending: Condvar,
 }
 
-impl<L: Log> RateLimitedLog<L> {
-    fn limiter(&self) -> MutexGuard<'_, RateLimiter> {
-        lock(&self.limiter)
+struct Limits {
+    rate: RateLimiter,
+    own_lines: QueueShare,
+    program_lines: QueueShare,
+}
+
+impl Limits {
+    /// Whether there are counts that were not logged.
+    fn is_pending(&self) -> bool {
+        self.own_lines.has_dropped()
+            || self.program_lines.has_dropped()
+            || self.rate.has_suppressed()
+    }
+}
+
+impl<L: Log> LimitedLog<L> {
+    fn new(log: L, writer: Option<BackgroundWriter>) -> Self {
+        let repetitions = match writer {
+            Some(_) => Repetitions::Counted,
+            None => Repetitions::Logged,
+        };
+        LimitedLog {
+            log,
+            writer,
+            limits: Mutex::new(Limits {
+                rate: RateLimiter::new(repetitions),
+                own_lines: QueueShare::new(MAX_WAITING),
+                program_lines: QueueShare::new(MAX_WAITING_FOR_PROGRAM),
+            }),
+            is_pending: Condvar::new(),
+        }
     }
 
-    fn log_limited(&self, record: &Record) {
-        if record.level() > Level::Info {
-            return self.log.log(record);
+    /// Logs counts when they are due, also if no other line is logged. Does not return.
+    fn report_when_due(&self) {
+        loop {
+            let limits = lock(&self.limits);
+            drop(
+                self.is_pending
+                    .wait_while(limits, |limits| !limits.is_pending()),
+            );
+            thread::sleep(REPORT_INTERVAL);
+            self.report(Instant::now());
         }
-        let text = record.args().to_string();
-        let now = Instant::now();
-        // Until the lines are logged, in the order in which they were counted.
-        let mut limiter = self.limiter();
-        self.log_suppressed(limiter.end_windows(Some(&text), now));
-        if limiter.allow(record, text, now) {
-            self.log.log(record);
-        }
+    }
+
+    /// Logs the counts that are due.
+    fn report(&self, now: Instant) {
+        let mut limits = lock(&self.limits);
+        let suppressed = limits.rate.end_windows(now);
+        self.log_suppressed(&mut limits, suppressed);
+        self.end_gaps(&mut limits);
     }
 
     /// Logs how many lines each window suppressed.
-    fn log_suppressed(&self, windows: Vec<Window>) {
-        for Window {
+    fn log_suppressed(&self, limits: &mut Limits, windows: Vec<Suppressed>) {
+        for suppressed in windows {
+            let line = Line {
+                level: suppressed.level,
+                target: &suppressed.target,
+                text: &suppressed.message(),
+            };
+            self.add(limits, line);
+        }
+    }
+
+    /// Adds a line to the queue to the reader, or drops and counts it.
+    fn add(&self, limits: &mut Limits, line: Line) {
+        self.end_gaps(limits);
+        let waiting = self.waiting();
+        let share = match line.target {
+            PROGRAM_TARGET => &mut limits.program_lines,
+            _ => &mut limits.own_lines,
+        };
+        if share.admit(line.target, waiting) {
+            self.write(line);
+        }
+    }
+
+    /// Logs how many lines were dropped, if the reader has gone on since.
+    fn end_gaps(&self, limits: &mut Limits) {
+        let waiting = self.waiting();
+        self.log_dropped("lines", limits.own_lines.end_gap(waiting));
+        self.log_dropped("lines of programs", limits.program_lines.end_gap(waiting));
+    }
+
+    fn log_dropped(&self, what: &str, dropped: Option<Dropped>) {
+        if let Some(Dropped { target, count }) = dropped {
+            self.write(Line {
+                level: Level::Warn,
+                target: &target,
+                text: &format!("dropped {count} {what}: the reader of the log was too slow"),
+            });
+        }
+    }
+
+    fn write(&self, line: Line) {
+        let Line {
             level,
             target,
-            lines,
-            last,
-            ..
-        } in windows
-        {
-            self.log.log(
-                &Record::builder()
-                    .level(level)
-                    .target(&target)
-                    .args(format_args!(
-                        "suppressed {} similar lines; the last: {last}",
-                        lines - MAX_LINES
-                    ))
-                    .build(),
-            );
-        }
+            text,
+        } = line;
+        let mut record = Record::builder();
+        record.level(level).target(target);
+        self.log.log(&record.args(format_args!("{text}")).build());
+    }
+
+    /// The number of lines that wait for the reader.
+    fn waiting(&self) -> usize {
+        self.writer.as_ref().map_or(0, BackgroundWriter::waiting)
     }
 }
 
-impl<L: Log> Log for RateLimitedLog<L> {
+impl<L: Log> Log for LimitedLog<L> {
     fn enabled(&self, metadata: &Metadata) -> bool {
         self.log.enabled(metadata)
     }
@@ -225,24 +303,46 @@ impl<L: Log> Log for RateLimitedLog<L> {
         if !self.enabled(record.metadata()) {
             return;
         }
-        if record.target() == PROGRAM_TARGET {
-            return self.log.log(record);
+        // Before the lock: this may panic, and a panic is logged.
+        let text = record.args().to_string();
+        let is_program = record.target() == PROGRAM_TARGET;
+        let text = if is_program || record.target().starts_with("rpc_") {
+            text
+        } else {
+            // amiquip logs text from the wire without escaping it.
+            escape(text.as_bytes()).to_string()
+        };
+        let line = Line {
+            level: record.level(),
+            target: record.target(),
+            text: &text,
+        };
+        // DEBUG and TRACE lines are not limited: the user asked for them.
+        let source = (!is_program && record.level() <= Level::Info).then(|| source(record));
+        let now = Instant::now();
+        // Until the lines are logged, in the order in which they were counted.
+        let mut limits = lock(&self.limits);
+        let was_pending = limits.is_pending();
+        let is_allowed = source.is_none_or(|source| {
+            let (is_allowed, suppressed) = limits.rate.count(source, line, now);
+            self.log_suppressed(&mut limits, suppressed);
+            is_allowed
+        });
+        if is_allowed {
+            self.add(&mut limits, line);
         }
-        if record.target().starts_with("rpc_") {
-            return self.log_limited(record);
+        if !was_pending && limits.is_pending() {
+            self.is_pending.notify_one();
         }
-        // amiquip logs text from the wire without escaping it.
-        let message = escape(record.args().to_string().as_bytes()).to_string();
-        let mut escaped = Record::builder();
-        escaped
-            .metadata(record.metadata().clone())
-            .line(record.line());
-        escaped.module_path_static(record.module_path_static());
-        self.log_limited(&escaped.args(format_args!("{message}")).build());
     }
 
     fn flush(&self) {
-        self.log_suppressed(self.limiter().end_windows(None, Instant::now()));
+        let mut limits = lock(&self.limits);
+        let suppressed = limits.rate.end_all();
+        self.log_suppressed(&mut limits, suppressed);
+        self.log_dropped("lines", limits.own_lines.take_dropped());
+        self.log_dropped("lines of programs", limits.program_lines.take_dropped());
+        drop(limits);
         self.log.flush();
         if let Some(writer) = &self.writer {
             writer.flush();
@@ -250,76 +350,12 @@ impl<L: Log> Log for RateLimitedLog<L> {
     }
 }
 
-/// A place in the source that logs, a module and a line, and at what level.
-type CallSite = (Option<&'static str>, Option<u32>, Level);
-
-/// A fixed-window rate limiter, with a window for each call site, and one for a line that is
-/// repeated.
-#[derive(Default)]
-struct RateLimiter {
-    call_sites: HashMap<CallSite, Window>,
-    /// For an operator; whoever waits at a prompt sees that something happens.
-    counts_repetitions: bool,
-    /// Since the latest line was logged.
-    repetition: Option<Window>,
-}
-
-/// A **window** counts lines, the suppressed ones included: those of one call site, or those that
-/// are the same.
-struct Window {
-    level: Level,
-    target: String,
-    start: Instant,
-    lines: u64,
-    last: String,
-}
-
-impl RateLimiter {
-    /// Counts a line, and returns whether it may be logged. Called after `end_windows`: a
-    /// repetition is one of this line.
-    fn allow(&mut self, record: &Record, text: String, now: Instant) -> bool {
-        let level = record.level();
-        let target = record.target();
-        let call_site = (record.module_path_static(), record.line(), level);
-        let new = |lines, last| Window {
-            level,
-            target: target.into(),
-            start: now,
-            lines,
-            last,
-        };
-        let window = match &mut self.repetition {
-            Some(repetition) => repetition,
-            None => self
-                .call_sites
-                .entry(call_site)
-                .or_insert_with(|| new(0, String::new())),
-        };
-        window.lines += 1;
-        if window.lines > MAX_LINES {
-            window.last = text;
-            return false;
-        }
-        self.repetition = self.counts_repetitions.then(|| new(MAX_LINES, text));
-        true
-    }
-
-    /// Ends the windows that are over when the line `next` comes, or all, and returns those that
-    /// suppressed lines.
-    fn end_windows(&mut self, next: Option<&str>, now: Instant) -> Vec<Window> {
-        let is_over =
-            |window: &Window, length| next.is_none() || now.duration_since(window.start) >= length;
-        let ends =
-            |window: &mut Window| next != Some(&*window.last) || is_over(window, REPETITION_LENGTH);
-        let repetition = self.repetition.take_if(ends).into_iter();
-        let ended = self
-            .call_sites
-            .extract_if(|_, window| is_over(window, WINDOW_LENGTH))
-            .map(|(_, window)| window);
-        repetition
-            .chain(ended)
-            .filter(|window| window.lines > MAX_LINES)
-            .collect()
+/// The source of a line whose rate is limited.
+fn source(record: &Record) -> Source {
+    let outcome = record.key_values().get(Key::from_str(OUTCOME_KEY));
+    match outcome {
+        Some(outcome) => Source::Request(outcome.to_string()),
+        None => Source::CallSite(record.module_path_static(), record.line(), record.level()),
     }
 }
 
@@ -355,11 +391,7 @@ mod tests {
 
     #[test]
     fn amiquips_lines_are_escaped_and_floods_are_limited() {
-        let log = RateLimitedLog {
-            log: StoringLog::default(),
-            writer: None,
-            limiter: Mutex::default(),
-        };
+        let log = LimitedLog::new(StoringLog::default(), None);
         log_line(&log, "amiquip::io_loop", Level::Debug, "\x1b[2J");
         (0..9).for_each(|n| {
             log_line(
@@ -383,11 +415,7 @@ mod tests {
 
     #[test]
     fn flush_logs_the_counts_that_are_pending_once() {
-        let log = RateLimitedLog {
-            log: StoringLog::default(),
-            writer: None,
-            limiter: Mutex::default(),
-        };
+        let log = LimitedLog::new(StoringLog::default(), None);
         (1..=7).for_each(|n| log_line(&log, "rpc_common", Level::Info, &format!("lost {n}")));
         log.flush();
         log.flush();
@@ -396,16 +424,32 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_is_repeated_is_counted_until_another_one_is_logged() {
-        let limiter = Mutex::new(RateLimiter {
-            counts_repetitions: true,
-            ..RateLimiter::default()
-        });
-        let log = RateLimitedLog {
-            log: StoringLog::default(),
-            writer: None,
-            limiter,
+    fn a_count_is_logged_when_its_window_ends() {
+        let log = LimitedLog::new(StoringLog::default(), None);
+        let log_failure = |n| {
+            log.log(
+                &Record::builder()
+                    .target("rpc_server")
+                    .level(Level::Warn)
+                    .key_values(&[(OUTCOME_KEY, "failed")])
+                    .args(format_args!("request[{n}]: failed"))
+                    .build(),
+            );
         };
+        (1..=150).for_each(log_failure);
+        log.report(Instant::now() + Duration::from_secs(60));
+        let lines = log.log.0.lock().unwrap();
+        assert_eq!(lines.len(), 101);
+        assert_eq!(
+            lines[100],
+            "suppressed 50 similar lines (failed); the last: request[150]: failed"
+        );
+    }
+
+    #[test]
+    fn a_line_that_is_repeated_is_counted_until_another_one_is_logged() {
+        let log = LimitedLog::new(StoringLog::default(), None);
+        lock(&log.limits).rate = RateLimiter::new(Repetitions::Counted);
         for line in ["lost", "lost", "lost", "connected", "lost"] {
             log_line(&log, "rpc_common", Level::Warn, line);
             log_line(&log, "rpc_common", Level::Debug, "trying");
@@ -420,78 +464,6 @@ mod tests {
                 "connected",
                 "lost"
             ]
-        );
-    }
-
-    /// Counts a line of this call site; returns whether it is logged, and what was suppressed
-    /// before.
-    fn count(
-        limiter: &mut RateLimiter,
-        line: u32,
-        text: &str,
-        now: Instant,
-    ) -> (bool, Vec<(u64, String)>) {
-        let ended = limiter.end_windows(Some(text), now);
-        let ended = ended
-            .into_iter()
-            .map(|window| (window.lines - MAX_LINES, window.last))
-            .collect();
-        (
-            limiter.allow(
-                &Record::builder().line(Some(line)).build(),
-                text.into(),
-                now,
-            ),
-            ended,
-        )
-    }
-
-    #[test]
-    fn a_line_that_is_repeated_is_logged_again_after_five_minutes() {
-        let mut limiter = RateLimiter {
-            counts_repetitions: true,
-            ..RateLimiter::default()
-        };
-        let start = Instant::now();
-        let mut lost_at = |seconds| {
-            count(
-                &mut limiter,
-                1,
-                "lost",
-                start + Duration::from_secs(seconds),
-            )
-        };
-        assert_eq!(lost_at(0), (true, vec![]));
-        for seconds in 1..300 {
-            assert_eq!(lost_at(seconds), (false, vec![]));
-        }
-        assert_eq!(lost_at(300), (true, vec![(299, "lost".into())]));
-        assert_eq!(lost_at(301), (false, vec![]));
-    }
-
-    #[test]
-    fn a_call_site_logs_five_lines_a_minute_and_the_others_are_counted() {
-        let mut limiter = RateLimiter::default();
-        let start = Instant::now();
-        let at = |seconds| start + Duration::from_secs(seconds);
-        let logged = (0..100)
-            .filter(|n| count(&mut limiter, 1, &format!("lost {n}"), at(0)).0)
-            .count();
-        assert_eq!(logged, 5);
-        assert_eq!(
-            count(&mut limiter, 2, "found", at(1)),
-            (true, vec![]),
-            "another call site"
-        );
-        assert_eq!(count(&mut limiter, 1, "lost 100", at(59)), (false, vec![]));
-        assert_eq!(
-            count(&mut limiter, 1, "lost 101", at(60)),
-            (true, vec![(96, "lost 100".into())])
-        );
-        assert_eq!(
-            count(&mut limiter, 1, "lost 102", at(200)),
-            (true, vec![]),
-            "a new window"
         );
     }
 }

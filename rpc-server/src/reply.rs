@@ -15,7 +15,10 @@ pub(crate) fn add_reply(publisher: &Publisher, reply: &Reply, request: &Request)
         ))
     };
     if let Err(error) = add(reply) {
-        log::warn!("cannot publish a reply: {error}");
+        log::warn!(
+            outcome = ErrorCode::Internal.as_str();
+            "cannot publish a reply: {error}"
+        );
         let message = "internal error: the properties of the reply are too large";
         let _ = add(&Err(Failure::new(ErrorCode::Internal, message))); // it is small
     }
@@ -24,6 +27,7 @@ pub(crate) fn add_reply(publisher: &Publisher, reply: &Reply, request: &Request)
 /// Logs a reply that the broker returned.
 pub(crate) fn log_return(reply: &Returned) {
     log::info!(
+        outcome = "returned"; // of the reply
         "a reply was returned: there is no queue '{}', the caller has gone or reconnected (correlation id: {})",
         escape(&reply.routing_key),
         escape(reply.correlation_id().unwrap_or(b"none")),

@@ -330,6 +330,7 @@ impl<'a> Worker<'a> {
             let body = escape_up_to(MAX_LOGGED_BODY, request.body);
             log::log!(
                 level,
+                outcome = Outcome::Rejected.as_str();
                 "rejected a request that cannot be answered, {reason}: '{body}'"
             );
             return reject_and_flush(channel, tag);
@@ -346,6 +347,7 @@ impl<'a> Worker<'a> {
             },
             Begun::Kept(..) if late_ms(request).is_some() => {
                 log::info!(
+                    outcome = Outcome::Rejected.as_str();
                     "request[{}]: rejected, its deadline has passed",
                     request.log_id()
                 );
@@ -353,6 +355,7 @@ impl<'a> Worker<'a> {
             }
             Begun::Kept(in_hand, reply) => {
                 log::info!(
+                    outcome = Outcome::Answered.as_str();
                     "request[{}]: answered with the kept reply",
                     request.log_id()
                 );
@@ -360,7 +363,10 @@ impl<'a> Worker<'a> {
             }
             Begun::EndsConnections => {
                 let id = request.log_id();
-                log::warn!("request[{id}]: rejected, the connection ended twice after its reply");
+                log::warn!(
+                    outcome = Outcome::Rejected.as_str();
+                    "request[{id}]: rejected, the connection ended twice after its reply"
+                );
                 reject_and_flush(channel, tag)
             }
             Begun::Busy => {
@@ -423,7 +429,10 @@ impl<'a> Worker<'a> {
         match channel.publish_isolated(&service.isolated, &mut reply, request) {
             IsolatedResult::Accepted => service.callers.on_reply(reply_to, Instant::now()),
             IsolatedResult::Refused(error) => {
-                log::warn!("rejected a request: the broker refuses its replies: {error}");
+                log::warn!(
+                    outcome = Outcome::Rejected.as_str();
+                    "rejected a request: the broker refuses its replies: {error}"
+                );
                 if is_untried && error.ends_connection() {
                     service.callers.on_refused(reply_to, Instant::now());
                 }
@@ -488,7 +497,10 @@ impl<'a> Worker<'a> {
             let reply = handler::call(service.handler, request, &caller);
             if caller.is_given_back() {
                 let id = request.log_id();
-                log::info!("request[{id}]: given back to the queue, the server stops");
+                log::info!(
+                    outcome = Outcome::Requeued.as_str();
+                    "request[{id}]: given back to the queue, the server stops"
+                );
                 return None;
             }
             reply
@@ -502,6 +514,7 @@ impl<'a> Worker<'a> {
             let message = escape(failure.message.as_bytes());
             log::log!(
                 level(&failure.code),
+                outcome = code;
                 "request[{}]: answered with the error {code}: {message}",
                 request.log_id()
             );

@@ -4,7 +4,7 @@ use crate::server_log::level_and_text;
 use crate::support::broker::{self, private_node};
 use crate::support::eventually;
 use crate::support::peer::{Peer, Queue};
-use crate::support::programs::{assert_output, bash, client, command, program_folder, Program};
+use crate::support::programs::{assert_output, bash, client, program_folder, Program};
 use crate::support::proxy::Proxy;
 use rustix::fs::OFlags;
 use std::fs::{File, OpenOptions};

@@ -2,11 +2,12 @@
 //! one in systemd's journal.
 
 use crate::support::broker;
-use crate::support::peer::Queue;
-use crate::support::programs::{client, program_folder, Program};
+use crate::support::peer::{Peer, Queue};
+use crate::support::programs::{assert_output, client, program_folder, Program};
 use crate::support::proxy::Proxy;
 use crate::support::scripted_broker::{Action, ScriptedBroker, START_OK};
-use crate::support::TEST_TIMEOUT;
+use crate::support::{eventually, TEST_TIMEOUT};
+use amiquip::AmqpProperties;
 use rustix::process::Signal;
 use serde_json::Value;
 use std::process::Command;
@@ -96,6 +97,99 @@ fn the_same_error_is_counted_while_a_broker_does_not_work() {
         ),
         "{log:#?}"
     );
+}
+
+/// Each line is about another request.
+#[test]
+fn failures_are_counted_for_each_error_code() {
+    let queue = Queue::named("log_failures");
+    let server = Program::start_server(&queue, &["-q", "--max-n", "100"]);
+    let call = |args: &[&str]| client(&queue, args).assert().code(1);
+    call(&["-q", "--repeat", "150", "101"]);
+    call(&["-q", "--repeat", "10", "--data", "ten"]);
+    let peer = Peer::connect();
+    for n in 0..10_u8 {
+        peer.publish(&queue, &[b'a' + n], AmqpProperties::default()); // without a reply_to
+        let gone = AmqpProperties::default().with_reply_to("log_failures.gone".into());
+        peer.publish(&queue, b"30", gone);
+    }
+    assert_output(&mut client(&queue, &["-q", "30"]), 0, "832040\n", "");
+    let log = stop(server);
+    let count = |text: &str| log.iter().filter(|line| line.contains(text)).count();
+    let failed = |code: &str| count(&format!("]: answered with the error {code}: "));
+    let suppressed = "suppressed 50 similar lines (out-of-range); the last: request[";
+    assert_eq!(count(suppressed), 1, "{log:#?}");
+    assert_eq!(failed("out-of-range"), 101, "{log:#?}");
+    assert_eq!(failed("invalid-argument"), 10, "{log:#?}");
+    assert_eq!(count("] rejected a request "), 10, "{log:#?}");
+    assert_eq!(count("] a reply was returned: "), 10, "{log:#?}");
+}
+
+/// Starts a server whose log nobody reads until a line is written to its standard input.
+fn start_with_stalled_log(queue: &str, args: &[&str]) -> Program {
+    let mut command = Command::new("bash");
+    command
+        .args([
+            "-c",
+            r#"exec 3<&0; exec "$0" "$@" 2> >(read -r _ <&3; exec cat >&2)"#,
+        ])
+        .arg(program_folder().join("rpc-server"))
+        .args(["-q", "--queue", queue])
+        .args(args)
+        .env("AMQP_URL", broker::url());
+    let server = Program::spawn_command(&command);
+    assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
+    server
+}
+
+/// Reads the log until it says how many lines were dropped, and stops the server. Returns that
+/// count, and the whole log.
+fn read_stalled_log(mut server: Program, what: &str) -> (usize, Vec<String>) {
+    assert!(server.write_line("go on"));
+    let mut log = Vec::new();
+    let dropped = eventually("the count of dropped lines", || {
+        let new = server.new_log();
+        let count = new.iter().find_map(|line| {
+            let (level, text) = level_and_text(line)?;
+            let count = text.strip_prefix("dropped ")?.strip_suffix(what)?;
+            (level == "WARN").then(|| count.parse().expect("a number"))
+        });
+        log.extend(new);
+        count
+    });
+    log.extend(stop(server));
+    (dropped, log)
+}
+
+#[test]
+fn lines_that_the_reader_is_too_slow_for_are_counted() {
+    let queue = Queue::named("log_dropped");
+    let server = start_with_stalled_log(&queue, &["-vv"]);
+    let answers = "1\n".repeat(7_000);
+    let mut calls = client(&queue, &["-q", "--repeat", "7000", "1"]);
+    assert_output(&mut calls, 0, &answers, "");
+    let (dropped, log) = read_stalled_log(server, " lines: the reader of the log was too slow");
+    let requests = log.iter().filter(|line| line.contains(" request[")).count();
+    assert!(requests + dropped >= 14_000, "{requests} + {dropped}");
+}
+
+#[test]
+fn the_lines_of_programs_do_not_displace_those_of_the_server() {
+    let queue = Queue::named("log_of_programs");
+    let program = r#"read -r word; [ "$word" = fail ] && exit 7; seq 100 >&2"#;
+    let options = ["--workers", "4", "--", "bash", "-c", program];
+    let server = start_with_stalled_log(&queue, &options);
+    let call = |data, times, code| {
+        let args = ["-q", "--repeat", times, "--data", data];
+        client(&queue, &args).assert().code(code);
+    };
+    call("write", "130", 0);
+    call("fail", "1", 1);
+    let what = " lines of programs: the reader of the log was too slow";
+    let (dropped, log) = read_stalled_log(server, what);
+    let count = |text: &str| log.iter().filter(|line| line.contains(text)).count();
+    assert_eq!(count(" program[") + dropped, 13_000);
+    assert_eq!(count("answered with the error failed"), 1);
 }
 
 /// The journal knows the time; a line begins with its priority, see sd-daemon(3).

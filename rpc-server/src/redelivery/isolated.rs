@@ -95,7 +95,10 @@ impl IsolatedPublisher {
         // A name that ends the connection ends the next one, too.
         let is_of_name = |error: &Error| is_direct && error.ends_connection();
         if let Some(error) = published.refusal().filter(|error| !is_of_name(error)) {
-            log::warn!("the broker refused a reply, answering with an error: {error}");
+            log::warn!(
+                outcome = ErrorCode::Internal.as_str();
+                "the broker refused a reply, answering with an error: {error}"
+            );
             let message =
                 "internal error: the broker refused the answer, perhaps because of its size";
             *reply = Err(Failure::new(ErrorCode::Internal, message));

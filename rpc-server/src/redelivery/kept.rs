@@ -6,6 +6,7 @@
 //! too, sends it again as a new message, with the same correlation id and another `reply_to`.
 //! Computing the reply again would take as long again.
 
+use crate::observer::Outcome;
 use rpc_common::message::{Reply, Request, DEADLINE_HEADER};
 use rpc_common::properties::Value;
 use rpc_common::sync::lock;
@@ -135,6 +136,7 @@ impl KeptReplies {
                 }
                 in_hand.waiting += 1;
                 log::info!(
+                    outcome = Outcome::Requeued.as_str();
                     "request[{}]: another worker has this request in hand, waiting for that worker",
                     request.log_id()
                 );

@@ -11,6 +11,7 @@
 
 use rpc_common::sync::lock;
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -44,9 +45,14 @@ pub(crate) enum QueueState {
     Refused,
 }
 
-/// The callers' reply queues, by name.
+/// The callers' reply queues.
 #[derive(Default)]
-pub(crate) struct Callers(Mutex<HashMap<Vec<u8>, ReplyQueue>>);
+pub(crate) struct Callers {
+    /// By name.
+    queues: Mutex<HashMap<Vec<u8>, ReplyQueue>>,
+    /// Whether any caller was found to have gone: until then no request needs a look at `queues`.
+    any_gone: AtomicBool,
+}
 
 /// What is known of a reply queue.
 #[derive(Debug)]
@@ -65,7 +71,7 @@ impl Callers {
     /// no reply has gone to yet.
     pub(crate) fn is_untried(&self, queue: &[u8]) -> bool {
         is_direct_reply_to(queue)
-            && !lock(&self.0)
+            && !lock(&self.queues)
                 .get(queue)
                 .is_some_and(|known| known.took_reply)
     }
@@ -73,7 +79,7 @@ impl Callers {
     /// Whether the broker ended a connection because of this name.
     pub(crate) fn is_refused(&self, queue: &[u8]) -> bool {
         is_direct_reply_to(queue)
-            && lock(&self.0)
+            && lock(&self.queues)
                 .get(queue)
                 .is_some_and(|known| known.state == QueueState::Refused)
     }
@@ -92,9 +98,10 @@ impl Callers {
 
     /// Whether the broker is to be asked before a request of this caller is run.
     pub(crate) fn was_gone(&self, queue: &[u8]) -> bool {
-        lock(&self.0)
-            .get(queue)
-            .is_some_and(|known| known.state != QueueState::Exists)
+        self.any_gone.load(Ordering::Relaxed)
+            && lock(&self.queues)
+                .get(queue)
+                .is_some_and(|known| known.state != QueueState::Exists)
     }
 
     /// Whether the caller has gone. Asks the broker by `ask`, unless it was asked a short time ago.
@@ -104,7 +111,7 @@ impl Callers {
         now: Instant,
         ask: impl FnOnce() -> QueueState,
     ) -> bool {
-        let known = lock(&self.0)
+        let known = lock(&self.queues)
             .get(queue)
             .map(|known| (known.state, known.ask_at));
         if let Some((state, ask_at)) = known {
@@ -119,11 +126,15 @@ impl Callers {
         });
         let state = ask();
         self.update(queue, now, |known| known.state = state);
-        state != QueueState::Exists
+        let is_gone = state != QueueState::Exists;
+        if is_gone {
+            self.any_gone.store(true, Ordering::Relaxed);
+        }
+        is_gone
     }
 
     fn update(&self, queue: &[u8], now: Instant, change: impl FnOnce(&mut ReplyQueue)) {
-        let mut queues = lock(&self.0);
+        let mut queues = lock(&self.queues);
         if queues.len() >= MAX_QUEUES && !queues.contains_key(queue) {
             let oldest = queues.iter().min_by_key(|(_, known)| known.used);
             if let Some(oldest) = oldest.map(|(name, _)| name.clone()) {
@@ -208,7 +219,7 @@ mod tests {
             let queue = [DIRECT, &number.to_be_bytes()].concat();
             callers.on_reply(&queue, start + Duration::from_millis(number));
         }
-        assert_eq!(lock(&callers.0).len(), MAX_QUEUES);
+        assert_eq!(lock(&callers.queues).len(), MAX_QUEUES);
         assert!(callers.is_untried(&[DIRECT, &0_u64.to_be_bytes()].concat()));
     }
 }

@@ -256,8 +256,9 @@ impl<'a> Worker<'a> {
             }
             Event::Returned(reply) => {
                 log_return(&reply);
-                let id = reply.correlation_id();
-                if let Some(sent) = self.sent.take_if(|sent| sent.has_id(id)) {
+                // With a larger prefetch the reply may be an earlier one. That one is lost, and this
+                // one is kept in vain.
+                if let Some(sent) = self.sent.take() {
                     self.service.kept.keep_returned(sent);
                 }
             }
@@ -342,7 +343,7 @@ impl<'a> Worker<'a> {
                 give_back(channel, tag)
             }
             Begun::New(in_hand) => match self.run_handler(channel, request) {
-                Some(reply) => self.send(channel, tag, request, &in_hand, reply),
+                Some(reply) => self.send(channel, tag, request, in_hand, reply),
                 None => give_back(channel, tag),
             },
             Begun::Kept(..) if late_ms(request).is_some() => {
@@ -359,7 +360,7 @@ impl<'a> Worker<'a> {
                     "request[{}]: answered with the kept reply",
                     request.log_id()
                 );
-                self.send(channel, tag, request, &in_hand, reply)
+                self.send(channel, tag, request, in_hand, reply)
             }
             Begun::EndsConnections => {
                 let id = request.log_id();
@@ -412,7 +413,7 @@ impl<'a> Worker<'a> {
         channel: &dyn Channel,
         tag: u64,
         request: &Request,
-        in_hand: &InHand,
+        in_hand: InHand,
         mut reply: Reply,
     ) -> Result<Outcome, Error> {
         if let Some(kind) = end_of(channel) {
@@ -461,23 +462,22 @@ impl<'a> Worker<'a> {
         &mut self,
         channel: &dyn Channel,
         tag: u64,
-        in_hand: &InHand,
+        in_hand: InHand,
         reply: Reply,
     ) -> Result<Outcome, Error> {
         channel.ack(tag);
         let outcome = Outcome::of(&reply);
         let flushed = channel.flush();
-        let ended = channel.ended();
-        if flushed.is_err() || ended.is_some() {
-            in_hand.keep(reply);
-        } else {
-            self.sent = Some(in_hand.sent(reply, MAX_SENT));
+        match channel.ended() {
+            None if flushed.is_ok() => self.sent = Some(in_hand.sent(reply, MAX_SENT)),
+            // Of a consumer that was cancelled the acknowledgement may be ignored.
+            Some(ErrorKind::ConsumerCancelled) | None => in_hand.keep(reply),
+            Some(kind) => {
+                in_hand.keep(reply);
+                return Err(channel.error(kind));
+            }
         }
-        flushed?;
-        match end_of(channel) {
-            Some(kind) => Err(channel.error(kind)),
-            None => Ok(outcome),
-        }
+        flushed.map(|()| outcome)
     }
 
     fn pause(&self, pause: Duration) {

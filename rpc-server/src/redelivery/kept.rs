@@ -7,11 +7,13 @@
 //! Computing the reply again would take as long again.
 
 use crate::observer::Outcome;
-use rpc_common::message::{Reply, Request, DEADLINE_HEADER};
+use rpc_common::message::{Details, Reply, Request, DEADLINE_HEADER};
 use rpc_common::properties::Value;
 use rpc_common::sync::lock;
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
-use std::hash::{BuildHasher, Hash, Hasher, RandomState};
+use std::hash::{BuildHasher, BuildHasherDefault, Hash, Hasher, RandomState};
+use std::mem;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -51,8 +53,8 @@ pub(crate) struct KeptReplies {
 
 #[derive(Default)]
 struct State {
-    in_hand: HashMap<Key, InHandCount>,
-    kept: HashMap<Key, Reply>,
+    in_hand: HashMap<Key, InHandCount, BuildHasherDefault<KeyHasher>>,
+    kept: HashMap<Key, Reply, BuildHasherDefault<KeyHasher>>,
     /// The keys of the kept replies, the oldest first. Some may have been taken.
     kept_order: VecDeque<Key>,
     /// Size of the kept replies in bytes.
@@ -93,12 +95,34 @@ struct InHandCount {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key(u64);
 
+/// The hasher of a [`Key`], which is a hash itself.
+#[derive(Default)]
+struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
+        }
+    }
+
+    fn write_u64(&mut self, key: u64) {
+        self.0 = key;
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
 /// A request that a worker has in hand, until this is dropped.
 pub(crate) struct InHand<'a> {
     replies: &'a KeptReplies,
     key: Key,
-    /// Without one no reply is kept: the request cannot be told from others.
-    correlation_id: Option<Vec<u8>>,
+    /// Whether the request has a correlation id. Without one no reply is kept: the request cannot be
+    /// told from others.
+    has_id: bool,
+    is_released: bool,
 }
 
 /// The state of a request that a worker begins.
@@ -157,7 +181,8 @@ impl KeptReplies {
         let in_hand = InHand {
             replies: self,
             key,
-            correlation_id: request.correlation_id.map(<[u8]>::to_vec),
+            has_id,
+            is_released: false,
         };
         match reply {
             Some(reply) => Begun::Kept(in_hand, reply),
@@ -224,14 +249,31 @@ impl KeptReplies {
         let reply_to = request
             .reply_to
             .filter(|_| !(is_of_rpc_client(request) && request.correlation_id.is_some()));
-        (
+        let Details {
+            content_encoding,
+            message_id,
+            message_type,
+            app_id,
+            user_id,
+        } = request.details;
+        let properties = [
             request.correlation_id,
             reply_to,
-            request.body,
+            Some(request.body),
             request.content_type,
-            request.details,
-        )
-            .hash(&mut hasher);
+            content_encoding,
+            message_id,
+            message_type,
+            app_id,
+            user_id,
+        ];
+        for (index, property) in properties.into_iter().enumerate() {
+            // Few requests have all of them: it is cheaper to hash no `None`.
+            if let Some(property) = property {
+                hasher.write_usize(index);
+                property.hash(&mut hasher);
+            }
+        }
         for (name, value) in request.headers.entries() {
             let mut prefixes = CHANGING_HEADERS.iter();
             if !prefixes.any(|prefix| name.starts_with(prefix.as_bytes())) {
@@ -245,58 +287,59 @@ impl KeptReplies {
 /// A reply that was sent, and that perhaps nobody has got.
 pub(crate) struct Sent {
     key: Key,
-    correlation_id: Vec<u8>,
     reply: Option<Reply>,
-}
-
-impl Sent {
-    /// Whether this is the reply with this correlation id.
-    pub(crate) fn has_id(&self, correlation_id: Option<&[u8]>) -> bool {
-        correlation_id == Some(&self.correlation_id)
-    }
 }
 
 impl InHand<'_> {
     /// Keeps the reply to this request for when the request comes again.
-    pub(crate) fn keep(&self, reply: Reply) {
-        if self.correlation_id.is_some() {
+    pub(crate) fn keep(self, reply: Reply) {
+        if self.has_id {
             self.replies.lock().keep(self.key, reply);
         }
     }
 
     /// The reply to this request after it was sent. One of more than `max_size` bytes is not held.
     /// If another worker waits for this one, the reply is kept for that worker.
-    pub(crate) fn sent(&self, reply: Reply, max_size: usize) -> Sent {
-        let id = self.correlation_id.as_deref();
-        let reply = Some(reply).filter(|_| id.is_some());
-        let mut state = self.replies.lock();
-        let is_awaited = state
-            .in_hand
-            .get(&self.key)
-            .is_some_and(|in_hand| in_hand.waiting > 0);
-        if let Some(reply) = reply.as_ref().filter(|_| is_awaited) {
+    pub(crate) fn sent(mut self, reply: Reply, max_size: usize) -> Sent {
+        let replies = self.replies;
+        let mut state = replies.lock();
+        let is_awaited = self.release(&mut state);
+        if is_awaited && self.has_id {
             state.keep(self.key, reply.clone());
+        }
+        drop(state);
+        if is_awaited {
+            replies.has_ended.notify_all();
         }
         Sent {
             key: self.key,
-            correlation_id: id.unwrap_or_default().into(),
-            reply: reply.filter(|reply| size(reply) <= max_size),
+            reply: Some(reply).filter(|reply| self.has_id && size(reply) <= max_size),
         }
+    }
+
+    /// The request is no longer in hand. Returns whether a worker waits for that.
+    fn release(&mut self, state: &mut State) -> bool {
+        if mem::replace(&mut self.is_released, true) {
+            return false;
+        }
+        let Entry::Occupied(mut in_hand) = state.in_hand.entry(self.key) else {
+            return false;
+        };
+        in_hand.get_mut().holders -= 1;
+        if in_hand.get().holders > 0 {
+            return false;
+        }
+        in_hand.remove().waiting > 0
     }
 }
 
 impl Drop for InHand<'_> {
     fn drop(&mut self) {
-        let mut state = self.replies.lock();
-        if let Some(in_hand) = state.in_hand.get_mut(&self.key) {
-            in_hand.holders -= 1;
-            if in_hand.holders == 0 {
-                let is_awaited = in_hand.waiting > 0;
-                state.in_hand.remove(&self.key);
-                drop(state);
-                if is_awaited {
-                    self.replies.has_ended.notify_all();
-                }
+        if !self.is_released {
+            let replies = self.replies;
+            let is_awaited = self.release(&mut replies.lock());
+            if is_awaited {
+                replies.has_ended.notify_all();
             }
         }
     }
@@ -543,7 +586,6 @@ mod tests {
             let interrupted = replies.begin(&often, &|| true);
             assert!(matches!(interrupted, Begun::Interrupted));
             in_hand.keep(Ok(answer("1")));
-            drop(in_hand);
             assert_eq!(waiting.join().unwrap(), Some(Ok(answer("1"))));
         });
         assert!(replies.lock().in_hand.is_empty());
@@ -566,7 +608,6 @@ mod tests {
                 thread::yield_now();
             }
             in_hand.sent(Ok(answer("1")), 100);
-            drop(in_hand);
             assert_eq!(waiting.join().unwrap(), Some(Ok(answer("1"))));
         });
     }
@@ -578,8 +619,6 @@ mod tests {
             panic!("the request is new")
         };
         let sent = in_hand.sent(Ok(answer("1")), 100);
-        drop(in_hand);
-        assert!(sent.has_id(Some(b"a")) && !sent.has_id(Some(b"b")) && !sent.has_id(None));
         replies.keep_returned(sent);
         assert_eq!(
             kept(&replies, &of_client("a", "second")),

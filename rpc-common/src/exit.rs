@@ -2,6 +2,7 @@
 
 use crate::connection::{Error, ErrorKind};
 use crate::logging;
+use signal_hook::low_level::{self, emulate_default_handler};
 use std::fmt::Display;
 use std::io::{self, Write};
 use std::process;
@@ -92,11 +93,26 @@ pub fn print_message(program: &str, message: impl Display) {
     let _ = writeln!(io::stderr(), "{priority}{program}: {message}");
 }
 
+/// Whether this process is the first one of a container (or of the machine). Signals have no default
+/// action for process 1, and it adopts the processes whose parents have ended.
+pub fn is_process_1() -> bool {
+    process::id() == 1
+}
+
+/// Ends this process as if the signal was not handled. As process 1, which a signal without a handler
+/// does not end, it exits with what a shell reports for the signal.
+pub fn end_by_signal(signal: i32) -> ! {
+    if !is_process_1() {
+        let _ = emulate_default_handler(signal); // returns only if the signal ends no process
+    }
+    low_level::exit(128 + signal)
+}
+
 /// The exit code of a program that an error of the connection ends.
 impl From<&Error> for ExitCode {
     fn from(error: &Error) -> Self {
         match error.kind {
-            ErrorKind::Configuration(_) => ExitCode::Usage,
+            ErrorKind::Configuration(_) | ErrorKind::NoThread(_) => ExitCode::Usage,
             _ => ExitCode::Unreachable,
         }
     }

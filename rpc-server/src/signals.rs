@@ -1,9 +1,9 @@
 //! SIGINT and SIGTERM as a channel to wait on.
 
 use crossbeam_channel::Receiver;
+use rpc_common::exit::end_by_signal;
 use signal_hook::consts::{SIGCHLD, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use signal_hook::low_level::emulate_default_handler;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -50,7 +50,9 @@ pub fn stop_signal_with(on_second: impl FnOnce() + Send + 'static) -> io::Result
                 signals.find(|signal| Some(*signal) != first || begun.elapsed() >= SAME_SIGNAL);
             on_second();
             rpc_common::logging::flush();
-            let _ = second.map(emulate_default_handler); // does not return
+            if let Some(signal) = second {
+                end_by_signal(signal);
+            }
         })?;
     Ok(stop)
 }

@@ -30,6 +30,7 @@ mod wire;
 mod any_data;
 mod batches;
 mod command_line;
+mod containers;
 mod exit_codes;
 mod messages;
 mod metrics;

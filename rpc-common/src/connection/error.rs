@@ -5,8 +5,9 @@ use super::reply_codes::{
     ACCESS_REFUSED, CONNECTION_FORCED, NOT_ALLOWED, NOT_FOUND, PRECONDITION_FAILED, RESOURCE_LOCKED,
 };
 use super::sentences::{Difference, Meaning};
-use crate::text::{escape, escape_up_to, format_duration};
+use crate::text::{describe_io_error, escape, escape_up_to, format_duration};
 use std::fmt::{self, Display};
+use std::io;
 use std::path::Path;
 use std::time::Duration;
 use thiserror::Error;
@@ -32,6 +33,9 @@ pub enum ErrorKind {
     /// The system has no CA certificate that a broker's certificate could be signed with.
     #[error("this system has no CA certificates: specify one with --ca-file")]
     NoCaCertificates,
+    /// The system refused a thread, for this reason: a limit of processes.
+    #[error("the system provides no thread: {0}: raise the limit of processes (ulimit -u)")]
+    NoThread(String),
     /// There is no way to the broker, or no broker that speaks AMQP or TLS as we do.
     #[error("{0}")]
     NotConnected(String),
@@ -182,7 +186,11 @@ impl Error {
 impl Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (&self.kind, &self.address) {
-            (ErrorKind::Configuration(_) | ErrorKind::NoCaCertificates, _) | (_, None) => {}
+            (
+                ErrorKind::Configuration(_) | ErrorKind::NoCaCertificates | ErrorKind::NoThread(_),
+                _,
+            )
+            | (_, None) => {}
             (_, Some(address)) => write!(f, "{address} ")?,
         }
         self.kind.fmt(f)
@@ -190,9 +198,17 @@ impl Display for Error {
 }
 
 impl ErrorKind {
+    /// The system refused a thread, for this reason.
+    pub fn no_thread(reason: &io::Error) -> Self {
+        ErrorKind::NoThread(describe_io_error(reason))
+    }
+
     pub(crate) fn is_permanent(&self) -> bool {
-        use ErrorKind::{Credentials, Refused, StreamQueue};
-        matches!(self, Credentials(_) | Refused(_) | StreamQueue(_))
+        use ErrorKind::{Credentials, NoThread, Refused, StreamQueue};
+        matches!(
+            self,
+            Credentials(_) | NoThread(_) | Refused(_) | StreamQueue(_)
+        )
     }
 
     pub(crate) fn bad_url(source_name: &str, reason: &str) -> Self {
@@ -234,6 +250,7 @@ impl From<amiquip::Error> for ErrorKind {
     fn from(error: amiquip::Error) -> Self {
         use amiquip::Error as Amiquip;
         match error {
+            Amiquip::ForkFailed { source } => ErrorKind::no_thread(&source),
             Amiquip::ExhaustedChannelIds => ErrorKind::TooManyChannels,
             Amiquip::ServerClosedChannel { code, message, .. } => {
                 ErrorKind::channel_closed(code, message.as_bytes())

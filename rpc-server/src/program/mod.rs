@@ -1,9 +1,12 @@
 //! A program as the function: from a request to a reply, without AMQP.
 
+mod children;
 mod executable;
 mod process;
 mod run;
 mod run_log;
+
+pub use children::reap_orphans_during;
 
 use crate::handler::Caller;
 use executable::{check_executable, find_executable};

@@ -4,18 +4,18 @@
 //! ssh, sudo) is stopped by the kernel, and waits without a word. posix_spawn(3) makes the session
 //! (`POSIX_SPAWN_SETSID`), and costs as much as `std::process::Command`, which cannot.
 
+use super::children;
 use nix::errno::Errno;
 use nix::spawn::{posix_spawn, PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags};
 use nix::sys::signal;
 use rpc_common::sync::lock;
 use rustix::pipe::{pipe_with, PipeFlags};
-use rustix::process::{kill_process_group, waitpid, Pid, Signal, WaitOptions};
+use rustix::process::{kill_process_group, Pid, Signal};
 use std::collections::HashSet;
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -173,7 +173,9 @@ impl<'a> Process<'a> {
         } = invocation;
         let id = groups.start(|| {
             let id = posix_spawn(*path, &actions, &attributes, args, environment)?;
-            Ok(Pid::from_raw(id.as_raw()).expect("a process id is not 0"))
+            let id = Pid::from_raw(id.as_raw()).expect("a process id is not 0");
+            children::add(id);
+            Ok(id)
         })?;
         let process = Process {
             id,
@@ -201,7 +203,7 @@ impl<'a> Process<'a> {
     pub(crate) fn reap(&mut self) -> io::Result<ExitStatus> {
         self.groups.remove(self.id);
         self.is_released = true;
-        wait(self.id)
+        children::reap(self.id)
     }
 
     /// Gives up a process that cannot be killed. It is reaped when it ends.
@@ -209,7 +211,7 @@ impl<'a> Process<'a> {
         self.groups.remove(self.id);
         self.is_released = true;
         let id = self.id;
-        thread::spawn(move || wait(id));
+        thread::spawn(move || children::reap(id));
     }
 }
 
@@ -227,17 +229,6 @@ fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(pipe_with(PipeFlags::CLOEXEC)?)
 }
 
-fn wait(id: Pid) -> io::Result<ExitStatus> {
-    loop {
-        match waitpid(Some(id), WaitOptions::empty()) {
-            Ok(Some((_, status))) => return Ok(ExitStatus::from_raw(status.as_raw())),
-            Ok(None) => {}
-            Err(error) if error == rustix::io::Errno::INTR => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-}
-
 /// Whether a start may succeed a short time later.
 fn is_temporary(error: &io::Error) -> bool {
     let errno = error.raw_os_error().map(Errno::from_raw);
@@ -251,6 +242,7 @@ fn is_temporary(error: &io::Error) -> bool {
 mod tests {
     use super::*;
     use crossbeam_channel::bounded;
+    use std::os::unix::process::ExitStatusExt;
     use std::process::Command;
 
     /// A process in a group of its own, as posix_spawn(3) makes it.
@@ -278,9 +270,12 @@ mod tests {
         has_begun.recv().unwrap();
         let id = groups.start(|| Ok(sleeping())).unwrap();
         groups.kill_all();
-        assert_eq!(wait(id).unwrap().signal(), Some(9));
+        assert_eq!(children::reap(id).unwrap().signal(), Some(9));
         // The start that was in progress is killed by its thread.
         end.send(()).unwrap();
-        assert_eq!(wait(slow_ids.recv().unwrap()).unwrap().signal(), Some(9));
+        assert_eq!(
+            children::reap(slow_ids.recv().unwrap()).unwrap().signal(),
+            Some(9)
+        );
     }
 }

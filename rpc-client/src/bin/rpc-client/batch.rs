@@ -8,21 +8,19 @@
 //!   does not block is printed on the thread of the calls.
 
 use crate::cli::Cli;
+use crate::error::Error;
 use crate::output::Layout;
 use crate::printer::{Event, Permits, Printer, SharedPrinter};
 use crate::progress::Progress;
 use crate::reader;
+use crate::signals::DefaultAction;
 use crossbeam_channel::bounded;
 use rpc_client::Stopper;
 use rpc_common::connection::Endpoint;
 use rpc_common::exit::ExitCode;
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
-use signal_hook::low_level::emulate_default_handler;
 use std::io::{self, BufWriter};
 use std::sync::{mpsc, Arc};
 use std::thread;
-use std::time::Duration;
 
 /// Read-ahead of numbers per **permit**, in units of `--in-flight`: many, so that the reader is
 /// woken rarely. (Other requests, and their replies, may be large: a permit allows `--in-flight` of
@@ -37,7 +35,14 @@ const PERMITS: usize = 2;
 
 /// Makes the calls of many requests and prints their answers. Returns the largest exit code of the
 /// calls.
-pub(crate) fn make_calls(cli: &Cli, endpoints: Vec<Endpoint>) -> io::Result<ExitCode> {
+///
+/// # Errors
+/// The answers cannot be written, or the system refuses a thread.
+pub(crate) fn make_calls(
+    cli: &Cli,
+    endpoints: Vec<Endpoint>,
+    default_action: DefaultAction,
+) -> Result<ExitCode, Error> {
     let in_flight = u64::from(cli.config.in_flight);
     let are_numbers = !cli.input.numbers.is_empty();
     let requests_per_permit = if are_numbers {
@@ -59,7 +64,11 @@ pub(crate) fn make_calls(cli: &Cli, endpoints: Vec<Endpoint>) -> io::Result<Exit
     let permits_for_reader = Permits::new(permit_sender, requests_per_permit);
     let printer = Arc::new(SharedPrinter::new(printer, permits_for_reader));
     if cli.output.summary.is_some() {
-        summarise_on_signals(event_sender.clone());
+        // The printer prints the summary of what was done, and ends the program.
+        let events = event_sender.clone();
+        default_action
+            .precede(move |signal| drop(events.send(Event::Interrupted(signal))))
+            .map_err(Error::NoThread)?;
     }
     let stop = StopOnDrop(requests.stopper());
     let shared = printer.clone();
@@ -79,7 +88,8 @@ pub(crate) fn make_calls(cli: &Cli, endpoints: Vec<Endpoint>) -> io::Result<Exit
         printer.print(outcomes, &event_sender);
     });
     let _ = event_sender.send(Event::RunEnded);
-    printing.join().expect("the printer does not panic")
+    let result = printing.join().expect("the printer does not panic");
+    result.map_err(Error::Output)
 }
 
 /// Stops the calls when it is dropped.
@@ -89,22 +99,4 @@ impl Drop for StopOnDrop {
     fn drop(&mut self) {
         self.0.stop();
     }
-}
-
-/// Maximum time that the summary takes after a signal: the reader of the output may have stopped.
-const SUMMARY_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// On SIGINT and SIGTERM the printer prints the summary of what was done, and ends the program as
-/// the signal would have.
-fn summarise_on_signals(events: mpsc::Sender<Event>) {
-    let Ok(mut signals) = Signals::new([SIGINT, SIGTERM]) else {
-        return;
-    };
-    thread::spawn(move || {
-        if let Some(signal) = signals.forever().next() {
-            let _ = events.send(Event::Interrupted(signal));
-            thread::sleep(SUMMARY_TIMEOUT);
-            let _ = emulate_default_handler(signal); // does not return
-        }
-    });
 }

@@ -24,6 +24,11 @@ pub(crate) enum Error {
     BadInput(#[from] BadInput),
     #[error("cannot write to standard output: {}", describe_io_error(.0))]
     Output(io::Error),
+    #[error(
+        "the system provides no thread: {}: raise the limit of processes (ulimit -u)",
+        describe_io_error(.0)
+    )]
+    NoThread(io::Error),
     /// Options that do not go together.
     #[error("{0}; see --help")]
     Usage(&'static str),
@@ -54,7 +59,7 @@ impl Error {
                 code => code,
             },
             Error::BadReply { .. } => "bad-reply",
-            Error::BadInput(_) | Error::Usage(_) => "usage",
+            Error::BadInput(_) | Error::NoThread(_) | Error::Usage(_) => "usage",
             Error::Output(_) => "output", // in no JSON: it cannot be written
         }
     }
@@ -72,7 +77,7 @@ impl Error {
             }
             Error::Call(CallError::Failed(_) | CallError::TooLarge { .. })
             | Error::BadReply { .. } => ExitCode::RemoteError,
-            Error::BadInput(_) | Error::Usage(_) => ExitCode::Usage,
+            Error::BadInput(_) | Error::NoThread(_) | Error::Usage(_) => ExitCode::Usage,
             Error::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => {
                 ExitCode::BrokenPipe
             }

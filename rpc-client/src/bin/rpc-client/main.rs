@@ -20,10 +20,12 @@ mod progress;
 mod summary;
 
 mod error;
+mod signals;
 
 use crate::cli::Cli;
 use crate::error::Error;
 use crate::input::BadInput;
+use crate::signals::DefaultAction;
 use rpc_client::Error as CallError;
 use rpc_common::exit::{print_message, ExitCode};
 use rpc_common::{command_line, logging};
@@ -51,13 +53,13 @@ fn main() -> process::ExitCode {
 /// code is the largest of the calls' exit codes.
 fn run(cli: &Cli) -> Result<ExitCode, Error> {
     cli.validate()?;
+    let default_action = DefaultAction::start().map_err(Error::NoThread)?;
     if cli.input.check {
         return check::print_queue_stats(cli);
     }
     let endpoints = cli.config.broker.endpoints().map_err(CallError::from)?;
-    let result = match single_call::request(cli).map_err(BadInput::from)? {
-        Some(request) => single_call::make_call(cli, endpoints, request),
-        None => batch::make_calls(cli, endpoints),
-    };
-    result.map_err(Error::Output)
+    match single_call::request(cli).map_err(BadInput::from)? {
+        Some(request) => single_call::make_call(cli, endpoints, request).map_err(Error::Output),
+        None => batch::make_calls(cli, endpoints, default_action),
+    }
 }

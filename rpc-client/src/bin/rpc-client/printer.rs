@@ -10,12 +10,11 @@ use crate::source::Unreadable;
 use crate::summary::Summary;
 use crossbeam_channel::Sender;
 use rpc_client::Outcome;
-use rpc_common::exit::{print_message, ExitCode};
+use rpc_common::exit::{end_by_signal, print_message, ExitCode};
 use rpc_common::sync::{lock, try_lock};
 use rustix::fs::{fstat, FileType};
 use rustix::io::ioctl_fionread;
 use rustix::pipe::fcntl_getpipe_size;
-use signal_hook::low_level::emulate_default_handler;
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Write};
 use std::sync::mpsc::{Receiver, Sender as EventSender};
@@ -224,8 +223,7 @@ impl<W: Write> SharedPrinter<W> {
                 }
                 Event::Interrupted(signal) => {
                     printer.finish()?;
-                    let _ = emulate_default_handler(signal); // does not return
-                    return Ok(ExitCode::Interrupted);
+                    end_by_signal(signal);
                 }
                 // If the run ended early, bad lines of input may still wait behind a number that
                 // was not called.

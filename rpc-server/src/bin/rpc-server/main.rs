@@ -10,18 +10,30 @@ use log::LevelFilter;
 use operator::Operator;
 use rpc_common::background_writer::BackgroundWriter;
 use rpc_common::connection::{Error, ErrorKind};
-use rpc_common::exit::{print_message, ExitCode};
+use rpc_common::exit::{is_process_1, print_message, ExitCode};
 use rpc_common::message::{Reply, Request};
 use rpc_common::text::escape;
 use rpc_common::{command_line, logging};
 use rpc_server::{
-    fib_handler, serve, stop_signal, stop_signal_with, Caller, Handler, Program, Stop,
+    fib_handler, reap_orphans_during, serve, stop_signal, stop_signal_with, Caller, Handler,
+    Program, Stop,
 };
 use statistics::Statistics;
 use std::sync::Arc;
 use std::{io, process};
 
 fn main() -> process::ExitCode {
+    if is_process_1() {
+        let code = reap_orphans_during(serve_and_report);
+        return code.unwrap_or_else(|error| {
+            print_message("rpc-server", ErrorKind::no_thread(&error));
+            ExitCode::Usage.into()
+        });
+    }
+    serve_and_report()
+}
+
+fn serve_and_report() -> process::ExitCode {
     let cli: Cli = match command_line::parse_args(cli::SHORT_HELP) {
         Ok(cli) => cli,
         Err(code) => return code.into(),

@@ -28,6 +28,8 @@ pub enum ExitCode {
     NoAnswer = 5,
     /// An answer could not be written to standard output.
     Output = 6,
+    /// Ended by SIGHUP.
+    HungUp = 129,
     /// Ended by SIGINT.
     Interrupted = 130,
     /// The reader of standard output has closed it; 141 is what a shell reports for SIGPIPE.
@@ -55,12 +57,13 @@ pub const CLIENT_EXIT_CODES: &[(ExitCode, &str)] = &[
 
 /// Exit codes of rpc-server and their meaning.
 pub const SERVER_EXIT_CODES: &[(ExitCode, &str)] = &[
-    (ExitCode::Success, "stopped gracefully by SIGINT or SIGTERM"),
+    (ExitCode::Success, "stopped gracefully by SIGINT, SIGTERM or SIGHUP"),
     (ExitCode::Usage, "the command line, a file that it names, or AMQP_URL is invalid"),
     (
         ExitCode::Unreachable,
         "retrying cannot help: credentials (refused twice), vhost, permission, or the queue cannot be used or declared",
     ),
+    (ExitCode::HungUp, "ended at once by a second signal, SIGHUP"),
     (ExitCode::Interrupted, "ended at once by a second signal, SIGINT"),
     (ExitCode::Terminated, "ended at once by a second signal, SIGTERM"),
 ];

@@ -1,8 +1,9 @@
-//! SIGINT and SIGTERM as a channel to wait on.
+//! SIGINT, SIGTERM and SIGHUP as a channel to wait on.
 
 use crossbeam_channel::Receiver;
+use procfs::process::Process;
 use rpc_common::exit::end_by_signal;
-use signal_hook::consts::{SIGCHLD, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -13,11 +14,11 @@ use std::{io, thread};
 /// stop.
 pub type Stop = Receiver<Infallible>;
 
-/// Time in which the same signal counts once.
-const SAME_SIGNAL: Duration = Duration::from_secs(1);
+/// Time in which signals of one stop count once.
+const ONE_STOP: Duration = Duration::from_secs(1);
 
-/// A stop signal that the first SIGINT or SIGTERM gives. The second one ends the process, as if it
-/// was not handled.
+/// A stop signal that the first SIGINT, SIGTERM or SIGHUP gives. The second one ends the process, as
+/// if it was not handled. SIGHUP is left alone if it is ignored now, as nohup(1) does it.
 ///
 /// # Errors
 /// If the system refuses the signal handlers or a thread.
@@ -31,6 +32,9 @@ pub fn stop_signal() -> io::Result<Stop> {
 /// As [`stop_signal`].
 pub fn stop_signal_with(on_second: impl FnOnce() + Send + 'static) -> io::Result<Stop> {
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    if !is_ignored(SIGHUP) {
+        signals.add_signal(SIGHUP)?;
+    }
     // If SIGCHLD is ignored, as some parents leave it, the kernel reaps programs before they can be
     // waited for.
     signal_hook::flag::register(SIGCHLD, Arc::default())?;
@@ -39,15 +43,13 @@ pub fn stop_signal_with(on_second: impl FnOnce() + Send + 'static) -> io::Result
         .name("signals".into())
         .spawn(move || {
             let mut signals = signals.forever();
-            let first = signals.next();
+            let Some(first) = signals.next() else { return };
             let begun = Instant::now();
             log::info!(
                 "stopping: requests that have begun are answered; a second signal stops at once"
             );
             drop(running);
-            // timeout(1) sends its signal to the process and again to its group.
-            let second =
-                signals.find(|signal| Some(*signal) != first || begun.elapsed() >= SAME_SIGNAL);
+            let second = signals.find(|signal| !is_same_stop(first, *signal, begun.elapsed()));
             on_second();
             rpc_common::logging::flush();
             if let Some(signal) = second {
@@ -55,4 +57,32 @@ pub fn stop_signal_with(on_second: impl FnOnce() + Send + 'static) -> io::Result
             }
         })?;
     Ok(stop)
+}
+
+/// Whether a signal this long after the first one is part of the same stop. timeout(1) sends its
+/// signal to the process and again to its group. A shell whose terminal is closed repeats SIGHUP, and
+/// systemd sends SIGTERM and SIGHUP to a login session that it ends.
+fn is_same_stop(first: i32, signal: i32, elapsed: Duration) -> bool {
+    elapsed < ONE_STOP && (signal == first || [first, signal].contains(&SIGHUP))
+}
+
+/// Whether this process ignores the signal.
+fn is_ignored(signal: i32) -> bool {
+    let status = Process::myself().and_then(|process| process.status());
+    status.is_ok_and(|status| status.sigign & (1 << (signal - 1)) != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signals_of_one_stop_count_once() {
+        let soon = Duration::from_millis(1);
+        assert!(is_same_stop(SIGTERM, SIGTERM, soon));
+        assert!(is_same_stop(SIGTERM, SIGHUP, soon) && is_same_stop(SIGHUP, SIGTERM, soon));
+        assert!(!is_same_stop(SIGTERM, SIGINT, soon));
+        assert!(!is_same_stop(SIGTERM, SIGTERM, ONE_STOP));
+        assert!(!is_same_stop(SIGHUP, SIGHUP, ONE_STOP));
+    }
 }

@@ -18,8 +18,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 #[test]
-fn sigterm_and_sigint_let_a_server_finish_what_it_has_begun() {
-    for signal in [Signal::TERM, Signal::INT] {
+fn sigterm_sigint_and_sighup_let_a_server_finish_what_it_has_begun() {
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
         let queue = Queue::named(&format!("graceful_{}", signal.as_raw()));
         let mut server = Program::start_server(&queue, &["--delay", "2s"]);
         let caller = call_in_background(&queue, &["30"], "832040\n");
@@ -98,6 +98,48 @@ fn a_second_signal_ends_a_server_at_once() {
         Some(Signal::INT.as_raw()),
         "a shell reports 130"
     );
+}
+
+/// A terminal that is closed, or whose ssh connection breaks.
+#[test]
+fn a_server_whose_terminal_is_closed_finishes_what_it_has_begun() {
+    let queue = Queue::named("closed_terminal");
+    // The program ends only if it may: it is in another process group.
+    let server = format!(
+        "rpc-server --queue {} -- sh -c \"sleep 2; printf 8\"",
+        &*queue
+    );
+    let path = format!("{}:/usr/bin:/bin", program_folder().display());
+    let mut terminal = Command::new("script");
+    terminal
+        .args(["-qefc", &server, "/dev/null"])
+        .env("AMQP_URL", broker::url())
+        .env("PATH", path);
+    let mut terminal = Program::spawn_command(&terminal);
+    Peer::connect().wait_for_consumers(&queue, 1);
+    let caller = Program::spawn("rpc-client", &["--queue", &queue, "6"]);
+    while !terminal.next_line().contains("(1 byte)") {}
+    terminal.send_signal(Signal::KILL);
+    terminal.wait();
+    assert_eq!(caller.next_line(), "8");
+    Peer::connect().wait_for_consumers(&queue, 0);
+}
+
+/// `nohup` starts a program with SIGHUP ignored.
+#[test]
+fn a_server_that_was_started_with_sighup_ignored_ignores_sighup() {
+    let queue = Queue::named("nohup");
+    let mut command = Command::new("env");
+    command
+        .arg("--ignore-signal=HUP")
+        .arg(program_folder().join("rpc-server"))
+        .args(["--queue", &queue])
+        .env("AMQP_URL", broker::url());
+    let server = Program::spawn_command(&command);
+    assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
+    server.send_signal(Signal::HUP);
+    assert_output(&mut client(&queue, &["30"]), 0, "832040\n", "");
+    assert_eq!(server.stop(), [" [.] fib(30)"]);
 }
 
 /// As after Ctrl-S in a terminal. The lines of 20,000 requests, and their log, are more than a pipe

@@ -43,6 +43,11 @@ Environment:
   AMQP_URL is the broker. Each option can be set by a variable: --workers by
   RPC_SERVER_WORKERS. The command line wins.
 
+Signals:
+  SIGINT, SIGTERM and SIGHUP stop the server: it answers what it has begun. A
+  second signal ends it at once. SIGHUP is ignored if it was at the start, as
+  with nohup.
+
 ";
 
 /// Serve fib(n), or any program, to rpc-client and every other client of the RabbitMQ RPC tutorial.

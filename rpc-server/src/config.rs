@@ -3,6 +3,8 @@
 use crate::queue::QueueType;
 use rpc_common::command_line::{self, BrokerOptions};
 use rpc_common::options::{parse_duration, parse_name};
+use std::num::NonZeroUsize;
+use std::thread;
 use std::time::Duration;
 
 /// The options of a server. The defaults are those of the command line.
@@ -58,6 +60,16 @@ pub enum UrlOrder {
     Given,
     /// Any, so that many servers spread over the nodes.
     Random,
+}
+
+impl Config {
+    /// Number of workers.
+    pub fn worker_count(&self) -> usize {
+        match self.workers {
+            0 => thread::available_parallelism().map_or(1, NonZeroUsize::get),
+            workers => workers.into(),
+        }
+    }
 }
 
 impl Default for Config {

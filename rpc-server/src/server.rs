@@ -25,7 +25,6 @@ use rpc_common::message::Publish;
 use rpc_common::properties::Properties;
 use rpc_common::text::{describe_io_error, format_duration};
 use std::mem;
-use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Once;
 use std::thread;
@@ -82,10 +81,7 @@ pub fn serve(
     if config.url_order == UrlOrder::Random {
         start_at_random(&mut endpoints);
     }
-    let workers = match config.workers {
-        0 => thread::available_parallelism().map_or(1, NonZeroUsize::get),
-        workers => workers.into(),
-    };
+    let workers = config.worker_count();
     let service = Service {
         config,
         handler,

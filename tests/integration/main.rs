@@ -32,6 +32,7 @@ mod batches;
 mod command_line;
 mod containers;
 mod exit_codes;
+mod limits;
 mod messages;
 mod metrics;
 mod operating;

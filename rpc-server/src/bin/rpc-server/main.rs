@@ -1,6 +1,7 @@
 //! Serves fib(n), or a program, over RabbitMQ RPC.
 
 mod cli;
+mod limits;
 mod metrics;
 mod operator;
 mod statistics;
@@ -55,6 +56,7 @@ fn serve_and_report() -> process::ExitCode {
 
 fn run(cli: &Cli, stdout: &BackgroundWriter) -> Result<(), Error> {
     let configuration_error = |reason| Error::configuration(ErrorKind::Configuration(reason));
+    limits::raise_open_files(cli.config.worker_count());
     let program = cli.find_program().map_err(configuration_error)?;
     let statistics = Arc::new(Statistics::new(cli.metrics.is_some()));
     if let Some(address) = cli.metrics {

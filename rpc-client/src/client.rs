@@ -5,7 +5,7 @@ use crate::config::Config;
 use crate::requests::{request_channel, RequestSender, Requests};
 use crate::run::run;
 use crossbeam_channel::{bounded, Sender};
-use rpc_common::connection::Endpoint;
+use rpc_common::connection::{Endpoint, Error as ConnectionError, ErrorKind};
 use std::thread::{self, JoinHandle};
 
 /// A **client** makes calls, from any thread. It connects with the first call and stays connected
@@ -47,11 +47,13 @@ impl Client {
     /// A client that is not connected yet.
     ///
     /// # Errors
-    /// [`Error::Connection`] when the configuration is wrong.
+    /// [`Error::Connection`] when the configuration is wrong, or the system refuses a thread.
     pub fn new(config: Config) -> Result<Self, Error> {
         let endpoints = config.broker.endpoints()?;
         let (requests, received) = request_channel(None);
-        let thread = thread::spawn(move || make_calls(&config, &endpoints, &received));
+        let thread = thread::Builder::new()
+            .spawn(move || make_calls(&config, &endpoints, &received))
+            .map_err(|error| ConnectionError::configuration(ErrorKind::no_thread(&error)))?;
         Ok(Client {
             requests: Some(requests),
             thread: Some(thread),

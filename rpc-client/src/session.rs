@@ -34,6 +34,8 @@ pub(crate) struct Session {
     is_stats_pending: bool,
     /// Deadline of closing.
     close_deadline: Deadline,
+    /// The error of the session when its thread has ended, or was not started.
+    end_of_thread: ErrorKind,
 }
 
 impl Session {
@@ -58,8 +60,13 @@ impl Session {
             reports: report_sender,
             waker: waker.clone(),
         };
-        thread::spawn(move || session_thread::run(&attempt, &reporter, &commands));
+        let started = thread::Builder::new()
+            .spawn(move || session_thread::run(&attempt, &reporter, &commands));
         Session {
+            end_of_thread: match started {
+                Ok(_) => ErrorKind::ConnectionLost("the session has ended".into()),
+                Err(error) => ErrorKind::no_thread(&error),
+            },
             commands: command_sender,
             reports,
             link: None,
@@ -181,7 +188,7 @@ impl Session {
             .connected
             .as_ref()
             .map(|connected| connected.address.clone());
-        let kind = ErrorKind::ConnectionLost("the session has ended".into());
+        let kind = self.end_of_thread.clone();
         ConnectionError { address, kind }.into()
     }
 

@@ -27,16 +27,13 @@ impl BackgroundWriter {
     /// Starts the thread. It ends when the last clone is dropped, or when the output cannot be
     /// written.
     ///
-    /// # Panics
-    /// If the system refuses a thread.
-    pub fn start(output: impl Write + Send + 'static) -> Self {
+    /// # Errors
+    /// The system refuses a thread.
+    pub fn start(output: impl Write + Send + 'static) -> io::Result<Self> {
         let (sender, messages) = bounded(Self::CAPACITY);
         let write = move || write_lines(output, &messages);
-        thread::Builder::new()
-            .name("writer".into())
-            .spawn(write)
-            .expect("the system provides a thread");
-        BackgroundWriter(sender)
+        thread::Builder::new().name("writer".into()).spawn(write)?;
+        Ok(BackgroundWriter(sender))
     }
 
     /// Writes a line, or drops it.
@@ -99,7 +96,7 @@ mod tests {
     #[test]
     fn lines_are_written_in_order_and_a_flush_waits_for_them() {
         let (mut reader, writer) = io::pipe().unwrap();
-        let lines = BackgroundWriter::start(writer);
+        let lines = BackgroundWriter::start(writer).unwrap();
         lines.write_line("one".into());
         lines.clone().write_all(b"two\n").unwrap();
         lines.flush();
@@ -112,7 +109,7 @@ mod tests {
     #[test]
     fn a_reader_that_has_stopped_stops_nobody() {
         let (_reader, writer) = io::pipe().unwrap();
-        let lines = BackgroundWriter::start(writer);
+        let lines = BackgroundWriter::start(writer).unwrap();
         for _ in 0..2 * BackgroundWriter::CAPACITY {
             lines.write_line("x".repeat(100)); // more than a pipe and the queue take
         }
@@ -123,7 +120,7 @@ mod tests {
 
     #[test]
     fn an_output_that_cannot_be_written_is_no_error() {
-        let lines = BackgroundWriter::start(File::open("/dev/null").unwrap());
+        let lines = BackgroundWriter::start(File::open("/dev/null").unwrap()).unwrap();
         lines.write_line("x".into());
         lines.flush();
         lines.write_line("y".into());

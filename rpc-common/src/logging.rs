@@ -27,8 +27,11 @@ pub struct LogOptions {
 impl LogOptions {
     /// Starts a log for an operator: each line has a time and a level; in systemd's journal a
     /// priority, see sd-daemon(3). Whoever logs does not wait for its reader.
-    pub fn start_for_operator(&self, level: LevelFilter) {
-        let writer = BackgroundWriter::start(io::stderr());
+    ///
+    /// # Errors
+    /// The system refuses a thread.
+    pub fn start_for_operator(&self, level: LevelFilter) -> io::Result<()> {
+        let writer = BackgroundWriter::start(io::stderr())?;
         let mut builder = self.builder(level);
         builder
             .format_target(false)
@@ -40,6 +43,7 @@ impl LogOptions {
             });
         }
         start(&mut builder, Some(writer));
+        Ok(())
     }
 
     /// Starts a log for a user at a prompt: the lines look like the errors of `program`. With
@@ -126,13 +130,16 @@ fn start(builder: &mut Builder, writer: Option<BackgroundWriter>) {
     log::set_boxed_logger(Box::new(log)).expect("a program starts its log once");
 }
 
-/// Logs panics. A panic of amiquip's thread is logged at debug level: it occurs when both sides
-/// close at once, and the connection's error says more.
+/// Logs panics. Those below amiquip are logged at debug level, because the connection's error says
+/// more: its thread panics when both sides close at once, and a timer without a thread.
 pub fn log_panics() {
     panic::set_hook(Box::new(|panic| {
-        let level = match thread::current().name() {
-            Some("amiquip-io") => Level::Debug,
-            _ => Level::Error,
+        let is_amiquips = thread::current().name() == Some("amiquip-io");
+        let is_timers = panic.to_string().contains("failed to spawn thread");
+        let level = if is_amiquips || is_timers {
+            Level::Debug
+        } else {
+            Level::Error
         };
         log::log!(level, "{}", describe_panic(&panic.to_string()));
     }));

@@ -27,8 +27,8 @@ use rpc_common::text::{describe_io_error, format_duration};
 use std::mem;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Once;
-use std::thread;
 use std::time::{Duration, Instant};
+use std::{io, thread};
 
 /// Timeout of each broker's attempt to connect and to find or declare the queue; and of opening
 /// channels.
@@ -67,10 +67,8 @@ const LOGIN_PAUSE: Duration = Duration::from_secs(3);
 /// When retrying cannot help, before it has consumed for the first time: credentials that are
 /// refused twice, permissions, or a queue that can be neither used nor declared. After that it
 /// retries without end.
-/// [`ErrorKind::TooManyChannels`] at any time.
-///
-/// # Panics
-/// If the system refuses a thread.
+/// [`ErrorKind::TooManyChannels`] at any time. [`ErrorKind::Configuration`] if the system does not
+/// provide a thread for each worker.
 pub fn serve(
     config: &Config,
     handler: &dyn Handler,
@@ -108,10 +106,13 @@ pub fn serve(
     thread::scope(|scope| {
         for index in 0..workers {
             let worker = Worker::new(&service, report_sender.clone(), offered_channels.clone());
-            thread::Builder::new()
+            let started = thread::Builder::new()
                 .name(format!("worker-{index}"))
-                .spawn_scoped(scope, move || worker.run())
-                .expect("the system provides a thread");
+                .spawn_scoped(scope, move || worker.run());
+            if let Err(error) = started {
+                drop(channel_offers); // ends the workers that have started
+                return Err(too_few_threads(index, workers, &error));
+            }
         }
         drop(report_sender);
         let server = Server {
@@ -145,6 +146,13 @@ fn check_may_reply(connection: &mut Connection, deadline: &Deadline) -> Result<(
         amqp.qos(0, 0, false)
     })?;
     channel.close(deadline)
+}
+
+fn too_few_threads(started: usize, workers: usize, error: &io::Error) -> Error {
+    let reason = describe_io_error(error);
+    Error::configuration(ErrorKind::Configuration(format!(
+        "the system provides threads for {started} of {workers} workers: {reason}: reduce --workers, or raise the limit of processes (ulimit -u, or TasksMax of the unit)"
+    )))
 }
 
 struct Server<'a> {
@@ -287,7 +295,8 @@ impl Server<'_> {
             let declared = queue::find_or_declare(&mut connection, &queue, queue_type, &deadline)?;
             check_may_reply(&mut connection, &deadline)?;
             Ok((connection, queue::describe(&queue, declared)))
-        });
+        })
+        .map_err(Error::configuration)?;
         let Some(connected) = self.wait_for(&connecting, self.service.stop) else {
             // A connection that is opened soon is closed properly.
             let _ = connecting.recv_timeout(STOP_TIMEOUT);

@@ -1,9 +1,51 @@
-//! The limits of the system.
+//! The limits of the system: open files and processes.
 
 use crate::support::broker;
 use crate::support::peer::Queue;
 use crate::support::programs::{assert_output, client, program_folder, Program};
+use std::net::TcpListener;
+use std::path::PathBuf;
 use std::process::Command;
+use std::{env, fs, process};
+
+/// A copy of a program that every user may execute, and a user of its own for one test: the limit of
+/// processes is one of the user, and does not bind root.
+struct LimitedUser {
+    folder: PathBuf,
+    id: u32,
+}
+
+impl LimitedUser {
+    /// The `index` differs between tests.
+    fn new(index: u32, program: &str) -> Self {
+        let folder = env::temp_dir().join(format!("rpc-tests-limits-{index}-{}", process::id()));
+        fs::create_dir(&folder).expect("the folder is new");
+        fs::copy(program_folder().join(program), folder.join(program)).expect("there is room");
+        // Other runs of these tests have other users.
+        let id = 20_000 + process::id() % 10_000 + 10_000 * index;
+        LimitedUser { folder, id }
+    }
+
+    /// Starts the program with this limit of processes, threads included.
+    fn spawn(&self, processes: u32, program: &str, args: &[&str]) -> Program {
+        let mut command = Command::new("setpriv");
+        command
+            .arg(format!("--reuid={}", self.id))
+            .args(["--clear-groups", "prlimit"])
+            .arg(format!("--nproc={processes}"))
+            .arg(self.folder.join(program))
+            .args(args)
+            .current_dir("/")
+            .env("AMQP_URL", broker::url());
+        Program::spawn_command(&command)
+    }
+}
+
+impl Drop for LimitedUser {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}
 
 #[test]
 fn many_workers_raise_the_limit_of_open_files() {
@@ -37,4 +79,71 @@ fn many_workers_raise_the_limit_of_open_files() {
     server.wait_for_log("40 workers need 384 open files, and the hard limit is 300");
     assert_output(&mut client(&queue, &["--data", ""]), 0, "300", "");
     server.stop();
+}
+
+/// Each limit lets one thread more start.
+#[test]
+fn a_server_without_enough_threads_ends_with_exit_code_2_and_one_line() {
+    let queue = Queue::named("limit_of_threads");
+    let user = LimitedUser::new(0, "rpc-server");
+    let metrics = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
+    let metrics = metrics.expect("a port is free").to_string();
+    let args = ["--queue", &queue, "--workers", "3", "--metrics", &metrics];
+    for limit in 1.. {
+        assert!(limit < 30, "a server needs no more threads");
+        let mut server = user.spawn(limit, "rpc-server", &args);
+        let first_line = server.next_line_or_end();
+        if first_line.as_deref() == Some(" [x] Awaiting RPC requests") {
+            server.stop();
+            assert!(limit > 6, "three workers, and others");
+            return;
+        }
+        let code = server.wait().code();
+        let (stdout, stderr) = server.remaining_output();
+        let errors: Vec<_> = stderr
+            .iter()
+            .filter(|line| !line.contains(" INFO ] "))
+            .collect();
+        assert_eq!(
+            (first_line, &stdout[..], code),
+            (None, &[][..], Some(2)),
+            "{errors:?}"
+        );
+        let [error] = errors[..] else {
+            panic!("with {limit} threads: {errors:?}")
+        };
+        assert!(
+            error.contains(": resource temporarily unavailable: "),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn a_client_without_enough_threads_ends_with_exit_code_2_and_one_line() {
+    let queue = Queue::named("limit_of_client");
+    let _server = Program::start_server(&queue, &["-q"]);
+    let user = LimitedUser::new(1, "rpc-client");
+    for (args, answers) in [(&["30"][..], 1), (&["30", "30"], 2)] {
+        let args = [&["--queue", &queue], args].concat();
+        for limit in 1.. {
+            assert!(limit < 30, "a client needs no more threads");
+            let mut client = user.spawn(limit, "rpc-client", &args);
+            let code = client.wait().code();
+            let (stdout, stderr) = client.remaining_output();
+            if code == Some(0) {
+                assert_eq!(stdout, vec!["832040"; answers]);
+                break;
+            }
+            let [error] = &stderr[..] else {
+                panic!("with {limit} threads: {stderr:?}")
+            };
+            assert!(stdout.iter().all(String::is_empty), "{stdout:?}");
+            assert_eq!(code, Some(2), "{error}");
+            assert!(
+                error.contains(": the system provides no thread: "),
+                "{error}"
+            );
+        }
+    }
 }

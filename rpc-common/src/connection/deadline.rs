@@ -89,10 +89,15 @@ impl Deadline {
 }
 
 /// Runs `work` on a thread of its own. The receiver gets the result; it may be dropped before that.
+///
+/// # Errors
+/// [`ErrorKind::NoThread`].
 pub fn run_in_background<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
-) -> Receiver<T> {
+) -> Result<Receiver<T>, ErrorKind> {
     let (sender, result) = bounded(1);
-    thread::spawn(move || sender.send(work())); // fails if nobody waits for the result any more
-    result
+    let work = move || sender.send(work()); // fails if nobody waits for the result any more
+    let started = thread::Builder::new().spawn(work);
+    started.map_err(|error| ErrorKind::no_thread(&error))?;
+    Ok(result)
 }

@@ -111,11 +111,15 @@ impl Link {
     }
 
     /// Starts a standby thread, which ends with the connection.
-    pub(crate) fn start_standby(self: &Arc<Self>) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoThread`].
+    pub(crate) fn start_standby(self: &Arc<Self>) -> Result<(), ErrorKind> {
         let link = self.clone();
         let thread = thread::Builder::new()
             .name("standby".into())
-            .spawn(move || link.stand_by())?;
+            .spawn(move || link.stand_by())
+            .map_err(|error| ErrorKind::no_thread(&error))?;
         let _ = self.standby.set(thread.thread().clone()); // it is empty
         Ok(())
     }

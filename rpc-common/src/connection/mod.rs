@@ -50,7 +50,9 @@ use crate::text::{describe_io_error, escape};
 use amiquip::{AmqpValue, ConnectionTuning};
 use demux::End;
 use frames::{FrameError, FRAME_MAX};
+use rustix::io::Errno;
 use std::net::SocketAddr;
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -142,13 +144,17 @@ impl Connection {
         let (link, stream) =
             Link::new(transport, name, endpoint.heartbeat, waker).map_err(no_resources)?;
         match owner {
-            Owner::Standby => link.start_standby().map_err(no_resources)?,
+            Owner::Standby => link.start_standby()?,
             Owner::EventLoop(_, take_link) => take_link(&link),
         }
         let begun = Instant::now();
         let handshake = link.run_blocking_until(deadline, || {
             let options = login.options.clone().frame_max(FRAME_MAX);
-            amiquip::Connection::insecure_open_stream(stream, options, ConnectionTuning::default())
+            let tuning = ConnectionTuning::default();
+            // The timer of mio-extras, below amiquip, panics if the system refuses a thread.
+            panic::catch_unwind(AssertUnwindSafe(|| {
+                amiquip::Connection::insecure_open_stream(stream, options, tuning)
+            }))
         });
         let Some(amqp) = handshake else {
             // RabbitMQ sends a frame before we log in.
@@ -160,11 +166,11 @@ impl Connection {
             };
             return Err(deadline.timed_out(phase));
         };
-        let amqp = amqp.map_err(|error| {
-            let kind = handshake_error(endpoint, error, &link);
-            link.shut_down();
-            kind
-        })?;
+        let amqp = match amqp {
+            Ok(amqp) => amqp.map_err(|error| handshake_error(endpoint, error, &link)),
+            Err(_) => Err(ErrorKind::no_thread(&Errno::AGAIN.into())),
+        };
+        let amqp = amqp.inspect_err(|_| link.shut_down())?;
         let connection = Connection {
             amqp: Some(amqp),
             endpoint: endpoint.clone(),

@@ -126,7 +126,7 @@ pub(crate) fn resolve(
     }
     let name = (endpoint.host.clone(), endpoint.port);
     let begun = Instant::now();
-    let lookup = run_in_background(move || name.to_socket_addrs().map(Vec::from_iter));
+    let lookup = run_in_background(move || name.to_socket_addrs().map(Vec::from_iter))?;
     let reason = match lookup.recv_deadline(deadline.instant()) {
         Ok(Ok(addresses)) if addresses.is_empty() => "no address".into(),
         Ok(Ok(addresses)) => {

@@ -211,7 +211,8 @@ impl<'a> Process<'a> {
         self.groups.remove(self.id);
         self.is_released = true;
         let id = self.id;
-        thread::spawn(move || children::reap(id));
+        // Without a thread for it, the process is not reaped.
+        let _ = thread::Builder::new().spawn(move || children::reap(id));
     }
 }
 

@@ -3,7 +3,7 @@
 use super::{broker, TEST_TIMEOUT};
 use assert_cmd::assert::Assert;
 use assert_cmd::Command;
-use crossbeam_channel::{unbounded, Receiver, Sender};
+use crossbeam_channel::{unbounded, Receiver, RecvTimeoutError, Sender};
 use procfs::process::Process;
 use rustix::process::{kill_process, Pid, Signal};
 use std::ffi::OsStr;
@@ -177,6 +177,16 @@ impl Program {
     pub(crate) fn next_line(&self) -> String {
         let line = self.stdout.recv_timeout(TEST_TIMEOUT);
         line.unwrap_or_else(|error| panic!("no line ({error}); the log: {:#?}", self.new_log()))
+    }
+
+    /// Like [`Program::next_line`]; `None` if it closes its standard output first.
+    #[track_caller]
+    pub(crate) fn next_line_or_end(&self) -> Option<String> {
+        match self.stdout.recv_timeout(TEST_TIMEOUT) {
+            Ok(line) => Some(line),
+            Err(RecvTimeoutError::Disconnected) => None,
+            Err(RecvTimeoutError::Timeout) => panic!("no line; the log: {:#?}", self.new_log()),
+        }
     }
 
     /// The lines of its standard output that are there and were not returned before.

@@ -72,17 +72,20 @@ pub(crate) fn make_calls(
     }
     let stop = StopOnDrop(requests.stopper());
     let shared = printer.clone();
-    let printing = thread::spawn(move || {
+    let print_all = move || {
         let _stop = stop; // when the printer has ended, the calls end
         shared.print_all(&events)
-    });
+    };
+    let printing = thread::Builder::new().spawn(print_all);
+    let printing = printing.map_err(Error::NoThread)?;
     reader::start(
         cli,
         request_sender,
         event_sender.clone(),
         permits,
         requests_per_permit,
-    );
+    )
+    .map_err(Error::NoThread)?;
     // An error of the run is the outcome of its calls, too.
     let _ = rpc_client::run(&cli.config, endpoints, &requests, &mut |outcomes| {
         printer.print(outcomes, &event_sender);

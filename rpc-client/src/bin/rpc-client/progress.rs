@@ -68,12 +68,14 @@ impl Progress {
         };
         let state = Arc::new(Mutex::new(state));
         let drawn = state.clone();
-        thread::spawn(move || {
+        let draw = move || {
             thread::sleep(DELAY);
             while lock(&drawn).draw() {
                 thread::sleep(INTERVAL);
             }
-        });
+        };
+        // Without a thread no line is shown: the calls are more important.
+        thread::Builder::new().spawn(draw).ok()?;
         Some(Progress(state))
     }
 

@@ -24,13 +24,16 @@ pub(crate) fn requests(cli: &Cli) -> (RequestSender<Input>, Requests<Input>) {
 }
 
 /// Starts to read the input on a thread of its own. Bad input goes to the printer directly.
+///
+/// # Errors
+/// The system refuses a thread.
 pub(crate) fn start(
     cli: &Cli,
     requests: RequestSender<Input>,
     events: mpsc::Sender<Event>,
     permits: Receiver<()>,
     requests_per_permit: u64,
-) {
+) -> io::Result<()> {
     let announces = cli.output.announces();
     let input = cli.input.clone();
     let repeat = cli.repeat;
@@ -44,7 +47,8 @@ pub(crate) fn start(
         index: 0,
     };
     // Not joined: when the calls end early, it may still wait for input.
-    thread::spawn(move || reader.read(&input, BufReader::new(io::stdin())));
+    thread::Builder::new().spawn(move || reader.read(&input, BufReader::new(io::stdin())))?;
+    Ok(())
 }
 
 /// Prints the line of the tutorial after `start`, if the request is for fib(n).

@@ -13,7 +13,7 @@ use rpc_common::background_writer::BackgroundWriter;
 use rpc_common::connection::{Error, ErrorKind};
 use rpc_common::exit::{is_process_1, print_message, ExitCode};
 use rpc_common::message::{Reply, Request};
-use rpc_common::text::escape;
+use rpc_common::text::{describe_io_error, escape};
 use rpc_common::{command_line, logging};
 use rpc_server::{
     fib_handler, reap_orphans_during, serve, stop_signal, stop_signal_with, Caller, Handler,
@@ -27,7 +27,7 @@ fn main() -> process::ExitCode {
     if is_process_1() {
         let code = reap_orphans_during(serve_and_report);
         return code.unwrap_or_else(|error| {
-            print_message("rpc-server", ErrorKind::no_thread(&error));
+            print_message("rpc-server", no_thread(&error));
             ExitCode::Usage.into()
         });
     }
@@ -39,11 +39,16 @@ fn serve_and_report() -> process::ExitCode {
         Ok(cli) => cli,
         Err(code) => return code.into(),
     };
-    cli.log.start_for_operator(LevelFilter::Info);
+    let result = cli.log.start_for_operator(LevelFilter::Info);
     logging::log_panics();
-    let stdout = BackgroundWriter::start(io::stdout());
-    let result = run(&cli, &stdout);
-    stdout.flush();
+    let result = result
+        .and_then(|()| BackgroundWriter::start(io::stdout()))
+        .map_err(|error| no_thread(&error))
+        .and_then(|stdout| {
+            let result = run(&cli, &stdout);
+            stdout.flush();
+            result
+        });
     logging::flush();
     match result {
         Ok(()) => ExitCode::Success.into(),
@@ -52,6 +57,10 @@ fn serve_and_report() -> process::ExitCode {
             ExitCode::from(&error).into()
         }
     }
+}
+
+fn no_thread(reason: &io::Error) -> Error {
+    Error::configuration(ErrorKind::no_thread(reason))
 }
 
 fn run(cli: &Cli, stdout: &BackgroundWriter) -> Result<(), Error> {
@@ -130,7 +139,12 @@ fn serve_until_stopped(
     stop: io::Result<Stop>,
     operator: &Operator,
 ) -> Result<(), Error> {
-    let stop = stop.expect("the system provides signal handlers and a thread");
+    let stop = stop.map_err(|error| {
+        let reason = describe_io_error(&error);
+        Error::configuration(ErrorKind::Configuration(format!(
+            "cannot handle signals: {reason}: raise the limits of processes and open files"
+        )))
+    })?;
     serve(&cli.config, handler, &stop, operator)?;
     log::info!("stopped: {}", operator.statistics.summary());
     Ok(())

@@ -4,6 +4,7 @@ use crate::statistics::Statistics;
 use httparse::Status;
 use prometheus_client::encoding::prometheus_text::{encode, CONTENT_TYPE};
 use prometheus_client::registry::Registry;
+use rpc_common::connection;
 use rpc_common::text::describe_io_error;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -40,7 +41,7 @@ const LIVE_LIMIT: Duration = Duration::from_secs(60);
 /// Serves the metrics and the probes until the program ends.
 ///
 /// # Errors
-/// The reason why the address cannot be used, for a message.
+/// The reason why the address cannot be used, or the system refuses a thread, for a message.
 pub(crate) fn serve(address: SocketAddr, statistics: Arc<Statistics>) -> Result<(), String> {
     let listener = TcpListener::bind(address).map_err(|error| {
         format!(
@@ -67,7 +68,7 @@ pub(crate) fn serve(address: SocketAddr, statistics: Arc<Statistics>) -> Result<
         thread::Builder::new()
             .name("metrics".into())
             .spawn(serve)
-            .expect("the system provides a thread");
+            .map_err(|error| connection::ErrorKind::no_thread(&error).to_string())?;
     }
     Ok(())
 }

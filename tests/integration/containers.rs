@@ -14,10 +14,10 @@ use std::process::Command;
 const UNSHARE: &str = "unshare --pid --fork --kill-child --mount-proc";
 
 /// A program that is process 1. The exit code of `unshare` is that of the program.
-struct Container(Program);
+pub(crate) struct Container(pub(crate) Program);
 
 impl Container {
-    fn start(program: &str, args: &[&str]) -> Self {
+    pub(crate) fn start(program: &str, args: &[&str]) -> Self {
         let mut words = UNSHARE.split(' ');
         let mut command = Command::new(words.next().expect("it has a name"));
         command
@@ -45,7 +45,7 @@ impl Container {
         i32::try_from(children[0]).expect("it is an id")
     }
 
-    fn send_signal(&self, signal: Signal) {
+    pub(crate) fn send_signal(&self, signal: Signal) {
         let pid = Pid::from_raw(self.process_1()).expect("it is not 0");
         kill_process(pid, signal).expect("the program is running");
     }

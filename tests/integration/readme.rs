@@ -1,5 +1,6 @@
 //! The README files: their examples are run as they stand, and whatever they name must exist.
 
+use crate::containers::Container;
 use crate::support::broker::private_node;
 use crate::support::broker_features::{broker_version_at, report_not_applicable};
 use crate::support::peer::{Peer, Queue};
@@ -7,6 +8,7 @@ use crate::support::programs::{assert_output, bash, client, command, program_fol
 use crate::tls::listen_with;
 use rpc_common::exit;
 use rpc_common::message::ErrorCode;
+use rustix::process::Signal;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -14,10 +16,11 @@ use std::process::Command;
 
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
-const PAGES: [&str; 5] = [
+const PAGES: [&str; 6] = [
     "README.md",
     "rpc-client/README.md",
     "rpc-server/README.md",
+    "rpc-server/containers.md",
     "rpc-common/README.md",
     "tests/README.md",
 ];
@@ -64,6 +67,13 @@ fn read(page: &'static str) -> (Vec<Block>, String) {
         marker = line;
     }
     (blocks, prose)
+}
+
+/// The first block that contains this text.
+fn block(text: &str) -> Block {
+    let mut blocks = blocks().into_iter();
+    let block = blocks.find(|block| block.text.contains(text));
+    block.expect("a page has it")
 }
 
 fn blocks() -> Vec<Block> {
@@ -172,7 +182,7 @@ fn install_wrappers(folder: &Path, queue: &str) {
 
 /// `console` blocks are run above. Of `sh` blocks, which install or start things, the test below
 /// checks that what they name exists. `text` blocks are figures. `peers` runs the programs in other
-/// languages.
+/// languages. Further tests below are for the other blocks.
 #[test]
 fn every_block_of_the_readme_files_is_checked_by_a_test() {
     let mut programs = Vec::new();
@@ -187,6 +197,7 @@ fn every_block_of_the_readme_files_is_checked_by_a_test() {
             "console" => assert!(text.starts_with("$ "), "{page}: no command: {text}"),
             "sh" => assert!(!text.contains("$ "), "{page}: this is a console: {text}"),
             "text" => {}
+            "dockerfile" | "yaml" if page == "rpc-server/containers.md" => {}
             "python" | "php" | "go" | "js" if page == "tests/README.md" => programs.push(language),
             _ => panic!("{page}: no test runs a block of language '{language}'"),
         }
@@ -206,18 +217,14 @@ fn the_broker_and_the_programs_accept_the_certificates_of_the_guide() {
     let folder = node.folder().join("guide");
     let file = |name: &str| folder.join(name).display().to_string();
     fs::create_dir_all(&folder).expect("the folder of the node is writable");
-    let find = |text: &str| {
-        blocks()
-            .into_iter()
-            .find(|block| block.text.contains(text))
-            .expect("the guide has it")
-            .text
-    };
-    for example in format!("\n{}", find("openssl req")).split("\n$ ").skip(1) {
+    for example in format!("\n{}", block("openssl req").text)
+        .split("\n$ ")
+        .skip(1)
+    {
         let (command, _) = split_example(example);
         bash(&format!("cd {}; {command}", folder.display())).success();
     }
-    let config = find("ssl_options.");
+    let config = block("ssl_options.").text;
     let options = config
         .lines()
         .filter_map(|line| line.strip_prefix("ssl_options.")?.split_once(" = "));
@@ -243,6 +250,45 @@ fn the_broker_and_the_programs_accept_the_certificates_of_the_guide() {
         .assert()
         .code(3);
     server.stop();
+}
+
+/// There is no Docker here: its command is run as process 1.
+#[test]
+fn the_container_of_the_guide_serves_and_stops() {
+    let dockerfile = block("FROM ").text;
+    let words = |instruction: &str| {
+        let array = dockerfile
+            .lines()
+            .find_map(|line| line.strip_prefix(instruction))
+            .expect("the Dockerfile has it");
+        serde_json::from_str::<Vec<String>>(array).expect("it is an array of strings")
+    };
+    let queue = Queue::named("container_guide");
+    let command = [words("ENTRYPOINT "), words("CMD ")].concat();
+    let command = command.iter().map(String::as_str);
+    let command: Vec<_> = command
+        .map(|word| if word == "count" { &*queue } else { word })
+        .collect();
+    let server = Container::start(command[0], &command[1..]);
+    assert_eq!(server.0.next_line(), " [x] Awaiting RPC requests");
+    let mut call = client(&queue, &["--data", "to be or not to be"]);
+    assert_output(&mut call, 0, "6\n", "");
+    server.send_signal(Signal::TERM);
+    assert_eq!(server.0.wait_for_exit_code(), Some(0));
+}
+
+#[test]
+fn the_grace_period_of_the_guide_is_longer_than_a_stop() {
+    let pod = block("terminationGracePeriodSeconds").text;
+    let seconds = |before: &str| {
+        let (_, rest) = pod.split_once(before).expect("the guide has it");
+        let digits = rest.split(|char: char| !char.is_ascii_digit()).next();
+        digits.and_then(|digits| digits.parse::<u32>().ok())
+    };
+    let stop_after = seconds("RPC_SERVER_STOP_AFTER, value: ").expect("it has seconds");
+    let grace_period = seconds("terminationGracePeriodSeconds: ").expect("it has seconds");
+    let kill_after = 5; // the default
+    assert!(grace_period > stop_after + kill_after);
 }
 
 #[test]

@@ -111,8 +111,23 @@ END
     equal "$(show ActiveState fib.v2) $(show ExecMainStatus fib.v2) $(show NRestarts fib.v2)" "failed 2 0"
     passed "a wrong password, no password and a wrong option end a server, without restarts"
 
+    # A server that runs and is enabled: an upgrade leaves it alone, the removal does not.
+    install -m 600 /dev/null /etc/rpc-server/count.password
+    echo secret >/etc/rpc-server/count.password
+    systemctl reset-failed rpc-server@count # it was started often
+    systemctl start rpc-server@count || fail "a server with its password again is not started"
+    local pid wanted=/etc/systemd/system/multi-user.target.wants/rpc-server@count.service
+    pid=$(show MainPID count)
+    dpkg -i rabbitmq-rpc_*.deb
+    equal "$(show MainPID count)" "$pid"
+    [ -L "$wanted" ] || fail "an upgrade disables the server"
     dpkg -L rabbitmq-rpc | grep rpc- >files
     dpkg -r rabbitmq-rpc
+    equal "$(show ActiveState count)" inactive
+    [ ! -e "/proc/$pid" ] || fail "the server runs on"
+    [ ! -L "$wanted" ] || fail "the server is still enabled"
+    passed "an upgrade leaves a server running, and the removal of the package stops and disables it"
+
     while read -r file; do [ ! -e "$file" ] || fail "$file is left"; done <files
     passed "nothing is left after the removal of the package"
 }

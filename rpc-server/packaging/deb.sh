@@ -52,7 +52,15 @@ set -e
 if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
 END
 cp root/DEBIAN/postinst root/DEBIAN/postrm
-chmod 755 root/DEBIAN/postinst root/DEBIAN/postrm
+# The removal stops all servers, which waits for their programs, and disables them. An upgrade does not.
+cat >root/DEBIAN/prerm <<'END'
+#!/bin/sh
+set -e
+[ "$1" = remove ] || exit 0
+if [ -d /run/systemd/system ]; then systemctl stop 'rpc-server@*.service'; fi
+if command -v systemctl >/dev/null; then systemctl --quiet --no-reload disable rpc-server@.service; fi
+END
+chmod 755 root/DEBIAN/postinst root/DEBIAN/postrm root/DEBIAN/prerm
 (cd root && find usr -type f -exec md5sum {} +) >root/DEBIAN/md5sums
 
 dpkg-deb --root-owner-group --build root "${package}_${version}_$architecture.deb"

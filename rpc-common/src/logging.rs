@@ -42,8 +42,7 @@ impl LogOptions {
                 writeln!(line, "<{}>{}", priority(record.level()), record.args())
             });
         }
-        start(&mut builder, Some(writer));
-        Ok(())
+        start(&mut builder, Some(writer))
     }
 
     /// Starts a log for a user at a prompt: the lines look like the errors of `program`. With
@@ -59,7 +58,8 @@ impl LogOptions {
             Level::Warn => writeln!(line, "{clear}{program}: warning: {}", record.args()),
             _ => writeln!(line, "{clear}{program}: {}", record.args()),
         });
-        start(&mut builder, None);
+        // Without a writer no thread is started.
+        let _ = start(&mut builder, None);
     }
 
     fn builder(&self, level: LevelFilter) -> Builder {
@@ -115,7 +115,7 @@ fn priority(level: Level) -> u8 {
     }
 }
 
-fn start(builder: &mut Builder, writer: Option<BackgroundWriter>) {
+fn start(builder: &mut Builder, writer: Option<BackgroundWriter>) -> io::Result<()> {
     let log = builder.build();
     log::set_max_level(log.filter());
     let is_for_operator = writer.is_some();
@@ -124,10 +124,10 @@ fn start(builder: &mut Builder, writer: Option<BackgroundWriter>) {
         let log = log.clone();
         thread::Builder::new()
             .name("log".into())
-            .spawn(move || log.report_when_due())
-            .expect("the system provides a thread");
+            .spawn(move || log.report_when_due())?;
     }
     log::set_boxed_logger(Box::new(log)).expect("a program starts its log once");
+    Ok(())
 }
 
 /// Logs panics. Those below amiquip are logged at debug level, because the connection's error says

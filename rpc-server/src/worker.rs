@@ -441,9 +441,13 @@ impl<'a> Worker<'a> {
             }
             IsolatedResult::Unknown(error) if is_untried => {
                 log::info!("{error}; trying the reply again");
-                service
-                    .kept
-                    .keep_sent(in_hand.sent(reply, usize::MAX), End::Connection);
+                // The isolated connection may work again soon. Without a correlation id no reply is
+                // kept, and the function would run each time.
+                let end = match request.correlation_id {
+                    Some(_) => End::Channel,
+                    None => End::Connection,
+                };
+                service.kept.keep_sent(in_hand.sent(reply, usize::MAX), end);
                 self.pause(GIVE_BACK_PAUSE);
                 return give_back(channel, tag);
             }

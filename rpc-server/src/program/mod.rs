@@ -2,9 +2,11 @@
 
 mod children;
 mod executable;
+mod pipes;
 mod process;
 mod run;
 mod run_log;
+mod stop;
 
 pub use children::reap_orphans_during;
 
@@ -14,14 +16,16 @@ use process::{Groups, Invocation};
 use rpc_common::message::{Answer, ErrorCode, Failure, Reply, Request};
 use rpc_common::options::{parse_duration, parse_size, parse_timeout};
 use rpc_common::text::{describe_io_error, escape, format_duration};
-use run::{run_command, Ended, Limits, StopReason};
+use run::{run_command, Ended};
 use std::env;
 use std::ffi::{CStr, CString, OsString};
 use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use stop::{Limits, StopReason};
 
 /// Maximum size in bytes of a variable of the program's environment.
 const MAX_VALUE: usize = 4 << 10;
@@ -79,7 +83,7 @@ pub struct Program {
     path_c: CString,
     args: Vec<CString>,
     environment: Vec<CString>,
-    groups: Groups,
+    groups: Arc<Groups>,
     on_stopped: Box<dyn Fn() + Send + Sync>,
 }
 
@@ -116,7 +120,7 @@ impl Program {
             options: options.clone(),
             path,
             queue: queue.into(),
-            groups: Groups::default(),
+            groups: Arc::default(),
             on_stopped: Box::new(|| {}),
         }))
     }
@@ -157,6 +161,7 @@ impl Program {
             time: self.options.time_limit,
             deadline: request.deadline_ms.and_then(instant_of),
             kill_after: self.options.kill_after,
+            may_answer_late: false,
             // The text of a program that fails may be longer than its reply.
             output: self.options.max_reply.max(MAX_SENTENCE),
             caller,

@@ -1,4 +1,4 @@
-//! The processes of runs: each has a session and a process group of its own.
+//! The processes of programs: each has a session and a process group of its own.
 //!
 //! Without a session of its own, a program of a server in a terminal that asks on /dev/tty (git,
 //! ssh, sudo) is stopped by the kernel, and waits without a word. posix_spawn(3) makes the session
@@ -9,15 +9,16 @@ use nix::errno::Errno;
 use nix::spawn::{posix_spawn, PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags};
 use nix::sys::signal;
 use rpc_common::sync::lock;
+use rustix::fs::{fcntl_setfl, OFlags};
 use rustix::pipe::{pipe_with, PipeFlags};
-use rustix::process::{kill_process_group, Pid, Signal};
+use rustix::process::{kill_process_group, pidfd_open, Pid, PidfdFlags, Signal};
 use std::collections::HashSet;
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::process::ExitStatus;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -117,7 +118,7 @@ fn signal_group(group: Pid, signal: Signal) {
     let _ = kill_process_group(group, signal);
 }
 
-/// Our ends of the pipes of a process.
+/// Our ends of the pipes of a process, which do not block.
 pub(crate) struct Pipes {
     pub(crate) stdin: File,
     pub(crate) stdout: File,
@@ -125,20 +126,25 @@ pub(crate) struct Pipes {
 }
 
 /// A program's process. Its end is also that of its group.
-pub(crate) struct Process<'a> {
+pub(crate) struct Process {
     /// The process id, which is also that of the group.
-    pub(crate) id: Pid,
-    groups: &'a Groups,
+    id: Pid,
+    groups: Arc<Groups>,
+    /// Readable when the process has exited.
+    pidfd: OwnedFd,
     /// Whether the process is reaped, or given up.
     is_released: bool,
 }
 
-impl<'a> Process<'a> {
+impl Process {
     /// Starts a process. Tries again for a short time where the system is out of something.
     ///
     /// # Errors
     /// The error of posix_spawn(3), which says why exec failed.
-    pub(crate) fn start(invocation: &Invocation, groups: &'a Groups) -> io::Result<(Self, Pipes)> {
+    pub(crate) fn start(
+        invocation: &Invocation,
+        groups: &Arc<Groups>,
+    ) -> io::Result<(Self, Pipes)> {
         let begun = Instant::now();
         loop {
             match Process::try_start(invocation, groups) {
@@ -150,7 +156,7 @@ impl<'a> Process<'a> {
         }
     }
 
-    fn try_start(invocation: &Invocation, groups: &'a Groups) -> io::Result<(Self, Pipes)> {
+    fn try_start(invocation: &Invocation, groups: &Arc<Groups>) -> io::Result<(Self, Pipes)> {
         let [(stdin, ours_in), (ours_out, stdout), (ours_err, stderr)] =
             [pipe()?, pipe()?, pipe()?];
         let mut actions = PosixSpawnFileActions::init()?;
@@ -177,17 +183,31 @@ impl<'a> Process<'a> {
             children::add(id);
             Ok(id)
         })?;
+        let pidfd = pidfd_open(id, PidfdFlags::empty()).inspect_err(|_| {
+            signal_group(id, Signal::KILL);
+            groups.remove(id);
+            let _ = children::reap(id);
+        })?;
         let process = Process {
             id,
-            groups,
+            groups: groups.clone(),
+            pidfd,
             is_released: false,
         };
+        for pipe in [&ours_in, &ours_out, &ours_err] {
+            fcntl_setfl(pipe, OFlags::NONBLOCK)?;
+        }
         let pipes = Pipes {
             stdin: ours_in.into(),
             stdout: ours_out.into(),
             stderr: ours_err.into(),
         };
         Ok((process, pipes))
+    }
+
+    /// A file that is readable when the process has exited.
+    pub(crate) fn exit_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
     }
 
     /// Sends a signal to the group. A group that was stopped by a signal is continued to handle
@@ -206,8 +226,11 @@ impl<'a> Process<'a> {
         children::reap(self.id)
     }
 
-    /// Gives up a process that cannot be killed. It is reaped when it ends.
+    /// Gives up a process that cannot be killed: it belongs to another user, or hangs in the
+    /// kernel. It is reaped when it ends.
     pub(crate) fn leave_alone(&mut self) {
+        let number = self.id.as_raw_nonzero();
+        log::warn!("process {number} cannot be killed, and is left alone");
         self.groups.remove(self.id);
         self.is_released = true;
         let id = self.id;
@@ -216,7 +239,7 @@ impl<'a> Process<'a> {
     }
 }
 
-impl Drop for Process<'_> {
+impl Drop for Process {
     /// Ends a process that is not reaped, after an error.
     fn drop(&mut self) {
         if !self.is_released {

@@ -10,6 +10,7 @@ pub mod connection;
 pub mod encoding;
 pub mod exit;
 pub mod fib;
+pub mod json;
 mod log_limits;
 pub mod logging;
 pub mod message;

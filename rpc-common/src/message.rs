@@ -193,6 +193,10 @@ pub struct Answer {
     pub body: Vec<u8>,
     /// The MIME type of the body.
     pub content_type: Option<String>,
+    /// The kind of the message, the property `type`. `error` is that of failures.
+    pub message_type: Option<String>,
+    /// Headers, for callers that know them.
+    pub headers: TableBuilder,
 }
 
 impl Answer {
@@ -201,6 +205,8 @@ impl Answer {
         Answer {
             body,
             content_type: None,
+            message_type: None,
+            headers: TableBuilder::default(),
         }
     }
 
@@ -212,15 +218,27 @@ impl Answer {
             ..self
         }
     }
+
+    /// The answer with this property `type`.
+    #[must_use]
+    pub fn with_type(self, message_type: String) -> Self {
+        Answer {
+            message_type: Some(message_type),
+            ..self
+        }
+    }
+
+    /// The answer with these headers.
+    #[must_use]
+    pub fn with_headers(self, headers: TableBuilder) -> Self {
+        Answer { headers, ..self }
+    }
 }
 
 /// An answer of the type `text/plain`.
 impl From<String> for Answer {
     fn from(text: String) -> Self {
-        Answer {
-            body: text.into(),
-            content_type: Some(TEXT.into()),
-        }
+        Answer::new(text.into()).with_content_type(TEXT.into())
     }
 }
 
@@ -338,11 +356,13 @@ pub fn encode_reply<'a>(
     let mut headers = TableBuilder::default();
     let (body, properties) = match reply {
         Ok(answer) => {
-            let content_type = answer.content_type.as_deref().map(str::as_bytes);
+            let table = answer.headers.table();
             (
                 &answer.body[..],
                 Properties {
-                    content_type,
+                    content_type: answer.content_type.as_deref().map(str::as_bytes),
+                    message_type: answer.message_type.as_deref().map(str::as_bytes),
+                    headers: Some(table).filter(|table| *table != Table::default()),
                     ..Properties::default()
                 },
             )
@@ -350,7 +370,7 @@ pub fn encode_reply<'a>(
         Err(failure) => {
             headers = headers.with_text(ERROR_CODE_HEADER, failure.code.as_str());
             if let Some(exit_code) = failure.exit_code {
-                headers = headers.with_long(EXIT_CODE_HEADER, exit_code);
+                headers = headers.with(EXIT_CODE_HEADER, Value::Integer(exit_code.into()));
             }
             let content_type = Some(TEXT.as_bytes());
             let message_type = Some(ERROR_TYPE.as_bytes());
@@ -385,10 +405,16 @@ pub fn encode_reply<'a>(
 /// The failure in an error reply. If it has no code, the code is [`ErrorCode::Internal`].
 pub fn decode_reply(properties: &Properties, body: Vec<u8>) -> Reply {
     if properties.message_type != Some(ERROR_TYPE.as_bytes()) {
-        let content_type = properties
-            .content_type
-            .map(|text| String::from_utf8_lossy(text).into_owned());
-        return Ok(Answer { body, content_type });
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        return Ok(Answer {
+            body,
+            content_type: properties.content_type.map(text),
+            message_type: properties.message_type.map(text),
+            headers: properties
+                .headers
+                .map(TableBuilder::from_table)
+                .unwrap_or_default(),
+        });
     }
     let code = match properties.header(ERROR_CODE_HEADER) {
         Some(Value::Text(code)) => String::from_utf8_lossy(code).as_ref().into(),
@@ -528,8 +554,17 @@ mod tests {
     }
 
     fn any_answer() -> impl Strategy<Value = Answer> {
-        (any::<Vec<u8>>(), option::of(".{0,60}"))
-            .prop_map(|(body, content_type)| Answer { body, content_type })
+        let texts = [option::of(".{0,60}"), option::of("[a-d]{1,9}")];
+        (any::<Vec<u8>>(), texts, option::of(".{0,60}")).prop_map(
+            |(body, [content_type, message_type], header)| Answer {
+                body,
+                content_type,
+                message_type,
+                headers: header.map_or_else(TableBuilder::default, |text| {
+                    TableBuilder::default().with_text("name", &text)
+                }),
+            },
+        )
     }
 
     fn any_failure() -> impl Strategy<Value = Failure> {

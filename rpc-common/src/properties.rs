@@ -206,6 +206,38 @@ impl<'a> Value<'a> {
         })
     }
 
+    /// Appends the type and the value.
+    fn put(self, bytes: &mut Vec<u8>) {
+        let put_number = |bytes: &mut Vec<u8>, value_type: u8, number: &[u8]| {
+            bytes.push(value_type);
+            bytes.extend_from_slice(number);
+        };
+        let put_long = |bytes: &mut Vec<u8>, value_type: u8, long: &[u8]| {
+            bytes.push(value_type);
+            put_long_string(bytes, long);
+        };
+        match self {
+            Value::Boolean(value) => put_number(bytes, b't', &[value.into()]),
+            Value::Integer(number) => match i32::try_from(number) {
+                Ok(number) => put_number(bytes, b'I', &number.to_be_bytes()),
+                Err(_) => put_number(bytes, b'l', &number.to_be_bytes()),
+            },
+            Value::Unsigned(number) => put_number(bytes, b'i', &number.to_be_bytes()),
+            Value::Float(number) => put_number(bytes, b'f', &number.to_be_bytes()),
+            Value::Double(number) => put_number(bytes, b'd', &number.to_be_bytes()),
+            Value::Timestamp(seconds) => put_number(bytes, b'T', &seconds.to_be_bytes()),
+            Value::Text(text) => put_long(bytes, b'S', text),
+            Value::Bytes(long) => put_long(bytes, b'x', long),
+            Value::Table(table) => put_long(bytes, b'F', table.0),
+            Value::Array(values) => put_long(bytes, b'A', values),
+            Value::Decimal(scale, number) => {
+                put_number(bytes, b'D', &[scale]);
+                bytes.extend_from_slice(&number.to_be_bytes());
+            }
+            Value::Void => bytes.push(b'V'),
+        }
+    }
+
     /// The value as text, if it is a string, a number or a boolean.
     pub fn to_text(self) -> Option<String> {
         Some(match self {
@@ -220,8 +252,7 @@ impl<'a> Value<'a> {
     }
 }
 
-/// Appends an entry of a table: a name of at most 255 bytes, and a value, which may be no table,
-/// array, decimal or float.
+/// Builds a table, entry by entry. A name has at most 255 bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TableBuilder(Vec<u8>);
 
@@ -233,36 +264,56 @@ impl TableBuilder {
 
     /// Appends a text.
     #[must_use]
-    pub fn with_text(mut self, name: &str, text: &str) -> Self {
-        self.put_type(name, b'S');
-        put_long_string(&mut self.0, text.as_bytes());
-        self
+    pub fn with_text(self, name: &str, text: &str) -> Self {
+        self.with(name, Value::Text(text.as_bytes()))
     }
 
     /// Appends a signed integer of 8 bytes.
     #[must_use]
     pub fn with_long_long(mut self, name: &str, number: i64) -> Self {
-        self.put_type(name, b'l');
-        self.0.extend_from_slice(&number.to_be_bytes());
-        self
-    }
-
-    /// Appends a signed integer of 4 bytes.
-    #[must_use]
-    pub fn with_long(mut self, name: &str, number: i32) -> Self {
-        self.put_type(name, b'I');
-        self.0.extend_from_slice(&number.to_be_bytes());
-        self
-    }
-
-    fn put_type(&mut self, name: &str, value_type: u8) {
         put_short_string(&mut self.0, name.as_bytes());
-        self.0.push(value_type);
+        self.0.push(b'l');
+        self.0.extend_from_slice(&number.to_be_bytes());
+        self
+    }
+
+    /// Appends a value. An integer has 4 bytes if it fits, else 8: some clients read no others.
+    #[must_use]
+    pub fn with(mut self, name: &str, value: Value) -> Self {
+        self.add(name, value);
+        self
+    }
+
+    /// Appends a value, as [`with`](Self::with) does.
+    pub fn add(&mut self, name: &str, value: Value) {
+        put_short_string(&mut self.0, name.as_bytes());
+        value.put(&mut self.0);
     }
 
     /// The table.
     pub fn table(&self) -> Table<'_> {
         Table(&self.0)
+    }
+
+    /// The size of the table in bytes.
+    pub fn size(&self) -> usize {
+        self.0.len()
+    }
+}
+
+/// Builds an array, value by value.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ArrayBuilder(Vec<u8>);
+
+impl ArrayBuilder {
+    /// Appends a value, as [`TableBuilder::with`] does.
+    pub fn add(&mut self, value: Value) {
+        value.put(&mut self.0);
+    }
+
+    /// The array.
+    pub fn array(&self) -> Value<'_> {
+        Value::Array(&self.0)
     }
 }
 
@@ -444,7 +495,7 @@ mod tests {
                 .with_correlation_id(text.clone())
                 .with_timestamp(time)
                 .with_app_id(text.clone());
-            let table = TableBuilder::default().with_text("a", &text).with_long_long("b", number).with_long("c", small);
+            let table = TableBuilder::default().with_text("a", &text).with_long_long("b", number).with("c", Value::Integer(small.into()));
             let ours = Properties {
                 content_type: Some(text.as_bytes()),
                 headers: Some(table.table()),

@@ -8,7 +8,7 @@ use crate::support::programs::{assert_output, bash, client, command, program_fol
 use crate::support::{eventually, Folder};
 use amiquip::{AmqpProperties, AmqpValue, Delivery, FieldTable};
 use rpc_common::message::{decode_reply, Answer, ErrorCode, Failure, Reply};
-use rpc_common::properties::{Properties, TableBuilder};
+use rpc_common::properties::{Properties, TableBuilder, Value};
 use rustix::process::{test_kill_process, Pid, Signal};
 use std::time::{Duration, Instant};
 use std::{fs, process};
@@ -62,7 +62,7 @@ fn decode(reply: Delivery) -> Reply {
     for (name, value) in properties.headers().clone().unwrap_or_default() {
         headers = match value {
             AmqpValue::LongString(text) => headers.with_text(&name, &text),
-            AmqpValue::LongInt(number) => headers.with_long(&name, number),
+            AmqpValue::LongInt(number) => headers.with(&name, Value::Integer(number.into())),
             other => panic!("a header of a reply is {other:?}"),
         };
     }

@@ -377,7 +377,9 @@ impl State {
 }
 
 fn size(reply: &Reply) -> usize {
-    reply.as_ref().map_or(0, |answer| answer.body.len())
+    reply
+        .as_ref()
+        .map_or(0, |answer| answer.body.len() + answer.headers.size())
 }
 
 /// Whether a request is of rpc-client, which sends it again with the same correlation id.
@@ -531,7 +533,7 @@ mod tests {
     fn headers_that_the_broker_changes_are_not_part_of_a_request() {
         let replies = KeptReplies::default();
         keep(&replies, &request("a"), "1");
-        let counted = TableBuilder::default().with_long("x-delivery-count", 1);
+        let counted = TableBuilder::default().with("x-delivery-count", Value::Integer(1));
         let request = Request {
             headers: counted.table(),
             ..redelivered("a")
@@ -578,7 +580,7 @@ mod tests {
                 thread::yield_now();
             }
             assert!(matches!(begin(&replies, &redelivered("a")), Begun::Busy));
-            let counted = TableBuilder::default().with_long("x-delivery-count", 10);
+            let counted = TableBuilder::default().with("x-delivery-count", Value::Integer(10));
             let often = Request {
                 headers: counted.table(),
                 ..redelivered("a")

@@ -1,6 +1,7 @@
 //! The function that is served: from a request to a reply, without AMQP.
 
 use crate::cancel::Cancel;
+use crate::signals::Stop;
 use rpc_common::fib::fib;
 use rpc_common::fib::{parse_number, NumberError};
 use rpc_common::message::{ErrorCode, Failure, Reply, Request};
@@ -24,23 +25,23 @@ use std::time::Duration;
 ///     }
 ///     Ok(text.to_uppercase().into())
 /// };
-/// assert_eq!(upper.check(), Ok(()));
+/// assert!(upper.is_ready());
 /// ```
 pub trait Handler: Sync {
     /// Handles a request.
     ///
     /// # Errors
-    /// The failure that the caller gets. After [`ErrorCode::Unavailable`] without an exit code the
-    /// server consumes nothing until [`check`](Self::check) succeeds.
+    /// The failure that the caller gets.
     fn handle(&self, request: &Request, caller: &Caller) -> Reply;
 
-    /// Checks whether the function can run.
-    ///
-    /// # Errors
-    /// The reason why it cannot, for the log.
-    fn check(&self) -> Result<(), String> {
-        Ok(())
+    /// Whether the function can handle a request at the moment. A worker asks before each request;
+    /// while it is not so, the worker takes none, and gives those that it has taken back.
+    fn is_ready(&self) -> bool {
+        true
     }
+
+    /// Waits until the function [`is_ready`](Self::is_ready), or until it is time to stop.
+    fn wait_until_ready(&self, _stop: &Stop) {}
 }
 
 impl<Function: Fn(&Request, &Caller) -> Reply + Sync> Handler for Function {

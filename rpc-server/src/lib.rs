@@ -24,7 +24,7 @@ mod worker;
 pub use config::{Config, UrlOrder};
 pub use handler::{fib_handler, Caller, Handler};
 pub use observer::{Observer, Outcome};
-pub use program::{reap_orphans_during, Program, ProgramOptions};
+pub use program::{reap_orphans_during, Program, ProgramCallbacks, ProgramOptions, StartReason};
 pub use queue::QueueType;
 pub use server::serve;
 pub use signals::{stop_signal, stop_signal_with, Stop};

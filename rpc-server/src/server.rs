@@ -92,7 +92,6 @@ pub fn serve(
         },
         has_consumed: Once::new(),
         is_blocked: AtomicBool::new(false),
-        is_unavailable: AtomicBool::new(false),
         isolated: IsolatedPublisher::default(),
         kept: KeptReplies::default(),
         callers: Callers::default(),

@@ -15,7 +15,7 @@ use crate::observer::{Observer, Outcome};
 use crate::redelivery::{Begun, End, InHand, IsolatedPublisher, IsolatedResult, KeptReplies, Sent};
 use crate::reply::log_return;
 use crate::signals::Stop;
-use crossbeam_channel::{select_biased, Receiver, RecvTimeoutError, Sender, TryRecvError};
+use crossbeam_channel::{select_biased, Receiver, Sender, TryRecvError};
 use log::Level;
 use rpc_common::connection::{Backoff, Delivery, Driving, Error, ErrorKind, Message, Returned};
 use rpc_common::message::{unix_time_ms, ErrorCode, Failure, Reply, Request};
@@ -46,8 +46,6 @@ pub(crate) struct Service<'a> {
     pub(crate) has_consumed: Once,
     /// Whether the broker blocks the connection: then the broker answers nothing.
     pub(crate) is_blocked: AtomicBool,
-    /// Whether the function cannot run: then the workers consume nothing.
-    pub(crate) is_unavailable: AtomicBool,
     /// For the replies that may end a connection.
     pub(crate) isolated: IsolatedPublisher,
     /// The requests in hand, and replies that may be needed again.
@@ -78,8 +76,8 @@ pub(crate) enum WorkerReport {
 enum Served {
     /// It is time to stop.
     Stopping,
-    /// The function cannot run at the moment.
-    Unavailable,
+    /// The function cannot handle a request at the moment.
+    NotReady,
 }
 
 /// An event on the channel of a worker.
@@ -103,8 +101,6 @@ pub(crate) struct Worker<'a> {
     reports: Sender<WorkerReport>,
     channels: Receiver<WorkerChannel>,
     check: ConsumerCheck,
-    /// The pauses while the function is unavailable.
-    pauses: Backoff,
     /// The latest reply, until the broker has got its acknowledgement.
     sent: Option<Sent>,
 }
@@ -121,7 +117,6 @@ impl<'a> Worker<'a> {
             reports,
             channels,
             check: ConsumerCheck::new(now),
-            pauses: Backoff::new(now),
             sent: None,
         }
     }
@@ -150,7 +145,7 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Consumes until it is time to stop or the channel ends. While the function is unavailable,
+    /// Consumes until it is time to stop or the channel ends. While the function is not ready,
     /// consumes nothing.
     fn use_channel(&mut self, channel: &WorkerChannel) -> Result<(), Error> {
         let Config {
@@ -173,7 +168,10 @@ impl<'a> Worker<'a> {
             self.keep_sent(channel);
             match result? {
                 Served::Stopping => return Ok(()),
-                Served::Unavailable => self.wait_until_available(channel)?,
+                Served::NotReady => self.service.handler.wait_until_ready(self.service.stop),
+            }
+            if let Some(kind) = channel.ended() {
+                return Err(channel.error(kind));
             }
             if self.service.is_stopping() {
                 return Ok(());
@@ -195,28 +193,6 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Pauses, longer each time, until the function can run.
-    ///
-    /// # Errors
-    /// The channel has ended.
-    fn wait_until_available(&mut self, channel: &dyn Channel) -> Result<(), Error> {
-        loop {
-            let pause = self.pauses.next_pause(Instant::now());
-            log::warn!("the function is unavailable: taking no request for {pause:.1?}");
-            let is_stopping =
-                self.service.stop.recv_timeout(pause) == Err(RecvTimeoutError::Disconnected);
-            if let Some(kind) = channel.ended() {
-                return Err(channel.error(kind));
-            }
-            match self.service.handler.check() {
-                Err(reason) if !is_stopping => log::warn!("the function cannot run: {reason}"),
-                _ => break,
-            }
-        }
-        self.service.is_unavailable.store(false, Ordering::Relaxed);
-        Ok(())
-    }
-
     fn serve(&mut self, channel: &WorkerChannel) -> Result<Served, Error> {
         let inbox = channel.inbox();
         let is_stopping = || self.service.is_stopping();
@@ -236,8 +212,8 @@ impl<'a> Worker<'a> {
                 },
             };
             self.step(channel, event)?;
-            if self.service.is_unavailable.load(Ordering::Relaxed) {
-                return Ok(Served::Unavailable);
+            if !self.service.handler.is_ready() {
+                return Ok(Served::NotReady);
             }
         }
     }
@@ -248,8 +224,8 @@ impl<'a> Worker<'a> {
     /// The channel has ended, or is of no use.
     fn step(&mut self, channel: &dyn Channel, event: Event) -> Result<(), Error> {
         match event {
-            // Another worker has found the function unavailable: `cancel` gives the request back.
-            Event::Delivery(_) if self.service.is_unavailable.load(Ordering::Relaxed) => {}
+            // `cancel` gives the request back.
+            Event::Delivery(_) if !self.service.handler.is_ready() => {}
             Event::Delivery(delivery) => {
                 self.handle_delivery(channel, &delivery)?;
                 self.check.on_delivery(Instant::now());
@@ -510,10 +486,6 @@ impl<'a> Worker<'a> {
             reply
         };
         if let Err(failure) = &reply {
-            // A program that says so itself has an exit code, and can answer the next request.
-            if failure.code == ErrorCode::Unavailable && failure.exit_code.is_none() {
-                service.is_unavailable.store(true, Ordering::Relaxed);
-            }
             let code = failure.code.as_str();
             let message = escape(failure.message.as_bytes());
             log::log!(
@@ -687,25 +659,43 @@ mod tests {
         }
     }
 
-    /// Plays with a worker whose function answers with the body and the number of the run, or is
-    /// unavailable. Returns the outcomes.
+    /// A function that answers with the body and the number of the run, until it is unavailable.
+    #[derive(Default)]
+    struct Runs {
+        count: AtomicU32,
+        is_unavailable: AtomicBool,
+    }
+
+    impl Handler for Runs {
+        fn handle(&self, request: &Request, caller: &Caller) -> Reply {
+            match request.body {
+                b"unavailable" => {
+                    self.is_unavailable.store(true, Ordering::Relaxed);
+                    Err(Failure::new(ErrorCode::Unavailable, "later"))
+                }
+                b"slow" => {
+                    assert!(!caller.sleep(Duration::from_secs(60)));
+                    caller.give_back();
+                    Ok("too late".to_owned().into())
+                }
+                body => {
+                    let run = self.count.fetch_add(1, Ordering::Relaxed) + 1;
+                    let body = String::from_utf8_lossy(body);
+                    Ok(format!("{body} in run {run}").into())
+                }
+            }
+        }
+
+        fn is_ready(&self) -> bool {
+            !self.is_unavailable.load(Ordering::Relaxed)
+        }
+    }
+
+    /// Plays with a worker of the function [`Runs`]. Returns the outcomes.
     fn play(with: impl FnOnce(&mut Worker, &Service, &mut Option<Running>)) -> Vec<Outcome> {
         let outcomes = Outcomes::default();
         let config = Config::default();
-        let runs = AtomicU32::new(0);
-        let handler = |request: &Request, caller: &Caller| match request.body {
-            b"unavailable" => Err(Failure::new(ErrorCode::Unavailable, "later")),
-            b"slow" => {
-                assert!(!caller.sleep(Duration::from_secs(60)));
-                caller.give_back();
-                Ok("too late".to_owned().into())
-            }
-            body => {
-                let run = runs.fetch_add(1, Ordering::Relaxed) + 1;
-                let body = String::from_utf8_lossy(body);
-                Ok(format!("{body} in run {run}").into())
-            }
-        };
+        let handler = Runs::default();
         let (running, stop) = bounded(0);
         let service = Service {
             config: &config,
@@ -715,7 +705,6 @@ mod tests {
             driving: Driving::Standby,
             has_consumed: Once::new(),
             is_blocked: AtomicBool::new(false),
-            is_unavailable: AtomicBool::new(false),
             isolated: IsolatedPublisher::default(),
             kept: KeptReplies::default(),
             callers: Callers::default(),
@@ -994,7 +983,7 @@ mod tests {
                 .step(&channel, delivery(1, "unavailable", false))
                 .unwrap();
             assert_eq!(channel.done(), ["publish unavailable", "ack 1"]);
-            assert!(service.is_unavailable.load(Ordering::Relaxed));
+            assert!(!service.handler.is_ready());
             worker.step(&channel, delivery(2, "30", false)).unwrap();
             assert!(channel.done().is_empty(), "`cancel` gives it back");
         });

@@ -25,7 +25,7 @@ impl Backoff {
     /// Starts with the shortest pause.
     pub fn new(now: Instant) -> Self {
         Backoff {
-            pauses: pauses(),
+            pauses: new_pauses(),
             paused_until: now,
         }
     }
@@ -33,7 +33,7 @@ impl Backoff {
     /// The pause before the next attempt.
     pub fn next_pause(&mut self, now: Instant) -> Duration {
         if now.saturating_duration_since(self.paused_until) >= STABLE_AFTER {
-            self.pauses = pauses();
+            self.pauses = new_pauses();
         }
         let pause = self.pauses.next().unwrap_or(LONGEST_PAUSE); // there is always a next one
         self.paused_until = now + pause;
@@ -41,7 +41,12 @@ impl Backoff {
     }
 }
 
-fn pauses() -> Pauses {
+/// The pauses from the shortest to the longest, which is repeated without end.
+pub fn pauses() -> impl Iterator<Item = Duration> {
+    new_pauses()
+}
+
+fn new_pauses() -> Pauses {
     ExponentialBuilder::new()
         .with_min_delay(FIRST_PAUSE)
         .with_max_delay(LONGEST_PAUSE)

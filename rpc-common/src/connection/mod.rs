@@ -28,7 +28,7 @@ mod tls;
 mod wake;
 mod writer;
 
-pub use backoff::Backoff;
+pub use backoff::{pauses, Backoff};
 pub use channel::{ChannelInbox, Driving, HeaderTooLarge, OpenChannel, Publisher};
 pub use deadline::{run_in_background, Deadline};
 pub use demux::Notification;

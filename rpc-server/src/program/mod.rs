@@ -2,6 +2,7 @@
 
 mod children;
 mod executable;
+mod persistent;
 mod pipes;
 mod process;
 mod run;
@@ -9,12 +10,18 @@ mod run_log;
 mod stop;
 
 pub use children::reap_orphans_during;
+pub use persistent::StartReason;
 
-use crate::handler::Caller;
+use crate::handler::{Caller, Handler};
+use crate::signals::Stop;
+use crossbeam_channel::RecvTimeoutError;
 use executable::{check_executable, find_executable};
+use persistent::Processes;
 use process::{Groups, Invocation};
+use rpc_common::connection::Backoff;
 use rpc_common::message::{Answer, ErrorCode, Failure, Reply, Request};
 use rpc_common::options::{parse_duration, parse_size, parse_timeout};
+use rpc_common::sync::lock;
 use rpc_common::text::{describe_io_error, escape, format_duration};
 use run::{run_command, Ended};
 use std::env;
@@ -23,12 +30,16 @@ use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use stop::{Limits, StopReason};
 
 /// Maximum size in bytes of a variable of the program's environment.
 const MAX_VALUE: usize = 4 << 10;
+
+/// Number of bytes by which a line of a persistent program may be longer than the escaped reply.
+const MAX_LINE_EXTRA: usize = 64 << 10;
 
 /// Maximum length in bytes of the sentence of a program that fails.
 const MAX_SENTENCE: usize = 4 << 10;
@@ -68,13 +79,54 @@ pub struct ProgramOptions {
     #[arg(value_parser = rpc_common::options::parse_content_type)]
     pub content_type: String,
 
+    /// Keep the program running: it handles one request after the other, as lines of JSON
+    #[arg(long, requires = "command")]
+    pub persistent: bool,
+
+    /// End a persistent program after N replies, and start another one
+    #[arg(long, value_name = "N", requires = "persistent")]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    pub max_requests: Option<u64>,
+
+    /// How long a persistent program may take to be ready
+    #[arg(long, value_name = "DURATION", default_value = "1m", value_parser = parse_timeout, requires = "persistent")]
+    pub ready_timeout: Duration,
+
     /// Program to run for each request, with the request as its standard input, and its arguments
     #[arg(last = true, value_name = "PROGRAM")]
     pub command: Vec<OsString>,
 }
 
-/// A **program** that is served.
+/// What is called when something happens to the processes of a program, on any thread.
+pub struct ProgramCallbacks {
+    /// A process was stopped at a limit.
+    pub on_stopped: Box<dyn Fn() + Send + Sync>,
+    /// A process of a persistent program is started.
+    pub on_start: Box<dyn Fn(StartReason) + Send + Sync>,
+}
+
+impl Default for ProgramCallbacks {
+    fn default() -> Self {
+        ProgramCallbacks {
+            on_stopped: Box::new(|| {}),
+            on_start: Box::new(|_| {}),
+        }
+    }
+}
+
+/// A **program** that is served: run once for each request, or persistent.
 pub struct Program {
+    definition: Arc<Definition>,
+    /// The processes of a persistent program, once it was [started](Self::start).
+    processes: OnceLock<Processes>,
+    /// Whether the program cannot be run at the moment.
+    is_unavailable: AtomicBool,
+    /// The pauses while it is unavailable. Locked by the worker that waits for all.
+    pauses: Mutex<Backoff>,
+}
+
+/// What each process of a program needs.
+pub(crate) struct Definition {
     options: ProgramOptions,
     path: PathBuf,
     queue: String,
@@ -84,7 +136,7 @@ pub struct Program {
     args: Vec<CString>,
     environment: Vec<CString>,
     groups: Arc<Groups>,
-    on_stopped: Box<dyn Fn() + Send + Sync>,
+    callbacks: ProgramCallbacks,
 }
 
 impl Program {
@@ -92,7 +144,11 @@ impl Program {
     ///
     /// # Errors
     /// The reason why the program cannot be run, for a message.
-    pub fn find(options: &ProgramOptions, queue: &str) -> Result<Option<Self>, String> {
+    pub fn find(
+        options: &ProgramOptions,
+        queue: &str,
+        callbacks: ProgramCallbacks,
+    ) -> Result<Option<Self>, String> {
         let Some(name) = options.command.first() else {
             return Ok(None);
         };
@@ -106,37 +162,187 @@ impl Program {
         let c_string = |text: &OsString| {
             CString::new(text.as_encoded_bytes()).map_err(|error| error.to_string())
         };
-        let environment = env::vars_os()
+        let mut environment = env::vars_os()
             .filter(|(name, _)| !is_hidden(name))
-            .map(|(name, value)| c_string(&variable(name, &value)));
-        Ok(Some(Program {
+            .map(|(name, value)| c_string(&variable(name, &value)))
+            .collect::<Result<Vec<_>, _>>()?;
+        if options.persistent {
+            let queue = variable("RPC_REQUEST_QUEUE".into(), &queue.into());
+            environment.push(c_string(&queue)?);
+            environment.push(c"RPC_PERSISTENT=1".into());
+        }
+        let definition = Definition {
             path_c: c_string(&path.clone().into_os_string())?,
             args: options
                 .command
                 .iter()
                 .map(c_string)
                 .collect::<Result<_, _>>()?,
-            environment: environment.collect::<Result<_, _>>()?,
+            environment,
             options: options.clone(),
             path,
             queue: queue.into(),
             groups: Arc::default(),
-            on_stopped: Box::new(|| {}),
+            callbacks,
+        };
+        Ok(Some(Program {
+            definition: Arc::new(definition),
+            processes: OnceLock::new(),
+            is_unavailable: AtomicBool::new(false),
+            pauses: Mutex::new(Backoff::new(Instant::now())),
         }))
     }
 
-    /// Calls `on_stopped` for each run that is stopped at a limit.
-    pub fn set_stop_callback(&mut self, on_stopped: impl Fn() + Send + Sync + 'static) {
-        self.on_stopped = Box::new(on_stopped);
+    /// Starts the processes of a persistent program, one for each of `workers`, and waits until all
+    /// are ready. Returns false if it is time to stop first. Of another program this does nothing.
+    ///
+    /// # Errors
+    /// Why the program is not ready, for a message.
+    pub fn start(&self, workers: usize, stop: &Stop) -> Result<bool, String> {
+        if !self.definition.options.persistent {
+            return Ok(true);
+        }
+        let started = Processes::start(&self.definition, workers, stop);
+        let started =
+            started.map_err(|reason| format!("cannot run '{}': {reason}", self.command_line()))?;
+        Ok(match started {
+            Some(processes) => self.processes.set(processes).is_ok(),
+            None => false,
+        })
+    }
+
+    /// Ends the processes of a persistent program, and waits for their end. Those that have not
+    /// ended at `kill_at` are killed.
+    pub fn end(&self, kill_at: Option<Instant>) {
+        if let Some(processes) = self.processes.get() {
+            processes.end(kill_at);
+        }
     }
 
     /// The path of the program.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.definition.path
     }
 
     /// The program and its arguments, safe to print.
     pub fn command_line(&self) -> String {
+        self.definition.command_line()
+    }
+
+    /// Kills all processes. None begins from now on.
+    pub fn kill_all(&self) {
+        self.definition.groups.kill_all();
+    }
+
+    fn run(&self, request: &Request, limits: &Limits) -> Reply {
+        let definition = &self.definition;
+        let variables = environment(request, &definition.queue);
+        let all = definition.environment.iter().chain(&variables);
+        let environment = all.map(CString::as_c_str).collect::<Vec<&CStr>>();
+        let invocation = definition.invocation(&environment);
+        let id = request.log_id();
+        let ended = run_command(&invocation, request.body, &id, limits, &definition.groups);
+        match ended.map_err(|error| self.not_started(&error))? {
+            Ended::Exited(status, output) if !status.success() => Err(failure(status, output)),
+            Ended::Exited(_, output) => {
+                let content_type = definition.options.content_type.clone();
+                definition.check_size(Ok(Answer::new(output).with_content_type(content_type)))
+            }
+            Ended::OutputTooLarge => Err(definition.reply_too_large()),
+            Ended::Stopped(why) => Err(definition.stopped(why, limits.caller)),
+        }
+    }
+
+    fn not_started(&self, error: &io::Error) -> Failure {
+        let path = escape(self.path().as_os_str().as_encoded_bytes());
+        log::warn!("cannot start {path}: {}", describe_io_error(error));
+        if error.kind() == io::ErrorKind::ArgumentListTooLong {
+            let message = "the properties and headers of the request are too large";
+            return Failure::new(ErrorCode::TooLarge, message);
+        }
+        self.is_unavailable.store(true, Ordering::Relaxed);
+        Failure::new(
+            ErrorCode::Unavailable,
+            "the program cannot be started at the moment",
+        )
+    }
+
+    /// Pauses, longer each time, until the program can be started, or until it is time to stop. The
+    /// other workers wait for the one that does this.
+    fn wait_until_available(&self, stop: &Stop) {
+        let mut pauses = lock(&self.pauses);
+        while self.is_unavailable.load(Ordering::Relaxed) {
+            let pause = pauses.next_pause(Instant::now());
+            log::warn!("the function is unavailable: taking no request for {pause:.1?}");
+            if stop.recv_timeout(pause) == Err(RecvTimeoutError::Disconnected) {
+                return;
+            }
+            match check_executable(self.path()) {
+                Ok(()) => self.is_unavailable.store(false, Ordering::Relaxed),
+                Err(reason) => log::warn!("the function cannot run: {reason}"),
+            }
+        }
+    }
+}
+
+impl Handler for Program {
+    fn handle(&self, request: &Request, caller: &Caller) -> Reply {
+        let options = &self.definition.options;
+        let size = request.body.len();
+        let limit = options.max_request;
+        if size > limit {
+            let message =
+                format!("the request of {size} bytes is too large: {limit} are accepted here");
+            return Err(Failure::new(ErrorCode::TooLarge, message));
+        }
+        let limits = Limits {
+            time: options.time_limit,
+            deadline: request.deadline_ms.and_then(instant_of),
+            kill_after: options.kill_after,
+            may_answer_late: options.persistent,
+            output: if options.persistent {
+                // A byte may be escaped as \u0000.
+                options
+                    .max_reply
+                    .saturating_mul(6)
+                    .saturating_add(MAX_LINE_EXTRA)
+            } else {
+                // The text of a program that fails may be longer than its reply.
+                options.max_reply.max(MAX_SENTENCE)
+            },
+            caller,
+        };
+        match self.processes.get() {
+            Some(processes) => processes.handle(request, caller, &limits),
+            None => self.run(request, &limits),
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        match self.processes.get() {
+            Some(processes) => processes.is_ready(),
+            None => !self.is_unavailable.load(Ordering::Relaxed),
+        }
+    }
+
+    fn wait_until_ready(&self, stop: &Stop) {
+        match self.processes.get() {
+            Some(processes) => processes.wait_until_ready(stop),
+            None => self.wait_until_available(stop),
+        }
+    }
+}
+
+impl Definition {
+    fn invocation<'a>(&'a self, environment: &'a [&'a CStr]) -> Invocation<'a> {
+        Invocation {
+            path: &self.path_c,
+            args: &self.args,
+            environment,
+        }
+    }
+
+    fn command_line(&self) -> String {
         let words = self
             .options
             .command
@@ -145,78 +351,11 @@ impl Program {
         escape(&words.collect::<Vec<_>>().join(&b' ')).to_string()
     }
 
-    /// Runs the program for a request.
-    ///
-    /// # Errors
-    /// The failure that the caller gets.
-    pub fn run(&self, request: &Request, caller: &Caller) -> Reply {
-        let size = request.body.len();
-        let limit = self.options.max_request;
-        if size > limit {
-            let message =
-                format!("the request of {size} bytes is too large: {limit} are accepted here");
-            return Err(Failure::new(ErrorCode::TooLarge, message));
-        }
-        let limits = Limits {
-            time: self.options.time_limit,
-            deadline: request.deadline_ms.and_then(instant_of),
-            kill_after: self.options.kill_after,
-            may_answer_late: false,
-            // The text of a program that fails may be longer than its reply.
-            output: self.options.max_reply.max(MAX_SENTENCE),
-            caller,
-        };
-        let id = request.log_id();
-        let variables = environment(request, &self.queue);
-        let all = self.environment.iter().chain(&variables);
-        let invocation = Invocation {
-            path: &self.path_c,
-            args: &self.args,
-            environment: &all.map(CString::as_c_str).collect::<Vec<&CStr>>(),
-        };
-        let ended = run_command(&invocation, request.body, &id, &limits, &self.groups);
-        match ended.map_err(|error| self.not_started(&error))? {
-            Ended::Exited(status, output) if !status.success() => Err(failure(status, output)),
-            Ended::Exited(_, output) if output.len() <= self.options.max_reply => {
-                let content_type = self.options.content_type.clone();
-                Ok(Answer::new(output).with_content_type(content_type))
-            }
-            Ended::Exited(..) | Ended::OutputTooLarge => Err(self.reply_too_large()),
-            Ended::Stopped(why) => {
-                if why == StopReason::Cancelled {
-                    caller.give_back();
-                }
-                (self.on_stopped)();
-                Err(self.stop_failure(why))
-            }
-        }
-    }
-
-    /// Kills all runs. None begins from now on.
-    pub fn kill_all(&self) {
-        self.groups.kill_all();
-    }
-
-    /// Checks whether the program can be started.
-    ///
-    /// # Errors
-    /// The reason why it cannot.
-    pub fn check(&self) -> Result<(), String> {
-        check_executable(&self.path)
-    }
-
-    fn not_started(&self, error: &io::Error) -> Failure {
-        let path = escape(self.path.as_os_str().as_encoded_bytes());
-        log::warn!("cannot start {path}: {}", describe_io_error(error));
-        match error.kind() {
-            io::ErrorKind::ArgumentListTooLong => Failure::new(
-                ErrorCode::TooLarge,
-                "the properties and headers of the request are too large",
-            ),
-            _ => Failure::new(
-                ErrorCode::Unavailable,
-                "the program cannot be started at the moment",
-            ),
+    /// The reply, unless it is too large.
+    fn check_size(&self, reply: Reply) -> Reply {
+        match reply {
+            Ok(answer) if answer.body.len() > self.options.max_reply => Err(self.reply_too_large()),
+            reply => reply,
         }
     }
 
@@ -228,7 +367,9 @@ impl Program {
         Failure::new(ErrorCode::TooLarge, message)
     }
 
-    fn stop_failure(&self, reason: StopReason) -> Failure {
+    /// The failure of a program that was stopped. Of a server that stops, the request is given back.
+    fn stopped(&self, reason: StopReason, caller: &Caller) -> Failure {
+        (self.callbacks.on_stopped)();
         let reason = match reason {
             StopReason::AtTimeLimit => format!(
                 "it ran longer than {}",
@@ -236,7 +377,10 @@ impl Program {
             ),
             StopReason::AtDeadline => "the caller's deadline has passed".into(),
             StopReason::CallerGone => "its caller has gone".into(),
-            StopReason::Cancelled => "the server stops".into(), // the reply is dropped
+            StopReason::Cancelled | StopReason::NotNeeded => {
+                caller.give_back();
+                "the server stops".into() // the reply is dropped
+            }
             StopReason::OutputTooLarge => return self.reply_too_large(),
         };
         // A caller that has gone gets no answer; the code is for the log and the metrics.

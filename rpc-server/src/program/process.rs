@@ -16,7 +16,7 @@ use std::collections::HashSet;
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::ExitStatus;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -131,7 +131,7 @@ pub(crate) struct Process {
     id: Pid,
     groups: Arc<Groups>,
     /// Readable when the process has exited.
-    pidfd: OwnedFd,
+    pidfd: Arc<OwnedFd>,
     /// Whether the process is reaped, or given up.
     is_released: bool,
 }
@@ -191,7 +191,7 @@ impl Process {
         let process = Process {
             id,
             groups: groups.clone(),
-            pidfd,
+            pidfd: pidfd.into(),
             is_released: false,
         };
         for pipe in [&ours_in, &ours_out, &ours_err] {
@@ -205,9 +205,14 @@ impl Process {
         Ok((process, pipes))
     }
 
+    /// The process id.
+    pub(crate) fn number(&self) -> i32 {
+        self.id.as_raw_pid()
+    }
+
     /// A file that is readable when the process has exited.
-    pub(crate) fn exit_fd(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
+    pub(crate) fn exit_fd(&self) -> &Arc<OwnedFd> {
+        &self.pidfd
     }
 
     /// Sends a signal to the group. A group that was stopped by a signal is continued to handle
@@ -229,8 +234,10 @@ impl Process {
     /// Gives up a process that cannot be killed: it belongs to another user, or hangs in the
     /// kernel. It is reaped when it ends.
     pub(crate) fn leave_alone(&mut self) {
-        let number = self.id.as_raw_nonzero();
-        log::warn!("process {number} cannot be killed, and is left alone");
+        log::warn!(
+            "process {} cannot be killed, and is left alone",
+            self.number()
+        );
         self.groups.remove(self.id);
         self.is_released = true;
         let id = self.id;

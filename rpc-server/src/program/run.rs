@@ -167,7 +167,7 @@ impl<'a> Run<'a> {
         let readable = |fd| (fd, PollFlags::IN);
         wait_ready(
             [
-                is_running.then(|| readable(self.process.exit_fd())),
+                is_running.then(|| readable(self.process.exit_fd().as_fd())),
                 self.stdin
                     .as_ref()
                     .map(|pipe| (pipe.as_fd(), PollFlags::OUT)),

@@ -48,7 +48,7 @@ impl RunLog {
         }
     }
 
-    /// Logs what is left, and how many lines were not logged.
+    /// Logs what is left, and how many lines were not logged. What follows begins anew.
     pub(crate) fn finish(&mut self) {
         if self.is_in_line {
             self.end_line();
@@ -58,6 +58,7 @@ impl RunLog {
             let more = self.lines - MAX_LINES;
             log::info!(target: PROGRAM_TARGET, "program[{id}]: {more} more lines");
         }
+        self.lines = 0;
     }
 
     fn end_line(&mut self) {

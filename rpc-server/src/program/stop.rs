@@ -38,6 +38,8 @@ pub(crate) enum StopReason {
     OutputTooLarge,
     /// The server gives the request up.
     Cancelled,
+    /// A persistent program gets no further request.
+    NotNeeded,
 }
 
 impl StopReason {
@@ -135,6 +137,10 @@ impl Stage {
         }
     }
 
+    pub(crate) fn is_killed(self) -> bool {
+        matches!(self, Stage::Killed { .. })
+    }
+
     /// Begins a stage.
     pub(crate) fn begin(&mut self, stage: Stage, process: &Process) {
         *self = stage;
@@ -193,8 +199,12 @@ impl<'a> Watch<'a> {
 
     /// The file that tells that the request is given up, while the program gets time.
     pub(crate) fn cancelled(&self) -> Option<BorrowedFd<'a>> {
-        let has_time = matches!(self.stage, Stage::Running | Stage::Ending { .. });
-        has_time.then(|| self.limits.caller.cancelled())
+        self.has_time().then(|| self.limits.caller.cancelled())
+    }
+
+    /// Whether the program was not told to end: its answer counts.
+    pub(crate) fn has_time(&self) -> bool {
+        matches!(self.stage, Stage::Running | Stage::Ending { .. })
     }
 
     /// The instant at which [`on_timers`](Self::on_timers) is due.

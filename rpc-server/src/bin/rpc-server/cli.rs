@@ -4,7 +4,7 @@ use clap::Parser;
 use rpc_common::exit::{exit_codes_help, SERVER_EXIT_CODES};
 use rpc_common::logging::LogOptions;
 use rpc_common::options::parse_duration;
-use rpc_server::{Config, Program, ProgramOptions};
+use rpc_server::{Config, Program, ProgramCallbacks, ProgramOptions};
 use std::env;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -23,6 +23,7 @@ Serves fib(n), or a program, to rpc-client and other clients over RabbitMQ.
       --workers <N>           requests served at once; 0: one per core [1]
       --prefetch <N>          unacknowledged requests per worker [1]
       --time-limit <DURATION> stop a run of the program after this [25m]
+      --persistent            keep the program running; requests are JSON lines
       --stop-after <DURATION> at a stop, give up what has begun after this
       --metrics <ADDRESS>     serve Prometheus metrics; a bare port: loopback
   -q, --quiet                 do not print a line for each request
@@ -105,11 +106,14 @@ impl Cli {
     ///
     /// # Errors
     /// The reason why the program cannot be served, for a message.
-    pub(crate) fn find_program(&self) -> Result<Option<Program>, String> {
+    pub(crate) fn find_program(
+        &self,
+        callbacks: ProgramCallbacks,
+    ) -> Result<Option<Program>, String> {
         if self.program.command.is_empty() && env::args_os().any(|arg| arg == "--") {
             return Err("no PROGRAM after '--': is a variable unset? see --help".into());
         }
-        Program::find(&self.program, &self.config.queue)
+        Program::find(&self.program, &self.config.queue, callbacks)
     }
 }
 

@@ -17,7 +17,7 @@ use rpc_common::text::{describe_io_error, escape};
 use rpc_common::{command_line, logging};
 use rpc_server::{
     fib_handler, reap_orphans_during, serve, stop_signal, stop_signal_with, Caller, Handler,
-    Program, Stop,
+    Program, ProgramCallbacks, Stop,
 };
 use statistics::Statistics;
 use std::sync::Arc;
@@ -66,8 +66,10 @@ fn no_thread(reason: &io::Error) -> Error {
 fn run(cli: &Cli, stdout: &BackgroundWriter) -> Result<(), Error> {
     let configuration_error = |reason| Error::configuration(ErrorKind::Configuration(reason));
     limits::raise_open_files(cli.config.worker_count());
-    let program = cli.find_program().map_err(configuration_error)?;
     let statistics = Arc::new(Statistics::new(cli.metrics.is_some()));
+    let program = cli
+        .find_program(callbacks(&statistics))
+        .map_err(configuration_error)?;
     if let Some(address) = cli.metrics {
         metrics::serve(address, statistics.clone()).map_err(configuration_error)?;
     }
@@ -86,32 +88,52 @@ fn run(cli: &Cli, stdout: &BackgroundWriter) -> Result<(), Error> {
             let fib = fib_handler(cli.fib.max_n, cli.fib.delay, |n| {
                 announce(format!("fib({n})"));
             });
-            serve_until_stopped(cli, &fib, stop_signal(), &operator)
+            serve_until_stopped(cli, &fib, &handle_signals(stop_signal())?, &operator)
         }
-        Some(mut program) => {
-            let runs_stopped = statistics.runs_stopped.clone();
-            program.set_stop_callback(move || {
-                runs_stopped.inc();
-            });
+        Some(program) => {
             let program = Arc::new(program);
             log::info!(
                 "serving {}",
                 escape(program.path().as_os_str().as_encoded_bytes())
             );
             let program_to_kill = program.clone();
+            let stop = handle_signals(stop_signal_with(move || program_to_kill.kill_all()))?;
+            let is_started = program.start(cli.config.worker_count(), &stop);
+            if !is_started.map_err(configuration_error)? {
+                return Ok(());
+            }
             let handler = AnnouncedProgram {
                 program: &program,
                 command_line: program.command_line(),
                 announce: &announce,
             };
-            serve_until_stopped(
-                cli,
-                &handler,
-                stop_signal_with(move || program_to_kill.kill_all()),
-                &operator,
-            )
+            let result = serve_until_stopped(cli, &handler, &stop, &operator);
+            let stopping_since = statistics.stopping_since();
+            let kill_at = cli.config.stop_after.zip(stopping_since);
+            program.end(kill_at.and_then(|(after, since)| since.checked_add(after)));
+            result
         }
     }
+}
+
+fn callbacks(statistics: &Arc<Statistics>) -> ProgramCallbacks {
+    let stopped = statistics.runs_stopped.clone();
+    let statistics = statistics.clone();
+    ProgramCallbacks {
+        on_stopped: Box::new(move || {
+            stopped.inc();
+        }),
+        on_start: Box::new(move |reason| statistics.on_program_start(reason)),
+    }
+}
+
+fn handle_signals(stop: io::Result<Stop>) -> Result<Stop, Error> {
+    stop.map_err(|error| {
+        let reason = describe_io_error(&error);
+        Error::configuration(ErrorKind::Configuration(format!(
+            "cannot handle signals: {reason}: raise the limits of processes and open files"
+        )))
+    })
 }
 
 /// A program whose requests are announced on standard output.
@@ -125,27 +147,25 @@ impl Handler for AnnouncedProgram<'_> {
     fn handle(&self, request: &Request, caller: &Caller) -> Reply {
         let size = format_bytes(request.body.len());
         (self.announce)(format!("{} ({size})", self.command_line));
-        self.program.run(request, caller)
+        self.program.handle(request, caller)
     }
 
-    fn check(&self) -> Result<(), String> {
-        self.program.check()
+    fn is_ready(&self) -> bool {
+        self.program.is_ready()
+    }
+
+    fn wait_until_ready(&self, stop: &Stop) {
+        self.program.wait_until_ready(stop);
     }
 }
 
 fn serve_until_stopped(
     cli: &Cli,
     handler: &dyn Handler,
-    stop: io::Result<Stop>,
+    stop: &Stop,
     operator: &Operator,
 ) -> Result<(), Error> {
-    let stop = stop.map_err(|error| {
-        let reason = describe_io_error(&error);
-        Error::configuration(ErrorKind::Configuration(format!(
-            "cannot handle signals: {reason}: raise the limits of processes and open files"
-        )))
-    })?;
-    serve(&cli.config, handler, &stop, operator)?;
+    serve(&cli.config, handler, stop, operator)?;
     log::info!("stopped: {}", operator.statistics.summary());
     Ok(())
 }

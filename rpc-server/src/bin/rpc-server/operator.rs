@@ -51,6 +51,7 @@ impl Observer for Operator<'_> {
     }
 
     fn on_stopping(&self) {
+        self.statistics.on_stopping(Instant::now());
         notify(&[
             Stopping,
             Status("stopping: requests that have begun are answered"),

@@ -7,9 +7,10 @@ use prometheus_client::registry::{Registry, Unit};
 use rpc_common::message::ErrorCode;
 use rpc_common::sync::lock;
 use rpc_common::text::format_duration;
+use rpc_server::StartReason;
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
@@ -31,10 +32,13 @@ pub(crate) struct Statistics {
     /// Whether the server has a connection on which a worker has consumed.
     has_connection: AtomicBool,
     reconnects: Counter,
+    stopping_since: OnceLock<Instant>,
     /// The last instant at which the server's loop was alive.
     alive: Mutex<Instant>,
     /// Number of runs of a program that were stopped at a limit; the metric `programs_killed`.
     pub(crate) runs_stopped: Counter,
+    /// Number of processes of a persistent program that were started, by reason.
+    program_starts: Family<[(&'static str, &'static str); 1], Counter>,
 }
 
 impl Statistics {
@@ -60,8 +64,10 @@ impl Statistics {
             consumers: Consumers::default(),
             has_connection: AtomicBool::new(false),
             reconnects: Counter::default(),
+            stopping_since: OnceLock::new(),
             alive: Mutex::new(Instant::now()),
             runs_stopped: Counter::default(),
+            program_starts: Family::default(),
         }
     }
 
@@ -102,6 +108,11 @@ impl Statistics {
             "Programs that were stopped at a limit",
             self.runs_stopped.clone(),
         );
+        registry.register(
+            "program_starts",
+            "Processes of a persistent program that were started, by reason",
+            self.program_starts.clone(),
+        );
         registry
     }
 
@@ -118,6 +129,16 @@ impl Statistics {
         }
     }
 
+    /// It is time to stop.
+    pub(crate) fn on_stopping(&self, now: Instant) {
+        let _ = self.stopping_since.set(now); // the first counts
+    }
+
+    /// The instant at which it became time to stop.
+    pub(crate) fn stopping_since(&self) -> Option<Instant> {
+        self.stopping_since.get().copied()
+    }
+
     /// The server's loop is alive.
     pub(crate) fn on_alive(&self, now: Instant) {
         *lock(&self.alive) = now;
@@ -126,6 +147,12 @@ impl Statistics {
     /// Whether the server's loop was alive less than this time ago.
     pub(crate) fn was_alive(&self, limit: Duration, now: Instant) -> bool {
         now.saturating_duration_since(*lock(&self.alive)) < limit
+    }
+
+    /// A process of a persistent program is started.
+    pub(crate) fn on_program_start(&self, reason: StartReason) {
+        let labels = [("reason", reason.as_str())];
+        self.program_starts.get_or_create_owned(&labels).inc();
     }
 
     pub(crate) fn on_outcome(&self, outcome: &str, time: Duration) {

@@ -16,6 +16,7 @@ mod expired_requests;
 mod graceful_stop;
 mod no_work_is_lost;
 mod overload;
+mod persistent_programs;
 mod refused_replies;
 mod served_programs;
 

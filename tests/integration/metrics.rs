@@ -5,6 +5,7 @@ use crate::support::eventually;
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{assert_output, client, command, program_folder, Program};
 use crate::support::proxy::Proxy;
+use crate::support::served::Served;
 use assert_cmd::Command;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -236,5 +237,30 @@ fn an_address_that_is_in_use_is_exit_code_2() {
         2,
         "",
         &error,
+    );
+}
+
+#[test]
+fn the_starts_of_a_persistent_program_are_counted_by_reason() {
+    let address = address(9);
+    let script = "echo '{\"ready\":true}'; read line; \
+        case $line in *fail*) exit 1;; *stray*) echo here; read line;; esac; \
+        echo '{\"id\":1,\"result\":\"x\"}'; read line";
+    let options = ["--metrics", &address, "--max-requests", "1", "--persistent"];
+    let served = Served::start(
+        "program_starts",
+        &[&options[..], &["--", "sh", "-c", script]].concat(),
+    );
+    for data in ["fail", "stray", "x"] {
+        let _ = served.ask(data.as_bytes());
+    }
+    wait_for_lines(
+        &address,
+        &[
+            "rpc_server_program_starts_total{reason=\"first\"} 1",
+            "rpc_server_program_starts_total{reason=\"exited\"} 1",
+            "rpc_server_program_starts_total{reason=\"disagreed\"} 1",
+            "rpc_server_program_starts_total{reason=\"max-requests\"} 1",
+        ],
     );
 }

@@ -5,86 +5,13 @@
 use crate::support::broker;
 use crate::support::peer::{call, Peer, Queue};
 use crate::support::programs::{assert_output, bash, client, command, program_folder, Program};
+use crate::support::served::{decode, failure, wait_until_ended, Served};
 use crate::support::{eventually, Folder};
-use amiquip::{AmqpProperties, AmqpValue, Delivery, FieldTable};
-use rpc_common::message::{decode_reply, Answer, ErrorCode, Failure, Reply};
-use rpc_common::properties::{Properties, TableBuilder, Value};
-use rustix::process::{test_kill_process, Pid, Signal};
+use amiquip::{AmqpProperties, AmqpValue, FieldTable};
+use rpc_common::message::{Answer, ErrorCode};
+use rustix::process::Signal;
 use std::time::{Duration, Instant};
 use std::{fs, process};
-
-/// A queue that is served by a program.
-struct Served {
-    queue: Queue,
-    server: Program,
-}
-
-impl Served {
-    fn start(test: &str, args: &[&str]) -> Self {
-        let queue = Queue::named(test);
-        let server = Program::start_server(&queue, args);
-        Served { queue, server }
-    }
-
-    /// Serves a shell script.
-    fn script(test: &str, options: &[&str], script: &str) -> Self {
-        Served::start(test, &[options, &["--", "sh", "-c", script]].concat())
-    }
-
-    fn ask(&self, body: &[u8]) -> Reply {
-        self.ask_with(body, AmqpProperties::default())
-    }
-
-    fn ask_with(&self, body: &[u8], properties: AmqpProperties) -> Reply {
-        let reply = call(&self.queue, body, properties);
-        decode(reply)
-    }
-
-    #[track_caller]
-    fn assert_answer(&self, body: &[u8], answer: &[u8]) {
-        let reply = self.ask(body);
-        assert!(
-            reply.as_ref().is_ok_and(|reply| reply.body == answer),
-            "{:?}",
-            self.server.new_log()
-        );
-    }
-}
-
-/// The reply in a message that amiquip has received.
-fn decode(reply: Delivery) -> Reply {
-    let properties = &reply.properties;
-    let body = reply.body;
-    let bytes = |text: &Option<String>| text.clone().map(String::into_bytes);
-    let content_type = bytes(properties.content_type());
-    let message_type = bytes(properties.type_());
-    let mut headers = TableBuilder::default();
-    for (name, value) in properties.headers().clone().unwrap_or_default() {
-        headers = match value {
-            AmqpValue::LongString(text) => headers.with_text(&name, &text),
-            AmqpValue::LongInt(number) => headers.with(&name, Value::Integer(number.into())),
-            other => panic!("a header of a reply is {other:?}"),
-        };
-    }
-    let properties = Properties {
-        content_type: content_type.as_deref(),
-        message_type: message_type.as_deref(),
-        headers: Some(headers.table()),
-        ..Properties::default()
-    };
-    decode_reply(&properties, body)
-}
-
-fn failure(code: ErrorCode, message: &str) -> Failure {
-    Failure::new(code, message)
-}
-
-fn wait_until_ended(pids: &[Pid]) {
-    let is_running = |pid: &Pid| test_kill_process(*pid).is_ok();
-    eventually("the end of the processes", || {
-        (!pids.iter().any(is_running)).then_some(())
-    });
-}
 
 #[test]
 fn every_byte_is_passed_and_comes_back_unchanged() {

@@ -8,6 +8,7 @@ pub(crate) mod programs;
 pub(crate) mod proxy;
 pub(crate) mod raw_peer;
 pub(crate) mod scripted_broker;
+pub(crate) mod served;
 
 use rustix::process::Pid;
 use std::path::PathBuf;

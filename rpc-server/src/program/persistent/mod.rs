@@ -228,6 +228,9 @@ impl Processes {
                 Ok(Exchanged::Stopped(why)) => {
                     (Err(definition.stopped(why, caller)), StartReason::Stopped)
                 }
+                Ok(Exchanged::Exited(status)) if status.success() => {
+                    (Err(not_answered()), StartReason::Exited)
+                }
                 Ok(Exchanged::Exited(status)) => {
                     (Err(failure(status, Vec::new())), StartReason::Exited)
                 }

@@ -437,3 +437,8 @@ fn the_readmes_go_programs_work() {
 fn the_readmes_node_programs_work() {
     assert_readme_programs_work(Node, "js", "js");
 }
+
+#[test]
+fn the_persistent_program_in_javascript_answers() {
+    crate::persistent_programs::assert_copied("copied_node", "node", "persistent.js");
+}

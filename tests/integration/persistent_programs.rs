@@ -442,3 +442,22 @@ fn a_thousand_processes_leave_no_file_and_no_zombie() {
         (states.len() == 1 && states[0] != 'Z').then_some(())
     });
 }
+
+/// The program that people copy, in Python; that in JavaScript is among the peers.
+#[test]
+fn the_example_to_copy_answers() {
+    assert_copied("copied_python", "python3", "persistent.py");
+}
+
+pub(crate) fn assert_copied(test: &str, interpreter: &str, file: &str) {
+    let file = format!(
+        "{}/../rpc-server/examples/{file}",
+        env!("CARGO_MANIFEST_DIR")
+    );
+    let served = Served::start(test, &["--persistent", "--", interpreter, &file]);
+    let answer = served.ask("to be or not tö be".as_bytes()).unwrap().body;
+    let answer: serde_json::Value = serde_json::from_slice(&answer).unwrap();
+    assert_eq!(answer, serde_json::json!({"words": 6}));
+    let not_text = failure(ErrorCode::InvalidArgument, "not text");
+    assert_eq!(served.ask(b"\xff"), Err(not_text));
+}

@@ -16,11 +16,12 @@ use std::process::Command;
 
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
-const PAGES: [&str; 6] = [
+const PAGES: [&str; 7] = [
     "README.md",
     "rpc-client/README.md",
     "rpc-server/README.md",
     "rpc-server/containers.md",
+    "rpc-server/persistent.md",
     "rpc-common/README.md",
     "tests/README.md",
 ];
@@ -91,7 +92,7 @@ fn the_examples_of_the_readme_files_print_what_they_say() {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("readme");
     install_wrappers(&folder, &queue);
     let environment = format!(
-        "cd {0}; export PATH={0}:$PATH AMQP_URL={1}",
+        "cd {0}; unset PYTHONUNBUFFERED; export PATH={0}:$PATH AMQP_URL={1}",
         folder.display(),
         node.url()
     );
@@ -121,7 +122,7 @@ fn the_examples_of_the_readme_files_print_what_they_say() {
         }
     }
     assert!(
-        run[0] >= 4 && run[1] >= 15 && run[2] >= 8,
+        run[0] >= 4 && run[1] >= 15 && run[2] >= 8 && run[4] >= 7,
         "examples that were run, by page: {run:?} of {PAGES:?}"
     );
     Peer::connect_to(node.url()).delete_queue(&queue);

@@ -1,6 +1,7 @@
 //! A program as the function: from a request to a reply, without AMQP.
 
 mod children;
+mod definition;
 mod executable;
 mod persistent;
 mod pipes;
@@ -10,30 +11,28 @@ mod run_log;
 mod stop;
 
 pub use children::reap_orphans_during;
-pub use persistent::StartReason;
+pub use definition::{ProgramCallbacks, ProgramOptions, StartReason};
 
 use crate::handler::{Caller, Handler};
 use crate::signals::Stop;
 use crossbeam_channel::RecvTimeoutError;
+use definition::{failure, Definition, MAX_SENTENCE};
 use executable::{check_executable, find_executable};
 use persistent::Processes;
-use process::{Groups, Invocation};
 use rpc_common::connection::Backoff;
 use rpc_common::message::{Answer, ErrorCode, Failure, Reply, Request};
-use rpc_common::options::{parse_duration, parse_size, parse_timeout};
 use rpc_common::sync::lock;
-use rpc_common::text::{describe_io_error, escape, format_duration};
+use rpc_common::text::{describe_io_error, escape};
 use run::{run_command, Ended};
 use std::env;
 use std::ffi::{CStr, CString, OsString};
 use std::io;
 use std::os::unix::ffi::OsStringExt;
-use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use stop::{Limits, StopReason};
+use stop::Limits;
 
 /// Maximum size in bytes of a variable of the program's environment.
 const MAX_VALUE: usize = 4 << 10;
@@ -41,78 +40,10 @@ const MAX_VALUE: usize = 4 << 10;
 /// Number of bytes by which a line of a persistent program may be longer than the escaped reply.
 const MAX_LINE_EXTRA: usize = 64 << 10;
 
-/// Maximum length in bytes of the sentence of a program that fails.
-const MAX_SENTENCE: usize = 4 << 10;
-
 /// Variables of the server's environment that the program does not get, beside those that begin
 /// with RPC_: the URL may have a password, and systemd would take the program's notifications for
 /// those of the server.
 const HIDDEN: [&str; 4] = ["AMQP_URL", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"];
-
-/// Which program to serve, and its limits.
-#[derive(Clone, Debug, clap::Args)]
-#[command(next_help_heading = "A program")]
-pub struct ProgramOptions {
-    /// Stop a run that takes longer
-    #[arg(long, value_name = "DURATION", default_value = "25m", value_parser = parse_timeout, requires = "command")]
-    pub time_limit: Duration,
-
-    /// Send SIGKILL this long after SIGTERM
-    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = parse_duration, requires = "command")]
-    pub kill_after: Duration,
-
-    /// Largest request; a larger one gets the error too-large: 512KiB, 8MiB
-    #[arg(long, value_name = "SIZE", default_value = "8MiB", value_parser = parse_size, requires = "command")]
-    pub max_request: usize,
-
-    /// Largest reply; a larger one becomes the error too-large
-    #[arg(long, value_name = "SIZE", default_value = "8MiB", value_parser = parse_size, requires = "command")]
-    pub max_reply: usize,
-
-    /// Content type of replies
-    #[arg(
-        long,
-        value_name = "TYPE",
-        default_value = "application/octet-stream",
-        requires = "command"
-    )]
-    #[arg(value_parser = rpc_common::options::parse_content_type)]
-    pub content_type: String,
-
-    /// Keep the program running: it handles one request after the other, as lines of JSON
-    #[arg(long, requires = "command")]
-    pub persistent: bool,
-
-    /// End a persistent program after N replies, and start another one
-    #[arg(long, value_name = "N", requires = "persistent")]
-    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
-    pub max_requests: Option<u64>,
-
-    /// How long a persistent program may take to be ready
-    #[arg(long, value_name = "DURATION", default_value = "1m", value_parser = parse_timeout, requires = "persistent")]
-    pub ready_timeout: Duration,
-
-    /// Program to run for each request, with the request as its standard input, and its arguments
-    #[arg(last = true, value_name = "PROGRAM")]
-    pub command: Vec<OsString>,
-}
-
-/// What is called when something happens to the processes of a program, on any thread.
-pub struct ProgramCallbacks {
-    /// A process was stopped at a limit.
-    pub on_stopped: Box<dyn Fn() + Send + Sync>,
-    /// A process of a persistent program is started.
-    pub on_start: Box<dyn Fn(StartReason) + Send + Sync>,
-}
-
-impl Default for ProgramCallbacks {
-    fn default() -> Self {
-        ProgramCallbacks {
-            on_stopped: Box::new(|| {}),
-            on_start: Box::new(|_| {}),
-        }
-    }
-}
 
 /// A **program** that is served: run once for each request, or persistent.
 pub struct Program {
@@ -123,20 +54,6 @@ pub struct Program {
     is_unavailable: AtomicBool,
     /// The pauses while it is unavailable. Locked by the worker that waits for all.
     pauses: Mutex<Backoff>,
-}
-
-/// What each process of a program needs.
-pub(crate) struct Definition {
-    options: ProgramOptions,
-    path: PathBuf,
-    queue: String,
-    /// The path, the arguments and the variables of the server's environment, as execve(2) takes
-    /// them.
-    path_c: CString,
-    args: Vec<CString>,
-    environment: Vec<CString>,
-    groups: Arc<Groups>,
-    callbacks: ProgramCallbacks,
 }
 
 impl Program {
@@ -333,64 +250,6 @@ impl Handler for Program {
     }
 }
 
-impl Definition {
-    fn invocation<'a>(&'a self, environment: &'a [&'a CStr]) -> Invocation<'a> {
-        Invocation {
-            path: &self.path_c,
-            args: &self.args,
-            environment,
-        }
-    }
-
-    fn command_line(&self) -> String {
-        let words = self
-            .options
-            .command
-            .iter()
-            .map(|word| word.as_encoded_bytes());
-        escape(&words.collect::<Vec<_>>().join(&b' ')).to_string()
-    }
-
-    /// The reply, unless it is too large.
-    fn check_size(&self, reply: Reply) -> Reply {
-        match reply {
-            Ok(answer) if answer.body.len() > self.options.max_reply => Err(self.reply_too_large()),
-            reply => reply,
-        }
-    }
-
-    fn reply_too_large(&self) -> Failure {
-        let message = format!(
-            "the reply is too large: {} bytes are accepted here",
-            self.options.max_reply
-        );
-        Failure::new(ErrorCode::TooLarge, message)
-    }
-
-    /// The failure of a program that was stopped. Of a server that stops, the request is given back.
-    fn stopped(&self, reason: StopReason, caller: &Caller) -> Failure {
-        (self.callbacks.on_stopped)();
-        let reason = match reason {
-            StopReason::AtTimeLimit => format!(
-                "it ran longer than {}",
-                format_duration(self.options.time_limit)
-            ),
-            StopReason::AtDeadline => "the caller's deadline has passed".into(),
-            StopReason::CallerGone => "its caller has gone".into(),
-            StopReason::Cancelled | StopReason::NotNeeded => {
-                caller.give_back();
-                "the server stops".into() // the reply is dropped
-            }
-            StopReason::OutputTooLarge => return self.reply_too_large(),
-        };
-        // A caller that has gone gets no answer; the code is for the log and the metrics.
-        Failure::new(
-            ErrorCode::TimeLimit,
-            format!("the program was stopped: {reason}"),
-        )
-    }
-}
-
 /// The instant of a Unix time in milliseconds, if an [`Instant`] can be so far away.
 fn instant_of(unix_ms: i64) -> Option<Instant> {
     let time = UNIX_EPOCH.checked_add(Duration::from_millis(unix_ms.try_into().ok()?))?;
@@ -450,33 +309,4 @@ fn environment(request: &Request, queue: &str) -> Vec<CString> {
         })
         .filter_map(|variable| CString::new(variable.into_vec()).ok())
         .collect()
-}
-
-/// The caller's error for a program that failed. The exit codes with a meaning are those of
-/// sysexits(3).
-fn failure(status: ExitStatus, output: Vec<u8>) -> Failure {
-    let Some(exit_code) = status.code() else {
-        let signal = status.to_string(); // such as "signal: 11 (SIGSEGV) (core dumped)"
-        let signal = signal.strip_prefix("signal: ").unwrap_or(&signal);
-        return Failure::new(
-            ErrorCode::Failed,
-            format!("the program was ended by signal {signal}"),
-        );
-    };
-    let code = match exit_code {
-        65 => ErrorCode::InvalidArgument,  // EX_DATAERR
-        75 => ErrorCode::Unavailable,      // EX_TEMPFAIL
-        77 => ErrorCode::PermissionDenied, // EX_NOPERM
-        _ => ErrorCode::Failed,
-    };
-    let mut sentence = String::from_utf8(output).unwrap_or_default();
-    let end = (0..=MAX_SENTENCE.min(sentence.len()))
-        .rev()
-        .find(|index| sentence.is_char_boundary(*index));
-    sentence.truncate(end.unwrap_or_default());
-    let message = match sentence.trim() {
-        "" => format!("the program failed with exit code {exit_code}"),
-        sentence => sentence.to_owned(),
-    };
-    Failure::new(code, message).with_exit_code(exit_code)
 }

@@ -8,10 +8,10 @@
 mod lines;
 mod process;
 
+use super::definition::{failure, Definition, StartReason};
 use super::pipes::wait_ready;
 use super::process::Process;
 use super::stop::{Limits, Stage, StopReason};
-use super::{failure, Definition};
 use crate::handler::Caller;
 use crate::signals::Stop;
 use crossbeam_channel::{bounded, select_biased, unbounded, Receiver, Sender};
@@ -34,47 +34,6 @@ const MIN_IDLE: Duration = Duration::from_secs(1);
 
 /// Interval at which a request that waits for a process looks whether the server gives it up.
 const CANCEL_CHECK_INTERVAL: Duration = Duration::from_millis(100);
-
-/// Why a process of a persistent program is started.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StartReason {
-    /// It is the first one of a worker.
-    First,
-    /// The one before could not be started, or was not ready in time.
-    NotReady,
-    /// The one before ended by itself.
-    Exited,
-    /// The one before was stopped at a limit.
-    Stopped,
-    /// The one before wrote something else than the reply.
-    Disagreed,
-    /// The one before had handled `--max-requests`.
-    MaxRequests,
-}
-
-impl StartReason {
-    /// All reasons.
-    pub const ALL: [Self; 6] = [
-        Self::First,
-        Self::NotReady,
-        Self::Exited,
-        Self::Stopped,
-        Self::Disagreed,
-        Self::MaxRequests,
-    ];
-
-    /// The reason in metrics.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            StartReason::First => "first",
-            StartReason::NotReady => "not-ready",
-            StartReason::Exited => "exited",
-            StartReason::Stopped => "stopped",
-            StartReason::Disagreed => "disagreed",
-            StartReason::MaxRequests => "max-requests",
-        }
-    }
-}
 
 /// The processes of a persistent program.
 pub(super) struct Processes {

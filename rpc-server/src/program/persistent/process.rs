@@ -1,6 +1,7 @@
 //! The process of a persistent program, and one request to it.
 
-use super::{lines, StartReason};
+use super::lines;
+use crate::program::definition::StartReason;
 use crate::program::pipes::{is_not_ready, read, wait_ready, READ_SIZE};
 use crate::program::process::{Pipes, Process};
 use crate::program::run_log::RunLog;

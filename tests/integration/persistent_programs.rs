@@ -10,8 +10,10 @@ use amiquip::{AmqpProperties, AmqpValue, FieldTable};
 use rpc_common::message::{Answer, ErrorCode, Failure};
 use rpc_common::properties::{TableBuilder, Value};
 use rustix::process::{kill_process, Pid, Signal};
-use std::fs;
+use std::collections::BTreeMap;
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+use std::{env, fs};
 
 /// Answers with the request, or does what the request says, badly.
 const HANDLER: &str = r#"
@@ -460,4 +462,73 @@ pub(crate) fn assert_copied(test: &str, interpreter: &str, file: &str) {
     assert_eq!(answer, serde_json::json!({"words": 6}));
     let not_text = failure(ErrorCode::InvalidArgument, "not text");
     assert_eq!(served.ask(b"\xff"), Err(not_text));
+}
+
+/// Answers with the data in upper case, but sometimes ends, prints something else, or hangs.
+const UNRELIABLE: &str = r#"
+import json, os, random, sys, time
+def write(text):
+    sys.stdout.write(text); sys.stdout.flush()
+write('{"ready":true}\n')
+for line in sys.stdin:
+    request = json.loads(line)
+    reply = json.dumps({"id": request["id"], "result": request["data"].upper()}) + "\n"
+    chance = random.randrange(1000)
+    if chance < 5: os._exit(random.choice([0, 1, 75]))
+    elif chance < 10: write("debug: a line\n" + reply)
+    elif chance < 15: write(reply + "debug: a line\n")
+    elif chance < 20: write(reply + reply)
+    elif chance < 25: write(json.dumps({"id": request["id"] - 1, "result": "WRONG"}) + "\n")
+    elif chance < 30: write(reply[:random.randrange(len(reply))]); os._exit(0)
+    elif chance < 32: time.sleep(1000)
+    elif chance < 34: write(reply); time.sleep(0.3); os._exit(1)
+    else: write(reply)
+"#;
+
+/// `SOAK_SECONDS` is the duration (10). `--nocapture` shows how the calls ended.
+#[test]
+fn no_caller_gets_a_wrong_answer_whatever_the_program_does() {
+    let seconds = env::var("SOAK_SECONDS").map_or(10, |text| text.parse().unwrap());
+    let options = [
+        "-q",
+        "--workers",
+        "4",
+        "--prefetch",
+        "4",
+        "--time-limit",
+        "1s",
+        "--kill-after",
+        "200ms",
+        "--max-requests",
+        "300",
+    ];
+    let served = Served::python("persistent_soak", &options, UNRELIABLE);
+    let end = Instant::now() + Duration::from_secs(seconds);
+    let mut ended: BTreeMap<String, usize> = BTreeMap::new();
+    let mut number = 0;
+    while Instant::now() < end {
+        let lines: String = (number..number + 1000)
+            .map(|n| format!("call {n}\n"))
+            .collect();
+        number += 1000;
+        let options = ["--lines", "-", "-j", "32", "-o", "json", "-q"];
+        let output = client(&served.queue, &options).write_stdin(lines).output();
+        let stdout = String::from_utf8(output.unwrap().stdout).unwrap();
+        assert_eq!(stdout.lines().count(), 1000);
+        for line in stdout.lines() {
+            let call: serde_json::Value = serde_json::from_str(line).unwrap();
+            let data = call["data"].as_str().unwrap();
+            let how = match (call["result"].as_str(), call["error"]["code"].as_str()) {
+                (Some(result), None) => {
+                    assert_eq!(result, data.to_uppercase());
+                    "right"
+                }
+                (None, Some(code @ ("failed" | "internal" | "time-limit" | "unavailable"))) => code,
+                _ => panic!("{line}"),
+            };
+            *ended.entry(how.to_owned()).or_default() += 1;
+        }
+    }
+    println!("{number} calls: {ended:?}");
+    assert!(ended["right"] > number / 2);
 }

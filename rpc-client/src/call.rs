@@ -140,6 +140,8 @@ pub enum NoAnswerCause {
     Queue(QueueStats),
     /// The request queue did not exist at the latest `queue_stats`.
     QueueMissing,
+    /// A reply without the call's id has come, and was discarded.
+    ReplyDiscarded,
     /// The broker has not answered while this was done.
     Waiting(Phase),
     /// The broker blocks publishers, for this reason: it is short of memory or disk space.
@@ -185,6 +187,9 @@ impl Display for NoAnswerCause {
             }
             NoAnswerCause::QueueMissing => {
                 f.write_str("the queue does not exist, or its node is down")
+            }
+            NoAnswerCause::ReplyDiscarded => {
+                f.write_str("a reply without this call's id was discarded: does the server copy correlation_id?")
             }
             NoAnswerCause::Waiting(phase) => write!(f, "timed out while {phase}"),
             NoAnswerCause::Blocked(reason) => write!(f, "the broker blocks publishers: {reason}"),

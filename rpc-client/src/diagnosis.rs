@@ -9,13 +9,17 @@ use std::time::{Duration, Instant};
 /// Silence before the first `queue_stats`.
 const FIRST_STATS: Duration = Duration::from_millis(500);
 
-/// Interval of further `queue_stats`.
-const STATS_INTERVAL: Duration = Duration::from_secs(1);
+/// First interval of further `queue_stats`; each one doubles it.
+const MIN_STATS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Longest interval of `queue_stats`: a long job costs the broker little.
+const MAX_STATS_INTERVAL: Duration = Duration::from_secs(30);
 
 /// The known cause of why pending calls have no answer.
 pub(crate) struct Diagnosis {
     /// Instant of the next `queue_stats`, if nothing arrives before.
     next_stats: Instant,
+    stats_interval: Duration,
     /// The broker's reason to block publishers, while it blocks them. Then nothing is published,
     /// and the broker answers nothing.
     blocked: Option<String>,
@@ -28,6 +32,7 @@ impl Diagnosis {
     pub(crate) fn new(now: Instant) -> Self {
         Diagnosis {
             next_stats: now + FIRST_STATS,
+            stats_interval: MIN_STATS_INTERVAL,
             blocked: None,
             cause: NoAnswerCause::Unknown,
             stats_without_consumers: 0,
@@ -41,18 +46,39 @@ impl Diagnosis {
 
     /// A call has begun after none was pending.
     pub(crate) fn on_begin(&mut self, now: Instant) {
-        self.next_stats = now + FIRST_STATS;
+        self.start_silence(now);
     }
 
-    /// The broker must end this phase next.
+    fn start_silence(&mut self, now: Instant) {
+        self.next_stats = now + FIRST_STATS;
+        self.stats_interval = MIN_STATS_INTERVAL;
+    }
+
+    /// The broker must end this phase next. That a connection was lost stays known until something
+    /// arrives on the next one: a broker may end one connection after the other.
     pub(crate) fn on_waiting(&mut self, phase: Phase) {
-        self.cause = NoAnswerCause::Waiting(phase);
+        if !matches!(self.cause, NoAnswerCause::Disconnected(_)) {
+            self.cause = NoAnswerCause::Waiting(phase);
+        }
     }
 
-    /// A reply has arrived, or the consumer was started: any earlier cause is stale.
-    pub(crate) fn on_progress(&mut self, now: Instant) {
+    /// The consumer was started.
+    pub(crate) fn on_consuming(&mut self, now: Instant) {
+        if matches!(self.cause, NoAnswerCause::Waiting(_)) {
+            self.cause = NoAnswerCause::Unknown;
+        }
+        self.start_silence(now);
+    }
+
+    /// The reply to a call has arrived: any earlier cause is stale.
+    pub(crate) fn on_reply(&mut self, now: Instant) {
         self.cause = NoAnswerCause::Unknown;
-        self.next_stats = now + FIRST_STATS;
+        self.start_silence(now);
+    }
+
+    /// A reply has arrived that belongs to no call of this run.
+    pub(crate) fn on_foreign_reply(&mut self) {
+        self.cause = NoAnswerCause::ReplyDiscarded;
     }
 
     pub(crate) fn on_connection_error(&mut self, error: &ConnectionError) {
@@ -75,7 +101,8 @@ impl Diagnosis {
         if now < self.next_stats {
             return false;
         }
-        self.next_stats = now + STATS_INTERVAL;
+        self.next_stats = now + self.stats_interval;
+        self.stats_interval = MAX_STATS_INTERVAL.min(2 * self.stats_interval);
         if self.is_blocked() || !can_ask {
             return false;
         }
@@ -90,6 +117,10 @@ impl Diagnosis {
     /// its leader.)
     pub(crate) fn on_queue_stats(&mut self, stats: &Result<QueueStats, ErrorKind>) -> bool {
         self.cause = match stats {
+            // The server has taken the request, and its reply cannot be matched.
+            Ok(QueueStats { messages: 0, .. }) if self.cause == NoAnswerCause::ReplyDiscarded => {
+                NoAnswerCause::ReplyDiscarded
+            }
             Ok(stats) => NoAnswerCause::Queue(*stats),
             Err(ErrorKind::ChannelClosed(reason)) if reason.code == NOT_FOUND => {
                 NoAnswerCause::QueueMissing
@@ -132,7 +163,7 @@ mod tests {
         );
         assert_eq!(diagnosis.cause(), NoAnswerCause::Waiting(Phase::QueueStats));
         diagnosis.on_notification(Notification::Blocked("low on memory".into()));
-        assert!(!diagnosis.take_stats_due(now + 10 * STATS_INTERVAL, true));
+        assert!(!diagnosis.take_stats_due(now + 10 * MIN_STATS_INTERVAL, true));
         assert_eq!(
             diagnosis.cause(),
             NoAnswerCause::Blocked("low on memory".into())
@@ -145,7 +176,7 @@ mod tests {
         let now = Instant::now();
         let mut diagnosis = Diagnosis::new(now);
         assert!(!diagnosis.take_stats_due(now + FIRST_STATS, false));
-        assert_eq!(diagnosis.next_stats, now + FIRST_STATS + STATS_INTERVAL);
+        assert_eq!(diagnosis.next_stats, now + FIRST_STATS + MIN_STATS_INTERVAL);
     }
 
     #[test]

@@ -2,16 +2,18 @@
 //!
 //! The state of a call is what the broker did with its latest request. Events change the state:
 //!
-//! | event | unsent | unconfirmed | accepted | to resend | nacked |
-//! | --- | --- | --- | --- | --- | --- |
-//! | published | unconfirmed | | | | |
-//! | ack | | accepted | | | |
-//! | nack | | nacked; to resend if it may have run | | | |
-//! | return | | to resend; a first request ends its call | to resend | to resend | to resend |
-//! | `queue_stats`: the queue is full | | | | | the call ends |
-//! | `queue_stats`: not full, or the answer is late | | | | | to resend |
-//! | the resend is due | | | unsent if the queue was missing | unsent | |
-//! | a new connection | unsent | unsent | unsent | unsent | unsent |
+//! | event | unsent | unconfirmed | accepted | to resend |
+//! | --- | --- | --- | --- | --- |
+//! | published | unconfirmed | | | |
+//! | ack | | accepted | | |
+//! | nack | | to resend; the second one in a row ends the call, if no queue has taken it | | |
+//! | return | | to resend; a first request ends its call | to resend | to resend |
+//! | the resend is due | | | unsent if the queue was missing | unsent |
+//! | a new connection | unsent | unsent | unsent | unsent |
+//!
+//! A nack may mean that the queue is full, or that its process has died, which nacks what it holds
+//! and will deliver. So one nack ends no call. The states remember whether the request before was
+//! nacked, too.
 //!
 //! An empty cell: the state stays. A reply, or the deadline, ends a call of any state.
 //!
@@ -31,10 +33,6 @@ const MAX_UNCONFIRMED: usize = 1_000;
 
 /// Pause before a request is resent.
 const RESEND_DELAY: Duration = Duration::from_millis(250);
-
-/// Longest `queue_stats` round trip still trusted to explain a nack. (A durable classic queue
-/// refuses requests when its node dies, and `queue_stats` hangs until the node is back.)
-const MAX_STATS_TIME: Duration = Duration::from_secs(5);
 
 /// A **call** is a request that waits for its reply.
 #[derive(Debug)]
@@ -62,16 +60,13 @@ pub(crate) struct Call<T> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum RequestState {
     /// To be published on this connection.
-    Unsent,
+    Unsent { was_nacked: bool },
     /// Published, and neither confirmed nor returned.
-    Unconfirmed,
+    Unconfirmed { was_nacked: bool },
     /// The queue has taken the request.
     Accepted,
     /// No queue has taken the request, which waits for its resend.
-    ToResend,
-    /// The queue nacked the first request of the call at this instant: the queue is full, or
-    /// the queue's process has died. `queue_stats` decides.
-    Nacked(Instant),
+    ToResend { was_nacked: bool },
 }
 
 /// An event that changes the state of a call.
@@ -79,48 +74,52 @@ enum RequestState {
 enum StateEvent {
     Published,
     Ack,
-    Nack { at: Instant, may_have_run: bool },
+    Nack,
     Return,
-    QueueNotFull,
     ResendDue { was_queue_missing: bool },
     NewConnection,
 }
 
 impl RequestState {
+    const NEW: Self = RequestState::Unsent { was_nacked: false };
+
     /// The state after an event, see the table of this file.
-    #[allow(clippy::match_same_arms)] // a line for each cell of the table
     fn after(self, event: StateEvent) -> Self {
         match (event, self) {
-            (StateEvent::Published, RequestState::Unsent) => RequestState::Unconfirmed,
-            (StateEvent::Ack, RequestState::Unconfirmed) => RequestState::Accepted,
-            (StateEvent::Nack { at, may_have_run }, RequestState::Unconfirmed) => {
-                if may_have_run {
-                    RequestState::ToResend
-                } else {
-                    RequestState::Nacked(at)
-                }
+            (StateEvent::Published, RequestState::Unsent { was_nacked }) => {
+                RequestState::Unconfirmed { was_nacked }
+            }
+            (StateEvent::Ack, RequestState::Unconfirmed { .. }) => RequestState::Accepted,
+            (StateEvent::Nack, RequestState::Unconfirmed { .. }) => {
+                RequestState::ToResend { was_nacked: true }
+            }
+            (StateEvent::Return, RequestState::Unconfirmed { .. } | RequestState::Accepted) => {
+                RequestState::ToResend { was_nacked: false }
+            }
+            (StateEvent::ResendDue { .. }, RequestState::ToResend { was_nacked }) => {
+                RequestState::Unsent { was_nacked }
             }
             (
-                StateEvent::Return,
-                RequestState::Unconfirmed | RequestState::Accepted | RequestState::Nacked(_),
-            ) => RequestState::ToResend,
-            (StateEvent::QueueNotFull, RequestState::Nacked(_)) => RequestState::ToResend,
-            (StateEvent::ResendDue { .. }, RequestState::ToResend) => RequestState::Unsent,
-            (StateEvent::ResendDue { was_queue_missing }, RequestState::Accepted)
-                if was_queue_missing =>
-            {
-                RequestState::Unsent
-            }
-            (StateEvent::NewConnection, _) => RequestState::Unsent,
+                StateEvent::ResendDue {
+                    was_queue_missing: true,
+                },
+                RequestState::Accepted,
+            )
+            | (StateEvent::NewConnection, _) => RequestState::NEW,
             (_, state) => state,
         }
     }
 }
 
 impl<T> Call<T> {
-    /// Whether each of its requests was returned or refused: nothing ran.
+    /// Whether its request was returned, and none was taken: nothing ran.
     pub(crate) fn was_never_accepted(&self) -> bool {
-        self.state == RequestState::ToResend && !self.may_have_run
+        self.state == RequestState::ToResend { was_nacked: false } && !self.may_have_run
+    }
+
+    /// Whether its request was published, and neither confirmed nor returned.
+    pub(crate) fn is_unconfirmed(&self) -> bool {
+        matches!(self.state, RequestState::Unconfirmed { .. })
     }
 
     /// Whether a queue may have taken a request of this call.
@@ -244,7 +243,7 @@ impl<T> PendingCalls<T> {
             ahead: self.calls.len(),
             answered_before: self.answered,
             may_have_run: false,
-            state: RequestState::Unsent,
+            state: RequestState::NEW,
         };
         self.begun += 1;
         self.index_of.insert(id, index);
@@ -309,7 +308,9 @@ impl<T> PendingCalls<T> {
         Some(SendResult::Sent)
     }
 
-    /// Makes the requests that are to be resent unsent, if their resend is due.
+    /// Makes the requests that are to be resent unsent, if their resend is due. Not those whose
+    /// deadline is near and that no queue has taken: the broker might not say in time that there is
+    /// none, and then nobody knows whether the call has run.
     pub(crate) fn on_timer(&mut self, now: Instant) {
         let Some(resend) = self.connection.resend.take_if(|resend| resend.at <= now) else {
             return;
@@ -319,7 +320,8 @@ impl<T> PendingCalls<T> {
         };
         for call in self.calls.values_mut() {
             let state = call.state.after(event);
-            if state != call.state {
+            let is_late = call.deadline.remaining_at(now) <= RESEND_DELAY;
+            if state != call.state && !(is_late && call.was_never_accepted()) {
                 call.state = state;
                 self.connection.to_send.push_back(call.index);
             }
@@ -345,6 +347,21 @@ impl<T> PendingCalls<T> {
         self.expects_queue = true;
         self.connection.is_accepting = true;
         Some(call)
+    }
+
+    /// Whether a reply with this correlation id is of another caller, or of a server that does not
+    /// copy the id: no call of this run has ended that may have had the id.
+    pub(crate) fn is_foreign(&self, correlation_id: Option<&[u8]>) -> bool {
+        let is_ours = correlation_id.is_some_and(|id| Uuid::try_parse_ascii(id).is_ok());
+        !is_ours || self.begun == self.calls.len() as u64
+    }
+
+    /// Number of the calls whose requests are unconfirmed.
+    pub(crate) fn unconfirmed_count(&self) -> usize {
+        self.calls
+            .values()
+            .filter(|call| call.is_unconfirmed())
+            .count()
     }
 
     /// The broker returned a request: there is no queue. `None` if it belongs to no pending call.
@@ -376,7 +393,7 @@ impl<T> PendingCalls<T> {
             let Some(call) = self.calls.get_mut(&index) else {
                 continue;
             };
-            if call.state == RequestState::Unconfirmed {
+            if let RequestState::Unconfirmed { .. } = call.state {
                 call.state = call.state.after(StateEvent::Ack);
                 call.may_have_run = true;
                 self.connection.is_accepting = true;
@@ -384,48 +401,31 @@ impl<T> PendingCalls<T> {
         }
     }
 
-    /// The queue has not taken these requests. Returns whether any state is `Nacked`: then
-    /// `queue_stats` decides whether the queue is full.
-    pub(crate) fn on_nack(&mut self, confirmation: Confirmation, now: Instant) -> bool {
-        let mut is_any_nacked = false;
+    /// The queue has not taken these requests. Returns the calls that end: those of which the
+    /// request before was nacked, too, and none was taken.
+    pub(crate) fn on_nack(&mut self, confirmation: Confirmation, now: Instant) -> Vec<Call<T>> {
+        let mut ended = Vec::new();
         for index in self.connection.take_confirmed(confirmation) {
             let Some(call) = self.calls.get_mut(&index) else {
                 continue;
             };
-            call.state = call.state.after(StateEvent::Nack {
-                at: now,
-                may_have_run: call.may_have_run,
-            });
-            is_any_nacked |= matches!(call.state, RequestState::Nacked(_));
+            let is_second = call.state == RequestState::Unconfirmed { was_nacked: true };
+            call.state = call.state.after(StateEvent::Nack);
             self.connection.is_accepting = false;
+            if is_second && !call.may_have_run {
+                let id = call.id;
+                ended.extend(self.remove(id));
+            }
             self.connection.schedule_resend(now);
         }
-        is_any_nacked
-    }
-
-    /// The queue is not full, or was asked too late: nacked requests are resent.
-    pub(crate) fn resend_nacked(&mut self, now: Instant) {
-        for call in self.calls.values_mut() {
-            if matches!(call.state, RequestState::Nacked(_)) {
-                call.state = call.state.after(StateEvent::QueueNotFull);
-                self.connection.schedule_resend(now);
-            }
-        }
-    }
-
-    /// Ends a call whose request was nacked a short time ago: the queue is full.
-    pub(crate) fn pop_nacked(&mut self, now: Instant) -> Option<Call<T>> {
-        let is_recent = |call: &&Call<T>| matches!(call.state, RequestState::Nacked(at) if now < at + MAX_STATS_TIME);
-        let id = self.calls.values().find(is_recent)?.id;
-        self.remove(id)
+        ended
     }
 
     /// The broker has refused a request because of its size, but does not say which one: ends the
     /// call of the largest unconfirmed request. It is too large, whether or not it is the refused
     /// one.
     pub(crate) fn pop_too_large(&mut self) -> Option<Call<T>> {
-        let is_unconfirmed = |call: &&Call<T>| call.state == RequestState::Unconfirmed;
-        let unconfirmed = self.calls.values().filter(is_unconfirmed);
+        let unconfirmed = self.calls.values().filter(|call| call.is_unconfirmed());
         let id = unconfirmed.max_by_key(|call| call.request.body.len())?.id;
         self.remove(id)
     }
@@ -656,52 +656,54 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_request_ends_its_call_unless_it_may_have_run() {
+    fn a_first_nack_is_sent_again_and_the_second_in_a_row_ends_the_call_unless_it_may_have_run() {
         let mut calls = PendingCalls::new(false);
         let now = Instant::now();
         begin(&mut calls, OTHER, 1);
-        calls.on_new_connection();
+        calls.on_new_connection(); // so it may have run
         publish(&mut calls).unwrap();
         begin(&mut calls, ID, 1);
-        assert!(!calls.on_nack(one(1), now));
-        assert!(calls.pop_nacked(now).is_none());
-        assert!(calls.on_nack(one(2), now));
+        let both = |first| Confirmation {
+            first,
+            last: first + 1,
+            is_ack: false,
+        };
+        assert!(calls.on_nack(both(1), now).is_empty());
         assert!(!calls.accepts_calls());
-        let late = now + 2 * RESEND_DELAY;
-        assert_eq!(
-            resend(&mut calls, late),
-            Some(OTHER),
-            "the first one waits for queue_stats"
-        );
-        assert_eq!(calls.pop_nacked(now).map(|call| call.id), Some(ID));
-        assert!(calls.pop_nacked(now).is_none());
+        let later = now + RESEND_DELAY;
+        assert_eq!(resend(&mut calls, later), Some(OTHER));
+        assert_eq!(publish(&mut calls), Some(ID));
+        let ended = calls.on_nack(both(3), later);
+        assert_eq!(ended.iter().map(|call| call.id).collect::<Vec<_>>(), [ID]);
+        assert_eq!(resend(&mut calls, later + RESEND_DELAY), Some(OTHER));
     }
 
     #[test]
-    fn a_refused_request_is_resent_after_late_queue_stats_and_may_be_refused_again() {
-        let mut calls = PendingCalls::new(false);
+    fn nacks_with_a_return_in_between_are_not_in_a_row() {
+        let mut calls = PendingCalls::new(true);
+        let mut now = Instant::now();
         begin(&mut calls, ID, 1);
-        let refused = Instant::now();
-        assert!(calls.on_nack(one(1), refused));
-        let late = refused + MAX_STATS_TIME;
-        assert!(calls.pop_nacked(late).is_none());
-        calls.resend_nacked(late);
-        let resent = late + RESEND_DELAY;
-        calls.on_timer(resent);
-        publish(&mut calls).unwrap();
-        assert!(calls.on_nack(one(2), resent));
-        assert_eq!(calls.pop_nacked(resent).map(|call| call.id), Some(ID));
+        for tag in [1, 3] {
+            assert!(calls.on_nack(one(tag), now).is_empty());
+            now += RESEND_DELAY;
+            assert_eq!(resend(&mut calls, now), Some(ID));
+            assert!(calls.on_return(Some(text(ID).as_bytes()), now).is_some());
+            calls.on_ack(one(tag + 1));
+            now += RESEND_DELAY;
+            assert_eq!(resend(&mut calls, now), Some(ID));
+        }
     }
 
     #[test]
-    fn a_request_that_a_queue_refuses_which_is_not_full_is_sent_again() {
-        let mut calls = PendingCalls::new(false);
-        let now = Instant::now();
-        begin(&mut calls, ID, 1);
-        assert!(calls.on_nack(one(1), now));
-        assert!(resend(&mut calls, now + RESEND_DELAY).is_none());
-        calls.resend_nacked(now);
-        assert_eq!(resend(&mut calls, now + RESEND_DELAY), Some(ID));
+    fn what_no_queue_has_taken_is_not_sent_again_in_its_last_moment() {
+        let mut calls = PendingCalls::new(true);
+        let deadline = begin(&mut calls, ID, 1);
+        let late = deadline.checked_sub(RESEND_DELAY + Duration::from_millis(1));
+        assert!(calls
+            .on_return(Some(text(ID).as_bytes()), late.unwrap())
+            .is_some());
+        assert!(resend(&mut calls, deadline - Duration::from_millis(1)).is_none());
+        assert!(calls.expire(deadline).unwrap().was_never_accepted());
     }
 
     #[test]
@@ -752,7 +754,7 @@ mod tests {
         let now = Instant::now();
         begin(&mut calls, ID, 1);
         calls.on_nack(one(1), now);
-        calls.pop_nacked(now).unwrap();
+        calls.pop().unwrap();
         assert!(!calls.accepts_calls(), "not before the delay has passed");
         assert!(resend(&mut calls, now + RESEND_DELAY).is_none());
         assert!(calls.accepts_calls());
@@ -834,48 +836,35 @@ mod tests {
     }
 
     #[test]
-    fn events_change_the_fate_as_the_table_of_this_file_says() {
-        use RequestState::{Accepted, Nacked, ToResend, Unconfirmed, Unsent};
-        let at = Instant::now();
-        let before = [Unsent, Unconfirmed, Accepted, ToResend, Nacked(at)];
-        let nack = |may_have_run| StateEvent::Nack { at, may_have_run };
+    fn events_change_the_state_as_the_table_of_this_file_says() {
+        use RequestState::{Accepted, ToResend, Unconfirmed, Unsent};
         let resend = |was_queue_missing| StateEvent::ResendDue { was_queue_missing };
-        for (event, after) in [
-            (
-                StateEvent::Published,
-                [Unconfirmed, Unconfirmed, Accepted, ToResend, Nacked(at)],
-            ),
-            (
-                StateEvent::Ack,
-                [Unsent, Accepted, Accepted, ToResend, Nacked(at)],
-            ),
-            (
-                nack(false),
-                [Unsent, Nacked(at), Accepted, ToResend, Nacked(at)],
-            ),
-            (
-                nack(true),
-                [Unsent, ToResend, Accepted, ToResend, Nacked(at)],
-            ),
-            (
-                StateEvent::Return,
-                [Unsent, ToResend, ToResend, ToResend, ToResend],
-            ),
-            (
-                StateEvent::QueueNotFull,
-                [Unsent, Unconfirmed, Accepted, ToResend, ToResend],
-            ),
-            (
-                resend(false),
-                [Unsent, Unconfirmed, Accepted, Unsent, Nacked(at)],
-            ),
-            (
-                resend(true),
-                [Unsent, Unconfirmed, Unsent, Unsent, Nacked(at)],
-            ),
-            (StateEvent::NewConnection, [Unsent; 5]),
-        ] {
-            assert_eq!(before.map(|state| state.after(event)), after, "{event:?}");
+        for was_nacked in [false, true] {
+            let [unsent, unconfirmed, to_resend] = [
+                Unsent { was_nacked },
+                Unconfirmed { was_nacked },
+                ToResend { was_nacked },
+            ];
+            let returned = ToResend { was_nacked: false };
+            let nacked = ToResend { was_nacked: true };
+            let before = [unsent, unconfirmed, Accepted, to_resend];
+            for (event, after) in [
+                (
+                    StateEvent::Published,
+                    [unconfirmed, unconfirmed, Accepted, to_resend],
+                ),
+                (StateEvent::Ack, [unsent, Accepted, Accepted, to_resend]),
+                (StateEvent::Nack, [unsent, nacked, Accepted, to_resend]),
+                (StateEvent::Return, [unsent, returned, returned, to_resend]),
+                (resend(false), [unsent, unconfirmed, Accepted, unsent]),
+                (
+                    resend(true),
+                    [unsent, unconfirmed, RequestState::NEW, unsent],
+                ),
+                (StateEvent::NewConnection, [RequestState::NEW; 4]),
+            ] {
+                assert_eq!(before.map(|state| state.after(event)), after, "{event:?}");
+            }
         }
     }
 

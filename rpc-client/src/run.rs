@@ -11,7 +11,7 @@ use crate::requests::Requests;
 use crate::run_state::{Event, RunState, SessionCommand};
 use crate::session::Session;
 use rpc_common::connection::{start_at, Endpoint};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use uuid::Uuid;
 
 /// Maximum number of reads (64 KiB each) before expired calls are ended.
@@ -125,7 +125,7 @@ impl<T> Run<'_, '_, T> {
     /// Makes calls on one session, until every request has its outcome or the session ends. Until
     /// the session is connected, this only waits for its events.
     fn use_session(&mut self, session: &mut Session) -> Result<(), Error> {
-        while (self.requests.has_more() || !self.state.is_idle()) && !self.requests.is_stopped() {
+        while !self.has_ended() {
             self.begin_calls();
             self.publish(session);
             self.deliver_outcomes();
@@ -212,16 +212,18 @@ impl<T> Run<'_, '_, T> {
         }
         let next = self.state.on_session_end(error, Instant::now());
         self.deliver_outcomes();
-        self.wait(next?);
-        self.state.step(Event::Timer, Instant::now())?;
-        self.deliver_outcomes();
+        let until = Instant::now() + next?;
+        while Instant::now() < until && !self.has_ended() {
+            let wake = self.state.next_wake().into_iter().chain([until]).min();
+            self.requests.wait(wake, false);
+            self.state.step(Event::Timer, Instant::now())?; // calls expire meanwhile
+            self.deliver_outcomes();
+        }
         Ok(())
     }
 
-    fn wait(&self, pause: Duration) {
-        let until = Instant::now() + pause;
-        while Instant::now() < until && !self.requests.is_stopped() {
-            self.requests.wait(Some(until), false);
-        }
+    /// Whether all calls have ended, and there are no more; or whether it is stopped.
+    fn has_ended(&self) -> bool {
+        (self.state.is_idle() && !self.requests.has_more()) || self.requests.is_stopped()
     }
 }

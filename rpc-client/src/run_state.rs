@@ -9,7 +9,7 @@ use crate::call::{Error, NoAnswerCause, Outcome, Request};
 use crate::config::Config;
 use crate::diagnosis::Diagnosis;
 use crate::pending::{AfterReturn, Call, PendingCalls, SendResult};
-use crate::session_end::{ends_run, too_large_reason, MIN_PAUSE};
+use crate::session_end::{ends_run, is_request_refused, too_large_reason, MIN_PAUSE};
 use rpc_common::connection::{
     self, Backoff, Confirmation, Deadline, Delivery, Error as ConnectionError, ErrorKind,
     Notification, Phase, QueueStats,
@@ -213,7 +213,7 @@ impl<'a, T> RunState<'a, T> {
             Event::Consuming => {
                 self.session = SessionState::Consuming;
                 self.max_consumer_start = MAX_CONSUMER_START;
-                self.diagnosis.on_progress(now);
+                self.diagnosis.on_consuming(now);
             }
             Event::Reply(delivery) => self.on_reply(delivery, now),
             Event::Returned(request) => self.on_return(&request, now),
@@ -221,8 +221,12 @@ impl<'a, T> RunState<'a, T> {
                 self.pending.on_ack(confirmation);
             }
             Event::Confirmation(confirmation) => {
-                if self.pending.on_nack(confirmation, now) {
-                    self.commands.push(SessionCommand::QueueStats); // is the queue full?
+                for call in self.pending.on_nack(confirmation, now) {
+                    let error = Error::QueueFull {
+                        queue: self.config.queue.clone(),
+                        address: self.address.clone(),
+                    };
+                    self.end(call, Err(error), now);
                 }
             }
             Event::Notification(notification) => self.on_notification(notification, now),
@@ -248,10 +252,11 @@ impl<'a, T> RunState<'a, T> {
     /// # Errors
     /// The run has ended with this error, and with it all calls.
     pub(crate) fn on_session_end(&mut self, error: Error, now: Instant) -> Result<Duration, Error> {
+        let was_consuming = self.session == SessionState::Consuming;
         self.session = SessionState::Connecting;
         self.commands.clear();
         let Error::Connection(connection_error) = &error else {
-            return Err(self.end_all(error, now));
+            return Err(self.end_all(error, was_consuming, now));
         };
         if let Some(reason) = too_large_reason(connection_error) {
             if let Some(call) = self.pending.pop_too_large() {
@@ -265,10 +270,12 @@ impl<'a, T> RunState<'a, T> {
             connection_error,
             self.pending.progress(self.was_connected, now),
         ) {
-            return Err(self.end_all(error, now));
+            return Err(self.end_all(error, was_consuming, now));
         }
         log::info!("{error}: connecting again");
         Ok(match self.pending.first_deadline() {
+            // The calls that expire meanwhile do not make it shorter.
+            Some(_) if self.pending.was_any_sent() => pause,
             // The other half of the time is left to connect in.
             Some(deadline) => pause.min(deadline.remaining_at(now) / 2).max(MIN_PAUSE),
             None => Duration::ZERO,
@@ -290,14 +297,17 @@ impl<'a, T> RunState<'a, T> {
     }
 
     fn on_reply(&mut self, mut delivery: Delivery, now: Instant) {
-        self.diagnosis.on_progress(now);
         let body = mem::take(&mut delivery.body);
         let properties = delivery.properties().unwrap_or_default();
         let Some(call) = self.pending.on_reply(properties.correlation_id) else {
             self.discarded += 1;
             log::info!("discarded an unexpected reply, {} in all", self.discarded);
+            if self.pending.is_foreign(properties.correlation_id) {
+                self.diagnosis.on_foreign_reply();
+            }
             return;
         };
+        self.diagnosis.on_reply(now);
         let time_left = call.deadline.remaining_at(now);
         let result = decode_reply(&properties, body);
         let result = result.map_err(|failure| Error::failed(failure, time_left));
@@ -332,17 +342,6 @@ impl<'a, T> RunState<'a, T> {
         if self.diagnosis.cause() == NoAnswerCause::QueueMissing {
             self.pending.on_missing_queue(now);
         }
-        if stats.as_ref().is_ok_and(|stats| stats.messages > 0) {
-            // The queue is full. An empty one that refuses requests has lost its process.
-            while let Some(call) = self.pending.pop_nacked(now) {
-                let error = Error::QueueFull {
-                    queue: self.config.queue.clone(),
-                    address: self.address.clone(),
-                };
-                self.end(call, Err(error), now);
-            }
-        }
-        self.pending.resend_nacked(now);
     }
 
     /// Ends expired calls, gives up a late consumer, makes requests to resend unsent, and asks for
@@ -416,12 +415,19 @@ impl<'a, T> RunState<'a, T> {
     }
 
     /// Ends all pending calls with this error.
-    fn end_all(&mut self, error: Error, now: Instant) -> Error {
+    fn end_all(&mut self, error: Error, was_consuming: bool, now: Instant) -> Error {
+        let unknown = match &error {
+            // The broker refused one of the requests, and does not say which one.
+            Error::Connection(error) if is_request_refused(error) => {
+                self.pending.unconfirmed_count() > 1
+            }
+            // If the consumer was not started, the broker has ignored the requests.
+            _ => was_consuming,
+        };
         while let Some(call) = self.pending.pop() {
+            let may_have_run = call.may_have_run() || (unknown && call.is_unconfirmed());
             let error = match &error {
-                Error::Connection(error) if call.may_have_run() => {
-                    Error::RefusedAfterSend(error.clone())
-                }
+                Error::Connection(error) if may_have_run => Error::RefusedAfterSend(error.clone()),
                 error => error.clone(),
             };
             self.end(call, Err(error), now);
@@ -636,24 +642,74 @@ mod tests {
     }
 
     #[test]
-    fn a_nack_asks_for_queue_stats_which_end_the_call_or_resend_the_request() {
+    fn a_second_nack_in_a_row_ends_the_call_and_the_first_one_does_not() {
         let config = Config::default();
-        for (messages, expected) in [
-            (0, ""),
-            (
-                1,
-                "b: queue 'rpc_queue' on rabbit:5672 is full: nothing ran",
-            ),
-        ] {
-            let mut script = Script::consuming(&config, &["a", "b"]);
-            script.confirm(1, 1, true);
-            script.confirm(2, 2, false);
-            assert_eq!(script.state.take_commands(), [SessionCommand::QueueStats]);
-            script.queue_stats(messages);
-            assert_eq!(script.outcomes().join(""), expected);
-            script.later(Duration::from_millis(250));
-            let resent: &[&str] = if messages == 0 { &["b"] } else { &[] };
-            assert_eq!(script.published(), resent);
+        let mut script = Script::consuming(&config, &["a", "b"]);
+        script.confirm(1, 1, true);
+        script.confirm(2, 2, false);
+        assert!(script.outcomes().is_empty() && script.state.take_commands().is_empty());
+        script.later(Duration::from_millis(250));
+        assert_eq!(script.published(), ["b"]);
+        script.confirm(3, 3, false);
+        let full = "b: queue 'rpc_queue' on rabbit:5672 is full: nothing ran";
+        assert_eq!(script.outcomes(), [full]);
+    }
+
+    #[test]
+    fn a_reply_without_the_id_of_the_call_is_the_cause_of_a_missing_answer() {
+        let config = Config::default();
+        for name in ["a", "other"] {
+            let mut script = Script::consuming(&config, &["a"]);
+            script.ids.insert("other", Uuid::from_u128(99));
+            script.reply("other");
+            script.queue_stats(0);
+            if name == "a" {
+                script.reply("a");
+                assert_eq!(script.outcomes(), ["a: a!"]);
+                continue;
+            }
+            script.later(Duration::from_secs(30));
+            let cause = "a reply without this call's id was discarded: does the server copy correlation_id?";
+            let no_answer = "a: no answer from 'rpc_queue' on rabbit:5672 within 30s";
+            assert_eq!(script.outcomes(), [format!("{no_answer}: {cause}")]);
+        }
+    }
+
+    #[test]
+    fn that_connections_are_lost_stays_known_until_something_arrives() {
+        let config = Config::default();
+        let mut script = Script::consuming(&config, &["a"]);
+        script.end(lost()).unwrap();
+        script.connect();
+        script.later(Duration::from_secs(30));
+        let cause = "rabbit:5672 was disconnected: reset";
+        let no_answer = "a: no answer from 'rpc_queue' on rabbit:5672 within 30s";
+        assert_eq!(script.outcomes(), [format!("{no_answer}: {cause}")]);
+    }
+
+    #[test]
+    fn calls_that_expire_do_not_shorten_the_pause_after_a_lost_connection() {
+        let config = Config::default();
+        let mut script = Script::consuming(&config, &["a", "b"]);
+        script.later(Duration::from_millis(29_999));
+        assert!(script.end(lost()).unwrap() >= Duration::from_millis(100));
+    }
+
+    #[test]
+    fn of_several_unconfirmed_requests_nobody_knows_which_one_was_refused() {
+        let config = Config::default();
+        let text = "ACCESS_REFUSED - access to exchange '' in vhost '/' refused".to_owned();
+        for (calls, may_have_run) in [(&["a"][..], false), (&["a", "b"], true)] {
+            let mut script = Script::consuming(&config, calls);
+            let reason = Reason {
+                code: ACCESS_REFUSED,
+                text: text.clone(),
+            };
+            script.end(ErrorKind::Refused(reason)).unwrap_err();
+            for outcome in script.state.take_outcomes() {
+                let is_after_send = matches!(outcome.result, Err(Error::RefusedAfterSend(_)));
+                assert_eq!(is_after_send, may_have_run);
+            }
         }
     }
 
@@ -668,9 +724,11 @@ mod tests {
         script.connect();
         assert_eq!(script.published(), ["a", "c"]);
         script.confirm(1, 2, false);
-        assert!(script.state.take_commands().is_empty(), "they may have run");
-        script.later(Duration::from_millis(250));
-        assert_eq!(script.published(), ["a", "c"]);
+        for first in [3, 5] {
+            script.later(Duration::from_millis(250));
+            assert_eq!(script.published(), ["a", "c"]);
+            script.confirm(first, first + 1, false); // they may have run
+        }
         script.reply("c");
         script.reply("a");
         assert_eq!(script.outcomes(), ["b: b!", "c: c!", "a: a!"]);

@@ -122,8 +122,7 @@ impl Session {
         }
     }
 
-    /// Takes all events. Order: confirmations, then `queue_stats` (which interpret nacks), then the
-    /// end.
+    /// Takes all events. Order: what has arrived, then the thread's reports, then the end.
     pub(crate) fn take_events(&mut self, on_event: &mut OnEvent) -> Result<(), Error> {
         self.take_arrived(on_event)?; // the end stays in the inbox, and is taken below
         while let Ok(report) = self.reports.try_recv() {

@@ -46,6 +46,11 @@ pub(crate) fn too_large_reason(error: &Error) -> Option<&str> {
     }
 }
 
+/// Whether the broker refused a request: the user may not write to the exchange.
+pub(crate) fn is_request_refused(error: &Error) -> bool {
+    matches!(&error.kind, ErrorKind::Refused(reason) if reason.meaning() == Some(Meaning::ExchangeRefused))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

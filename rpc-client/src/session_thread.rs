@@ -8,7 +8,7 @@ use amiquip::ConsumerOptions;
 use crossbeam_channel::{Receiver, Sender};
 use rpc_common::connection::{
     ChannelInbox, Connection, Deadline, Endpoint, Error as ConnectionError, ErrorKind, Link,
-    Meaning, Notification, Owner, Phase, QueueStats, Waker,
+    Meaning, Notification, OpenChannel, Owner, Phase, QueueStats, Waker,
 };
 use std::sync::Arc;
 use std::time::Duration;
@@ -181,11 +181,11 @@ fn run_session(
         consumer.map_err(|error| explain_refusal(connection, &reply_queue, error, deadline))?
     };
     reporter.report(Report::Consuming);
-
+    let mut stats_channel = None;
     for command in commands {
         match command {
             ThreadCommand::QueueStats => {
-                let stats = queue_stats(connection, &config.queue)?;
+                let stats = queue_stats(connection, &mut stats_channel, &config.queue)?;
                 reporter.report(Report::QueueStats(stats));
             }
             ThreadCommand::Close(deadline) => {
@@ -207,6 +207,7 @@ fn check_consumers(
     let queue = queue.to_owned();
     let address = connection.address().to_owned();
     match connection.queue_stats(&queue, deadline) {
+        Err(error) if error.is_exclusive() => Ok(()), // the connection that has it serves it
         Ok(QueueStats { consumers: 0, .. }) => Err(Error::NoConsumers { queue, address }),
         Ok(_) => Ok(()),
         Err(error) if error.is_not_found() => Err(Error::NoQueue { queue, address }),
@@ -229,20 +230,35 @@ fn explain_refusal(
     let is_about_requests = reason.meaning() == Some(Meaning::ExchangeRefused);
     // The user may not configure the reply queue: the broker refused its declaration, and ignored
     // what followed.
-    let has_reply_queue = connection.queue_stats(reply_queue, deadline).is_ok();
-    if is_about_requests || !has_reply_queue {
+    let stats = connection.queue_stats(reply_queue, deadline);
+    let is_missing = stats.is_err_and(|error| error.is_not_found());
+    if is_about_requests || is_missing {
         return Error::Connection(error);
     }
     // The user may not read from the reply queue: only the answers are refused.
     Error::RefusedAfterSend(error)
 }
 
+/// The numbers of the request queue, on a channel that is kept while the broker does not close it.
 fn queue_stats(
     connection: &mut Connection,
+    kept: &mut Option<OpenChannel>,
     queue: &str,
 ) -> Result<Result<QueueStats, ErrorKind>, ConnectionError> {
     // Without a deadline, which would end the connection when it passes. Heartbeats bound it.
-    match connection.queue_stats(queue, &Deadline::after(Duration::MAX)) {
+    let deadline = Deadline::after(Duration::MAX);
+    let opened = match kept.take() {
+        Some(channel) => Ok(channel),
+        None => connection
+            .open_channel(MAX_UNREAD, &deadline)
+            .map(|(channel, _)| channel),
+    };
+    let result = opened.and_then(|channel| {
+        let stats = channel.queue_stats(queue, &deadline)?;
+        *kept = Some(channel);
+        Ok(stats)
+    });
+    match result {
         Err(error) if error.ends_connection() => Err(error),
         stats => Ok(stats.map_err(|error| error.kind)),
     }

@@ -167,6 +167,16 @@ impl Error {
         matches!(&self.kind, ErrorKind::ChannelClosed(reason) if reason.code == NOT_FOUND)
     }
 
+    /// Whether the queue exists, and is exclusive to another connection.
+    pub fn is_exclusive(&self) -> bool {
+        match &self.kind {
+            ErrorKind::ChannelClosed(reason) | ErrorKind::Refused(reason) => {
+                reason.code == RESOURCE_LOCKED
+            }
+            _ => false,
+        }
+    }
+
     /// Whether the broker did not answer. Then another one is tried first.
     pub fn is_silence(&self) -> bool {
         matches!(self.kind, ErrorKind::Silent | ErrorKind::TimedOut { .. })

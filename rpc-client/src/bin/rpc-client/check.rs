@@ -15,8 +15,9 @@ struct Report<'a> {
     #[serde(rename = "broker")]
     address: &'a str,
     version: &'a str,
-    consumers: u32,
-    messages: u32,
+    /// `None`: the queue is exclusive to another connection, and the broker gives no numbers.
+    consumers: Option<u32>,
+    messages: Option<u32>,
 }
 
 /// Prints how many consumers and waiting messages the queue has. The exit code is 4 if it has no
@@ -32,17 +33,16 @@ pub(crate) fn print_queue_stats(cli: &Cli) -> Result<ExitCode, Error> {
         .map_err(CallError::from)?;
     let queue = config.queue.clone();
     let address = connection.address().to_owned();
-    let stats = connection
-        .queue_stats(&queue, &deadline)
-        .map_err(|error| match error {
-            error if error.is_not_found() => CallError::NoQueue {
-                queue: queue.clone(),
-                address: address.clone(),
-            },
-            error => CallError::Connection(error),
-        })?;
+    let stats = match connection.queue_stats(&queue, &deadline) {
+        Ok(stats) => Some(stats),
+        Err(error) if error.is_exclusive() => None,
+        Err(error) if error.is_not_found() => {
+            return Err(CallError::NoQueue { queue, address }.into());
+        }
+        Err(error) => return Err(CallError::Connection(error).into()),
+    };
     print_stats(cli, &address, &connection.broker_version(), stats).map_err(Error::Output)?;
-    if stats.consumers > 0 {
+    if stats.is_none_or(|stats| stats.consumers > 0) {
         return Ok(ExitCode::Success);
     }
     let error = Error::Call(CallError::NoConsumers { queue, address });
@@ -50,11 +50,12 @@ pub(crate) fn print_queue_stats(cli: &Cli) -> Result<ExitCode, Error> {
     Ok(error.exit_code())
 }
 
-fn print_stats(cli: &Cli, address: &str, version: &str, stats: QueueStats) -> io::Result<()> {
-    let QueueStats {
-        messages,
-        consumers,
-    } = stats;
+fn print_stats(
+    cli: &Cli,
+    address: &str,
+    version: &str,
+    stats: Option<QueueStats>,
+) -> io::Result<()> {
     let queue = &*cli.config.queue;
     let mut output = io::stdout();
     if cli.output.format == Format::Json {
@@ -64,12 +65,22 @@ fn print_stats(cli: &Cli, address: &str, version: &str, stats: QueueStats) -> io
                 queue,
                 address,
                 version,
-                consumers,
-                messages,
+                consumers: stats.map(|stats| stats.consumers),
+                messages: stats.map(|stats| stats.messages),
             },
         )?;
         return output.write_all(b"\n");
     }
+    let Some(QueueStats {
+        messages,
+        consumers,
+    }) = stats
+    else {
+        return writeln!(
+            output,
+            "{queue} on {address}: exclusive to another connection, consumers unknown"
+        );
+    };
     let plural = |count, name: &str| format!("{count} {name}{}", if count == 1 { "" } else { "s" });
     writeln!(
         output,

@@ -39,15 +39,16 @@ pub(crate) fn program_folder() -> &'static PathBuf {
     })
 }
 
-/// Resets SIGINT, and then executes the command behind it. A shell starts its background jobs with
-/// SIGINT ignored, and all their children inherit that: `make test &` in a script, for example.
-const WITH_DEFAULT_SIGINT: [&str; 2] = ["env", "--default-signal=INT"];
+/// Resets SIGINT and SIGHUP, and then executes the command behind it. A shell starts its background
+/// jobs with SIGINT ignored, `nohup` its program with SIGHUP, and all their children inherit that:
+/// `make test &` in a script, for example.
+const WITH_DEFAULT_SIGNALS: [&str; 2] = ["env", "--default-signal=INT,HUP"];
 
 /// A command that runs to its end: in the tests' environment, with [`TEST_TIMEOUT`].
 fn command_of(program: impl AsRef<OsStr>) -> Command {
-    let [env, default_sigint] = WITH_DEFAULT_SIGINT;
+    let [env, default_signals] = WITH_DEFAULT_SIGNALS;
     let mut command = Command::new(env);
-    command.arg(default_sigint).arg(program);
+    command.arg(default_signals).arg(program);
     command
         .env("AMQP_URL", broker::url())
         .env_remove("RUST_LOG")
@@ -137,7 +138,7 @@ impl Program {
         let mut setpriv = process::Command::new("setpriv");
         setpriv
             .args(["--pdeathsig", "KILL"])
-            .args(WITH_DEFAULT_SIGINT)
+            .args(WITH_DEFAULT_SIGNALS)
             .arg(command.get_program())
             .args(command.get_args())
             .envs(

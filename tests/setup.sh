@@ -134,6 +134,8 @@ peers() {
     has_venv || missing="$missing python3-venv"
     command -v node >/dev/null || missing="$missing nodejs"
     command -v npm >/dev/null || missing="$missing npm"
+    perl -MAnyEvent::RabbitMQ -e 1 2>/dev/null || missing="$missing libanyevent-rabbitmq-perl"
+    /usr/bin/python3 -c 'import proton' 2>/dev/null || missing="$missing python3-qpid-proton" # AMQP 1.0
     command -v jq >/dev/null || missing="$missing jq" # for recipes in rpc-client/README.md
     command -v parallel >/dev/null || missing="$missing parallel"
     command -v identify >/dev/null || missing="$missing imagemagick" # for a recipe in rpc-server/README.md

@@ -25,6 +25,9 @@ const ERROR_CODE_HEADER: &str = "x-error-code";
 /// Header of a failed program's exit code.
 const EXIT_CODE_HEADER: &str = "x-exit-code";
 
+/// Property `type` that RabbitMQ gives to a message of AMQP 1.0 whose body is a value, encoded.
+const AMQP_1_0_VALUE: &[u8] = b"amqp-1.0";
+
 /// Prefix of the queue names that RabbitMQ makes for direct reply-to.
 const DIRECT_REPLY_TO: &[u8] = b"amq.rabbitmq.reply-to";
 
@@ -94,17 +97,21 @@ pub struct Publish<'a> {
 }
 
 impl<'a> Request<'a> {
-    /// Decodes a request. Only the body is required; a deadline that is not a signed integer is
-    /// ignored.
+    /// Decodes a request. Only the body is required. A deadline is a signed integer, or its decimal
+    /// digits, which is all that STOMP and MQTT can send; any other is ignored. A request without a
+    /// `correlation_id` has that of its `message_id`, as clients of AMQP 1.0 expect.
     pub fn decode(properties: &Properties<'a>, body: &'a [u8], is_redelivered: bool) -> Self {
         Request {
             body,
             content_type: properties.content_type,
             headers: properties.headers.unwrap_or_default(),
             reply_to: properties.reply_to.filter(|name| !name.is_empty()),
-            correlation_id: properties.correlation_id,
+            correlation_id: properties.correlation_id.or(properties.message_id),
             deadline_ms: match properties.header(DEADLINE_HEADER) {
                 Some(Value::Integer(deadline)) => Some(deadline),
+                Some(Value::Text(digits)) => std::str::from_utf8(digits)
+                    .ok()
+                    .and_then(|digits| digits.parse().ok()),
                 _ => None,
             },
             details: Details {
@@ -132,7 +139,8 @@ impl<'a> Request<'a> {
     pub fn encode(&self, queue: &'a [u8], time_left: Option<Duration>) -> Publish<'a> {
         let mut headers = TableBuilder::from_table(self.headers);
         if let Some(deadline) = self.deadline_ms {
-            headers = headers.with_long_long(DEADLINE_HEADER, deadline);
+            // Not an integer: Perl's Net::AMQP dies of one with 64 bits.
+            headers = headers.with_text(DEADLINE_HEADER, &deadline.to_string());
         }
         let headers = headers.table();
         // RabbitMQ may drop a message with expiration 0 even if a consumer is idle.
@@ -142,6 +150,7 @@ impl<'a> Request<'a> {
             headers: Some(headers).filter(|headers| *headers != Table::default()),
             delivery_mode: Some(PERSISTENT),
             correlation_id: self.correlation_id,
+            message_id: self.correlation_id, // servers of AMQP 1.0 copy this one
             reply_to: self.reply_to,
             expiration: expiration.as_deref().map(str::as_bytes),
             ..Properties::default()
@@ -160,6 +169,19 @@ impl<'a> Request<'a> {
         escape(self.correlation_id.unwrap_or(b"none"))
             .to_string()
             .replace(']', "\\]")
+    }
+
+    /// Checks that the body is what the caller means, and not an encoding of it.
+    ///
+    /// # Errors
+    /// [`ErrorCode::InvalidArgument`] if the caller is a client of AMQP 1.0 that sends the body as a
+    /// value: RabbitMQ passes that on in the encoding of AMQP 1.0.
+    pub fn check_body(&self) -> Result<(), Failure> {
+        if self.details.message_type == Some(AMQP_1_0_VALUE) {
+            let message = "invalid argument: the body is a value of AMQP 1.0: send a data section";
+            return Err(Failure::new(ErrorCode::InvalidArgument, message));
+        }
+        Ok(())
     }
 
     /// Returns the body as text, for functions of text.
@@ -464,12 +486,13 @@ mod tests {
             (publish.body, publish.routing_key, publish.mandatory),
             (&b"30"[..], &b"rpc_queue"[..], true)
         );
-        let deadline = TableBuilder::default().with_long_long("x-deadline-ms", 1_767_225_600_000);
+        let deadline = TableBuilder::default().with_text("x-deadline-ms", "1767225600000");
         let expected = Properties {
             content_type: Some(b"text/plain"),
             headers: Some(deadline.table()),
             delivery_mode: Some(2),
             correlation_id: Some(b"id"),
+            message_id: Some(b"id"),
             reply_to: Some(b"rpc.reply.1"),
             expiration: Some(b"1500"),
             ..Properties::default()
@@ -507,7 +530,21 @@ mod tests {
     }
 
     #[test]
-    fn a_deadline_is_a_signed_integer() {
+    fn a_message_id_is_the_correlation_id_of_a_request_that_has_none() {
+        let id = |correlation_id| {
+            let properties = Properties {
+                correlation_id,
+                message_id: Some(b"m"),
+                ..Properties::default()
+            };
+            Request::decode(&properties, b"30", false).correlation_id
+        };
+        assert_eq!(id(None), Some(&b"m"[..]));
+        assert_eq!(id(Some(b"c")), Some(&b"c"[..]));
+    }
+
+    #[test]
+    fn a_deadline_is_a_signed_integer_or_its_digits() {
         let deadline = |value: &[u8]| {
             let table = [b"\x0dx-deadline-ms", value].concat();
             let properties = Properties {
@@ -517,9 +554,12 @@ mod tests {
             Request::decode(&properties, b"30", false).deadline_ms
         };
         assert_eq!(deadline(b"l\x80\0\0\0\0\0\0\0"), Some(i64::MIN));
+        assert_eq!(deadline(b"S\0\0\0\x0217"), Some(17));
         for value in [
             &b"i\xff\xff\xff\xff"[..],
-            b"S\0\0\0\x0217",
+            b"S\0\0\0\x021x",
+            b"S\0\0\0\x01\xff",
+            b"S\0\0\0\0",
             b"T\0\0\0\0\0\0\0\x07",
             b"d\0\0\0\0\0\0\0\0",
             b"V",
@@ -616,7 +656,9 @@ mod tests {
                 Request { body: &body, content_type, reply_to, correlation_id, deadline_ms, ..Request::default() };
             let publish = request.encode(b"queue", None);
             let decoded = Request::decode(&Properties::parse(&publish.properties).unwrap(), publish.body, false);
-            prop_assert_eq!(Request { headers: Table::default(), ..decoded }, request);
+            let decoded =
+                Request { headers: Table::default(), details: Details::default(), ..decoded };
+            prop_assert_eq!(decoded, request);
         }
 
         #[test]

@@ -470,6 +470,8 @@ impl<'a> Worker<'a> {
         let service = self.service;
         let reply = if let Some(late_ms) = late_ms(request) {
             Err(expired(late_ms))
+        } else if let Err(failure) = request.check_body() {
+            Err(failure)
         } else {
             let reply_to = request.reply_to.unwrap_or_default();
             let is_gone = || self.is_gone(channel, request, reply_to);

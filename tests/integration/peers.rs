@@ -1,7 +1,9 @@
 //! The RPC tutorial on libraries of other languages (`tests/peers`): their clients call rpc-server,
 //! and their servers answer rpc-client.
 
-use crate::support::broker_features::{permitted_queue_types, report_not_applicable};
+use crate::support::broker_features::{
+    broker_version, permitted_queue_types, report_not_applicable,
+};
 use crate::support::peer::{default_queue_type, permits_transient_queues, Peer, Queue};
 use crate::support::programs::{assert_output, client, program_folder, Program};
 use crate::support::{broker, eventually, TEST_TIMEOUT};
@@ -20,11 +22,12 @@ enum Language {
     Python,
     Go,
     Node,
+    Perl,
 }
 
-use Language::{Go, Node, Php, Python};
+use Language::{Go, Node, Perl, Php, Python};
 
-const LANGUAGES: [Language; 4] = [Php, Python, Go, Node];
+const LANGUAGES: [Language; 5] = [Php, Python, Go, Node, Perl];
 
 impl Language {
     /// The command that runs its `server` or `client`.
@@ -34,6 +37,7 @@ impl Language {
             Php => self.run(&sources.join(format!("php/{half}.php"))),
             Python => self.run(&sources.join(format!("python/{half}.py"))),
             Node => self.run(&sources.join(format!("node/{half}.js"))),
+            Perl => self.run(&sources.join(format!("perl/{half}.pl"))),
             Go => process::Command::new(peer_folder().join(format!("go-{half}"))),
         }
     }
@@ -44,6 +48,7 @@ impl Language {
             Php => process::Command::new("php"),
             Python => process::Command::new(peer_folder().join("python/bin/python")),
             Node => process::Command::new("node"),
+            Perl => process::Command::new("perl"),
             Go => process::Command::new("go"),
         };
         match self {
@@ -67,7 +72,7 @@ impl Language {
                 );
                 return process::Command::new(program);
             }
-            Php | Python => &mut command,
+            Php | Python | Perl => &mut command,
         };
         command.arg(source);
         command
@@ -257,6 +262,56 @@ fn rpc_server_shares_a_queue_with_go() {
 #[test]
 fn rpc_server_shares_a_queue_with_node() {
     assert_shares_a_queue(Node);
+}
+
+#[test]
+fn rpc_server_shares_a_queue_with_perl() {
+    assert_shares_a_queue(Perl);
+}
+
+/// RabbitMQ's own AMQP 1.0, since version 4: its clients and servers match by the message id.
+#[test]
+fn programs_of_amqp_1_0_call_and_are_called() {
+    if broker_version() < (4, 3) {
+        let part = "calls between AMQP 1.0 and 0-9-1";
+        return report_not_applicable(part, "RabbitMQ 4.3 and later convert its addresses");
+    }
+    let qpid = |program: &str, variables: &[(&str, &str)]| {
+        let sources = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("peers/qpid");
+        // Debian's, which has the package python3-qpid-proton.
+        let mut command = process::Command::new("/usr/bin/python3");
+        command.arg(sources.join(program));
+        let mut command = with_environment(command, variables);
+        let url = format!("amqp://{}@{}", broker::credentials(), broker::authority());
+        command.env("AMQP_URL", url);
+        command
+    };
+    let queue = Queue::named("amqp_1_0");
+    let replies = Queue::declare("amqp_1_0_replies");
+    let ours = Program::start_server(&queue, &[]);
+    for (section, answers) in [
+        ("data", "832040\n55\n"),
+        (
+            "value",
+            "invalid argument: the body is a value of AMQP 1.0: send a data section\n\
+             invalid argument: the body is a value of AMQP 1.0: send a data section\n",
+        ),
+    ] {
+        let variables = [
+            ("RPC_QUEUE", &*queue),
+            ("RPC_REPLY_QUEUE", &*replies),
+            ("RPC_SECTION", section),
+        ];
+        let mut call = qpid("client.py", &variables);
+        call.args(["30", "10"]);
+        let mut call = Command::from_std(call);
+        assert_output(call.timeout(PEER_TIMEOUT), 0, answers, "");
+    }
+    ours.stop();
+    let theirs = Program::spawn_command(&qpid("server.py", &[("RPC_QUEUE", &queue)]));
+    assert_eq!(theirs.next_line(), " [x] Awaiting RPC requests");
+    let mut call = client(&queue, &["--data", "hello", "--data", "world"]);
+    assert_output(&mut call, 0, "HELLO\nWORLD\n", "");
 }
 
 /// A peer's client does not know error replies: it prints the sentence as the answer, and the

@@ -10,13 +10,14 @@ use rpc_common::connection::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 #[non_exhaustive]
 pub enum QueueType {
-    /// Transient, as in the tutorial; quorum where the broker does not permit transient queues.
+    /// As the tutorial of the broker's time declares it: quorum on RabbitMQ 4 and later, and where
+    /// the broker does not permit transient queues; else transient.
     Auto,
-    /// Lost when the broker restarts, as in the tutorial.
+    /// Lost when the broker restarts, as in the tutorial before March 2026.
     Transient,
     /// Durable, on one node.
     Classic,
-    /// Durable and replicated, as in the newest versions of the tutorial.
+    /// Durable and replicated, as in the tutorial since March 2026.
     Quorum,
 }
 
@@ -36,7 +37,10 @@ pub(crate) fn find_or_declare(
     queue_type: QueueType,
     deadline: &Deadline,
 ) -> Result<Option<&'static str>, Error> {
-    let (name, options) = declaration(queue_type);
+    let (name, options) = declaration(match queue_type {
+        QueueType::Auto if connection.is_rabbitmq_4() => QueueType::Quorum,
+        queue_type => queue_type,
+    });
     let mut attempts_left = MAX_ATTEMPTS;
     loop {
         match connection.queue_stats(queue, deadline) {

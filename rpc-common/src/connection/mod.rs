@@ -239,15 +239,26 @@ impl Connection {
 
     /// The broker's name for itself, such as `RabbitMQ 4.0.5`, safe to print.
     pub fn broker_version(&self) -> String {
-        let property = |name| match self.amqp.as_ref()?.server_properties().get(name) {
-            Some(AmqpValue::LongString(text)) => Some(escape(text.as_bytes()).to_string()),
+        let properties = [
+            self.server_property("product"),
+            self.server_property("version"),
+        ];
+        let words = properties.into_iter().flatten();
+        let words = words.map(|text| escape(text.as_bytes()).to_string());
+        words.collect::<Vec<_>>().join(" ")
+    }
+
+    /// Whether the broker is RabbitMQ 4 or later: the tutorial of its time declares a quorum queue.
+    pub fn is_rabbitmq_4(&self) -> bool {
+        self.server_property("product") == Some("RabbitMQ")
+            && self.server_property("version").is_some_and(is_version_4)
+    }
+
+    fn server_property(&self, name: &str) -> Option<&str> {
+        match self.amqp.as_ref()?.server_properties().get(name) {
+            Some(AmqpValue::LongString(text)) => Some(text),
             _ => None,
-        };
-        [property("product"), property("version")]
-            .into_iter()
-            .flatten()
-            .collect::<Vec<_>>()
-            .join(" ")
+        }
     }
 
     /// The link, to learn how the connection ended, and to end it.
@@ -401,5 +412,30 @@ fn handshake_error(endpoint: &Endpoint, error: amiquip::Error, link: &Link) -> E
         ErrorKind::ConnectionLost(reason) => failed(reason),
         ErrorKind::ConnectionClosed(reason) => failed(reason.text),
         kind => kind,
+    }
+}
+
+/// Whether the major number of a version such as `4.0.5` or `4.2.0-beta.1` is 4 or more.
+fn is_version_4(version: &str) -> bool {
+    let major = version.split('.').next().unwrap_or_default();
+    major.parse::<u32>().is_ok_and(|major| major >= 4)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_major_number_of_a_version_decides() {
+        for (version, expected) in [
+            ("4.0.5", true),
+            ("4.2.0-beta.1", true),
+            ("10.1", true),
+            ("3.13.7", false),
+            ("", false),
+            ("four", false),
+        ] {
+            assert_eq!(is_version_4(version), expected, "{version}");
+        }
     }
 }

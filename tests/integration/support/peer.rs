@@ -1,5 +1,6 @@
 //! A peer that uses plain AMQP without the conventions of rpc-common, and queues that tests own.
 
+use super::broker_features::broker_version_at;
 use super::{broker, eventually};
 use amiquip::{
     AmqpProperties, AmqpValue, Auth, Channel, Connection, ConnectionOptions, ConnectionTuning,
@@ -323,7 +324,7 @@ pub(crate) fn call(queue: &str, body: &[u8], properties: AmqpProperties) -> Deli
 
 /// The type of queue that `rpc-server` declares by default at this broker.
 pub(crate) fn default_queue_type(url: &str) -> &'static str {
-    if permits_transient_queues(url) {
+    if broker_version_at(url) < (4, 0) {
         "transient"
     } else {
         "quorum"

@@ -2,6 +2,7 @@
 
 use rpc_common::connection::{Error as ConnectionError, ErrorKind, Phase, QueueStats};
 use rpc_common::message::{Answer, ErrorCode, Failure};
+use rpc_common::options::parse_duration;
 use rpc_common::text::{escape_up_to, format_duration};
 use std::fmt::{self, Display};
 use std::time::Duration;
@@ -117,16 +118,26 @@ impl Error {
     /// The server's error. A request that has expired there before its deadline here shows that the
     /// clocks differ.
     pub(crate) fn failed(mut failure: Failure, time_left: Duration) -> Self {
-        let time_left = Duration::from_secs(time_left.as_secs());
-        if failure.code == ErrorCode::Expired && !time_left.is_zero() {
+        if failure.code == ErrorCode::Expired && time_left >= Duration::from_secs(1) {
             let message = &failure.message;
-            let clock_ahead = format_duration(time_left);
+            let (at_least, late) = match lateness(message) {
+                Some(late) => ("", late),
+                None => ("at least ", Duration::ZERO),
+            };
+            let ahead = format_duration(Duration::from_secs((late + time_left).as_secs()));
             failure.message = format!(
-                "{message}: the server's clock is at least {clock_ahead} ahead of this machine's"
+                "{message}: the server's clock is {at_least}{ahead} ahead of this machine's"
             );
         }
         Error::Failed(failure)
     }
+}
+
+/// How late a request was, as rpc-server says it.
+fn lateness(message: &str) -> Option<Duration> {
+    let late = message.strip_prefix("expired: ")?;
+    let (late, _) = late.split_once(" after the deadline")?;
+    parse_duration(late).ok()
 }
 
 /// The known cause of a missing answer.
@@ -140,6 +151,8 @@ pub enum NoAnswerCause {
     Queue(QueueStats),
     /// The request queue did not exist at the latest `queue_stats`.
     QueueMissing,
+    /// A server got the request after the deadline, and did not run it.
+    Expired,
     /// A reply without the call's id has come, and was discarded.
     ReplyDiscarded,
     /// The broker has not answered while this was done.
@@ -187,6 +200,9 @@ impl Display for NoAnswerCause {
             }
             NoAnswerCause::QueueMissing => {
                 f.write_str("the queue does not exist, or its node is down")
+            }
+            NoAnswerCause::Expired => {
+                f.write_str("a server got it after the deadline, and did not run it")
             }
             NoAnswerCause::ReplyDiscarded => {
                 f.write_str("a reply without this call's id was discarded: does the server copy correlation_id?")
@@ -255,6 +271,12 @@ mod tests {
         assert_eq!(
             explained(ErrorCode::Expired, 25),
             "expired: 5s late: the server's clock is at least 25s ahead of this machine's"
+        );
+        let ours = "expired: 59m 50s 999ms after the deadline, by the server's clock";
+        let failure = Failure::new(ErrorCode::Expired, ours);
+        assert_eq!(
+            Error::failed(failure, Duration::from_millis(9_500)).to_string(),
+            format!("{ours}: the server's clock is 1h ahead of this machine's")
         );
         assert_eq!(explained(ErrorCode::Expired, 0), "expired: 5s late");
         assert_eq!(explained(ErrorCode::Internal, 25), "expired: 5s late");

@@ -14,7 +14,7 @@ use rpc_common::connection::{
     self, Backoff, Confirmation, Deadline, Delivery, Error as ConnectionError, ErrorKind,
     Notification, Phase, QueueStats,
 };
-use rpc_common::message::{decode_reply, Answer};
+use rpc_common::message::{decode_reply, Answer, ErrorCode};
 use rpc_common::text::format_duration;
 use std::mem;
 use std::time::{Duration, Instant};
@@ -309,8 +309,14 @@ impl<'a, T> RunState<'a, T> {
         };
         self.diagnosis.on_reply(now);
         let time_left = call.deadline.remaining_at(now);
-        let result = decode_reply(&properties, body);
-        let result = result.map_err(|failure| Error::failed(failure, time_left));
+        let result = decode_reply(&properties, body).map_err(|failure| {
+            if failure.code == ErrorCode::Expired && time_left.is_zero() {
+                // As if the reply came a moment later: the deadline has passed.
+                self.no_answer(&call, NoAnswerCause::Expired)
+            } else {
+                Error::failed(failure, time_left)
+            }
+        });
         self.end(call, result, now);
     }
 
@@ -380,17 +386,21 @@ impl<'a, T> RunState<'a, T> {
             let error = if self.config.wait && call.was_never_accepted() {
                 self.no_queue()
             } else {
-                Error::NoAnswer {
-                    queue: self.config.queue.clone(),
-                    address: self.address.clone(),
-                    limit: call.deadline.limit(),
-                    cause: self.diagnosis.cause(),
-                    ahead: self.pending.calls_ahead(&call),
-                }
+                self.no_answer(&call, self.diagnosis.cause())
             };
             self.end(call, Err(error), now);
         }
         self.pending.len() < before
+    }
+
+    fn no_answer(&self, call: &Call<T>, cause: NoAnswerCause) -> Error {
+        Error::NoAnswer {
+            queue: self.config.queue.clone(),
+            address: self.address.clone(),
+            limit: call.deadline.limit(),
+            cause,
+            ahead: self.pending.calls_ahead(call),
+        }
     }
 
     fn end(&mut self, call: Call<T>, result: Result<Answer, Error>, now: Instant) {
@@ -451,7 +461,7 @@ impl<'a, T> RunState<'a, T> {
 mod tests {
     use super::*;
     use rpc_common::connection::{Reason, ACCESS_REFUSED};
-    use rpc_common::properties::Properties;
+    use rpc_common::properties::{Properties, TableBuilder};
     use std::collections::BTreeMap;
     use std::convert::Infallible;
 
@@ -672,6 +682,33 @@ mod tests {
             let cause = "a reply without this call's id was discarded: does the server copy correlation_id?";
             let no_answer = "a: no answer from 'rpc_queue' on rabbit:5672 within 30s";
             assert_eq!(script.outcomes(), [format!("{no_answer}: {cause}")]);
+        }
+    }
+
+    #[test]
+    fn that_a_server_got_the_request_too_late_is_a_timeout_after_the_deadline() {
+        let config = Config::default();
+        for (seconds, expected) in [
+            (29, "a: expired: late: the server's clock is at least 1s ahead of this machine's"),
+            (30, "a: no answer from 'rpc_queue' on rabbit:5672 within 30s: a server got it after the deadline, and did not run it"),
+        ] {
+            let mut script = Script::consuming(&config, &["a"]);
+            script.now += Duration::from_secs(seconds);
+            let id = script.ids["a"].to_string();
+            let headers = TableBuilder::default().with_text("x-error-code", "expired");
+            let properties = Properties {
+                correlation_id: Some(id.as_bytes()),
+                message_type: Some(b"error"),
+                headers: Some(headers.table()),
+                ..Properties::default()
+            };
+            script.step(Event::Reply(Delivery {
+                delivery_tag: 1,
+                is_redelivered: false,
+                encoded_properties: properties.encode(),
+                body: b"expired: late".to_vec(),
+            }));
+            assert_eq!(script.outcomes(), [expected]);
         }
     }
 

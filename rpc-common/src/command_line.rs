@@ -1,9 +1,8 @@
 //! The command line: what both programs do alike.
 
-use crate::connection::{
-    Deadline, Endpoint, Error, ErrorKind, OptionFile, Secret, TlsFiles, DEFAULT_HEARTBEAT,
-};
+use crate::connection::{Deadline, Endpoint, Error, ErrorKind, OptionFile, Secret, TlsFiles};
 use crate::exit::{print_message, ExitCode};
+use crate::text::{escape, mask_passwords};
 use clap::error::{ContextKind, ContextValue, ErrorKind as ClapErrorKind};
 use std::env;
 use std::error::Error as _;
@@ -25,6 +24,7 @@ pub fn parse_args<Cli: clap::Parser>(short_help: &str) -> Result<Cli, ExitCode> 
     }
     let command = Cli::command().max_term_width(80);
     let arguments = arguments(&command);
+    warn_of_unknown_variables(&command);
     let matches = command
         .try_get_matches_from(arguments)
         .and_then(|matches| Cli::from_arg_matches(&matches));
@@ -58,21 +58,20 @@ const FALSE: [&str; 7] = ["", "0", "f", "false", "n", "no", "off"];
 /// `--timeout=5s` of rpc-client. So the command line wins: of an option that is given twice, the
 /// last one counts.
 ///
-/// Not what the program is asked to do, and not `--url`: an error would show its password.
-/// `AMQP_URL` is for that. (clap's own support costs every call memory.)
+/// Not what the program is asked to do, and not `--url`, whose variable [`BrokerOptions`] reads: an
+/// error would show its password. (clap's own support costs every call memory.)
 fn arguments(command: &clap::Command) -> Vec<OsString> {
     let mut given = env::args_os();
     let mut arguments = given.next().into_iter().collect::<Vec<_>>();
-    let prefix = command.get_name().to_uppercase().replace('-', "_");
+    let prefix = variable_prefix(command);
     for arg in command.get_arguments() {
         let Some(name) = arg
             .get_long()
-            .filter(|name| !["url", "data", "lines", "check"].contains(name))
+            .filter(|name| *name != "url" && !WITHOUT_VARIABLE.contains(name))
         else {
             continue;
         };
-        let variable = format!("{prefix}_{}", name.to_uppercase().replace('-', "_"));
-        let Some(value) = env::var_os(variable) else {
+        let Some(value) = env::var_os(variable(&prefix, name)) else {
             continue;
         };
         let mut argument = OsString::from(format!("--{name}"));
@@ -86,6 +85,53 @@ fn arguments(command: &clap::Command) -> Vec<OsString> {
     }
     arguments.extend(given);
     arguments
+}
+
+/// The variable of an option.
+fn variable(prefix: &str, option: &str) -> String {
+    format!("{prefix}_{}", option.to_uppercase().replace('-', "_"))
+}
+
+/// The start of the variables of a program, such as `RPC_CLIENT`.
+fn variable_prefix(command: &clap::Command) -> String {
+    command.get_name().to_uppercase().replace('-', "_")
+}
+
+/// Options that have no variable: what the program is asked to do.
+const WITHOUT_VARIABLE: [&str; 5] = ["data", "lines", "check", "help", "version"];
+
+/// Warns of variables that look like those of options, and are not: a typing error would be a silent
+/// default.
+fn warn_of_unknown_variables(command: &clap::Command) {
+    let prefix = variable_prefix(command);
+    let options = command.get_arguments().filter_map(clap::Arg::get_long);
+    let options = options.filter(|name| !WITHOUT_VARIABLE.contains(name));
+    let known: Vec<String> = options.map(|name| variable(&prefix, name)).collect();
+    for (name, _) in env::vars_os() {
+        let Some(name) = name.to_str() else { continue };
+        let Some(rest) = name
+            .strip_prefix(&prefix)
+            .and_then(|rest| rest.strip_prefix('_'))
+        else {
+            continue;
+        };
+        if !known.iter().any(|known| known == name) && !is_of_others(rest) {
+            let program = command.get_name();
+            print_message(
+                program,
+                format!(
+                    "warning: {} sets no option; see --help",
+                    escape(name.as_bytes())
+                ),
+            );
+        }
+    }
+}
+
+/// Whether the rest of a variable's name is one of others: Kubernetes sets some for a service with
+/// the name of the program, and the systemd unit reads its arguments from `RPC_SERVER_ARGS`.
+fn is_of_others(rest: &str) -> bool {
+    ["ARGS", "PORT"].contains(&rest) || rest.starts_with("PORT_") || rest.starts_with("SERVICE_")
 }
 
 /// Describes an error in one line, with what the user may have meant; `None` if clap's text is
@@ -115,7 +161,7 @@ fn describe_error(error: &clap::Error) -> Option<String> {
     };
     let text = message + &suggestion;
     let separator = if text.ends_with('?') { " " } else { "; " };
-    Some(format!("{text}{separator}see --help"))
+    Some(mask_passwords(&format!("{text}{separator}see --help")).into_owned())
 }
 
 /// Rewords how the standard library and clap say that a number is invalid.
@@ -160,7 +206,8 @@ const VALIDATION_TIMEOUT: Duration = Duration::from_secs(1);
 #[command(next_help_heading = "Broker")]
 pub struct BrokerOptions {
     /// amqp(s)://user:password@host:port/vhost, repeatable: tried in turn
-    /// [env: AMQP_URL, else amqp://localhost]
+    /// [env: RPC_CLIENT_URL or RPC_SERVER_URL, several with blanks between them; else AMQP_URL,
+    /// else amqp://localhost]
     // Not clap's `env`, and parsed after clap: clap would print the value, with its password.
     #[arg(long = "url", value_name = "URL", action = clap::ArgAction::Append)]
     urls: Vec<Secret>,
@@ -172,9 +219,13 @@ pub struct BrokerOptions {
     #[command(flatten)]
     tls: TlsFiles,
 
-    /// AMQP heartbeat, 1 to 65535
-    #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_HEARTBEAT, value_parser = clap::value_parser!(u16).range(1..))]
-    heartbeat: u16,
+    /// AMQP heartbeat, 1 to 65535 [default: that of the URL (?heartbeat=30), else 10]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u16).range(1..))]
+    heartbeat: Option<u16>,
+
+    /// Name of the program's own variable with URLs.
+    #[arg(skip)]
+    variable: Option<&'static str>,
 }
 
 impl BrokerOptions {
@@ -183,7 +234,13 @@ impl BrokerOptions {
         from_args(&[&format!("--url={url}")])
     }
 
-    /// The brokers that the options name, or else the environment variable `AMQP_URL`. Logs a
+    /// Reads this variable, too, if no option names a broker: it has URLs with blanks between them,
+    /// and wins over `AMQP_URL`.
+    pub fn set_variable(&mut self, name: &'static str) {
+        self.variable = Some(name);
+    }
+
+    /// The brokers that the options name, or else the environment, or else localhost. Logs a
     /// warning if an option contains a password: `ps` shows it.
     ///
     /// # Errors
@@ -199,7 +256,7 @@ impl BrokerOptions {
             log::warn!("the password in --url is visible to all users (ps): use AMQP_URL or --password-file");
         }
         if endpoints.is_empty() {
-            endpoints.push(endpoint_from_env()?);
+            endpoints = self.endpoints_from_env()?;
         }
         for endpoint in &mut endpoints {
             self.complete(endpoint)?;
@@ -207,9 +264,23 @@ impl BrokerOptions {
         Ok(endpoints)
     }
 
+    fn endpoints_from_env(&self) -> Result<Vec<Endpoint>, ErrorKind> {
+        if let Some(name) = self.variable {
+            if let Some(urls) = url_variable(name)? {
+                let urls = urls.split_whitespace();
+                return urls.map(|url| Endpoint::parse(url, name)).collect();
+            }
+        }
+        let endpoint = match url_variable("AMQP_URL")? {
+            Some(url) => Endpoint::parse(&url, "AMQP_URL"),
+            None => Endpoint::parse("amqp://localhost", "the default"),
+        };
+        Ok(vec![endpoint?])
+    }
+
     /// Adds what is set by other options, and checks the files before anything is tried.
     fn complete(&self, endpoint: &mut Endpoint) -> Result<(), ErrorKind> {
-        endpoint.heartbeat = self.heartbeat;
+        endpoint.heartbeat = self.heartbeat.unwrap_or(endpoint.heartbeat);
         endpoint.password_file.clone_from(&self.password_file);
         let deadline = Deadline::after(VALIDATION_TIMEOUT);
         endpoint.validate_password_file(&deadline)?;
@@ -225,15 +296,16 @@ impl BrokerOptions {
     }
 }
 
-fn endpoint_from_env() -> Result<Endpoint, ErrorKind> {
-    match env::var("AMQP_URL") {
-        Ok(url) if url.is_empty() => Err(ErrorKind::bad_url(
-            "AMQP_URL",
+/// The value of a variable with a URL, or with several.
+fn url_variable(name: &'static str) -> Result<Option<String>, ErrorKind> {
+    match env::var(name) {
+        Ok(url) if url.trim().is_empty() => Err(ErrorKind::bad_url(
+            name,
             "it is empty: set it to a URL, or unset it",
         )),
-        Ok(url) => Endpoint::parse(&url, "AMQP_URL"),
-        Err(env::VarError::NotPresent) => Endpoint::parse("amqp://localhost", "the default"),
-        Err(env::VarError::NotUnicode(_)) => Err(ErrorKind::bad_url("AMQP_URL", "not valid UTF-8")),
+        Ok(url) => Ok(Some(url)),
+        Err(env::VarError::NotPresent) => Ok(None),
+        Err(env::VarError::NotUnicode(_)) => Err(ErrorKind::bad_url(name, "not valid UTF-8")),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::connection::{Error, ErrorKind};
 use crate::logging;
+use crate::text::mask_passwords;
 use signal_hook::low_level::{self, emulate_default_handler};
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -91,7 +92,10 @@ pub fn exit_codes_help(codes: &[(ExitCode, &str)]) -> String {
 /// Prints a message of a program, such as why it failed, on standard error: in systemd's journal as
 /// an error.
 pub fn print_message(program: &str, message: impl Display) {
+    // A URL may stand where it does not belong, such as `rpc-client amqp://me:secret@host 30`.
     let priority = if logging::is_journal() { "<3>" } else { "" };
+    let message = message.to_string();
+    let message = mask_passwords(&message);
     // If standard error is closed, the exit code still reports the failure.
     let _ = writeln!(io::stderr(), "{priority}{program}: {message}");
 }

@@ -1,5 +1,6 @@
 //! Text for people: what is safe to print.
 
+use std::borrow::Cow;
 use std::fmt::{self, Display, Write};
 use std::io;
 
@@ -10,7 +11,7 @@ pub use humantime::format_duration;
 const MAX_ESCAPED_BYTES: usize = 200;
 
 /// Makes bytes from the wire safe to print: escapes control characters, invisible characters and
-/// invalid UTF-8, and cuts after 200 bytes.
+/// invalid UTF-8, and cuts after 200 bytes. What is escaped already stays as it is.
 pub fn escape(bytes: &[u8]) -> impl Display + '_ {
     escape_up_to(MAX_ESCAPED_BYTES, bytes)
 }
@@ -31,8 +32,9 @@ impl Display for Escaped<'_> {
         for chunk in shown.utf8_chunks() {
             for char in chunk.valid().chars() {
                 match char {
-                    // Harmless, but `escape_debug` would escape them.
-                    '"' | '\'' => f.write_char(char)?,
+                    // Harmless, but `escape_debug` would escape them. A text may have been escaped
+                    // before, such as the sentence of an error reply.
+                    '"' | '\'' | '\\' => f.write_char(char)?,
                     _ => write!(f, "{}", char.escape_debug())?,
                 }
             }
@@ -91,10 +93,45 @@ impl Display for EscapedText<'_> {
     }
 }
 
+/// The text with the password of each URL masked: `amqp://me:***@host`. A password may have any
+/// characters but blanks.
+///
+/// ```
+/// use rpc_common::text::mask_passwords;
+///
+/// assert_eq!(mask_passwords("not a number: 'amqp://me:se/same@host'"), "not a number: 'amqp://me:***@host'");
+/// ```
+pub fn mask_passwords(text: &str) -> Cow<'_, str> {
+    if !text.contains("://") {
+        return Cow::Borrowed(text);
+    }
+    let mask = |word: &str| {
+        let (scheme, rest) = word.split_once("://")?;
+        let (login, host) = rest.rsplit_once('@')?;
+        let (user, password) = login.split_once(':')?;
+        if (user, password) == ("user", "password") {
+            return None; // the form of a URL, in our own messages
+        }
+        Some(format!("{scheme}://{user}:***@{host}"))
+    };
+    let words = text.split_inclusive(char::is_whitespace);
+    words
+        .map(|word| mask(word).map_or(Cow::Borrowed(word), Cow::Owned))
+        .collect::<String>()
+        .into()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn what_is_escaped_twice_is_as_escaped_once() {
+        let once = escape(b"3\n\xff\\ \x1b").to_string();
+        assert_eq!(once, r"3\n\xff\ \u{1b}");
+        assert_eq!(escape(once.as_bytes()).to_string(), once);
+    }
 
     #[test]
     fn escaped_text_cannot_control_a_terminal() {

@@ -579,7 +579,7 @@ fn a_request_whose_headers_do_not_fit_into_a_frame_is_not_sent() {
     let header = format!("a={}", "x".repeat(9_000));
     let address = broker.authority();
     let stderr = format!(
-        "rpc-client: the request of 1 bytes is too large for {address}: its properties and headers take 9158 bytes, and a frame holds 8192\n"
+        "rpc-client: the request of 1 bytes is too large for {address}: its properties and headers take 9204 bytes, and a frame holds 8192\n"
     );
     assert_output(
         &mut at_node(&["-q", "-H", &header, "--data", "1"]),

@@ -154,3 +154,37 @@ fn an_argument_that_is_not_a_number_is_never_sent() {
     }
     assert!(Peer::connect().try_take(&queue).is_none());
 }
+
+#[test]
+fn the_programs_own_variable_has_several_urls_and_wins_over_amqp_url() {
+    let queue = Queue::named("own_variable");
+    let urls = format!("amqp://127.0.0.1:1\n {}?heartbeat=30", broker::url());
+    let mut server = process::Command::new(program_folder().join("rpc-server"));
+    server
+        .args(["--queue", &queue])
+        .env("AMQP_URL", "amqp://127.0.0.1:2")
+        .env("RPC_SERVER_URL", &urls);
+    let server = Program::spawn_command(&server);
+    assert_eq!(server.next_line(), " [x] Awaiting RPC requests");
+    let mut call = client(&queue, &["30"]);
+    call.env("RPC_CLIENT_URL", &urls)
+        .env("AMQP_URL", "amqp://127.0.0.1:2");
+    assert_output(&mut call, 0, "832040\n", "");
+    let bad =
+        "rpc-client: bad RPC_CLIENT_URL: not of the form amqp://user:password@host:port/vhost\n";
+    call.env("RPC_CLIENT_URL", "amqp:/host");
+    assert_output(&mut call, 2, "", bad);
+}
+
+#[test]
+fn a_variable_that_sets_no_option_is_a_warning() {
+    let queue = Queue::named("unknown_variable");
+    let _server = Program::start_server(&queue, &[]);
+    let mut call = client(&queue, &["30"]);
+    call.env("RPC_CLIENT_TIMOUT", "1ms")
+        .env("RPC_CLIENT_SERVICE_HOST", "10.0.0.1")
+        .env("RPC_CLIENT_PORT", "tcp://10.0.0.1:80")
+        .env("RPC_CLIENT_PORT_80_TCP", "tcp://10.0.0.1:80");
+    let warning = "rpc-client: warning: RPC_CLIENT_TIMOUT sets no option; see --help\n";
+    assert_output(&mut call, 0, "832040\n", warning);
+}

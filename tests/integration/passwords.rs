@@ -4,7 +4,7 @@ use crate::server_log::level_and_text;
 use crate::support::broker::{self, private_node};
 use crate::support::eventually;
 use crate::support::peer::{Peer, Queue};
-use crate::support::programs::{assert_output, bash, client, program_folder, Program};
+use crate::support::programs::{assert_output, bash, client, command, program_folder, Program};
 use crate::support::proxy::Proxy;
 use rustix::fs::OFlags;
 use std::fs::{File, OpenOptions};
@@ -291,4 +291,47 @@ fn no_log_shows_a_password() {
         "{log}"
     );
     assert!(!log.contains("StartOk"), "{log}");
+}
+
+/// A URL may stand where it does not belong.
+#[test]
+fn a_password_in_the_wrong_place_is_masked() {
+    for (program, args) in [
+        ("rpc-client", &["amqp://me:sesame@host", "30"][..]),
+        ("rpc-client", &["-t", "amqp://me:ses/ame@host", "30"]),
+        ("rpc-client", &["--summary=amqp://me:sesame@host", "30"]),
+        ("rpc-client", &["--lines", "amqp://me:sesame@host"]),
+        ("rpc-client", &["--url", "amqp://me:12/sesame@host", "30"]),
+        ("rpc-client", &["--url=amqps://me:sesame@host:x", "30"]),
+        ("rpc-server", &["--workers", "amqp://me:sesame@host"]),
+        ("rpc-server", &["amqp://me:sesame@host"]),
+        ("rpc-server", &["--", "amqp://me:sesame@host"]),
+    ] {
+        let output = command(program).args(args).assert().code(2);
+        let output = output.get_output();
+        let shown = [&*output.stdout, &output.stderr].concat();
+        let shown = String::from_utf8_lossy(&shown);
+        assert!(!shown.contains("ame@"), "{program} {args:?}: {shown}");
+    }
+}
+
+#[test]
+fn a_password_file_of_windows_is_read_and_an_empty_one_is_exit_code_2() {
+    let queue = Queue::named("windows_password");
+    let _server = Program::start_server(&queue, &[]);
+    let (user, password) = broker::credentials()
+        .split_once(':')
+        .expect("both are in the URL");
+    let file =
+        Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("windows_password.{}", process::id()));
+    let name = file.to_str().expect("the folder is UTF-8");
+    let url = broker::url_with_credentials(user);
+    let mut call = client(&queue, &["--password-file", name, "30"]);
+    call.env("AMQP_URL", url);
+    fs::write(&file, format!("\u{feff}{password}\r\n")).expect("there is room");
+    assert_output(&mut call, 0, "832040\n", "");
+    fs::write(&file, "\r\n").expect("there is room");
+    let error = format!("rpc-client: --password-file {name}: is empty\n");
+    assert_output(&mut call, 2, "", &error);
+    fs::remove_file(file).expect("it is ours");
 }

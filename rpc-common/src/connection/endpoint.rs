@@ -126,7 +126,10 @@ impl Endpoint {
             Some(file) => {
                 let text = String::from_utf8(file.read(PASSWORD_FILE, deadline)?)
                     .map_err(|_| file.bad(PASSWORD_FILE, "is not valid UTF-8"))?;
-                text.strip_suffix('\n').unwrap_or(&text).to_owned()
+                match password_in(&text) {
+                    "" => return Err(file.bad(PASSWORD_FILE, "is empty")),
+                    password => password.to_owned(),
+                }
             }
             None if self.uses_certificate_login => return Ok(Auth::External),
             None => self
@@ -170,12 +173,16 @@ fn parse(url: &str, source_name: &'static str) -> Result<Endpoint, String> {
         "amqps" => (Some(TlsFiles::default()), 5671),
         other => return Err(format!("unknown scheme '{other}': use amqp or amqps")),
     };
-    if url.cannot_be_a_base() || url.fragment().is_some() {
+    // Without an authority, as in amqp:/host, there is no host, and localhost is not meant.
+    if url.cannot_be_a_base() || !url.has_authority() || url.fragment().is_some() {
         return Err(URL_FORM.into());
     }
-    if url.query().is_some_and(|query| query.contains('@')) {
+    // As in amqp://me:12/secret@host, whose host would be `me`.
+    let behind = [Some(url.path()), url.query()];
+    if behind.into_iter().flatten().any(|part| part.contains('@')) {
         return Err(NOT_ENCODED.into());
     }
+    let parameters = parse_parameters(&url)?;
     let host = match url.host() {
         None | Some(Host::Domain("")) => "localhost".into(),
         Some(Host::Domain(name)) => decode(name)?,
@@ -203,28 +210,40 @@ fn parse(url: &str, source_name: &'static str) -> Result<Endpoint, String> {
         vhost,
         user,
         password: url.password().map(decode).transpose()?.map(Secret),
-        uses_certificate_login: parse_parameters(&url)?,
+        uses_certificate_login: parameters.uses_certificate_login,
         source_name,
         password_file: None,
-        heartbeat: DEFAULT_HEARTBEAT,
+        heartbeat: parameters.heartbeat.unwrap_or(DEFAULT_HEARTBEAT),
         tls,
     })
 }
 
-/// Whether the parameters ask for a login by certificate, the one thing that they can ask for.
-fn parse_parameters(url: &Url) -> Result<bool, String> {
-    let mut uses_certificate_login = false;
+/// The parameters of a URL.
+#[derive(Default)]
+struct Parameters {
+    uses_certificate_login: bool,
+    /// Seconds.
+    heartbeat: Option<u16>,
+}
+
+fn parse_parameters(url: &Url) -> Result<Parameters, String> {
+    let mut parameters = Parameters::default();
     for (name, value) in url.query_pairs() {
         let option = match &*name {
             "auth_mechanism" => {
-                uses_certificate_login = match &*value.to_ascii_lowercase() {
+                parameters.uses_certificate_login = match &*value.to_ascii_lowercase() {
                     "plain" => false,
                     "external" => true,
                     _ => return Err("auth_mechanism must be plain or external".into()),
                 };
                 continue;
             }
-            "heartbeat" => "--heartbeat",
+            "heartbeat" => {
+                let seconds = value.parse().ok().filter(|seconds| *seconds > 0);
+                let seconds = seconds.ok_or("heartbeat must be a number from 1 to 65535")?;
+                parameters.heartbeat = Some(seconds);
+                continue;
+            }
             "cacertfile" => "--ca-file",
             "certfile" => "--cert-file",
             "keyfile" => "--key-file",
@@ -234,7 +253,7 @@ fn parse_parameters(url: &Url) -> Result<bool, String> {
             "use the option {option} in place of the parameter {name}"
         ));
     }
-    Ok(uses_certificate_login)
+    Ok(parameters)
 }
 
 fn decode(part: &str) -> Result<String, String> {
@@ -245,6 +264,14 @@ fn decode(part: &str) -> Result<String, String> {
         Ok(text) => Ok(text.into_owned()),
         Err(_) => Err("the percent-encoded text is not valid UTF-8".into()),
     }
+}
+
+/// The password in a file: without one line end, and without the byte order mark that editors of
+/// Windows write.
+fn password_in(text: &str) -> &str {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let line = text.strip_suffix('\n');
+    line.map_or(text, |line| line.strip_suffix('\r').unwrap_or(line))
 }
 
 /// Rotates the endpoints, the nodes of a cluster, to start at a random one, so that many servers
@@ -365,6 +392,39 @@ mod tests {
         ] {
             start_at(&mut endpoints, address);
             assert_eq!(order(&endpoints), expected);
+        }
+    }
+
+    #[test]
+    fn a_url_that_means_something_else_is_refused() {
+        for (url, reason) in [
+            ("amqp:/host", URL_FORM),
+            ("amqp:host", URL_FORM),
+            ("amqp://me:12/ss@host", NOT_ENCODED),
+            ("amqp://me:12?ss@host", NOT_ENCODED),
+            (
+                "amqp://host?heartbeat=0",
+                "heartbeat must be a number from 1 to 65535",
+            ),
+            ("amqp://host?frame_max=9", "unknown parameter 'frame_max'"),
+        ] {
+            assert_eq!(parse(url, "--url").unwrap_err(), reason, "{url}");
+        }
+        let endpoint = Endpoint::parse("amqp://host?heartbeat=30", "--url").unwrap();
+        assert_eq!(endpoint.heartbeat, 30);
+    }
+
+    #[test]
+    fn a_password_file_may_be_of_windows() {
+        for (text, password) in [
+            ("sesame", "sesame"),
+            ("sesame\n", "sesame"),
+            ("\u{feff}sesame\r\n", "sesame"),
+            ("sesame\n\n", "sesame\n"),
+            ("sesame\r", "sesame\r"),
+            ("\n", ""),
+        ] {
+            assert_eq!(password_in(text), password, "{text:?}");
         }
     }
 

@@ -88,7 +88,8 @@ fn check_properties(properties: &Properties, body: &[u8]) {
     let encoded = properties.encode();
     assert_eq!(Properties::parse(&encoded).as_ref(), Ok(properties));
     let request = Request::decode(properties, body, false);
-    assert_eq!(request.correlation_id, properties.correlation_id);
+    let id = properties.correlation_id.or(properties.message_id);
+    assert_eq!(request.correlation_id, id);
     let texts = request.text_headers().count();
     assert!(texts <= request.headers.entries().count());
     let _ = (

@@ -32,10 +32,11 @@ use rpc_common::{command_line, logging};
 use std::process;
 
 fn main() -> process::ExitCode {
-    let cli: Cli = match command_line::parse_args(cli::SHORT_HELP) {
+    let mut cli: Cli = match command_line::parse_args(cli::SHORT_HELP) {
         Ok(cli) => cli,
         Err(code) => return code.into(),
     };
+    cli.config.broker.set_variable("RPC_CLIENT_URL");
     cli.start_log();
     logging::log_panics();
     let code = run(&cli).unwrap_or_else(|error| {

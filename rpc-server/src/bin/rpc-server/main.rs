@@ -35,10 +35,11 @@ fn main() -> process::ExitCode {
 }
 
 fn serve_and_report() -> process::ExitCode {
-    let cli: Cli = match command_line::parse_args(cli::SHORT_HELP) {
+    let mut cli: Cli = match command_line::parse_args(cli::SHORT_HELP) {
         Ok(cli) => cli,
         Err(code) => return code.into(),
     };
+    cli.config.broker.set_variable("RPC_SERVER_URL");
     let result = cli.log.start_for_operator(LevelFilter::Info);
     logging::log_panics();
     let result = result

@@ -8,6 +8,8 @@ use crate::text::{escape, escape_up_to};
 use env_logger::{Builder, Target};
 use log::kv::Key;
 use log::{Level, LevelFilter, Log, Metadata, Record};
+use rustix::process::getpgrp;
+use rustix::termios::tcgetpgrp;
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
@@ -80,7 +82,7 @@ impl LogOptions {
 /// The start of a line on standard error: on a terminal, it replaces a line that shows
 /// progress.
 pub fn start_of_line() -> &'static str {
-    if is_interactive() {
+    if is_interactive() && is_in_foreground() {
         "\r\x1b[K" // to the first column, and clear the line
     } else {
         ""
@@ -91,6 +93,12 @@ pub fn start_of_line() -> &'static str {
 pub fn is_interactive() -> bool {
     let is_dumb = env::var_os("TERM").is_none_or(|name| name.is_empty() || name == "dumb");
     !is_dumb && io::stderr().is_terminal()
+}
+
+/// Whether this process may draw on the terminal of its standard error. A background job would draw
+/// over the shell's prompt, or be stopped (`stty tostop`).
+pub fn is_in_foreground() -> bool {
+    tcgetpgrp(io::stderr()).map_or(true, |foreground| foreground == getpgrp())
 }
 
 /// Whether standard error is a stream to systemd's journal, which adds the time. See JOURNAL_STREAM

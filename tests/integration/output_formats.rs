@@ -274,3 +274,19 @@ fn on_a_terminal_the_summary_is_a_histogram_that_fits() {
     let shown = on_terminal(40, &queue, "--repeat 100 --summary 30 >/dev/null");
     assert!(shown.contains("latency in ms: min"), "{shown:?}");
 }
+
+/// It would draw over the shell's prompt.
+#[test]
+fn a_background_job_shows_no_progress() {
+    let queue = Queue::declare("background_progress");
+    let call = format!("rpc-client --queue {} -t 2.5s 30", &*queue);
+    let job = format!("bash -c \"set -m; {call} & wait\"");
+    for (command, is_shown) in [(&job, false), (&call, true)] {
+        let output = bash(&format!("TERM=xterm script -qec '{command}' /dev/null"));
+        let output = output.get_output().clone();
+        let shown = String::from_utf8_lossy(&output.stdout).into_owned();
+        let waiting = shown.contains("waiting for an answer");
+        assert_eq!(waiting, is_shown, "{command}: {shown}");
+        assert!(shown.contains("no answer from"), "{shown}");
+    }
+}

@@ -1,12 +1,12 @@
 //! The progress line on a terminal, while calls take longer than a second. Nothing is shown in a
-//! pipe or with `--quiet`.
+//! pipe, with `--quiet`, or by a background job.
 //!
 //! Not by a library: indicatif computes its rates with libm, which then is loaded in every call and
 //! takes 0.6 MB.
 
 use crate::cli::Cli;
 use crate::input::Argument;
-use rpc_common::logging::{is_interactive, start_of_line};
+use rpc_common::logging::{is_in_foreground, is_interactive, start_of_line};
 use rpc_common::sync::lock;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
@@ -108,7 +108,7 @@ impl Progress {
 impl ProgressLine {
     /// Draws the line. Returns false at the end of the run.
     fn draw(&mut self) -> bool {
-        if !self.is_finished {
+        if !self.is_finished && is_in_foreground() {
             let width =
                 terminal_size_of(io::stderr()).map_or(DEFAULT_WIDTH, |(Width(width), _)| width);
             let line: String = self
@@ -124,10 +124,10 @@ impl ProgressLine {
     }
 
     fn clear(&mut self) {
-        if self.is_shown {
+        if self.is_shown && is_in_foreground() {
             let _ = write!(io::stderr(), "{}", start_of_line());
-            self.is_shown = false;
         }
+        self.is_shown = false;
     }
 
     #[allow(clippy::cast_precision_loss)] // it is shown rounded

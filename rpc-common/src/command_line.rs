@@ -2,7 +2,7 @@
 
 use crate::connection::{Deadline, Endpoint, Error, ErrorKind, OptionFile, Secret, TlsFiles};
 use crate::exit::{print_message, ExitCode};
-use crate::text::{escape, mask_passwords};
+use crate::text::{describe_io_error, escape, mask_passwords};
 use clap::error::{ContextKind, ContextValue, ErrorKind as ClapErrorKind};
 use std::env;
 use std::error::Error as _;
@@ -15,12 +15,14 @@ use std::time::Duration;
 ///
 /// # Errors
 /// The exit code to end with at once: [`ExitCode::Success`] after `--help` and `--version`,
-/// [`ExitCode::Usage`] after an error.
+/// [`ExitCode::Output`] if these cannot be written, [`ExitCode::Usage`] after an error.
 pub fn parse_args<Cli: clap::Parser>(short_help: &str) -> Result<Cli, ExitCode> {
     if env::args_os().nth(1).is_some_and(|arg| arg == "-h") {
-        // If it cannot be written, nobody reads it.
-        let _ = io::stdout().write_all(short_help.as_bytes());
-        return Err(ExitCode::Success);
+        let program = Cli::command().get_name().to_owned();
+        return Err(help_written(
+            &program,
+            io::stdout().write_all(short_help.as_bytes()),
+        ));
     }
     let command = Cli::command().max_term_width(80);
     let arguments = arguments(&command);
@@ -29,6 +31,7 @@ pub fn parse_args<Cli: clap::Parser>(short_help: &str) -> Result<Cli, ExitCode> 
         .try_get_matches_from(arguments)
         .and_then(|matches| Cli::from_arg_matches(&matches));
     matches.map_err(|error| {
+        let program = Cli::command().get_name().to_owned();
         match describe_error(&error) {
             _ if error.kind() == ClapErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
                 let mut command = Cli::command();
@@ -39,8 +42,10 @@ pub fn parse_args<Cli: clap::Parser>(short_help: &str) -> Result<Cli, ExitCode> 
                     command.get_name()
                 );
             }
-            Some(message) => print_message(Cli::command().get_name(), message),
-            None => drop(error.print()), // if the output is closed, the exit code still tells
+            Some(message) => print_message(&program, message),
+            None => {
+                return help_written(&program, error.print().and_then(|()| io::stdout().flush()))
+            }
         }
         if error.use_stderr() {
             ExitCode::Usage
@@ -48,6 +53,20 @@ pub fn parse_args<Cli: clap::Parser>(short_help: &str) -> Result<Cli, ExitCode> 
             ExitCode::Success
         }
     })
+}
+
+/// The exit code after the help was written.
+fn help_written(program: &str, written: io::Result<()>) -> ExitCode {
+    match written {
+        // The reader, such as `head`, has enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::Success,
+        Err(error) => {
+            let reason = describe_io_error(&error);
+            print_message(program, format!("cannot write the help: {reason}"));
+            ExitCode::Output
+        }
+        Ok(()) => ExitCode::Success,
+    }
 }
 
 /// Values of a variable that do not set an option without a value, as in clap. Upper and lower case

@@ -27,7 +27,7 @@ pub enum ExitCode {
     NotAccepted = 4,
     /// The deadline passed before the answer arrived.
     NoAnswer = 5,
-    /// An answer could not be written to standard output.
+    /// An answer, or the help, could not be written to standard output.
     Output = 6,
     /// Ended by SIGHUP.
     HungUp = 129,
@@ -64,6 +64,7 @@ pub const SERVER_EXIT_CODES: &[(ExitCode, &str)] = &[
         ExitCode::Unreachable,
         "retrying cannot help: credentials (refused twice), vhost, permission, or the queue cannot be used or declared",
     ),
+    (ExitCode::Output, "the help or the version could not be written to standard output"),
     (ExitCode::HungUp, "ended at once by a second signal, SIGHUP"),
     (ExitCode::Interrupted, "ended at once by a second signal, SIGINT"),
     (ExitCode::Terminated, "ended at once by a second signal, SIGTERM"),

@@ -1,5 +1,6 @@
 //! Text for people: what is safe to print.
 
+use rustix::io::Errno;
 use std::borrow::Cow;
 use std::fmt::{self, Display, Write};
 use std::io;
@@ -53,6 +54,9 @@ impl Display for Escaped<'_> {
 /// case, and without its number.
 pub fn describe_io_error(error: &io::Error) -> String {
     let text = error.to_string();
+    if error.raw_os_error() == Some(Errno::MFILE.raw_os_error()) {
+        return "too many open files: raise the limit (ulimit -n)".into();
+    }
     // Messages about a host name say already that it could not be resolved.
     let text = text.trim_start_matches("failed to lookup address information: ");
     let text = text.split(" (os error").next().unwrap_or(text);

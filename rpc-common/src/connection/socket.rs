@@ -11,6 +11,7 @@ use crossbeam_channel::RecvTimeoutError;
 
 use rustls::ClientConfig;
 use socket2::SockRef;
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
@@ -143,6 +144,10 @@ pub(crate) fn resolve(
         }
         Err(RecvTimeoutError::Disconnected) => "the lookup failed".into(),
     };
+    // The resolver does not say that it could open no file.
+    if let Err(error) = File::open("/dev/null") {
+        return Err(ErrorKind::NotConnected(describe_io_error(&error)));
+    }
     Err(ErrorKind::NotConnected(format!(
         "cannot be resolved: {reason}: is the host name right?"
     )))

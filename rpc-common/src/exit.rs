@@ -2,10 +2,11 @@
 
 use crate::connection::{Error, ErrorKind};
 use crate::logging;
+use crate::stdio;
 use crate::text::mask_passwords;
 use signal_hook::low_level::{self, emulate_default_handler};
 use std::fmt::Display;
-use std::io::{self, Write};
+use std::io::Write;
 use std::process;
 
 /// An **exit code** tells a script how a program ended.
@@ -98,7 +99,7 @@ pub fn print_message(program: &str, message: impl Display) {
     let message = message.to_string();
     let message = mask_passwords(&message);
     // If standard error is closed, the exit code still reports the failure.
-    let _ = writeln!(io::stderr(), "{priority}{program}: {message}");
+    let _ = writeln!(stdio::stderr(), "{priority}{program}: {message}");
 }
 
 /// Whether this process is the first one of a container (or of the machine). Signals have no default

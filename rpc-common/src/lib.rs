@@ -16,5 +16,6 @@ pub mod logging;
 pub mod message;
 pub mod options;
 pub mod properties;
+pub mod stdio;
 pub mod sync;
 pub mod text;

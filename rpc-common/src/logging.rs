@@ -3,6 +3,7 @@
 
 use crate::background_writer::BackgroundWriter;
 use crate::log_limits::{Dropped, Line, QueueShare, RateLimiter, Repetitions, Source, Suppressed};
+use crate::stdio;
 use crate::sync::lock;
 use crate::text::{escape, escape_up_to};
 use env_logger::{Builder, Target};
@@ -33,7 +34,7 @@ impl LogOptions {
     /// # Errors
     /// The system refuses a thread.
     pub fn start_for_operator(&self, level: LevelFilter) -> io::Result<()> {
-        let writer = BackgroundWriter::start(io::stderr())?;
+        let writer = BackgroundWriter::start(stdio::stderr())?;
         let mut builder = self.builder(level);
         builder
             .format_target(false)

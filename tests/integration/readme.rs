@@ -163,6 +163,7 @@ fn split_example(example: &str) -> (String, String) {
 fn install_wrappers(folder: &Path, queue: &str) {
     let programs = program_folder().display();
     let node = private_node().folder().display();
+    let _ = fs::remove_dir_all(folder); // of an earlier run
     fs::create_dir_all(folder).expect("the folder can be created");
     for (name, program) in [
         (

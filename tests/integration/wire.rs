@@ -36,18 +36,20 @@ fn a_request_matches_the_wire_table() {
         .parse()
         .expect("it is a number of milliseconds");
     assert!((1..=20_000).contains(&expiration), "{expiration}");
-    let Some(AmqpValue::LongLongInt(deadline)) = properties
+    let Some(AmqpValue::LongString(deadline)) = properties
         .headers()
         .as_ref()
         .and_then(|h| h.get("x-deadline-ms"))
     else {
         panic!("no deadline: {properties:?}");
     };
+    let deadline = deadline.parse().expect("it is a number of milliseconds");
     let now = unix_time_ms(SystemTime::now());
     assert!(
-        (now - 60_000..now + 20_000).contains(deadline),
+        (now - 60_000..now + 20_000).contains(&deadline),
         "{deadline}, now {now}"
     );
+    assert_eq!(properties.message_id(), properties.correlation_id());
     let id = properties.correlation_id().as_deref().expect("it is set");
     assert_eq!(
         Uuid::try_parse(id).expect("it is a UUID").get_version_num(),

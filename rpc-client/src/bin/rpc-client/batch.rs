@@ -18,7 +18,8 @@ use crossbeam_channel::bounded;
 use rpc_client::Stopper;
 use rpc_common::connection::Endpoint;
 use rpc_common::exit::ExitCode;
-use std::io::{self, BufWriter};
+use rpc_common::stdio;
+use std::io::BufWriter;
 use std::sync::{mpsc, Arc};
 use std::thread;
 
@@ -58,7 +59,7 @@ pub(crate) fn make_calls(
     // times before it sleeps, which took a third more CPU time here.
     let (event_sender, events) = mpsc::channel();
     let (request_sender, requests) = reader::requests(cli);
-    let stdout = BufWriter::new(io::stdout());
+    let stdout = BufWriter::new(stdio::stdout());
     let progress = Progress::of_batch(cli);
     let printer = Printer::new(stdout, cli.output.clone(), Layout::Batch, progress);
     let permits_for_reader = Permits::new(permit_sender, requests_per_permit);

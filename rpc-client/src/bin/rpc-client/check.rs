@@ -5,6 +5,7 @@ use crate::error::Error;
 use rpc_client::Error as CallError;
 use rpc_common::connection::{Connection, Deadline, Owner, QueueStats};
 use rpc_common::exit::{print_message, ExitCode};
+use rpc_common::stdio;
 use serde::Serialize;
 use std::io::{self, Write};
 
@@ -57,10 +58,10 @@ fn print_stats(
     stats: Option<QueueStats>,
 ) -> io::Result<()> {
     let queue = &*cli.config.queue;
-    let mut output = io::stdout();
+    let mut output = stdio::stdout();
     if cli.output.format == Format::Json {
         serde_json::to_writer(
-            &output,
+            &mut output,
             &Report {
                 queue,
                 address,

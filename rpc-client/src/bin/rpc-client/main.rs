@@ -28,7 +28,7 @@ use crate::input::BadInput;
 use crate::signals::DefaultAction;
 use rpc_client::Error as CallError;
 use rpc_common::exit::{print_message, ExitCode};
-use rpc_common::{command_line, logging};
+use rpc_common::{command_line, logging, stdio};
 use std::process;
 
 fn main() -> process::ExitCode {
@@ -55,6 +55,7 @@ fn main() -> process::ExitCode {
 fn run(cli: &Cli) -> Result<ExitCode, Error> {
     cli.validate()?;
     let default_action = DefaultAction::start().map_err(Error::NoThread)?;
+    stdio::check_stdout().map_err(Error::Output)?; // before anything is called in vain
     if cli.input.check {
         return check::print_queue_stats(cli);
     }

@@ -10,6 +10,7 @@ use crossbeam_channel::Receiver;
 use rpc_client::{Request, RequestSender, Requests};
 use rpc_common::logging::start_of_line;
 use rpc_common::options::MAX_SIZE;
+use rpc_common::stdio;
 use std::io::{self, BufRead, BufReader, Write};
 use std::mem;
 use std::sync::mpsc;
@@ -47,7 +48,7 @@ pub(crate) fn start(
         index: 0,
     };
     // Not joined: when the calls end early, it may still wait for input.
-    thread::Builder::new().spawn(move || reader.read(&input, BufReader::new(io::stdin())))?;
+    thread::Builder::new().spawn(move || reader.read(&input, BufReader::new(stdio::stdin())))?;
     Ok(())
 }
 

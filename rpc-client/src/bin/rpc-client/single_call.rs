@@ -11,6 +11,7 @@ use crate::source::Unreadable;
 use rpc_client::{request_channel, Request};
 use rpc_common::connection::Endpoint;
 use rpc_common::exit::ExitCode;
+use rpc_common::stdio;
 use std::io::{self, BufWriter};
 
 /// The request of a command line that asks for one call. `None` if it asks for several.
@@ -36,7 +37,7 @@ pub(crate) fn make_call(
     request: Request<Input>,
 ) -> io::Result<ExitCode> {
     let (request_sender, requests) = request_channel(None);
-    let stdout = BufWriter::new(io::stdout());
+    let stdout = BufWriter::new(stdio::stdout());
     let progress = Progress::of_single_call(cli);
     let mut printer = Printer::new(stdout, cli.output.clone(), Layout::Single, progress);
     if cli.output.announces() {

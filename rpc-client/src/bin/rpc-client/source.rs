@@ -1,5 +1,6 @@
 //! The source of `--data` and `--lines`: a file or standard input.
 
+use rpc_common::stdio;
 use rpc_common::text::{describe_io_error, escape};
 use std::ffi::OsString;
 use std::fmt::{self, Display};
@@ -66,7 +67,7 @@ impl Source {
 
     pub(crate) fn open(&self) -> Result<Box<dyn BufRead>, Unreadable> {
         Ok(match self {
-            Source::StandardInput => Box::new(BufReader::new(io::stdin())),
+            Source::StandardInput => Box::new(BufReader::new(stdio::stdin())),
             Source::File(path) => Box::new(BufReader::new(
                 File::open(path).map_err(|error| self.unreadable(&error))?,
             )),

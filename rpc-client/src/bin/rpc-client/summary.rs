@@ -6,6 +6,7 @@ use crate::output::{millis, Record};
 use hdrhistogram::Histogram;
 use rpc_client::Error as CallError;
 use rpc_common::message::{ErrorCode, Failure};
+use rpc_common::stdio;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt::{self, Display, Write as _};
@@ -79,7 +80,7 @@ impl Summary {
             }
         };
         // If this fails, the exit code is left.
-        let _ = io::stderr().write_all(text.as_bytes());
+        let _ = stdio::stderr().write_all(text.as_bytes());
     }
 
     /// The latencies as a histogram, with the percentiles beside it.

@@ -14,7 +14,7 @@ use rpc_common::connection::{Error, ErrorKind};
 use rpc_common::exit::{is_process_1, print_message, ExitCode};
 use rpc_common::message::{Reply, Request};
 use rpc_common::text::{describe_io_error, escape};
-use rpc_common::{command_line, logging};
+use rpc_common::{command_line, logging, stdio};
 use rpc_server::{
     fib_handler, reap_orphans_during, serve, stop_signal, stop_signal_with, Caller, Handler,
     Program, ProgramCallbacks, Stop,
@@ -43,7 +43,7 @@ fn serve_and_report() -> process::ExitCode {
     let result = cli.log.start_for_operator(LevelFilter::Info);
     logging::log_panics();
     let result = result
-        .and_then(|()| BackgroundWriter::start(io::stdout()))
+        .and_then(|()| BackgroundWriter::start(stdio::stdout()))
         .map_err(|error| no_thread(&error))
         .and_then(|stdout| {
             let result = run(&cli, &stdout);

@@ -206,3 +206,47 @@ fn files_that_are_pipes_are_read_once_and_kept() {
     server.stop();
     node.rabbitmqctl(&["delete_user", user]);
 }
+
+/// As OpenSSL and Python do: the certificate itself is trusted, though no CA has signed it.
+#[test]
+fn a_self_signed_certificate_in_the_ca_file_is_accepted_for_its_names() {
+    let node = private_node();
+    let [cert, key] = ["self.pem", "self.key"].map(|name| node.folder().join(name));
+    let [cert, key] = [cert, key].map(|path| path.to_str().unwrap().to_owned());
+    let openssl = Command::new("openssl")
+        .args([
+            "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+        ])
+        .args([
+            "-subj",
+            "/CN=127.0.0.1",
+            "-addext",
+            "subjectAltName=DNS:localhost",
+        ])
+        .args(["-keyout", &key, "-out", &cert])
+        .output();
+    assert!(openssl.expect("openssl is installed").status.success());
+    let port = listen(node, &cert, &(cert.clone(), key), 12, "");
+    let queue = Queue::named("self_signed");
+    let _server = Program::start_server_at(node.url(), &queue, &[]);
+    let call = |host: &str, ca: &str| {
+        let mut call = client(&queue, &["--ca-file", ca, "30"]);
+        call.env("AMQP_URL", format!("amqps://{host}:{port}"));
+        call
+    };
+    assert_output(&mut call("localhost", &cert), 0, "832040\n", "");
+    let error = format!(
+        "rpc-client: 127.0.0.1:{port} failed the TLS handshake: the certificate does not match \
+         host '127.0.0.1', only localhost: is the host in the URL right?\n"
+    );
+    assert_output(&mut call("127.0.0.1", &cert), 3, "", &error);
+    call("localhost", &listeners().ca).assert().code(3);
+    let mut call = call("localhost", &cert);
+    call.env("SSL_CERT_FILE", "/no/such");
+    assert_output(&mut call, 0, "832040\n", "");
+    let mut call = client(&queue, &["30"]);
+    call.env("AMQP_URL", format!("amqps://localhost:{port}"))
+        .env("SSL_CERT_FILE", "/no/such");
+    let error = "rpc-client: SSL_CERT_FILE /no/such: no such file or directory\n";
+    assert_output(&mut call, 2, "", error);
+}

@@ -3,12 +3,11 @@
 use super::deadline::Deadline;
 use super::error::ErrorKind;
 use super::option_file::OptionFile;
-use super::tls::TlsFiles;
+use super::tls::{TlsConfig, TlsFiles};
 use crate::options::parse_name;
 use crate::text::escape;
 use amiquip::{Auth, ConnectionOptions};
 use percent_encoding::percent_decode_str;
-use rustls::ClientConfig;
 use std::fmt::{self, Debug};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use url::{Host, ParseError, Url};
@@ -55,7 +54,7 @@ pub(super) struct Login {
     /// amiquip's options of the handshake.
     pub(super) options: ConnectionOptions<Auth>,
     /// `None`: without TLS.
-    pub(super) tls: Option<ClientConfig>,
+    pub(super) tls: Option<TlsConfig>,
 }
 
 /// Option of the password file, in errors.

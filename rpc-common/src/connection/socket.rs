@@ -5,11 +5,10 @@ use super::deadline::{run_in_background, Deadline};
 use super::endpoint::Endpoint;
 use super::error::ErrorKind;
 use super::phase::Phase;
-use super::tls::{describe_tls_error, TlsStream};
+use super::tls::{TlsConfig, TlsStream};
 use crate::text::describe_io_error;
 use crossbeam_channel::RecvTimeoutError;
 
-use rustls::ClientConfig;
 use socket2::SockRef;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -74,7 +73,7 @@ impl Transport {
 pub(crate) fn connect(
     endpoint: &Endpoint,
     address: SocketAddr,
-    tls: Option<&ClientConfig>,
+    tls: Option<&TlsConfig>,
     deadline: &Deadline,
 ) -> Result<Transport, ErrorKind> {
     let begun = Instant::now();
@@ -100,7 +99,7 @@ pub(crate) fn connect(
     };
     let host = &endpoint.host;
     let begun = Instant::now();
-    match TlsStream::handshake(config.clone(), host, socket, deadline) {
+    match TlsStream::handshake(config, host, socket, deadline) {
         Ok(stream) => {
             log::debug!(
                 "{host} proved its name by a certificate, {}, after {:.1?}",
@@ -112,7 +111,7 @@ pub(crate) fn connect(
         Err(error) if error.kind() == io::ErrorKind::TimedOut => {
             Err(deadline.timed_out(Phase::TlsHandshake))
         }
-        Err(error) => Err(tls_error(&error, host)),
+        Err(error) => Err(tls_error(&error, config, host)),
     }
 }
 
@@ -161,7 +160,7 @@ fn unreachable(endpoint: &Endpoint, error: &io::Error) -> ErrorKind {
     ))
 }
 
-fn tls_error(error: &io::Error, host: &str) -> ErrorKind {
+fn tls_error(error: &io::Error, config: &TlsConfig, host: &str) -> ErrorKind {
     let tls_error = error.get_ref().and_then(|inner| inner.downcast_ref());
     let is_other_protocol = matches!(tls_error, Some(rustls::Error::InvalidMessage(_)));
     if is_other_protocol || error.kind() == io::ErrorKind::UnexpectedEof {
@@ -171,7 +170,7 @@ fn tls_error(error: &io::Error, host: &str) -> ErrorKind {
     }
     let reason = tls_error.map_or_else(
         || describe_io_error(error),
-        |error| describe_tls_error(error, host),
+        |error| config.describe(error, host),
     );
     ErrorKind::NotConnected(format!("failed the TLS handshake: {reason}"))
 }

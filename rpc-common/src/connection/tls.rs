@@ -4,15 +4,26 @@
 use super::deadline::Deadline;
 use super::error::ErrorKind;
 use super::option_file::OptionFile;
+use crate::text::{describe_io_error, escape};
 use rustix::event::PollFlags;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{verify_server_name, ResolvesClientCert, WebPkiServerVerifier};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::{AlertDescription, CertificateError, ClientConfig, ClientConnection, RootCertStore};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::ParsedCertificate;
+use rustls::sign::CertifiedKey;
+use rustls::{
+    AlertDescription, CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct,
+    RootCertStore, SignatureScheme,
+};
 use rustls_native_certs::load_native_certs;
+use std::fs::File;
 use std::io::{self, Read, Write};
-use std::mem;
 use std::net::TcpStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::{env, mem};
 
 /// Option of the CA certificates, in errors.
 const CA: &str = "--ca-file";
@@ -22,6 +33,9 @@ const CERT: &str = "--cert-file";
 
 /// Option of the client certificate's key, in errors.
 const KEY: &str = "--key-file";
+
+/// Variable of the file with the CA certificates that OpenSSL and we trust in place of the system's.
+const CERTS_VARIABLE: &str = "SSL_CERT_FILE";
 
 /// The files for TLS. By default the system's CA certificates are trusted, and there is no client
 /// certificate.
@@ -75,36 +89,57 @@ impl TlsFiles {
     ///
     /// # Errors
     /// [`ErrorKind::Configuration`] or [`ErrorKind::NoCaCertificates`].
-    pub(crate) fn client_config(&self, deadline: &Deadline) -> Result<ClientConfig, ErrorKind> {
-        let builder = ClientConfig::builder().with_root_certificates(self.roots(deadline)?);
+    pub(crate) fn client_config(&self, deadline: &Deadline) -> Result<TlsConfig, ErrorKind> {
+        let trusted = match &self.ca {
+            Some(file) => read_certificates(CA, file, deadline)?,
+            None => Vec::new(),
+        };
+        let roots = self.roots(&trusted)?;
+        let verifier = WebPkiServerVerifier::builder(roots.into())
+            .build()
+            .map_err(|_| ErrorKind::NoCaCertificates)?;
+        let builder = ClientConfig::builder()
+            .dangerous() // not so: it verifies what rustls verifies, with one exception
+            .with_custom_certificate_verifier(Arc::new(Verifier { verifier, trusted }));
         let (Some(cert_file), Some(key_file)) = (&self.cert, &self.key) else {
-            return Ok(builder.with_no_client_auth());
+            let was_asked = Arc::<AtomicBool>::default();
+            let resolver = NoCertificate(was_asked.clone());
+            let config = builder.with_client_cert_resolver(Arc::new(resolver));
+            return Ok(TlsConfig { config, was_asked });
         };
         let bad_cert = |reason: &str| cert_file.bad(CERT, reason);
         let bad_key = |reason: &str| key_file.bad(KEY, reason);
         let chain = read_certificates(CERT, cert_file, deadline)?;
         let key = PrivateKeyDer::from_pem_slice(&key_file.read(KEY, deadline)?)
             .map_err(|_| bad_key("contains no unencrypted PEM private key"))?;
-        builder
+        let config = builder
             .with_client_auth_cert(chain, key)
             .map_err(|error| match error {
                 rustls::Error::InconsistentKeys(_) => bad_key("is not the key of --cert-file"),
                 error @ rustls::Error::InvalidCertificate(_) => {
-                    bad_cert(&describe_tls_error(&error, ""))
+                    bad_cert(&describe_tls_error(&error, "", false))
                 }
                 error => bad_key(&format!("cannot be used: {error}")),
-            })
+            })?;
+        let was_asked = Arc::default(); // it is not: we have one
+        Ok(TlsConfig { config, was_asked })
     }
 
-    fn roots(&self, deadline: &Deadline) -> Result<RootCertStore, ErrorKind> {
+    fn roots(&self, trusted: &[CertificateDer<'static>]) -> Result<RootCertStore, ErrorKind> {
         let mut roots = RootCertStore::empty();
         if let Some(file) = &self.ca {
-            for certificate in read_certificates(CA, file, deadline)? {
+            for certificate in trusted {
                 roots
-                    .add(certificate)
+                    .add(certificate.clone())
                     .map_err(|_| file.bad(CA, "contains a damaged certificate"))?;
             }
         } else {
+            if let Some(path) = env::var_os(CERTS_VARIABLE).map(PathBuf::from) {
+                // Else the certificates of the system would not be trusted, without a word.
+                File::open(&path).map_err(|error| {
+                    ErrorKind::bad_file(CERTS_VARIABLE, &path, &describe_io_error(&error))
+                })?;
+            }
             // A system's store may contain some that cannot be parsed; the others are enough.
             let (added, _) = roots.add_parsable_certificates(load_native_certs().certs);
             if added == 0 {
@@ -127,10 +162,107 @@ fn read_certificates(
     }
 }
 
+/// Verifies the broker's certificate as rustls does. But one that is trusted itself, byte for byte,
+/// need not be signed by another: rustls refuses it if it is a CA certificate, as that of
+/// `openssl req -x509` is, and OpenSSL does not.
+#[derive(Debug)]
+struct Verifier {
+    verifier: Arc<WebPkiServerVerifier>,
+    /// The certificates of `--ca-file`.
+    trusted: Vec<CertificateDer<'static>>,
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        certificate: &CertificateDer,
+        intermediates: &[CertificateDer],
+        host: &ServerName,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let verified =
+            self.verifier
+                .verify_server_cert(certificate, intermediates, host, ocsp_response, now);
+        match verified {
+            // webpki has checked before that the certificate is valid now.
+            Err(rustls::Error::InvalidCertificate(error))
+                if is_ca_as_end_entity(&error) && self.trusted.contains(certificate) =>
+            {
+                let parsed = ParsedCertificate::try_from(certificate)?;
+                verify_server_name(&parsed, host)?;
+                Ok(ServerCertVerified::assertion())
+            }
+            verified => verified,
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.verifier
+            .verify_tls12_signature(message, certificate, signed)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.verifier
+            .verify_tls13_signature(message, certificate, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.verifier.supported_verify_schemes()
+    }
+}
+
+/// rustls has no variant for this error of webpki.
+fn is_ca_as_end_entity(error: &CertificateError) -> bool {
+    error.to_string().contains("CaUsedAsEndEntity")
+}
+
+/// What a TLS connection needs.
+#[derive(Clone)]
+pub(crate) struct TlsConfig {
+    config: ClientConfig,
+    /// Whether the broker has asked for a client certificate, and there is none.
+    was_asked: Arc<AtomicBool>,
+}
+
+impl TlsConfig {
+    /// Describes why the handshake failed.
+    pub(crate) fn describe(&self, error: &rustls::Error, host: &str) -> String {
+        describe_tls_error(error, host, self.was_asked.load(Ordering::Relaxed))
+    }
+}
+
+/// There is no client certificate. Notes whether the broker asks for one.
+#[derive(Debug)]
+struct NoCertificate(Arc<AtomicBool>);
+
+impl ResolvesClientCert for NoCertificate {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        self.0.store(true, Ordering::Relaxed);
+        None
+    }
+
+    fn has_certs(&self) -> bool {
+        false
+    }
+}
+
 /// A TCP connection with TLS.
 pub(crate) struct TlsStream {
     connection: ClientConnection,
     pub(crate) socket: TcpStream,
+    /// As in [`TlsConfig`]. With TLS 1.3 the broker refuses us after the handshake.
+    was_asked: Arc<AtomicBool>,
     /// Plaintext that is encrypted but not yet reported as written; the caller passes the same
     /// bytes again.
     unreported: usize,
@@ -144,14 +276,14 @@ impl TlsStream {
     /// With a [`rustls::Error`] inside, where TLS itself failed; `TimedOut` when the deadline
     /// passes.
     pub(crate) fn handshake(
-        config: ClientConfig,
+        config: &TlsConfig,
         host: &str,
         mut socket: TcpStream,
         deadline: &Deadline,
     ) -> io::Result<Self> {
         let host = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
-        let mut connection =
-            ClientConnection::new(Arc::new(config), host).map_err(io::Error::other)?;
+        let mut connection = ClientConnection::new(Arc::new(config.config.clone()), host)
+            .map_err(io::Error::other)?;
         while connection.is_handshaking() || connection.wants_write() {
             match connection.complete_io(&mut socket) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -168,6 +300,7 @@ impl TlsStream {
         Ok(TlsStream {
             connection,
             socket,
+            was_asked: config.was_asked.clone(),
             unreported: 0,
         })
     }
@@ -185,7 +318,7 @@ impl TlsStream {
             Ok(_) => Ok(()),
             Err(error) => Err(io::Error::new(
                 io::ErrorKind::InvalidData,
-                describe_tls_error(&error, ""),
+                describe_tls_error(&error, "", self.was_asked.load(Ordering::Relaxed)),
             )),
         }
     }
@@ -232,8 +365,9 @@ impl TlsStream {
     }
 }
 
-/// Describes an error of rustls on a connection to `host`.
-pub(crate) fn describe_tls_error(error: &rustls::Error, host: &str) -> String {
+/// Describes an error of rustls on a connection to `host`, whose broker may have asked for a client
+/// certificate that there is not.
+fn describe_tls_error(error: &rustls::Error, host: &str, was_asked: bool) -> String {
     match error {
         rustls::Error::InvalidCertificate(error) => {
             format!(
@@ -241,7 +375,7 @@ pub(crate) fn describe_tls_error(error: &rustls::Error, host: &str) -> String {
                 describe_certificate_error(error, host)
             )
         }
-        rustls::Error::AlertReceived(alert) => describe_alert(*alert).into(),
+        rustls::Error::AlertReceived(alert) => describe_alert(*alert, was_asked).into(),
         error => error.to_string(),
     }
 }
@@ -255,33 +389,55 @@ fn describe_certificate_error(error: &CertificateError, host: &str) -> String {
             "is not valid yet: is this machine's clock right?"
         }
         Kind::NotValidForName | Kind::NotValidForNameContext { .. } => {
-            return format!("does not match host '{host}': is the host in the URL right?")
+            return format!(
+                "does not match host '{host}'{}: is the host in the URL right?",
+                names_in(error)
+            )
         }
         Kind::BadEncoding => "is damaged",
         // rustls has no variants for these errors of webpki.
         error => match error.to_string() {
             text if text.contains("CaUsedAsEndEntity") => {
-                "is a CA certificate: the broker needs one that is signed by a CA"
+                "is a CA certificate: put it into --ca-file, or sign one with it for the broker"
             }
             text if text.contains("UnsupportedCertVersion") => {
                 "is X.509 version 1: version 3 is required"
             }
-            _ => "cannot be used for TLS",
+            // A curve, a key size, a hash, or a purpose.
+            text => return format!("cannot be used for TLS: {}", escape(text.as_bytes())),
         },
     };
     text.into()
 }
 
+/// The names of a certificate that does not match. The common name is not one of them: TLS no longer
+/// uses it.
+fn names_in(error: &CertificateError) -> String {
+    let CertificateError::NotValidForNameContext { presented, .. } = error else {
+        return String::new();
+    };
+    if presented.is_empty() {
+        return ", it has no subject alternative name (CN is not used)".into();
+    }
+    // Such as `DnsName("rabbit")` and `IpAddress(127.0.0.1)`.
+    let names = presented.iter().map(|name| {
+        let inside = name.split_once('(').map_or(&**name, |(_, inside)| inside);
+        let name = inside.trim_end_matches(')').trim_matches('"');
+        escape(name.as_bytes()).to_string()
+    });
+    format!(", only {}", names.collect::<Vec<_>>().join(", "))
+}
+
+const REQUIRES_CERTIFICATE: &str =
+    "the broker requires a client certificate: use --cert-file and --key-file";
+
 /// The meaning of an alert that the peer sent (RFC 8446, 6.2).
-fn describe_alert(alert: AlertDescription) -> &'static str {
+fn describe_alert(alert: AlertDescription, was_asked: bool) -> &'static str {
     use AlertDescription as Alert;
     match alert {
-        Alert::CertificateRequired => {
-            "the broker requires a client certificate: use --cert-file and --key-file"
-        }
-        Alert::HandshakeFailure => {
-            "the broker refused: does it require a client certificate, --cert-file?"
-        }
+        Alert::CertificateRequired => REQUIRES_CERTIFICATE,
+        Alert::HandshakeFailure if was_asked => REQUIRES_CERTIFICATE,
+        Alert::HandshakeFailure => "the broker supports none of our ciphers: see its log",
         Alert::UnknownCA => "the broker does not trust the CA of --cert-file",
         Alert::CertificateExpired => "the certificate in --cert-file has expired",
         Alert::BadCertificate

@@ -737,6 +737,18 @@ mod tests {
     }
 
     #[test]
+    fn a_broker_without_heartbeats_does_not_turn_ours_off() {
+        let heartbeat = Heartbeat {
+            last_heard: Instant::now(),
+            interval: Interval::Wanted(10),
+        };
+        assert_eq!(
+            [0, 5, 60].map(|theirs| heartbeat.negotiated(theirs)),
+            [10, 5, 10]
+        );
+    }
+
+    #[test]
     fn heartbeats_are_sent_and_a_silent_broker_ends_the_connection() {
         let (link, amiquip, mut broker) = link();
         let start = Instant::now();

@@ -221,13 +221,7 @@ impl<'a, T> RunState<'a, T> {
                 self.pending.on_ack(confirmation);
             }
             Event::Confirmation(confirmation) => {
-                for call in self.pending.on_nack(confirmation, now) {
-                    let error = Error::QueueFull {
-                        queue: self.config.queue.clone(),
-                        address: self.address.clone(),
-                    };
-                    self.end(call, Err(error), now);
-                }
+                self.on_nack(confirmation, now);
             }
             Event::Notification(notification) => self.on_notification(notification, now),
             Event::QueueStats(stats) => self.on_queue_stats(&stats, now),
@@ -318,6 +312,24 @@ impl<'a, T> RunState<'a, T> {
             }
         });
         self.end(call, result, now);
+    }
+
+    fn on_nack(&mut self, confirmation: Confirmation, now: Instant) {
+        let ended = self.pending.on_nack(confirmation, now);
+        let Config { queue, .. } = self.config;
+        if ended.is_empty() {
+            log::info!(
+                "queue '{queue}' on {} refused a request: sending again",
+                self.address
+            );
+        }
+        for call in ended {
+            let error = Error::QueueFull {
+                queue: queue.clone(),
+                address: self.address.clone(),
+            };
+            self.end(call, Err(error), now);
+        }
     }
 
     fn on_return(&mut self, request: &connection::Returned, now: Instant) {

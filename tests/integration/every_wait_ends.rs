@@ -468,3 +468,27 @@ fn a_silent_broker_does_not_delay_a_client_that_ends_its_session() {
     );
     assert!(took < Duration::from_secs(10), "{took:?}");
 }
+
+/// Each connection ends a moment after the consumer was started: the error says so, and not that
+/// there is no server.
+#[test]
+fn the_cause_is_that_of_the_latest_connection_though_there_is_a_new_one() {
+    let moment = Duration::from_millis(300);
+    let broker = ScriptedBroker::start(CONSUME, Action::CloseSocketAfter(moment));
+    let authority = broker.url.trim_start_matches("amqp://");
+    let cause = format!("{authority} was disconnected: ");
+    let error =
+        format!("rpc-client: fib(30): no answer from 'q' on {authority} within 6s: {cause}");
+    // At these deadlines the client is connected, or waits before it connects again.
+    let calls = [(); 8].map(|()| {
+        let mut call = client("q", &["-q", "-t", "6s", "30"]);
+        call.env("AMQP_URL", &broker.url);
+        thread::spawn(move || call.output().expect("the client runs"))
+    });
+    for call in calls {
+        let output = call.join().expect("the client runs");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!((output.status.code(), output.stdout), (Some(5), Vec::new()));
+        assert!(stderr.starts_with(&error), "{stderr}");
+    }
+}

@@ -4,11 +4,14 @@
 use crate::support::broker::{self, exclusive_node};
 use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{assert_output, bash, client, command, Program};
+use crate::support::proxy::{Proxy, Traffic};
+use crate::support::scripted_broker::{Action, ScriptedBroker, EXCHANGE_REFUSED, PUBLISH};
 use amiquip::AmqpProperties;
 use rustix::process::Signal;
 use std::net::TcpListener;
 use std::os::unix::process::ExitStatusExt;
 use std::thread;
+use std::time::Duration;
 
 #[test]
 fn an_error_reply_is_exit_code_1_and_stops_nothing() {
@@ -122,6 +125,27 @@ fn with_wait_a_missing_queue_is_waited_for_until_the_deadline() {
     assert_eq!(caller.next_line(), "832040");
 }
 
+/// The network is so slow that at some of the deadlines a resend would be on its way.
+#[test]
+fn with_wait_a_missing_queue_is_exit_code_4_whenever_the_deadline_passes() {
+    let queue = Queue::named("wait_slow");
+    let proxy = Proxy::start();
+    proxy.set_traffic(Traffic::Delayed(Duration::from_millis(100)));
+    let error = format!(
+        "rpc-client: no queue '{}' on {}: is rpc-server running?\n",
+        &*queue,
+        proxy.authority()
+    );
+    thread::scope(|scope| {
+        for timeout in 0..8 {
+            let timeout = format!("{}ms", 4_000 + 50 * timeout);
+            let mut call = client(&queue, &["--wait", "-q", "-t", &timeout, "30"]);
+            call.env("AMQP_URL", proxy.url());
+            scope.spawn(|| assert_output(&mut { call }, 4, "", &error));
+        }
+    });
+}
+
 #[test]
 fn a_call_that_waited_behind_others_says_so() {
     let queue = Queue::named("ahead");
@@ -157,6 +181,20 @@ fn no_broker_is_exit_code_3() {
         "",
         &stderr,
     );
+}
+
+/// The broker does not say which of several requests it refused. The others may have run.
+#[test]
+fn a_refused_request_is_exit_code_3_if_it_is_the_only_one_and_else_5() {
+    for (count, numbers, code, answers) in [(1, &["30"][..], 3, ""), (2, &["30", "7"], 5, "\n\n")] {
+        let broker = ScriptedBroker::start(PUBLISH, Action::Refuse(count));
+        let authority = broker.url.trim_start_matches("amqp://");
+        let refused = format!("refused: {EXCHANGE_REFUSED}: the user lacks this permission");
+        let error = format!("rpc-client: {authority} {refused}\n");
+        let mut call = client("q", &["-q", "-t", "1h", "-j", "2"]);
+        call.env("AMQP_URL", &broker.url).args(numbers);
+        assert_output(&mut call, code, answers, &error);
+    }
 }
 
 #[test]

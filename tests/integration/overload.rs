@@ -4,7 +4,7 @@
 use crate::support::broker::{authority, exclusive_node, url};
 use crate::support::eventually;
 use crate::support::peer::{Peer, Queue};
-use crate::support::programs::{client, Program};
+use crate::support::programs::{assert_output, client, Program};
 use amiquip::AmqpProperties;
 use serde_json::Value;
 
@@ -42,6 +42,43 @@ fn a_full_queue_is_exit_code_4() {
         );
         assert_eq!(text(output.stderr), error);
     }
+}
+
+/// The queue takes nothing at all: it never has a message that a passive declaration would count.
+#[test]
+fn a_queue_with_maximum_length_0_is_exit_code_4() {
+    let queue = Queue::named("max_length_0");
+    Peer::connect().declare_with_max_length(&queue, "classic", 0);
+    let error = format!(
+        "rpc-client: queue '{}' on {} is full: nothing ran\n",
+        &*queue,
+        authority()
+    );
+    let mut call = client(&queue, &["-q", "-t", "1h", "30"]);
+    assert_output(&mut call, 4, "", &error);
+}
+
+/// The process of a queue that dies nacks requests, and the queue has messages: it is not full, and
+/// the request is sent again.
+#[test]
+fn a_queue_whose_process_dies_is_not_full() {
+    let broker = exclusive_node();
+    let queue = "killed_process";
+    let peer = Peer::connect_to(broker.url());
+    peer.declare(queue, "classic");
+    peer.publish_persistent(queue, b"1");
+    broker.kill_queue_at_next_message(queue);
+    let args = ["--queue", queue, "-t", "1h", "-v", "30"];
+    let call = Program::spawn_at(broker.url(), "rpc-client", &args);
+    call.wait_for_log("refused a request: sending again");
+    let server = Program::start_server_at(broker.url(), queue, &["-q"]);
+    assert_eq!(call.next_line(), "832040");
+    let (answers, log) = call.remaining_output();
+    let has_reconnected = log.iter().any(|line| line.contains("connected to"));
+    assert!(answers.is_empty() && !has_reconnected, "{log:?}");
+    assert_eq!(call.wait_for_exit_code(), Some(0));
+    server.stop();
+    peer.delete_queue(queue);
 }
 
 /// Two calls fill the queue, and the other two of four in flight are refused. While the queue is

@@ -238,6 +238,24 @@ impl Node {
         ]);
     }
 
+    /// Kills the process of a classic queue when the next message arrives, which it does not take.
+    /// The broker nacks the message, and starts the process again.
+    pub(crate) fn kill_queue_at_next_message(&self, queue: &str) {
+        let name = format!("rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>)");
+        let process =
+            format!("{{ok, Q}} = rabbit_amqqueue:lookup({name}), P = amqqueue:get_pid(Q)");
+        let is_message =
+            "fun({'$gen_cast', Cast}) -> element(1, Cast) =:= deliver; (_) -> false end";
+        let has_message =
+            format!("{{messages, All}} = process_info(P, messages), lists:any({is_message}, All)");
+        let kill = format!(
+            "Kill = fun Wait() -> case begin {has_message} end of \
+             true -> exit(P, kill); false -> timer:sleep(1), Wait() end end"
+        );
+        let expression = format!("{process}, {kill}, sys:suspend(P), spawn(Kill).");
+        self.rabbitmqctl(&["eval", &expression]);
+    }
+
     /// Blocks publishers by a memory alarm, until the guard is dropped.
     pub(crate) fn block_publishers(&self) -> impl Drop + '_ {
         self.rabbitmqctl(&["set_vm_memory_high_watermark", "0"]);

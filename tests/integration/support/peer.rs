@@ -1,11 +1,11 @@
 //! A peer that uses plain AMQP without the conventions of rpc-common, and queues that tests own.
 
 use super::broker_features::broker_version_at;
-use super::{broker, eventually};
+use super::{broker, eventually, TEST_TIMEOUT};
 use amiquip::{
-    AmqpProperties, AmqpValue, Auth, Channel, Connection, ConnectionOptions, ConnectionTuning,
-    Consumer, ConsumerMessage, ConsumerOptions, Delivery, ExchangeDeclareOptions, ExchangeType,
-    FieldTable, Publish, QueueDeclareOptions, QueueDeleteOptions,
+    AmqpProperties, AmqpValue, Auth, Channel, Confirm, Connection, ConnectionOptions,
+    ConnectionTuning, Consumer, ConsumerMessage, ConsumerOptions, Delivery, ExchangeDeclareOptions,
+    ExchangeType, FieldTable, Publish, QueueDeclareOptions, QueueDeleteOptions,
 };
 use mio::net::TcpStream;
 use percent_encoding::percent_decode_str;
@@ -152,6 +152,18 @@ impl Peer {
         self.channel
             .basic_publish("", Publish::with_properties(body, queue, properties))
             .expect("the connection is open");
+    }
+
+    /// Publishes a persistent message, and waits until the queue has it on disk.
+    pub(crate) fn publish_persistent(&self, queue: &str, body: &[u8]) {
+        let confirms = self.channel.listen_for_publisher_confirms();
+        let confirms = confirms.expect("the channel is open");
+        let confirms_selected = self.channel.enable_publisher_confirms();
+        confirms_selected.expect("the connection is open");
+        let persistent = AmqpProperties::default().with_delivery_mode(2);
+        self.publish(queue, body, persistent);
+        let confirm = confirms.recv_timeout(TEST_TIMEOUT);
+        assert!(matches!(confirm, Ok(Confirm::Ack(_))), "{confirm:?}");
     }
 
     /// Publishes a mandatory message, and returns whether the broker returned it.

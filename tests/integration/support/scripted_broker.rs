@@ -7,7 +7,7 @@ use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// A method of AMQP 0-9-1: the numbers of its class and of itself.
 pub(crate) type Method = (u8, u8);
@@ -16,9 +16,14 @@ pub(crate) const START_OK: Method = (10, 11);
 pub(crate) const QOS: Method = (60, 10);
 pub(crate) const CONSUME: Method = (60, 20);
 pub(crate) const CANCEL: Method = (60, 30);
+pub(crate) const PUBLISH: Method = (60, 40);
 
 /// The instruction of a packet filter that returns how many bytes of a packet the socket gets.
 const BPF_RETURN: u16 = 6;
+
+/// The sentence of a broker that refuses to publish to the default exchange.
+pub(crate) const EXCHANGE_REFUSED: &str =
+    "ACCESS_REFUSED - access to exchange 'amq.default' in vhost '/' refused for user 'guest'";
 
 /// The consumer tag of all consumers.
 const TAG: &[u8] = b"tag";
@@ -36,6 +41,11 @@ pub(crate) enum Action {
     CancelThenSilence,
     /// Closes the socket.
     CloseSocket,
+    /// Answers, and closes the socket after this time.
+    CloseSocketAfter(Duration),
+    /// Closes the channel with 403, when it receives the method for this time (1, 2, …) on a
+    /// connection.
+    Refuse(usize),
     /// Answers, and then drops all packets, as a host that is switched off.
     DropPackets,
 }
@@ -74,6 +84,7 @@ impl ScriptedBroker {
                     stream,
                     method,
                     action,
+                    count: 0,
                     times,
                     flood_ends,
                 };
@@ -93,6 +104,8 @@ struct Connection {
     stream: TcpStream,
     method: Method,
     action: Action,
+    /// How often it has received the scripted method.
+    count: usize,
     times: Sender<Instant>,
     flood_ends: Sender<()>,
 }
@@ -116,8 +129,9 @@ impl Connection {
             if method == self.method {
                 // Fails if the test has dropped the receiver.
                 let _ = self.times.send(Instant::now());
+                self.count += 1;
                 self.misbehave(channel, method)?;
-            } else {
+            } else if !is_no_wait_declaration(&payload) {
                 self.answer(channel, method)?;
             }
         }
@@ -138,6 +152,24 @@ impl Connection {
                 }
             }
             Action::CloseSocket => Err(io::ErrorKind::ConnectionAborted.into()),
+            Action::CloseSocketAfter(time) => {
+                self.answer(channel, method)?;
+                thread::sleep(time);
+                Err(io::ErrorKind::ConnectionAborted.into())
+            }
+            Action::Refuse(count) if count == self.count => {
+                let text = short_str(EXCHANGE_REFUSED.as_bytes());
+                let reason = [&[1, 0x93][..], &text, &[0; 4]].concat();
+                self.send(channel, (20, 40), &reason)?;
+                // Like a broker, it ignores what was sent before close-ok.
+                loop {
+                    let (_, kind, payload) = self.read_frame()?;
+                    if kind == 1 && (payload[1], payload[3]) == (20, 41) {
+                        return Ok(());
+                    }
+                }
+            }
+            Action::Refuse(_) => Ok(()),
             Action::DropPackets => {
                 self.answer(channel, method)?;
                 let accept_nothing = SockFilter::new(BPF_RETURN, 0, 0, 0);
@@ -164,19 +196,12 @@ impl Connection {
             (10, 50) => self.send(0, (10, 51), &[]),
             (20, 10) => self.send(channel, (20, 11), &[0; 4]),
             (20, 40) => self.send(channel, (20, 41), &[]),
-            // rpc-client declares its reply queue with no-wait.
-            (50, 10) if self.is_client() => Ok(()),
             (50, 10) => self.send(channel, (50, 11), &[&short_str(b"q")[..], &[0; 8]].concat()),
             QOS => self.send(channel, (60, 11), &[]),
             CONSUME => self.send(channel, (60, 21), &short_str(TAG)),
             CANCEL => self.send(channel, (60, 31), &short_str(TAG)),
             _ => Ok(()),
         }
-    }
-
-    /// Whether the other side is rpc-client: the only test with this action runs it.
-    fn is_client(&self) -> bool {
-        matches!(self.action, Action::CancelThenSilence)
     }
 
     fn send(&mut self, channel: u8, (class, method): Method, arguments: &[u8]) -> io::Result<()> {
@@ -192,6 +217,14 @@ impl Connection {
         self.stream.read_exact(&mut payload)?;
         Ok((head[2], head[0], payload))
     }
+}
+
+/// Whether this is the payload of `queue.declare` with no-wait, as rpc-client declares its reply
+/// queue.
+fn is_no_wait_declaration(payload: &[u8]) -> bool {
+    let no_wait = 1 << 4;
+    let flags = || payload[7 + usize::from(payload[6])];
+    payload[..4] == [0, 50, 0, 10] && flags() & no_wait != 0
 }
 
 fn frame(channel: u8, kind: u8, payload: &[u8]) -> Vec<u8> {

@@ -2,15 +2,16 @@
 
 use super::lines;
 use crate::program::definition::StartReason;
-use crate::program::pipes::{is_not_ready, read, wait_ready, READ_SIZE};
+use crate::program::pipes::{is_not_ready, wait_ready, READ_SIZE};
 use crate::program::process::{Pipes, Process};
 use crate::program::run_log::RunLog;
 use crate::program::stop::{Limits, Stage, StopReason, Watch};
 use rpc_common::message::{Reply, Request};
 use rpc_common::sync::lock;
 use rpc_common::text::{describe_io_error, escape_up_to};
+use rustix::buffer::spare_capacity;
 use rustix::event::PollFlags;
-use rustix::io::ioctl_fionread;
+use rustix::io::{ioctl_fionread, Errno};
 use rustix::process::Signal;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -71,10 +72,6 @@ pub(super) struct Output {
 }
 
 impl Output {
-    fn add(&mut self, bytes: &[u8]) {
-        self.bytes.extend_from_slice(bytes);
-    }
-
     /// Takes a line, without its newline. Leaves out blank ones.
     pub(super) fn next_line(&mut self) -> Option<Vec<u8>> {
         loop {
@@ -214,6 +211,7 @@ impl PersistentProcess {
         content_type: &str,
         limits: &Limits,
     ) -> io::Result<Exchanged> {
+        self.read_output(READ_SIZE);
         if self.has_stray_output() {
             return Ok(Exchanged::NotTaken(StartReason::Disagreed));
         }
@@ -225,9 +223,8 @@ impl PersistentProcess {
         exchanged
     }
 
-    /// Whether there is output that is the reply to no request. Logs the start of it.
+    /// Whether output was read that is the reply to no request. Logs the start of it.
     pub(super) fn has_stray_output(&mut self) -> bool {
-        self.read_output(READ_SIZE);
         if self.output.is_blank() {
             return false;
         }
@@ -312,14 +309,16 @@ impl PersistentProcess {
 
     /// Reads what there is, up to about `limit` bytes of output.
     fn read_output(&mut self, limit: usize) {
-        let output = &mut self.output;
-        let mut len = READ_SIZE;
-        while len == READ_SIZE && output.bytes.len() <= limit {
-            len = 0;
-            read(&mut self.stdout, |bytes| {
-                len = bytes.len();
-                output.add(bytes);
-            });
+        let bytes = &mut self.output.bytes;
+        while let Some(pipe) = self.stdout.as_ref().filter(|_| bytes.len() <= limit) {
+            bytes.reserve(READ_SIZE);
+            let room = bytes.capacity() - bytes.len();
+            match rustix::io::read(pipe, spare_capacity(bytes)) {
+                Ok(1..) if bytes.len() == bytes.capacity() => {}
+                Ok(len) if len > 0 && len < room => return, // all that there is
+                Err(Errno::AGAIN | Errno::INTR) => return,
+                _ => self.stdout = None,
+            }
         }
     }
 

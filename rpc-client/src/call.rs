@@ -1,8 +1,7 @@
 //! A call: its request, its outcome and its errors.
 
 use rpc_common::connection::{Error as ConnectionError, ErrorKind, Phase, QueueStats};
-use rpc_common::message::{Answer, ErrorCode, Failure};
-use rpc_common::options::parse_duration;
+use rpc_common::message::{parse_expired_message, Answer, ErrorCode, Failure};
 use rpc_common::text::{escape_up_to, format_duration};
 use std::fmt::{self, Display};
 use std::time::Duration;
@@ -120,7 +119,7 @@ impl Error {
     pub(crate) fn failed(mut failure: Failure, time_left: Duration) -> Self {
         if failure.code == ErrorCode::Expired && time_left >= Duration::from_secs(1) {
             let message = &failure.message;
-            let (at_least, late) = match lateness(message) {
+            let (at_least, late) = match parse_expired_message(message) {
                 Some(late) => ("", late),
                 None => ("at least ", Duration::ZERO),
             };
@@ -131,13 +130,6 @@ impl Error {
         }
         Error::Failed(failure)
     }
-}
-
-/// How late a request was, as rpc-server says it.
-fn lateness(message: &str) -> Option<Duration> {
-    let late = message.strip_prefix("expired: ")?;
-    let (late, _) = late.split_once(" after the deadline")?;
-    parse_duration(late).ok()
 }
 
 /// The known cause of a missing answer.

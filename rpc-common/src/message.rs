@@ -4,7 +4,7 @@
 //! are all optional, and writes every property of the table in the README.
 
 use crate::properties::{Properties, Table, TableBuilder, Value};
-use crate::text::escape;
+use crate::text::{escape, format_duration};
 use std::time::{Duration, SystemTime};
 
 /// Content type of text: of the numbers of fib, and of errors.
@@ -462,6 +462,22 @@ pub fn unix_time_ms(time: SystemTime) -> i64 {
     i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX)
 }
 
+/// Text before and after the duration in the message of [`ErrorCode::Expired`].
+const EXPIRED_MESSAGE: [&str; 2] = ["expired: ", " after the deadline, by the server's clock"];
+
+/// The message of [`ErrorCode::Expired`] for a request that is this late by the server's clock.
+pub fn expired_message(late: Duration) -> String {
+    let [start, end] = EXPIRED_MESSAGE;
+    format!("{start}{}{end}", format_duration(late))
+}
+
+/// The duration in a message of [`expired_message`]. `None` if another program wrote the message.
+pub fn parse_expired_message(message: &str) -> Option<Duration> {
+    let [start, end] = EXPIRED_MESSAGE;
+    let late = message.strip_prefix(start)?.strip_suffix(end)?;
+    humantime::parse_duration(late).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -642,6 +658,16 @@ mod tests {
 
     fn any_bytes() -> impl Strategy<Value = Option<Vec<u8>>> {
         option::of(proptest::collection::vec(any::<u8>(), 1..256))
+    }
+
+    /// A computer without a battery for its clock begins in 1970.
+    #[test]
+    fn the_duration_in_an_expired_message_can_be_parsed_also_if_it_is_decades() {
+        for millis in [1, 3_590_999, 1_767_225_600_123] {
+            let late = Duration::from_millis(millis);
+            assert_eq!(parse_expired_message(&expired_message(late)), Some(late));
+        }
+        assert_eq!(parse_expired_message("expired: 5s late"), None);
     }
 
     proptest! {

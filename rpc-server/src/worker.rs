@@ -18,8 +18,8 @@ use crate::signals::Stop;
 use crossbeam_channel::{select_biased, Receiver, Sender, TryRecvError};
 use log::Level;
 use rpc_common::connection::{Backoff, Delivery, Driving, Error, ErrorKind, Message, Returned};
-use rpc_common::message::{unix_time_ms, ErrorCode, Failure, Reply, Request};
-use rpc_common::text::{escape, escape_up_to, format_duration};
+use rpc_common::message::{expired_message, unix_time_ms, ErrorCode, Failure, Reply, Request};
+use rpc_common::text::{escape, escape_up_to};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Once;
 use std::time::{Duration, Instant, SystemTime};
@@ -540,9 +540,8 @@ fn late_ms(request: &Request) -> Option<i64> {
 
 /// The answer to a request whose deadline has passed `late_ms` ago.
 fn expired(late_ms: i64) -> Failure {
-    let late = format_duration(Duration::from_millis(late_ms.unsigned_abs()));
-    let message = format!("expired: {late} after the deadline, by the server's clock");
-    Failure::new(ErrorCode::Expired, message)
+    let late = Duration::from_millis(late_ms.unsigned_abs());
+    Failure::new(ErrorCode::Expired, expired_message(late))
 }
 
 #[cfg(test)]

@@ -115,6 +115,45 @@ fn a_client_whose_request_expires_too_early_says_that_the_clocks_differ() {
     );
 }
 
+/// A server whose clock is an hour ahead: its request gets a deadline that is an hour earlier.
+#[test]
+fn the_difference_of_the_clocks_is_one_number() {
+    let queue = Queue::declare("clocks_ahead");
+    let other_queue = Queue::named("clocks_served");
+    let server = Program::start_server(&other_queue, &[]);
+    let mut call = client(&queue, &["-q", "-t", "2m", "30"]);
+    let caller = thread::spawn(move || call.assert().code(1).stdout("").get_output().clone());
+    let peer = Peer::connect();
+    let request = peer.take(&queue);
+    let properties = request.properties;
+    let mut headers = properties.headers().clone().expect("it has a deadline");
+    let Some(AmqpValue::LongString(deadline)) = headers.get("x-deadline-ms") else {
+        panic!("no deadline: {headers:?}");
+    };
+    let deadline: i64 = deadline.parse().expect("it is a number of milliseconds");
+    let earlier = AmqpValue::LongString((deadline - 3_600_000).to_string());
+    headers.insert("x-deadline-ms".into(), earlier);
+    peer.publish(&other_queue, &request.body, properties.with_headers(headers));
+    let output = caller.join().expect("the call ends");
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    let (message, difference) = stderr
+        .split_once(" after the deadline, by the server's clock: ")
+        .expect("it says how late the request was");
+    assert!(
+        message.starts_with("rpc-client: fib(30): expired: 5"),
+        "{stderr}"
+    );
+    // The time that the reply took is missing.
+    let is_hour = ["the server's clock is 1h ", "the server's clock is 59m 5"]
+        .iter()
+        .any(|start| difference.starts_with(start));
+    assert!(
+        is_hour && difference.ends_with(" ahead of this machine's\n"),
+        "{stderr}"
+    );
+    assert!(server.stop().is_empty(), "nothing ran");
+}
+
 /// It means: only if a consumer is ready.
 #[test]
 fn a_request_with_expiration_0_is_served_by_a_server_that_is_ready() {

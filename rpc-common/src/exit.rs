@@ -7,7 +7,7 @@ use crate::text::mask_passwords;
 use signal_hook::low_level::{self, emulate_default_handler};
 use std::fmt::Display;
 use std::io::Write;
-use std::process;
+use std::{fs, process};
 
 /// An **exit code** tells a script how a program ended.
 ///
@@ -106,6 +106,16 @@ pub fn print_message(program: &str, message: impl Display) {
 /// action for process 1, and it adopts the processes whose parents have ended.
 pub fn is_process_1() -> bool {
     process::id() == 1
+}
+
+/// Whether this process ignores the signal.
+pub fn is_ignored(signal: i32) -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigIgn:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    ignored.is_some_and(|mask| mask & (1 << (signal - 1)) != 0)
 }
 
 /// Ends this process as if the signal was not handled. As process 1, which a signal without a handler

@@ -1,8 +1,7 @@
 //! SIGINT, SIGTERM and SIGHUP as a channel to wait on.
 
 use crossbeam_channel::Receiver;
-use procfs::process::Process;
-use rpc_common::exit::end_by_signal;
+use rpc_common::exit::{end_by_signal, is_ignored};
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::convert::Infallible;
@@ -64,12 +63,6 @@ pub fn stop_signal_with(on_second: impl FnOnce() + Send + 'static) -> io::Result
 /// systemd sends SIGTERM and SIGHUP to a login session that it ends.
 fn is_same_stop(first: i32, signal: i32, elapsed: Duration) -> bool {
     elapsed < ONE_STOP && (signal == first || [first, signal].contains(&SIGHUP))
-}
-
-/// Whether this process ignores the signal.
-fn is_ignored(signal: i32) -> bool {
-    let status = Process::myself().and_then(|process| process.status());
-    status.is_ok_and(|status| status.sigign & (1 << (signal - 1)) != 0)
 }
 
 #[cfg(test)]

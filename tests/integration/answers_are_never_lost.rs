@@ -3,10 +3,14 @@
 use crate::support::peer::Queue;
 use crate::support::programs::{bash, program_folder, Program};
 use crate::support::{broker, eventually};
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::fs::{fcntl_setfl, OFlags};
 use rustix::io::ioctl_fionread;
-use std::io::{self, BufRead, BufReader, Write};
-use std::process;
+use rustix::pipe::fcntl_setpipe_size;
+use rustix::process::{kill_process, Pid, Signal};
+use std::io::{self, BufRead, BufReader, PipeReader, PipeWriter, Read, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{self, Child};
 
 /// The answers are larger than the buffer of the pipe, and their calls time out before the reader
 /// begins to read.
@@ -76,4 +80,109 @@ fn non_blocking_standard_streams_are_waited_for() {
     let answers = BufReader::new(out_reader).lines().map(Result::unwrap);
     assert!(answers.filter(|answer| *answer == line).count() == lines);
     assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+/// A client that writes to a pipe whose reader is slow.
+struct SlowlyRead {
+    client: Child,
+    reader: PipeReader,
+    writer: PipeWriter,
+}
+
+impl SlowlyRead {
+    /// Starts the client, for which SIGINT has its default action or is ignored, and waits until the
+    /// pipe is full.
+    fn start(option_of_env: &str, pipe_size: usize, queue: &str, args: &[&str]) -> Self {
+        let (reader, writer) = io::pipe().unwrap();
+        fcntl_setpipe_size(&writer, pipe_size).unwrap();
+        let client = process::Command::new("env")
+            .arg(option_of_env)
+            .arg(program_folder().join("rpc-client"))
+            .args(["--queue", queue, "-q"])
+            .args(args)
+            .env("AMQP_URL", broker::url())
+            .stdout(writer.try_clone().unwrap())
+            .spawn()
+            .expect("env, of coreutils, runs");
+        let started = SlowlyRead {
+            client,
+            reader,
+            writer,
+        };
+        started.wait_until_full();
+        started
+    }
+
+    fn wait_until_full(&self) {
+        eventually("a full pipe", || {
+            let mut pipe = [PollFd::new(&self.writer, PollFlags::OUT)];
+            (poll(&mut pipe, Some(&Timespec::default())) == Ok(0)).then_some(())
+        });
+    }
+
+    fn interrupt(&self) {
+        kill_process(Pid::from_child(&self.client), Signal::INT).expect("it is running");
+    }
+
+    /// Reads until the client has ended. Returns the output, the exit code and the signal.
+    fn read_to_end(mut self) -> (String, Option<i32>, Option<i32>) {
+        drop(self.writer);
+        let mut output = String::new();
+        self.reader.read_to_string(&mut output).unwrap();
+        let status = self.client.wait().unwrap();
+        (output, status.code(), status.signal())
+    }
+}
+
+/// Each number has 2,090 digits: two of them are more than a page of the pipe.
+#[test]
+fn an_interrupted_client_leaves_no_part_of_a_number_to_a_slow_reader() {
+    const PAGE: usize = 4096;
+    let queue = Queue::named("interrupted_output");
+    let _server = Program::start_server(&queue, &["-q", "--prefetch", "64"]);
+    // The page that the client writes last begins at another byte each time.
+    for pages in [200, 201] {
+        let args = ["--repeat", "100000", "10000"];
+        let mut client = SlowlyRead::start("--default-signal=INT", 4 * PAGE, &queue, &args);
+        let mut page = [0; PAGE];
+        let mut output = Vec::new();
+        for _ in 0..pages {
+            client.reader.read_exact(&mut page).unwrap();
+            output.extend(page);
+            client.wait_until_full();
+        }
+        client.interrupt();
+        let (rest, code, signal) = client.read_to_end();
+        output.extend(rest.into_bytes());
+        let last_line = output.split_inclusive(|byte| *byte == b'\n').next_back();
+        assert_eq!(last_line.map(<[u8]>::len), Some(2_091));
+        assert_eq!((code, signal), (None, Some(Signal::INT.as_raw())));
+    }
+}
+
+/// The number has 6,270 digits.
+#[test]
+fn an_interrupted_client_ends_when_a_long_number_is_written_or_a_second_later() {
+    let queue = Queue::named("interrupted_number");
+    let _server = Program::start_server(&queue, &["-q"]);
+    let interrupted = (None, Some(Signal::INT.as_raw()));
+    for args in [&["30000"][..], &["30000", "--repeat", "9"]] {
+        let start = |option: &str| SlowlyRead::start(option, 4096, &queue, args);
+        for (option, end) in [
+            ("--default-signal=INT", interrupted),
+            ("--ignore-signal=INT", (Some(0), None)),
+        ] {
+            let client = start(option);
+            client.interrupt();
+            let (output, code, signal) = client.read_to_end();
+            assert_eq!((code, signal), end, "{args:?}");
+            assert!(output.ends_with('\n'), "{args:?}: {} bytes", output.len());
+            assert!(output.lines().all(|number| number.len() == 6_270));
+        }
+        // The reader has stopped.
+        let mut client = start("--default-signal=INT");
+        client.interrupt();
+        let status = client.client.wait().unwrap();
+        assert_eq!((status.code(), status.signal()), interrupted);
+    }
 }

@@ -17,6 +17,7 @@ mod source;
 mod output;
 mod printer;
 mod progress;
+mod record_writer;
 mod summary;
 
 mod error;
@@ -61,7 +62,9 @@ fn run(cli: &Cli) -> Result<ExitCode, Error> {
     }
     let endpoints = cli.config.broker.endpoints().map_err(CallError::from)?;
     match single_call::request(cli).map_err(BadInput::from)? {
-        Some(request) => single_call::make_call(cli, endpoints, request).map_err(Error::Output),
+        Some(request) => {
+            single_call::make_call(cli, endpoints, request, default_action).map_err(Error::Output)
+        }
         None => batch::make_calls(cli, endpoints, default_action),
     }
 }

@@ -6,6 +6,7 @@ use crate::error::Error;
 use crate::input::{BadInput, Input};
 use crate::output::{Layout, Record};
 use crate::progress::Progress;
+use crate::record_writer::RecordWriter;
 use crate::source::Unreadable;
 use crate::summary::Summary;
 use crossbeam_channel::Sender;
@@ -39,7 +40,7 @@ pub(crate) enum Event {
 
 /// The **printer** writes to standard output; nobody else does.
 pub(crate) struct Printer<W> {
-    output: W,
+    output: RecordWriter<W>,
     options: OutputOptions,
     layout: Layout,
     /// Records that wait for a record before them, by index.
@@ -57,7 +58,7 @@ pub(crate) struct Printer<W> {
 
 impl<W: Write> Printer<W> {
     pub(crate) fn new(
-        output: W,
+        output: RecordWriter<W>,
         options: OutputOptions,
         layout: Layout,
         progress: Option<Progress>,
@@ -133,6 +134,7 @@ impl<W: Write> Printer<W> {
             self.print_error(error, record.error_message(error));
         }
         record.write(&mut self.output, self.options.format, self.layout)?;
+        self.output.end_record()?;
         self.is_unflushed = true;
         self.printed += 1;
         Ok(())
@@ -240,7 +242,7 @@ impl<W: Write> SharedPrinter<W> {
         let records = records(outcomes, self.format);
         let event = match try_lock(&self.shared) {
             Some(mut shared)
-                if shared.0.can_print_at_once(&records) && self.sink.takes_output() =>
+                if shared.0.can_print_at_once(&records) && self.sink.takes_output(MAX_AT_ONCE) =>
             {
                 let (printer, permits) = &mut *shared;
                 let Err(error) = printer
@@ -280,7 +282,7 @@ impl<W> Printer<W> {
 }
 
 /// The kind of standard output, as far as it says whether writing blocks.
-enum Sink {
+pub(crate) enum Sink {
     /// A file, or /dev/null.
     File,
     /// A pipe of this many bytes, which other programs may write to, too.
@@ -290,7 +292,7 @@ enum Sink {
 }
 
 impl Sink {
-    fn of_stdout() -> Self {
+    pub(crate) fn of_stdout() -> Self {
         let stdout = io::stdout();
         let Ok(status) = fstat(&stdout) else {
             return Sink::Other;
@@ -303,13 +305,15 @@ impl Sink {
         }
     }
 
-    /// Whether it takes [`MAX_AT_ONCE`] bytes without blocking. Half of a pipe is left to those who
-    /// write at the same time.
-    fn takes_output(&self) -> bool {
+    /// Whether it takes `len` bytes without blocking. Half of a pipe is left to those who write at
+    /// the same time.
+    pub(crate) fn takes_output(&self, len: usize) -> bool {
         match self {
             Sink::File => true,
             Sink::Pipe(size) => {
-                ioctl_fionread(io::stdout()).is_ok_and(|unread| unread <= *size as u64 / 2)
+                let takes = |unread| unread + len as u64 <= *size as u64;
+                ioctl_fionread(io::stdout())
+                    .is_ok_and(|unread| takes(unread) && unread <= *size as u64 / 2)
             }
             Sink::Other => false,
         }
@@ -387,7 +391,12 @@ mod tests {
         sender.send(Event::RunEnded).unwrap();
         let permits = Permits::new(permits.clone(), 2);
         SharedPrinter::new(
-            Printer::new(output, cli.output, Layout::Batch, None),
+            Printer::new(
+                RecordWriter::new(output, None),
+                cli.output,
+                Layout::Batch,
+                None,
+            ),
             permits,
         )
         .print_all(&receiver)

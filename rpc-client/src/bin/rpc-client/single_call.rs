@@ -7,12 +7,14 @@ use crate::output::Layout;
 use crate::printer::Printer;
 use crate::progress::Progress;
 use crate::reader;
+use crate::record_writer::RecordWriter;
+use crate::signals::DefaultAction;
 use crate::source::Unreadable;
 use rpc_client::{request_channel, Request};
 use rpc_common::connection::Endpoint;
 use rpc_common::exit::ExitCode;
 use rpc_common::stdio;
-use std::io::{self, BufWriter};
+use std::io;
 
 /// The request of a command line that asks for one call. `None` if it asks for several.
 pub(crate) fn request(cli: &Cli) -> Result<Option<Request<Input>>, Unreadable> {
@@ -35,11 +37,12 @@ pub(crate) fn make_call(
     cli: &Cli,
     endpoints: Vec<Endpoint>,
     request: Request<Input>,
+    default_action: DefaultAction,
 ) -> io::Result<ExitCode> {
     let (request_sender, requests) = request_channel(None);
-    let stdout = BufWriter::new(stdio::stdout());
+    let output = RecordWriter::new(stdio::stdout(), Some(default_action));
     let progress = Progress::of_single_call(cli);
-    let mut printer = Printer::new(stdout, cli.output.clone(), Layout::Single, progress);
+    let mut printer = Printer::new(output, cli.output.clone(), Layout::Single, progress);
     if cli.output.announces() {
         reader::announce("", request.context.origin);
     }

@@ -2,12 +2,13 @@
 
 use crate::connection::{Deadline, Endpoint, Error, ErrorKind, OptionFile, Secret, TlsFiles};
 use crate::exit::{print_message, ExitCode};
+use crate::stdio;
 use crate::text::{describe_io_error, escape, mask_passwords};
 use clap::error::{ContextKind, ContextValue, ErrorKind as ClapErrorKind};
 use std::env;
 use std::error::Error as _;
 use std::ffi::OsString;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
 /// Parses the command line. Prints an error as one line, and help in clap's format; or
@@ -19,10 +20,7 @@ use std::time::Duration;
 pub fn parse_args<Cli: clap::Parser>(short_help: &str) -> Result<Cli, ExitCode> {
     if env::args_os().nth(1).is_some_and(|arg| arg == "-h") {
         let program = Cli::command().get_name().to_owned();
-        return Err(help_written(
-            &program,
-            io::stdout().write_all(short_help.as_bytes()),
-        ));
+        return Err(print_help(&program, short_help));
     }
     let command = Cli::command().max_term_width(80);
     let arguments = arguments(&command);
@@ -36,7 +34,7 @@ pub fn parse_args<Cli: clap::Parser>(short_help: &str) -> Result<Cli, ExitCode> 
             _ if error.kind() == ClapErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
                 let mut command = Cli::command();
                 let _ = write!(
-                    io::stderr(),
+                    stdio::stderr(),
                     "{}\nSee {} --help.\n",
                     command.render_usage(),
                     command.get_name()
@@ -44,7 +42,12 @@ pub fn parse_args<Cli: clap::Parser>(short_help: &str) -> Result<Cli, ExitCode> 
             }
             Some(message) => print_message(&program, message),
             None => {
-                return help_written(&program, error.print().and_then(|()| io::stdout().flush()))
+                let help = error.render();
+                return if has_colors() {
+                    print_help(&program, &help.ansi().to_string())
+                } else {
+                    print_help(&program, &help.to_string())
+                };
             }
         }
         if error.use_stderr() {
@@ -55,9 +58,15 @@ pub fn parse_args<Cli: clap::Parser>(short_help: &str) -> Result<Cli, ExitCode> 
     })
 }
 
-/// The exit code after the help was written.
-fn help_written(program: &str, written: io::Result<()>) -> ExitCode {
-    match written {
+/// Prints the help on standard output. Returns the exit code.
+fn print_help(program: &str, help: &str) -> ExitCode {
+    let print = || {
+        stdio::check_stdout()?;
+        let mut stdout = stdio::stdout();
+        stdout.write_all(help.as_bytes())?;
+        stdout.flush()
+    };
+    match print() {
         // The reader, such as `head`, has enough.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::Success,
         Err(error) => {
@@ -67,6 +76,13 @@ fn help_written(program: &str, written: io::Result<()>) -> ExitCode {
         }
         Ok(()) => ExitCode::Success,
     }
+}
+
+/// Whether the help is printed in colors. See <https://no-color.org>.
+fn has_colors() -> bool {
+    let is_set = |name| env::var_os(name).is_some_and(|value| !value.is_empty());
+    let is_dumb = env::var_os("TERM").is_none_or(|name| name == "dumb");
+    io::stdout().is_terminal() && !is_dumb && !is_set("NO_COLOR")
 }
 
 /// Values of a variable that do not set an option without a value, as in clap. Upper and lower case

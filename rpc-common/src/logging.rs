@@ -57,6 +57,7 @@ impl LogOptions {
             level
         });
         let clear = start_of_line();
+        builder.target(Target::Pipe(Box::new(stdio::stderr())));
         builder.format(move |line, record| match record.level() {
             Level::Warn => writeln!(line, "{clear}{program}: warning: {}", record.args()),
             _ => writeln!(line, "{clear}{program}: {}", record.args()),

@@ -7,6 +7,7 @@
 use crate::cli::Cli;
 use crate::input::Argument;
 use rpc_common::logging::{is_in_foreground, is_interactive, start_of_line};
+use rpc_common::stdio;
 use rpc_common::sync::lock;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
@@ -117,7 +118,7 @@ impl ProgressLine {
                 .take(usize::from(width).saturating_sub(1))
                 .collect();
             // If it fails, nobody sees it.
-            let _ = write!(io::stderr(), "{}{line}", start_of_line());
+            let _ = write!(stdio::stderr(), "{}{line}", start_of_line());
             self.is_shown = true;
         }
         !self.is_finished
@@ -125,7 +126,7 @@ impl ProgressLine {
 
     fn clear(&mut self) {
         if self.is_shown && is_in_foreground() {
-            let _ = write!(io::stderr(), "{}", start_of_line());
+            let _ = write!(stdio::stderr(), "{}", start_of_line());
         }
         self.is_shown = false;
     }

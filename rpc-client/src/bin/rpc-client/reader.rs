@@ -56,7 +56,7 @@ pub(crate) fn start(
 pub(crate) fn announce(start: &str, origin: Origin) {
     if let Origin::Number { n, .. } = origin {
         // If it fails, the call is made all the same.
-        let _ = writeln!(io::stderr(), "{start} [x] Requesting fib({n})");
+        let _ = writeln!(stdio::stderr(), "{start} [x] Requesting fib({n})");
     }
 }
 

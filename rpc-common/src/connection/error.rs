@@ -196,11 +196,8 @@ impl Error {
 impl Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (&self.kind, &self.address) {
-            (
-                ErrorKind::Configuration(_) | ErrorKind::NoCaCertificates | ErrorKind::NoThread(_),
-                _,
-            )
-            | (_, None) => {}
+            (ErrorKind::Configuration(_) | ErrorKind::NoCaCertificates, _) | (_, None) => {}
+            (ErrorKind::NoThread(_), Some(address)) => write!(f, "cannot connect to {address}: ")?,
             (_, Some(address)) => write!(f, "{address} ")?,
         }
         self.kind.fmt(f)

@@ -125,10 +125,10 @@ mod tests {
                 writer.end_record().unwrap();
             }
             writer.flush().unwrap();
-            let writes = writer.output.0;
-            assert!(writes.iter().all(|piece| piece.len() <= PIPE_BUF));
-            assert!(writes.iter().all(|piece| piece.len() % len == 0));
-            assert_eq!(writes.concat().len(), count * len);
+            let pieces = writer.output.0;
+            assert!(pieces.iter().all(|piece| piece.len() <= PIPE_BUF));
+            assert!(pieces.iter().all(|piece| piece.len() % len == 0));
+            assert_eq!(pieces.concat().len(), count * len);
         }
     }
 

@@ -196,8 +196,15 @@ impl<'a, T> RunState<'a, T> {
             return None;
         }
         let by = match self.session {
+            // Looks and resends wait for the next connection.
+            SessionState::Connecting => {
+                return self
+                    .pending
+                    .first_deadline()
+                    .map(|deadline| deadline.instant());
+            }
             SessionState::Starting { by } => by,
-            SessionState::Connecting | SessionState::Consuming => None,
+            SessionState::Consuming => None,
         };
         let timers = [self.pending.next_timer()?, self.diagnosis.next_stats()];
         timers.into_iter().chain(by).min()

@@ -1,6 +1,6 @@
 //! Promise: an answer that arrived is never lost, however slowly standard output is read.
 
-use crate::support::peer::Queue;
+use crate::support::peer::{Peer, Queue};
 use crate::support::programs::{bash, program_folder, Program};
 use crate::support::{broker, eventually};
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
@@ -11,6 +11,7 @@ use rustix::process::{kill_process, Pid, Signal};
 use std::io::{self, BufRead, BufReader, PipeReader, PipeWriter, Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{self, Child};
+use std::time::{Duration, Instant};
 
 /// The answers are larger than the buffer of the pipe, and their calls time out before the reader
 /// begins to read.
@@ -184,5 +185,35 @@ fn an_interrupted_client_ends_when_a_long_number_is_written_or_a_second_later() 
         client.interrupt();
         let status = client.client.wait().unwrap();
         assert_eq!((status.code(), status.signal()), interrupted);
+    }
+}
+
+/// A container that is paused, a laptop whose lid is closed: the answer is in the socket when the
+/// deadline passes.
+#[test]
+fn an_answer_that_arrived_while_the_program_was_stopped_is_printed_after_the_deadline() {
+    const CALLS: usize = 14;
+    let queue = Queue::declare("stopped_client");
+    let peer = Peer::connect();
+    let timeout = Duration::from_secs(10);
+    let args = ["--queue", &queue, "-t", "10s", "30"];
+    let calls = [(); CALLS].map(|()| Program::spawn("rpc-client", &args));
+    let spawned = Instant::now();
+    for call in &calls {
+        call.wait_for_log("no server is consuming"); // so the client is, from its reply queue
+        call.send_signal(Signal::STOP);
+    }
+    for _ in 0..CALLS {
+        peer.reply(&peer.take(&queue), b"832040");
+    }
+    eventually("the deadline", || {
+        (spawned.elapsed() > timeout + Duration::from_secs(1)).then_some(())
+    });
+    for call in calls {
+        call.send_signal(Signal::CONT);
+        assert_eq!(call.next_line(), "832040");
+        let (answers, errors) = call.remaining_output();
+        assert!(answers.is_empty() && errors.is_empty(), "{errors:?}");
+        assert_eq!(call.wait_for_exit_code(), Some(0));
     }
 }

@@ -254,6 +254,40 @@ fn a_request_that_a_server_drops_is_exit_code_5() {
     server.join().expect("the peer took the request");
 }
 
+/// A server that answers without the correlation id, as an example of pika does, or with another
+/// one.
+#[test]
+fn a_reply_without_the_calls_id_is_named_by_the_error_of_exit_code_5() {
+    let queue = Queue::declare("foreign_reply");
+    let error = format!(
+        "rpc-client: fib(30): no answer from '{}' on {} within 6s: a reply without this call's id was \
+         discarded: does the server copy correlation_id?\n",
+        &*queue,
+        broker::authority()
+    );
+    for properties in [
+        AmqpProperties::default(),
+        AmqpProperties::default().with_correlation_id("1".into()),
+    ] {
+        let mut call = client(&queue, &["-q", "-t", "6s", "30"]);
+        let call = thread::spawn(move || call.output().expect("the client runs"));
+        let peer = Peer::connect();
+        let request = peer.take(&queue);
+        let reply_to = request.properties.reply_to().as_ref();
+        peer.publish(reply_to.expect("it is a call"), b"832040", properties);
+        let output = call.join().expect("the client runs");
+        let text = |bytes| String::from_utf8(bytes).expect("it is text");
+        assert_eq!(
+            (
+                output.status.code(),
+                text(output.stdout),
+                text(output.stderr)
+            ),
+            (Some(5), String::new(), error.clone())
+        );
+    }
+}
+
 #[test]
 fn a_full_disk_is_exit_code_6() {
     let queue = Queue::named("full_disk");

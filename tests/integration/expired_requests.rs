@@ -133,7 +133,11 @@ fn the_difference_of_the_clocks_is_one_number() {
     let deadline: i64 = deadline.parse().expect("it is a number of milliseconds");
     let earlier = AmqpValue::LongString((deadline - 3_600_000).to_string());
     headers.insert("x-deadline-ms".into(), earlier);
-    peer.publish(&other_queue, &request.body, properties.with_headers(headers));
+    peer.publish(
+        &other_queue,
+        &request.body,
+        properties.with_headers(headers),
+    );
     let output = caller.join().expect("the call ends");
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     let (message, difference) = stderr

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 pub(crate) type Method = (u8, u8);
 
 pub(crate) const START_OK: Method = (10, 11);
+pub(crate) const CHANNEL_OPEN: Method = (20, 10);
+pub(crate) const QUEUE_DECLARE: Method = (50, 10);
 pub(crate) const QOS: Method = (60, 10);
 pub(crate) const CONSUME: Method = (60, 20);
 pub(crate) const CANCEL: Method = (60, 30);
@@ -31,6 +33,8 @@ const TAG: &[u8] = b"tag";
 /// What the broker does when it receives the scripted method.
 #[derive(Clone, Copy)]
 pub(crate) enum Action {
+    /// Answers as it does to any other method: the test counts them.
+    Answer,
     /// Answers with this method instead of the right one.
     AnswerWith(Method),
     /// Answers, then cancels the consumer.
@@ -126,12 +130,15 @@ impl Connection {
                 continue; // a body or its header, or a heartbeat
             }
             let method = (payload[1], payload[3]);
+            if is_no_wait_declaration(&payload) {
+                continue;
+            }
             if method == self.method {
                 // Fails if the test has dropped the receiver.
                 let _ = self.times.send(Instant::now());
                 self.count += 1;
                 self.misbehave(channel, method)?;
-            } else if !is_no_wait_declaration(&payload) {
+            } else {
                 self.answer(channel, method)?;
             }
         }
@@ -139,6 +146,7 @@ impl Connection {
 
     fn misbehave(&mut self, channel: u8, method: Method) -> io::Result<()> {
         match self.action {
+            Action::Answer => self.answer(channel, method),
             Action::AnswerWith(other) => self.send(channel, other, &short_str(TAG)),
             Action::Cancel => {
                 self.answer(channel, method)?;

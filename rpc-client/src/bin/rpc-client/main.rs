@@ -9,6 +9,7 @@ mod cli;
 mod batch;
 mod check;
 mod single_call;
+mod sink;
 
 mod input;
 mod reader;

@@ -6,8 +6,8 @@
 //! are written in such pieces. While a longer record is written, SIGINT and SIGTERM wait for its
 //! end, a second at most.
 
-use crate::printer::Sink;
 use crate::signals::{DefaultAction, Postponement};
+use crate::sink::Sink;
 use rustix::pipe::PIPE_BUF;
 use std::io::{self, Write};
 

@@ -35,7 +35,7 @@ pub(crate) struct Session {
     /// Deadline of closing.
     close_deadline: Deadline,
     /// The error of the session when its thread has ended, or was not started.
-    end_of_thread: ErrorKind,
+    end_of_thread: ConnectionError,
 }
 
 impl Session {
@@ -50,6 +50,7 @@ impl Session {
     ) -> Self {
         let (command_sender, commands) = unbounded();
         let (report_sender, reports) = unbounded();
+        let address = endpoints.first().map(|endpoint| endpoint.address.clone());
         let attempt = Attempt {
             endpoints,
             config: config.clone(),
@@ -63,9 +64,12 @@ impl Session {
         let started = thread::Builder::new()
             .spawn(move || session_thread::run(&attempt, &reporter, &commands));
         Session {
-            end_of_thread: match started {
-                Ok(_) => ErrorKind::ConnectionLost("the session has ended".into()),
-                Err(error) => ErrorKind::no_thread(&error),
+            end_of_thread: ConnectionError {
+                address,
+                kind: match started {
+                    Ok(_) => ErrorKind::ConnectionLost("the session has ended".into()),
+                    Err(error) => ErrorKind::no_thread(&error),
+                },
             },
             commands: command_sender,
             reports,
@@ -183,12 +187,11 @@ impl Session {
     }
 
     fn thread_ended(&self) -> Error {
-        let address = self
-            .connected
-            .as_ref()
-            .map(|connected| connected.address.clone());
-        let kind = self.end_of_thread.clone();
-        ConnectionError { address, kind }.into()
+        let mut error = self.end_of_thread.clone();
+        if let Some(connected) = &self.connected {
+            error.address = Some(connected.address.clone());
+        }
+        error.into()
     }
 
     /// Asks for [`Event::QueueStats`], unless they are still to come.

@@ -54,8 +54,13 @@ impl Display for Escaped<'_> {
 /// case, and without its number.
 pub fn describe_io_error(error: &io::Error) -> String {
     let text = error.to_string();
-    if error.raw_os_error() == Some(Errno::MFILE.raw_os_error()) {
-        return "too many open files: raise the limit (ulimit -n)".into();
+    match Errno::from_io_error(error) {
+        Some(Errno::MFILE) => return "too many open files: raise the limit (ulimit -n)".into(),
+        Some(Errno::NFILE) => {
+            return "too many open files on this machine: raise the limit (sysctl fs.file-max)"
+                .into()
+        }
+        _ => {}
     }
     // Messages about a host name say already that it could not be resolved.
     let text = text.trim_start_matches("failed to lookup address information: ");

@@ -1,8 +1,8 @@
 //! The limits of the system: open files and processes.
 
-use crate::support::broker;
 use crate::support::peer::Queue;
 use crate::support::programs::{assert_output, client, program_folder, Program};
+use crate::support::{broker, eventually};
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::Command;
@@ -140,10 +140,92 @@ fn a_client_without_enough_threads_ends_with_exit_code_2_and_one_line() {
             };
             assert!(stdout.iter().all(String::is_empty), "{stdout:?}");
             assert_eq!(code, Some(2), "{error}");
+            // Those of a batch are not all for the connection.
+            let broker = format!("cannot connect to {}: ", broker::authority());
+            let start = if answers == 1 { &*broker } else { "" };
             assert!(
-                error.contains(": the system provides no thread: "),
+                error.starts_with(&format!("rpc-client: {start}"))
+                    && error.contains(": the system provides no thread: "),
                 "{error}"
             );
         }
+    }
+}
+
+/// The program with this limit of open files.
+fn with_open_files(limit: u32, program: &str) -> Command {
+    let mut command = Command::new("prlimit");
+    command
+        .arg(format!("--nofile={limit}:{limit}"))
+        .arg(program_folder().join(program));
+    command
+}
+
+/// Each limit lets one file more be opened. Below 4, the program is not loaded.
+#[test]
+fn too_many_open_files_are_named_and_not_the_broker() {
+    let queue = Queue::named("open_files");
+    let server = Program::start_server(&queue, &["-q"]);
+    let urls = ["127.0.0.1", "localhost"].map(|host| {
+        let url = broker::url()
+            .replace("localhost", host)
+            .replace("127.0.0.1", host);
+        let address = broker::authority()
+            .replace("localhost", host)
+            .replace("127.0.0.1", host);
+        (url, address)
+    });
+    for ((url, address), args) in urls
+        .iter()
+        .flat_map(|url| [(url, &["30"][..]), (url, &["--check", "-o", "json"])])
+    {
+        let error = format!(
+            "rpc-client: cannot connect to {address}: too many open files: raise the limit (ulimit -n)"
+        );
+        for limit in 4.. {
+            assert!(limit < 40, "a client needs no more files");
+            let mut command = with_open_files(limit, "rpc-client");
+            command
+                .args(["--queue", &queue])
+                .args(args)
+                .env("AMQP_URL", url);
+            let mut client = Program::spawn_command(&command);
+            let code = client.wait().code();
+            let (stdout, stderr) = client.remaining_output();
+            if code == Some(0) {
+                assert!(limit > 4, "it needs a socket, and more");
+                break;
+            }
+            assert_eq!(
+                (stdout, stderr, code),
+                (vec![], vec![error.clone()], Some(3)),
+                "{limit}"
+            );
+        }
+    }
+    server.stop();
+    for limit in 4.. {
+        assert!(limit < 40, "a server needs no more files");
+        let mut command = with_open_files(limit, "rpc-server");
+        command
+            .args(["--queue", &queue, "-q"])
+            .env("AMQP_URL", &urls[0].0);
+        let server = Program::spawn_command(&command);
+        let first = eventually("the server is ready, or says why not", || {
+            let is_info =
+                |line: &String| line.contains(" INFO ]") || line.contains(" workers need ");
+            let mut lines = server.new_lines();
+            lines.extend(server.new_log().into_iter().filter(|line| !is_info(line)));
+            lines.pop()
+        });
+        if first == " [x] Awaiting RPC requests" {
+            assert!(limit > 4, "it needs a socket, and more");
+            return;
+        }
+        assert!(
+            first.contains(": too many open files: raise the limit (ulimit -n)")
+                && !first.contains("RabbitMQ"),
+            "{limit}: {first}"
+        );
     }
 }

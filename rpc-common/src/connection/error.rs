@@ -6,6 +6,7 @@ use super::reply_codes::{
 };
 use super::sentences::{Difference, Meaning};
 use crate::text::{describe_io_error, escape, escape_up_to, format_duration};
+use rustix::io::Errno;
 use std::fmt::{self, Display};
 use std::io;
 use std::path::Path;
@@ -36,6 +37,9 @@ pub enum ErrorKind {
     /// The system refused a thread, for this reason: a limit of processes.
     #[error("the system provides no thread: {0}: raise the limit of processes (ulimit -u)")]
     NoThread(String),
+    /// The system opens no further file, which this text says: a limit of open files.
+    #[error("{0}")]
+    TooManyFiles(String),
     /// There is no way to the broker, or no broker that speaks AMQP or TLS as we do.
     #[error("{0}")]
     NotConnected(String),
@@ -197,7 +201,9 @@ impl Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (&self.kind, &self.address) {
             (ErrorKind::Configuration(_) | ErrorKind::NoCaCertificates, _) | (_, None) => {}
-            (ErrorKind::NoThread(_), Some(address)) => write!(f, "cannot connect to {address}: ")?,
+            (ErrorKind::NoThread(_) | ErrorKind::TooManyFiles(_), Some(address)) => {
+                write!(f, "cannot connect to {address}: ")?
+            }
             (_, Some(address)) => write!(f, "{address} ")?,
         }
         self.kind.fmt(f)
@@ -208,6 +214,15 @@ impl ErrorKind {
     /// The system refused a thread, for this reason.
     pub fn no_thread(reason: &io::Error) -> Self {
         ErrorKind::NoThread(describe_io_error(reason))
+    }
+
+    /// The kind of an error of the system: [`ErrorKind::TooManyFiles`], or else that of `otherwise`.
+    pub(crate) fn of_system(error: &io::Error, otherwise: impl FnOnce(String) -> Self) -> Self {
+        let reason = describe_io_error(error);
+        match Errno::from_io_error(error) {
+            Some(Errno::MFILE | Errno::NFILE) => ErrorKind::TooManyFiles(reason),
+            _ => otherwise(reason),
+        }
     }
 
     pub(crate) fn is_permanent(&self) -> bool {
@@ -258,6 +273,9 @@ impl From<amiquip::Error> for ErrorKind {
         use amiquip::Error as Amiquip;
         match error {
             Amiquip::ForkFailed { source } => ErrorKind::no_thread(&source),
+            Amiquip::CreatePollHandle { source } => {
+                ErrorKind::of_system(&source, ErrorKind::ConnectionLost)
+            }
             Amiquip::ExhaustedChannelIds => ErrorKind::TooManyChannels,
             Amiquip::ServerClosedChannel { code, message, .. } => {
                 ErrorKind::channel_closed(code, message.as_bytes())

@@ -46,7 +46,7 @@ pub use sentences::{Difference, Meaning};
 pub use tls::TlsFiles;
 pub use wake::Waker;
 
-use crate::text::{describe_io_error, escape};
+use crate::text::escape;
 use amiquip::{AmqpValue, ConnectionTuning};
 use demux::End;
 use frames::{FrameError, FRAME_MAX};
@@ -135,7 +135,7 @@ impl Connection {
         owner: &Owner,
     ) -> Result<Self, ErrorKind> {
         let transport = socket::connect(endpoint, address, login.tls.as_ref(), deadline)?;
-        let no_resources = |error: io::Error| ErrorKind::NotConnected(describe_io_error(&error));
+        let no_resources = |error: io::Error| ErrorKind::of_system(&error, ErrorKind::NotConnected);
         let waker = match owner {
             Owner::Standby => Waker::new().map_err(no_resources)?,
             Owner::EventLoop(waker, _) => waker.clone(),

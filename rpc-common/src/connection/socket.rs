@@ -145,7 +145,7 @@ pub(crate) fn resolve(
     };
     // The resolver does not say that it could open no file.
     if let Err(error) = File::open("/dev/null") {
-        return Err(ErrorKind::NotConnected(describe_io_error(&error)));
+        return Err(ErrorKind::of_system(&error, ErrorKind::NotConnected));
     }
     Err(ErrorKind::NotConnected(format!(
         "cannot be resolved: {reason}: is the host name right?"
@@ -154,10 +154,11 @@ pub(crate) fn resolve(
 
 fn unreachable(endpoint: &Endpoint, error: &io::Error) -> ErrorKind {
     let source_name = endpoint.source_name;
-    let reason = describe_io_error(error);
-    ErrorKind::NotConnected(format!(
-        "cannot be reached (from {source_name}): {reason}: is RabbitMQ running there?"
-    ))
+    ErrorKind::of_system(error, |reason| {
+        ErrorKind::NotConnected(format!(
+            "cannot be reached (from {source_name}): {reason}: is RabbitMQ running there?"
+        ))
+    })
 }
 
 fn tls_error(error: &io::Error, config: &TlsConfig, host: &str) -> ErrorKind {

@@ -131,8 +131,13 @@ fn callbacks(statistics: &Arc<Statistics>) -> ProgramCallbacks {
 fn handle_signals(stop: io::Result<Stop>) -> Result<Stop, Error> {
     stop.map_err(|error| {
         let reason = describe_io_error(&error);
+        let hint = if error.kind() == io::ErrorKind::WouldBlock {
+            ": raise the limit of processes (ulimit -u)" // no thread
+        } else {
+            ""
+        };
         Error::configuration(ErrorKind::Configuration(format!(
-            "cannot handle signals: {reason}: raise the limits of processes and open files"
+            "cannot handle signals: {reason}{hint}"
         )))
     })
 }

@@ -124,7 +124,7 @@ impl Processes {
             let started = thread.spawn(move || supervisor.run());
             lock(&processes.supervisors).push(started.map_err(|error| {
                 let reason = describe_io_error(&error);
-                format!("cannot start a thread: {reason}")
+                format!("cannot start a thread: {reason}: raise the limit of processes (ulimit -u)")
             })?);
         }
         for _ in 0..count {

@@ -75,8 +75,8 @@ impl LogOptions {
             .filter_module("mio", LevelFilter::Off)
             .parse_default_env()
             // After RUST_LOG, which must not enable it: at debug level the handshake logs the
-            // password.
-            .filter_module("amiquip::io_loop::handshake_state", LevelFilter::Info);
+            // password. Its errors repeat ours.
+            .filter_module("amiquip::io_loop::handshake_state", LevelFilter::Off);
         builder
     }
 }

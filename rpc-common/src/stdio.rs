@@ -4,6 +4,7 @@
 use rustix::event::{poll, PollFd, PollFlags};
 use rustix::fs::{fcntl_getfl, OFlags};
 use rustix::io::Errno;
+use std::fmt;
 use std::io::{self, Read, Stderr, Stdin, Stdout, Write};
 use std::os::fd::AsFd;
 
@@ -69,6 +70,11 @@ impl<Stream: AsFd + Write> Write for Waiting<Stream> {
 
     fn flush(&mut self) -> io::Result<()> {
         self.wait_for(PollFlags::OUT, Write::flush)
+    }
+
+    /// Writes the text at once, so that other threads do not write between its parts.
+    fn write_fmt(&mut self, text: fmt::Arguments<'_>) -> io::Result<()> {
+        self.write_all(text.to_string().as_bytes())
     }
 }
 

@@ -10,7 +10,7 @@ use rustix::pipe::fcntl_setpipe_size;
 use rustix::process::{kill_process, Pid, Signal};
 use std::io::{self, BufRead, BufReader, PipeReader, PipeWriter, Read, Write};
 use std::os::unix::process::ExitStatusExt;
-use std::process::{self, Child};
+use std::process::{self, Child, Stdio};
 use std::time::{Duration, Instant};
 
 /// The answers are larger than the buffer of the pipe, and their calls time out before the reader
@@ -49,6 +49,10 @@ fn a_standard_output_that_cannot_be_written_is_exit_code_6_and_nothing_runs() {
             bash(&format!("{program} {option} >/dev/full"))
                 .code(6)
                 .stderr(error);
+            let error = format!("{program}: cannot write the help: bad file descriptor\n");
+            bash(&format!("{program} {option} 1</dev/null"))
+                .code(6)
+                .stderr(error);
         }
     }
 }
@@ -81,6 +85,68 @@ fn non_blocking_standard_streams_are_waited_for() {
     let answers = BufReader::new(out_reader).lines().map(Result::unwrap);
     assert!(answers.filter(|answer| *answer == line).count() == lines);
     assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+/// As above, for what both programs print beside answers.
+#[test]
+fn non_blocking_output_and_logs_are_waited_for() {
+    const PAGE: usize = 4096;
+    let queue = Queue::named("non_blocking_log");
+    let pipe = || {
+        let (reader, writer) = io::pipe().unwrap();
+        fcntl_setpipe_size(&writer, PAGE).unwrap();
+        fcntl_setfl(&writer, OFlags::NONBLOCK).unwrap();
+        (BufReader::new(reader), writer)
+    };
+    let spawn = |program: &str, args: &[&str]| {
+        let mut command = process::Command::new(program_folder().join(program));
+        command
+            .args(["--queue", &queue])
+            .args(args)
+            .env("AMQP_URL", broker::url());
+        command
+    };
+    let (mut help, writer) = pipe();
+    let mut program = spawn("rpc-client", &["--help"])
+        .stdout(writer)
+        .spawn()
+        .unwrap();
+    eventually("a full pipe", || {
+        (ioctl_fionread(help.get_ref()).unwrap() > 3_000).then_some(())
+    });
+    let mut text = String::new();
+    help.read_to_string(&mut text).unwrap();
+    assert!(text.len() > PAGE && text.contains("Exit codes:"), "{text}");
+    assert_eq!(program.wait().unwrap().code(), Some(0));
+    let calls = 1_000; // their lines are more than a page
+    let (mut served, writer) = pipe();
+    let mut server = spawn("rpc-server", &[]).stdout(writer).spawn().unwrap();
+    let mut ready = String::new();
+    served.read_line(&mut ready).unwrap();
+    let (announced, writer) = pipe();
+    let mut client = spawn(
+        "rpc-client",
+        &["-o", "text", "-v", "--repeat", "1000", "30"],
+    )
+    .env("RUST_LOG", "trace")
+    .stdout(Stdio::null())
+    .stderr(writer)
+    .spawn()
+    .unwrap();
+    eventually("a full pipe", || {
+        (ioctl_fionread(announced.get_ref()).unwrap() > 3_000).then_some(())
+    });
+    let mut requests = 0;
+    for line in announced.lines().map(Result::unwrap) {
+        requests += usize::from(line == " [x] Requesting fib(30)");
+        let is_whole = line == " [x] Requesting fib(30)" || line.starts_with("rpc-client: ");
+        assert!(is_whole, "{line:?}");
+    }
+    assert_eq!((requests, client.wait().unwrap().code()), (calls, Some(0)));
+    kill_process(Pid::from_child(&server), Signal::TERM).unwrap();
+    let served = served.lines().map(Result::unwrap);
+    assert_eq!(served.filter(|line| line == " [.] fib(30)").count(), calls);
+    assert_eq!(server.wait().unwrap().code(), Some(0));
 }
 
 /// A client that writes to a pipe whose reader is slow.

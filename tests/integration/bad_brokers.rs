@@ -1,9 +1,10 @@
 //! A broker that breaks the protocol cannot stop a server, or make it use much memory; and a client
 //! asks it nothing too often. The broker is a scripted one.
 
-use crate::support::programs::{client, Program};
+use crate::support::programs::{assert_output, client, Program};
 use crate::support::scripted_broker::{
     Action, Flood, Method, ScriptedBroker, CHANNEL_OPEN, CONSUME, PUBLISH, QOS, QUEUE_DECLARE,
+    START_OK,
 };
 use crate::support::TEST_TIMEOUT;
 use std::thread;
@@ -42,6 +43,17 @@ fn a_server_backs_off_from_a_broker_that_does_not_let_it_consume() {
         let log = server.new_log();
         assert!(log.len() < 40, "{log:#?}");
     }
+}
+
+#[test]
+fn a_challenge_of_a_login_is_one_line_that_does_not_show_it() {
+    let broker = ScriptedBroker::start(START_OK, Action::Challenge(b"3\n\x1b\\"));
+    let address = broker.url.replace("amqp://", "");
+    let error = format!(
+        "rpc-client: {address} failed the AMQP handshake: the login was answered by a challenge, or by another method that is not supported: enable PLAIN at the broker\n"
+    );
+    let mut call = client("q", &["-q", "30"]);
+    assert_output(call.env("AMQP_URL", &broker.url), 3, "", &error);
 }
 
 #[test]

@@ -54,6 +54,22 @@ fn a_reply_that_is_not_a_number_is_exit_code_1() {
     server.join().expect("the peer sent its replies");
 }
 
+/// By the server, and not again by the client.
+#[test]
+fn data_in_an_error_is_escaped_once() {
+    let queue = Queue::named("escaped_once");
+    let _server = Program::start_server(&queue, &[]);
+    let error =
+        "rpc-client: invalid argument: '3\\n' is not a whole number (digits only, such as 30)\n";
+    bash(&format!(
+        "printf '3\\n' | rpc-client --queue {} --data @-",
+        &*queue
+    ))
+    .code(1)
+    .stdout("")
+    .stderr(error);
+}
+
 #[test]
 fn check_says_whether_a_queue_is_served() {
     let queue = Queue::named("check");

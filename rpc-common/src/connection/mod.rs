@@ -404,6 +404,12 @@ fn handshake_error(endpoint: &Endpoint, error: amiquip::Error, link: &Link) -> E
                 "closed the connection during the login: see the broker's log".into(),
             );
         }
+        // The login was sent, and amiquip does not know the answer.
+        (None | Some(End::Amiquip | End::Local), amiquip::Error::InvalidCredentials) => {
+            ErrorKind::ConnectionLost(
+                "the login was answered by a challenge, or by another method that is not supported: enable PLAIN at the broker".into(),
+            )
+        }
         (None | Some(End::Amiquip | End::Local), error) => error.into(),
         (Some(end), _) => end.into(),
     };

@@ -43,6 +43,8 @@ pub(crate) enum Action {
     Flood(Flood),
     /// Answers, cancels the consumer, and then sends nothing more.
     CancelThenSilence,
+    /// Sends this challenge of a login (`connection.secure`).
+    Challenge(&'static [u8]),
     /// Closes the socket.
     CloseSocket,
     /// Answers, and closes the socket after this time.
@@ -159,6 +161,7 @@ impl Connection {
                     thread::park();
                 }
             }
+            Action::Challenge(text) => self.send(0, (10, 20), &long_str(text)),
             Action::CloseSocket => Err(io::ErrorKind::ConnectionAborted.into()),
             Action::CloseSocketAfter(time) => {
                 self.answer(channel, method)?;

@@ -202,7 +202,7 @@ impl Display for Error {
         match (&self.kind, &self.address) {
             (ErrorKind::Configuration(_) | ErrorKind::NoCaCertificates, _) | (_, None) => {}
             (ErrorKind::NoThread(_) | ErrorKind::TooManyFiles(_), Some(address)) => {
-                write!(f, "cannot connect to {address}: ")?
+                write!(f, "cannot connect to {address}: ")?;
             }
             (_, Some(address)) => write!(f, "{address} ")?,
         }

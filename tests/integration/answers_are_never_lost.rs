@@ -119,10 +119,10 @@ fn non_blocking_output_and_logs_are_waited_for() {
     assert!(text.len() > PAGE && text.contains("Exit codes:"), "{text}");
     assert_eq!(program.wait().unwrap().code(), Some(0));
     let calls = 1_000; // their lines are more than a page
-    let (mut served, writer) = pipe();
+    let (mut lines_of_server, writer) = pipe();
     let mut server = spawn("rpc-server", &[]).stdout(writer).spawn().unwrap();
     let mut ready = String::new();
-    served.read_line(&mut ready).unwrap();
+    lines_of_server.read_line(&mut ready).unwrap();
     let (announced, writer) = pipe();
     let mut client = spawn(
         "rpc-client",
@@ -144,8 +144,13 @@ fn non_blocking_output_and_logs_are_waited_for() {
     }
     assert_eq!((requests, client.wait().unwrap().code()), (calls, Some(0)));
     kill_process(Pid::from_child(&server), Signal::TERM).unwrap();
-    let served = served.lines().map(Result::unwrap);
-    assert_eq!(served.filter(|line| line == " [.] fib(30)").count(), calls);
+    let lines_of_server = lines_of_server.lines().map(Result::unwrap);
+    assert_eq!(
+        lines_of_server
+            .filter(|line| line == " [.] fib(30)")
+            .count(),
+        calls
+    );
     assert_eq!(server.wait().unwrap().code(), Some(0));
 }
 

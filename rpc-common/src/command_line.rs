@@ -24,7 +24,6 @@ pub fn parse_args<Cli: clap::Parser>(short_help: &str) -> Result<Cli, ExitCode> 
     }
     let command = Cli::command().max_term_width(80);
     let arguments = arguments(&command);
-    warn_of_unknown_variables(&command);
     let matches = command
         .try_get_matches_from(arguments)
         .and_then(|matches| Cli::from_arg_matches(&matches));
@@ -91,77 +90,52 @@ const FALSE: [&str; 7] = ["", "0", "f", "false", "n", "no", "off"];
 
 /// The arguments, and before them those that the environment sets: `RPC_CLIENT_TIMEOUT=5s` is
 /// `--timeout=5s` of rpc-client. So the command line wins: of an option that is given twice, the
-/// last one counts.
+/// last one counts. Warns of a variable that looks like that of an option, and is not: a typing
+/// error would be a silent default.
 ///
 /// Not what the program is asked to do, and not `--url`, whose variable [`BrokerOptions`] reads: an
 /// error would show its password. (clap's own support costs every call memory.)
 fn arguments(command: &clap::Command) -> Vec<OsString> {
     let mut given = env::args_os();
     let mut arguments = given.next().into_iter().collect::<Vec<_>>();
-    let prefix = variable_prefix(command);
-    for arg in command.get_arguments() {
-        let Some(name) = arg
-            .get_long()
-            .filter(|name| *name != "url" && !WITHOUT_VARIABLE.contains(name))
+    let prefix = command.get_name().to_uppercase().replace('-', "_") + "_";
+    // Most calls have none of these variables, and look at no option.
+    for (variable, value) in env::vars_os() {
+        let Some(rest) = variable
+            .to_str()
+            .and_then(|name| name.strip_prefix(&prefix))
         else {
             continue;
         };
-        let Some(value) = env::var_os(variable(&prefix, name)) else {
-            continue;
-        };
-        let mut argument = OsString::from(format!("--{name}"));
-        if arg.get_action().takes_values() {
-            argument.push("=");
-            argument.push(value);
-        } else if FALSE.iter().any(|no| value.eq_ignore_ascii_case(no)) {
-            continue;
+        let name = rest.to_lowercase().replace('_', "-");
+        let mut options = command.get_arguments();
+        let option = options.find(|arg| arg.get_long() == Some(&name));
+        let option = option.filter(|_| {
+            rest == name.to_uppercase().replace('-', "_") && !WITHOUT_VARIABLE.contains(&&*name)
+        });
+        match option {
+            None if is_of_others(rest) => {}
+            None => {
+                let variable = escape(variable.as_encoded_bytes());
+                let message = format!("warning: {variable} sets no option; see --help");
+                print_message(command.get_name(), message);
+            }
+            Some(_) if name == "url" => {}
+            Some(option) if option.get_action().takes_values() => {
+                let mut argument = OsString::from(format!("--{name}="));
+                argument.push(value);
+                arguments.push(argument);
+            }
+            Some(_) if FALSE.iter().any(|no| value.eq_ignore_ascii_case(no)) => {}
+            Some(_) => arguments.push(format!("--{name}").into()),
         }
-        arguments.push(argument);
     }
     arguments.extend(given);
     arguments
 }
 
-/// The variable of an option.
-fn variable(prefix: &str, option: &str) -> String {
-    format!("{prefix}_{}", option.to_uppercase().replace('-', "_"))
-}
-
-/// The start of the variables of a program, such as `RPC_CLIENT`.
-fn variable_prefix(command: &clap::Command) -> String {
-    command.get_name().to_uppercase().replace('-', "_")
-}
-
 /// Options that have no variable: what the program is asked to do.
 const WITHOUT_VARIABLE: [&str; 5] = ["data", "lines", "check", "help", "version"];
-
-/// Warns of variables that look like those of options, and are not: a typing error would be a silent
-/// default.
-fn warn_of_unknown_variables(command: &clap::Command) {
-    let prefix = variable_prefix(command);
-    let options = command.get_arguments().filter_map(clap::Arg::get_long);
-    let options = options.filter(|name| !WITHOUT_VARIABLE.contains(name));
-    let known: Vec<String> = options.map(|name| variable(&prefix, name)).collect();
-    for (name, _) in env::vars_os() {
-        let Some(name) = name.to_str() else { continue };
-        let Some(rest) = name
-            .strip_prefix(&prefix)
-            .and_then(|rest| rest.strip_prefix('_'))
-        else {
-            continue;
-        };
-        if !known.iter().any(|known| known == name) && !is_of_others(rest) {
-            let program = command.get_name();
-            print_message(
-                program,
-                format!(
-                    "warning: {} sets no option; see --help",
-                    escape(name.as_bytes())
-                ),
-            );
-        }
-    }
-}
 
 /// Whether the rest of a variable's name is one of others: Kubernetes sets some for a service with
 /// the name of the program, and the systemd unit reads its arguments from `RPC_SERVER_ARGS`.

@@ -140,11 +140,12 @@ impl<'a> Request<'a> {
         let mut headers = TableBuilder::from_table(self.headers);
         if let Some(deadline) = self.deadline_ms {
             // Not an integer: Perl's Net::AMQP dies of one with 64 bits.
-            headers = headers.with_text(DEADLINE_HEADER, &deadline.to_string());
+            headers = headers.with_text(DEADLINE_HEADER, itoa::Buffer::new().format(deadline));
         }
         let headers = headers.table();
         // RabbitMQ may drop a message with expiration 0 even if a consumer is idle.
-        let expiration = time_left.map(|time_left| time_left.as_millis().max(1).to_string());
+        let mut digits = itoa::Buffer::new();
+        let expiration = time_left.map(|time_left| digits.format(time_left.as_millis().max(1)));
         let properties = Properties {
             content_type: self.content_type,
             headers: Some(headers).filter(|headers| *headers != Table::default()),
@@ -152,7 +153,7 @@ impl<'a> Request<'a> {
             correlation_id: self.correlation_id,
             message_id: self.correlation_id, // servers of AMQP 1.0 copy this one
             reply_to: self.reply_to,
-            expiration: expiration.as_deref().map(str::as_bytes),
+            expiration: expiration.map(str::as_bytes),
             ..Properties::default()
         };
         Publish {

@@ -260,3 +260,18 @@ fn a_queue_without_consumers_causes_a_warning_and_the_client_waits() {
     assert_eq!(client.next_line(), "832040");
     assert_eq!(client.wait_for_exit_code(), Some(0));
 }
+
+/// 405 means that it exists.
+#[test]
+fn an_exclusive_queue_exists_and_its_consumers_are_unknown() {
+    let peer = Peer::connect();
+    let queue = peer.declare_exclusive();
+    let address = broker::authority();
+    let shown =
+        format!("{queue} on {address}: exclusive to another connection, consumers unknown\n");
+    assert_output(&mut client(&queue, &["--check"]), 0, &shown, "");
+    client(&queue, &["--no-wait", "-q", "-t", "2s", "30"])
+        .assert()
+        .code(5)
+        .stdout("");
+}

@@ -296,7 +296,7 @@ fn a_background_job_shows_no_progress() {
 fn a_background_job_is_not_stopped_by_its_progress() {
     let queue = Queue::named("background_tostop");
     let _server = Program::start_server(&queue, &["--delay", "2500ms"]);
-    let job = format!("bash -c \"set -m; stty tostop; rpc-client --queue {} -o raw 30 >/dev/null & wait; echo job \\$?\"", &*queue);
+    let job = format!("bash -c \"set -m; stty tostop; rpc-client --queue {} -o raw 30 >/dev/null & wait \\$!; echo job \\$?\"", &*queue);
     let output = bash(&format!("TERM=xterm script -qec '{job}' /dev/null"));
     let shown = String::from_utf8_lossy(&output.get_output().stdout).into_owned();
     assert!(shown.ends_with("job 0\r\n"), "{shown}");

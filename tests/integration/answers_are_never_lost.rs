@@ -154,7 +154,7 @@ fn non_blocking_output_of_both_programs_is_waited_for() {
     let code = loop {
         let ended = eventually("a pipe without room for a line, or the end", || {
             let unread = ioctl_fionread(announced.get_ref()).unwrap();
-            let is_full = unread as usize + line.len() > PAGE;
+            let is_full = usize::try_from(unread).unwrap() + line.len() > PAGE;
             let ended = client.try_wait().unwrap();
             (is_full || ended.is_some()).then_some(ended)
         });

@@ -211,21 +211,21 @@ impl<'a> Worker<'a> {
                     None => Event::Idle,
                 },
             };
-            self.step(channel, event)?;
-            if !self.service.handler.is_ready() {
+            if !self.step(channel, event)? {
                 return Ok(Served::NotReady);
             }
         }
     }
 
-    /// Takes one event.
+    /// Takes one event. Returns whether the function is ready for the next request. A request that
+    /// finds it not ready is not begun, even if it is ready a moment later: `cancel` gives the
+    /// request back.
     ///
     /// # Errors
     /// The channel has ended, or is of no use.
-    fn step(&mut self, channel: &dyn Channel, event: Event) -> Result<(), Error> {
+    fn step(&mut self, channel: &dyn Channel, event: Event) -> Result<bool, Error> {
         match event {
-            // `cancel` gives the request back.
-            Event::Delivery(_) if !self.service.handler.is_ready() => {}
+            Event::Delivery(_) if !self.service.handler.is_ready() => return Ok(false),
             Event::Delivery(delivery) => {
                 self.handle_delivery(channel, &delivery)?;
                 self.check.on_delivery(Instant::now());
@@ -250,7 +250,7 @@ impl<'a> Worker<'a> {
                 }
             }
         }
-        Ok(())
+        Ok(self.service.handler.is_ready())
     }
 
     /// The number of ready messages in the queue; 0 while the broker blocks us, and would not
@@ -985,8 +985,11 @@ mod tests {
                 .unwrap();
             assert_eq!(channel.done(), ["publish unavailable", "ack 1"]);
             assert!(!service.handler.is_ready());
-            worker.step(&channel, delivery(2, "30", false)).unwrap();
-            assert!(channel.done().is_empty(), "`cancel` gives it back");
+            let is_ready = worker.step(&channel, delivery(2, "30", false)).unwrap();
+            assert!(
+                channel.done().is_empty() && !is_ready,
+                "`cancel` gives it back"
+            );
         });
         assert_eq!(outcomes, [Outcome::Failed(ErrorCode::Unavailable)]);
     }

@@ -210,6 +210,11 @@ impl Process {
         self.id.as_raw_pid()
     }
 
+    /// Whether the process is reaped or given up: then its process id may be that of another one.
+    pub(crate) fn is_released(&self) -> bool {
+        self.is_released
+    }
+
     /// A file that is readable when the process has exited.
     pub(crate) fn exit_fd(&self) -> &Arc<OwnedFd> {
         &self.pidfd

@@ -378,6 +378,9 @@ impl PersistentProcess {
     /// exited, through the stages of a stop that begin with `stage`. It is killed at `kill_at`.
     pub(super) fn stop(mut self, stage: Stage, kill_after: Duration, kill_at: Option<Instant>) {
         self.stdin = None;
+        if self.process.is_released() {
+            return; // it has exited in the hands of a worker
+        }
         let mut current = stage;
         current.begin(stage, &self.process);
         loop {

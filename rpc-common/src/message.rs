@@ -425,8 +425,15 @@ pub fn encode_reply<'a>(
 /// Decodes a reply. The body of an answer is unchanged.
 ///
 /// # Errors
-/// The failure in an error reply. If it has no code, the code is [`ErrorCode::Internal`].
+/// The failure in an error reply. If it has no code, the code is [`ErrorCode::Internal`], and so is
+/// that of a reply that a server of AMQP 1.0 sends as a value: RabbitMQ passes that on in the
+/// encoding of AMQP 1.0.
 pub fn decode_reply(properties: &Properties, body: Vec<u8>) -> Reply {
+    if properties.message_type == Some(AMQP_1_0_VALUE) {
+        let message =
+            "the reply is a value of AMQP 1.0, not a data section: the server must send a data section";
+        return Err(Failure::new(ErrorCode::Internal, message));
+    }
     if properties.message_type != Some(ERROR_TYPE.as_bytes()) {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         return Ok(Answer {
@@ -558,6 +565,16 @@ mod tests {
         };
         assert_eq!(id(None), Some(&b"m"[..]));
         assert_eq!(id(Some(b"c")), Some(&b"c"[..]));
+    }
+
+    #[test]
+    fn a_reply_that_is_a_value_of_amqp_1_0_is_a_failure() {
+        let properties = Properties {
+            message_type: Some(b"amqp-1.0"),
+            ..Properties::default()
+        };
+        let failure = decode_reply(&properties, b"\0Sw\xa1\x0230".to_vec()).unwrap_err();
+        assert_eq!(failure.code, ErrorCode::Internal);
     }
 
     #[test]

@@ -312,10 +312,24 @@ fn programs_of_amqp_1_0_call_and_are_called() {
         assert_output(call.timeout(PEER_TIMEOUT), 0, answers, "");
     }
     ours.stop();
-    let theirs = Program::spawn_command(&qpid("server.py", &[("RPC_QUEUE", &queue)]));
-    assert_eq!(theirs.next_line(), " [x] Awaiting RPC requests");
-    let mut call = client(&queue, &["--data", "hello", "--data", "world"]);
-    assert_output(&mut call, 0, "HELLO\nWORLD\n", "");
+    let errors = [1, 2].map(|number| {
+        format!(
+            "rpc-client: request {number}: the reply is a value of AMQP 1.0, not a data section: \
+             the server must send a data section\n"
+        )
+    });
+    for (section, code, answers, errors) in [
+        ("data", 0, "HELLO\nWORLD\n", String::new()),
+        ("value", 1, "\n\n", errors.concat()),
+    ] {
+        // Of its own: the server may be killed before it accepts the last request.
+        let queue = Queue::declare(&format!("amqp_1_0_{section}"));
+        let variables = [("RPC_QUEUE", &*queue), ("RPC_SECTION", section)];
+        let theirs = Program::spawn_command(&qpid("server.py", &variables));
+        assert_eq!(theirs.next_line(), " [x] Awaiting RPC requests");
+        let mut call = client(&queue, &["--data", "hello", "--data", "world"]);
+        assert_output(&mut call, code, answers, &errors);
+    }
 }
 
 /// A peer's client does not know error replies: it prints the sentence as the answer, and the

@@ -1,6 +1,7 @@
 """A server of AMQP 1.0, on Qpid Proton: answers with the body in upper case.
 
-RPC_QUEUE is the request queue, which exists.
+RPC_QUEUE is the request queue, which exists. A body is sent as a data section; with RPC_SECTION=value as a value, which
+clients of AMQP 0-9-1 get encoded.
 """
 import os
 
@@ -15,6 +16,9 @@ while True:
     sender = connection.create_sender(request.reply_to)
     # The message id is the call's, as AMQP 1.0 has it.
     body = bytes(request.body).upper()
-    sender.send(Message(correlation_id=request.id, body=body, inferred=True))
+    if os.environ.get("RPC_SECTION") == "value":
+        sender.send(Message(correlation_id=request.id, body=body.decode()))
+    else:
+        sender.send(Message(correlation_id=request.id, body=body, inferred=True))
     sender.close()
     receiver.accept()

@@ -250,8 +250,8 @@ impl Connection {
 
     /// Whether the broker is RabbitMQ 4 or later: the tutorial of its time declares a quorum queue.
     pub fn is_rabbitmq_4(&self) -> bool {
-        self.server_property("product") == Some("RabbitMQ")
-            && self.server_property("version").is_some_and(is_version_4)
+        let [product, version] = ["product", "version"].map(|name| self.server_property(name));
+        is_rabbitmq_4(product, version)
     }
 
     fn server_property(&self, name: &str) -> Option<&str> {
@@ -421,10 +421,11 @@ fn handshake_error(endpoint: &Endpoint, error: amiquip::Error, link: &Link) -> E
     }
 }
 
-/// Whether the major number of a version such as `4.0.5` or `4.2.0-beta.1` is 4 or more.
-fn is_version_4(version: &str) -> bool {
-    let major = version.split('.').next().unwrap_or_default();
-    major.parse::<u32>().is_ok_and(|major| major >= 4)
+/// Whether the product is RabbitMQ, and the major number of its version, such as `4.0.5` or
+/// `4.2.0-beta.1`, is 4 or more.
+fn is_rabbitmq_4(product: Option<&str>, version: Option<&str>) -> bool {
+    let major = version.and_then(|version| version.split('.').next()?.parse::<u32>().ok());
+    product == Some("RabbitMQ") && major.is_some_and(|major| major >= 4)
 }
 
 #[cfg(test)]
@@ -432,16 +433,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_major_number_of_a_version_decides() {
-        for (version, expected) in [
-            ("4.0.5", true),
-            ("4.2.0-beta.1", true),
-            ("10.1", true),
-            ("3.13.7", false),
-            ("", false),
-            ("four", false),
+    fn the_product_and_the_major_number_of_its_version_decide() {
+        for (product, version, expected) in [
+            (Some("RabbitMQ"), Some("4.0.5"), true),
+            (Some("RabbitMQ"), Some("4.2.0-beta.1"), true),
+            (Some("RabbitMQ"), Some("10.1"), true),
+            (Some("RabbitMQ"), Some("3.13.7"), false),
+            (Some("RabbitMQ"), Some(""), false),
+            (Some("RabbitMQ"), Some("four"), false),
+            (Some("RabbitMQ"), None, false),
+            (Some("LavinMQ"), Some("4.0.5"), false),
+            (None, Some("4.0.5"), false),
         ] {
-            assert_eq!(is_version_4(version), expected, "{version}");
+            assert_eq!(
+                is_rabbitmq_4(product, version),
+                expected,
+                "{product:?} {version:?}"
+            );
         }
     }
 }

@@ -270,8 +270,27 @@ fn an_exclusive_queue_exists_and_its_consumers_are_unknown() {
     let shown =
         format!("{queue} on {address}: exclusive to another connection, consumers unknown\n");
     assert_output(&mut client(&queue, &["--check"]), 0, &shown, "");
-    client(&queue, &["--no-wait", "-q", "-t", "2s", "30"])
+    let json = client(&queue, &["--check", "-o", "json"])
         .assert()
-        .code(5)
-        .stdout("");
+        .code(0)
+        .stderr("");
+    let json = String::from_utf8_lossy(&json.get_output().stdout).into_owned();
+    assert!(
+        json.contains(r#""consumers":null,"messages":null"#),
+        "{json}"
+    );
+    let answer = thread::spawn({
+        let queue = queue.clone();
+        move || {
+            peer.reply(&peer.take(&queue), b"832040");
+            peer // its connection has the queue
+        }
+    });
+    assert_output(&mut client(&queue, &["--no-wait", "30"]), 0, "832040\n", "");
+    let _peer = answer.join().expect("the peer sent its reply");
+    let error = format!(
+        "rpc-client: fib(30): no answer from '{queue}' on {address} within 3s: no server, or all are busy\n"
+    );
+    let mut call = client(&queue, &["--no-wait", "-q", "-t", "3s", "30"]);
+    assert_output(&mut call, 5, "", &error);
 }
